@@ -1,0 +1,54 @@
+# Every target is complete on a machine with Python (3.10 or newer, with venv) and make only:
+# the first one creates .venv and installs the project there with the tested versions.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Twice quiet: errors only, no hints that newer versions exist.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: test
+test: $(INSTALLED) ## Run the test suite (tests that need a GPU are skipped without one)
+	@$(BIN)/python -m pytest
+
+.PHONY: test-gpu
+test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu tests/gpu
+
+.PHONY: demo
+demo: $(INSTALLED) ## Train, save and resume a small GPT, stock and with the callback, side by side
+	@$(BIN)/python examples/resume_pretraining.py
+
+.PHONY: lint
+lint: $(INSTALLED) ## Check style and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+.PHONY: typecheck
+typecheck: $(INSTALLED) ## Check types (mypy, strict)
+	@$(BIN)/mypy
+
+.PHONY: clean
+clean: ## Remove the environment, the caches and what the examples wrote
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist runs lightning_logs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip is the last thing that venv puts there, so a creation that failed half-way is tried again.
+$(BIN)/pip:
+	@echo "Creating $(VENV) ..."
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, $(PYTHON) is " + sys.version if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -m venv $(VENV)
+
+# The stamp is written last, so that an installation that failed is repeated and not taken for done.
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing the tested versions into $(VENV) ..."
+	@$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,73 @@
+"""Resume PyTorch Lightning training from an ordinary checkpoint at no more memory than training itself.
+
+Every public name can be imported from here. All but the errors are looked up on first use (PEP 562), so
+``import lightning_memload`` is cheap and brings in Lightning only when ``MemoryEfficientRestore`` or
+``StreamingCheckpointIO`` is touched. The modules below this one never import from it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_memload.errors import (
+    CheckpointFormatError,
+    CheckpointReadError,
+    ChecksumError,
+    InsufficientMemoryError,
+    MemloadError,
+    MetaTensorError,
+)
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointFormatError",
+    "CheckpointReadError",
+    "ChecksumError",
+    "InsufficientMemoryError",
+    "MemloadError",
+    "MemoryEfficientRestore",
+    "MemoryMonitor",
+    "MemoryPeaks",
+    "MetaTensorError",
+    "RestoreReport",
+    "StreamingCheckpointIO",
+    "__version__",
+    "meta_init",
+    "open_checkpoint",
+]
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lightning_memload.checkpoint import Checkpoint, open_checkpoint
+    from lightning_memload.memory import MemoryMonitor, MemoryPeaks
+    from lightning_memload.plugins import MemoryEfficientRestore, StreamingCheckpointIO
+    from lightning_memload.report import RestoreReport
+    from lightning_memload.restore import meta_init
+else:
+    # Only at run time: a type checker that sees a module-level __getattr__ accepts every misspelt name.
+    _HOMES = {
+        "Checkpoint": "lightning_memload.checkpoint",
+        "MemoryEfficientRestore": "lightning_memload.plugins",
+        "MemoryMonitor": "lightning_memload.memory",
+        "MemoryPeaks": "lightning_memload.memory",
+        "RestoreReport": "lightning_memload.report",
+        "StreamingCheckpointIO": "lightning_memload.plugins",
+        "meta_init": "lightning_memload.restore",
+        "open_checkpoint": "lightning_memload.checkpoint",
+    }
+
+    def __getattr__(name: str) -> object:
+        """Import a public name from the room it lives in, and keep it here for the next use."""
+        home = _HOMES.get(name)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = getattr(import_module(home), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        """All public names, also those that were not looked up yet."""
+        return sorted({*globals(), *__all__})

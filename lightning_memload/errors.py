@@ -1,0 +1,91 @@
+"""Every error this package raises on purpose, in one tree.
+
+Each class also derives the builtin it resembles, so that code written against plain Python or torch keeps
+working. The values a caller may want to act on are fields of the exception, not only words in its message.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointFormatError",
+    "CheckpointReadError",
+    "ChecksumError",
+    "InsufficientMemoryError",
+    "MemloadError",
+    "MetaTensorError",
+]
+
+
+class MemloadError(Exception):
+    """Base of all errors of lightning_memload."""
+
+
+class CheckpointFormatError(MemloadError, ValueError):
+    """The file is not a checkpoint that can be indexed: truncated, inconsistent, or of another format.
+
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class CheckpointReadError(MemloadError, OSError):
+    """Reading a tensor's bytes failed or ended early.
+
+    Attributes:
+        path: The file.
+        key: The tensor whose bytes were being read, ``None`` when no tensor is known.
+        offset: Where in the file, in bytes.
+    """
+
+    def __init__(self, message: str, *, path: str, key: str | None, offset: int, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.key = key
+        self.offset = offset
+        self.errno = errno
+
+
+class ChecksumError(CheckpointReadError):
+    """The bytes of a tensor do not have the CRC-32 that the file records for them.
+
+    Attributes:
+        expected: The CRC-32 in the file's directory.
+        actual: The CRC-32 of the bytes that were read.
+    """
+
+    def __init__(self, message: str, *, path: str, key: str | None, offset: int, expected: int, actual: int) -> None:
+        super().__init__(message, path=path, key=key, offset=offset)
+        self.expected = expected
+        self.actual = actual
+
+
+class InsufficientMemoryError(MemloadError, MemoryError):
+    """The restore cannot fit, found before the first byte was moved.
+
+    Attributes:
+        device: Where the memory is short, for example ``"cpu"`` or ``"cuda:0"``.
+        needed_bytes: What the restore would allocate there.
+        free_bytes: What is free there.
+    """
+
+    def __init__(self, message: str, *, device: str, needed_bytes: int, free_bytes: int) -> None:
+        super().__init__(message)
+        self.device = device
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+
+
+class MetaTensorError(MemloadError, RuntimeError):
+    """Tensors are still on the meta device where values are needed, and nothing can supply them.
+
+    Attributes:
+        names: The parameters and buffers concerned.
+    """
+
+    def __init__(self, message: str, *, names: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.names = names

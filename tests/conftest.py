@@ -1,0 +1,35 @@
+"""What all tests share: markers that skip with a reason, and fresh processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+
+from tests.fresh_process import FreshResult, memory_cgroup_obstacle, run_fresh
+
+
+@cache
+def _cuda_obstacle() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+_cgroup_obstacle = cache(memory_cgroup_obstacle)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine cannot run, and say why. Asked only when a test with the marker comes up."""
+    for marker, obstacle in (("gpu", _cuda_obstacle), ("cgroup", _cgroup_obstacle)):
+        if item.get_closest_marker(marker) is not None:
+            reason = obstacle()
+            if reason is not None:
+                pytest.skip(reason)
+
+
+@pytest.fixture
+def fresh_process() -> Callable[..., FreshResult]:
+    """``run_fresh``: runs a program text or a ``module:function`` in a fresh interpreter, with JSON in and out."""
+    return run_fresh
