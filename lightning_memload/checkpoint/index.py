@@ -1,0 +1,148 @@
+"""The index of a checkpoint: which bytes of the file are which tensor.
+
+Plain frozen data that every format produces and every floor above reads. An index describes; it holds no tensor
+data, no open file and no device. Offsets are absolute in the file and in bytes, unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+__all__ = ["Checkpoint", "KeyPath", "StorageInfo", "TensorInfo", "format_path"]
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StorageInfo:
+    """One contiguous run of bytes that one or several tensors share.
+
+    Attributes:
+        key: The storage's name in the file, for example ``"17"``.
+        offset: Absolute position of its first byte in the file.
+        nbytes: Its length.
+        crc32: CRC-32 of its bytes as the file records it, ``None`` where the file records none.
+        location: The device it was saved from, as torch tagged it, for example ``"cuda:0"``.
+    """
+
+    key: str
+    offset: int
+    nbytes: int
+    crc32: int | None
+    location: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        path: Keys from the root of the saved object to the tensor, ``("state_dict", "layer.weight")``.
+        dtype: Element type.
+        shape: Sizes.
+        stride: Strides in elements.
+        storage_offset: Position of the first element in the storage, in elements.
+        storage: The bytes underneath. Tied tensors and views name the same storage.
+        is_parameter: Whether it was saved as an ``nn.Parameter``.
+    """
+
+    path: KeyPath
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    storage_offset: int
+    storage: StorageInfo
+    is_parameter: bool = False
+
+    @property
+    def name(self) -> str:
+        """The path as one string: ``optimizer_states[0].state[5].exp_avg``."""
+        return format_path(self.path)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's own elements in bytes (a view may span more of its storage, or less)."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def file_range(self) -> tuple[int, int]:
+        """First byte and one past the last byte that the tensor's elements span in the file."""
+        start = self.storage.offset + self.storage_offset * self.dtype.itemsize
+        if self.numel == 0:
+            return start, start
+        span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        return start, start + span * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Everything that can be known of a checkpoint without reading its tensors.
+
+    Attributes:
+        path: The file.
+        file_size: Its size in bytes.
+        tensors: Every tensor, in the order in which the saved object holds them.
+        storages: Every storage, each once, in the order in which torch meets them when it loads the file.
+    """
+
+    path: str
+    file_size: int
+    tensors: tuple[TensorInfo, ...]
+    storages: tuple[StorageInfo, ...]
+    _by_name: dict[str, TensorInfo] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_name", {tensor.name: tensor for tensor in self.tensors})
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        """The tensor of this name (``TensorInfo.name``).
+
+        Raises:
+            KeyError: No tensor has this name.
+        """
+        return self._by_name[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    def __iter__(self) -> Iterator[TensorInfo]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages together, each counted once."""
+        return sum(storage.nbytes for storage in self.storages)
+
+    @property
+    def ties(self) -> tuple[tuple[TensorInfo, ...], ...]:
+        """Groups of two or more tensors that share a storage, in file order of their storages."""
+        groups: dict[str, list[TensorInfo]] = {}
+        for tensor in self.tensors:
+            if tensor.storage.nbytes:
+                groups.setdefault(tensor.storage.key, []).append(tensor)
+        return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+
+def format_path(path: KeyPath) -> str:
+    """Joins a key path into one readable string.
+
+    Args:
+        path: Keys and positions from the root.
+
+    Returns:
+        Names joined by dots, positions in brackets: ``optimizer_states[0].state[5].exp_avg``.
+    """
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    return text.removeprefix(".")

@@ -1,0 +1,228 @@
+"""A private, lazily read view of a file's bytes as torch storages.
+
+``torch.load(mmap=True)`` maps the same way but reserves memory for the whole file, so it refuses files larger than
+RAM and swap; this mapping reserves nothing. Pages are copied when they are written, never written back. The mapping
+knows which of its bytes somebody wrote (:meth:`FileMapping.is_pristine`), and can let go of the file while tensors on
+top of it live on (:meth:`FileMapping.detach`). Linux only: both rest on ``/proc/self/pagemap`` and ``mremap``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+import weakref
+from typing import Any
+
+import torch
+
+from lightning_memload.checkpoint.source import LocalFile
+
+__all__ = ["FileMapping"]
+
+_PAGE = mmap.PAGESIZE
+# Python names MAP_NORESERVE from 3.11 on; the value is the one of x86-64 and arm64.
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_MAP_FIXED = 0x10
+_MREMAP_MAYMOVE_FIXED = 0x1 | 0x2
+_PROT_NONE = 0
+# detach() copies this much at a time, so that its own need stays small.
+_DETACH_CHUNK_BYTES = 32 << 20
+# pagemap is read this many bytes at a time: 8 bytes per page, so 256 MiB of mapping.
+_PAGEMAP_CHUNK_BYTES = 512 << 10
+
+
+class FileMapping:
+    """Maps a whole file privately and hands out torch storages over parts of it.
+
+    The mapping lives until the last storage and the mapping object itself are gone. It keeps ``file`` open as long as
+    it shows the file's bytes.
+
+    Args:
+        file: The open file. Its size must not be zero. It must not be truncated while it is mapped: reading beyond
+            its end then kills the process (SIGBUS), as with every mapping.
+
+    Raises:
+        OSError: The kernel refuses the mapping.
+    """
+
+    supported = sys.platform == "linux"
+
+    def __init__(self, file: LocalFile) -> None:
+        self.file = file
+        self.nbytes = file.size_bytes
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        self._base = _mmap(None, self.nbytes, protection, mmap.MAP_PRIVATE | _MAP_NORESERVE, file.fileno())
+        region = _Region(self.nbytes, self._base)
+        weakref.finalize(region.owner, _munmap, self._base, self.nbytes)
+        self._bytes = memoryview(region.buffer).cast("B")
+        # Spans that a storage still refers to: torch holds the memoryview that it was given until the storage dies.
+        self._spans: weakref.WeakValueDictionary[int, memoryview] = weakref.WeakValueDictionary()
+        self._ranges: dict[int, tuple[int, int]] = {}
+        self._attached = True
+        self._pagemap: int | None = None
+
+    def storage(self, offset: int, nbytes: int) -> torch.UntypedStorage:
+        """A CPU storage over ``nbytes`` of the file from ``offset`` on. No byte is read.
+
+        Writing to it is safe and stays in this process.
+        """
+        if not 0 <= offset < offset + nbytes <= self.nbytes:
+            raise ValueError(f"bytes {offset} to {offset + nbytes} are not within the {self.nbytes} mapped bytes")
+        span = self._bytes[offset : offset + nbytes]
+        token = len(self._ranges)
+        self._spans[token] = span
+        self._ranges[token] = (offset, nbytes)
+        return torch.frombuffer(span, dtype=torch.uint8).untyped_storage()
+
+    def offset_of(self, tensor: torch.Tensor) -> int | None:
+        """File offset of the tensor's first element, ``None`` when its memory is not the file's."""
+        if not self._attached or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+            return None
+        offset = tensor.data_ptr() - self._base
+        return offset if 0 <= offset < self.nbytes else None
+
+    @property
+    def referenced_bytes(self) -> int:
+        """Bytes under storages that are still alive."""
+        return sum(self._ranges[token][1] for token in list(self._spans))
+
+    def is_pristine(self, offset: int, nbytes: int) -> bool:
+        """Whether nobody wrote to these bytes since they were mapped, so that the file still tells what they are.
+
+        The kernel's own page table answers, so writes through numpy, ``.data`` or foreign code count too. A page is the
+        unit: a neighbour's write makes it ``False``. ``False`` also when the system does not tell.
+        """
+        first = (self._base + offset) // _PAGE
+        last = (self._base + offset + max(nbytes, 1) - 1) // _PAGE
+        position, end = first * 8, (last + 1) * 8
+        try:
+            if self._pagemap is None:
+                self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+                weakref.finalize(self, os.close, self._pagemap)
+            while position < end:
+                data = bytearray(os.pread(self._pagemap, min(end - position, _PAGEMAP_CHUNK_BYTES), position))
+                if not data:
+                    return False
+                if not _all_pages_of_file(data):
+                    return False
+                position += len(data)
+        except OSError:
+            return False
+        return True
+
+    def detach(self) -> int:
+        """Lets go of the file: what storages still refer to becomes ordinary memory, at the same addresses.
+
+        Tensors keep their values and stay valid. Afterwards the process maps no byte of the file and holds no
+        descriptor of it, so it can be deleted and its disk space is returned.
+
+        Returns:
+            Bytes that were copied because somebody still refers to them.
+
+        Peak memory is the returned bytes, which stay, plus at most 32 MiB.
+        """
+        if not self._attached:
+            return 0
+        copied = 0
+        position = 0
+        alive = sorted(self._ranges[token] for token in list(self._spans))
+        for start, end in _page_ranges(alive, self.nbytes):
+            self._blank(position, start)
+            for chunk in range(start, end, _DETACH_CHUNK_BYTES):
+                size = min(_DETACH_CHUNK_BYTES, end - chunk)
+                # Filled beside and moved over the old pages in one step, so that no other thread sees a gap.
+                fresh = _mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+                ctypes.memmove(fresh, self._base + chunk, min(size, self.nbytes - chunk))
+                _mremap_over(fresh, size, self._base + chunk)
+                copied += size
+            position = end
+        self._blank(position, _page_up(self.nbytes))
+        self._attached = False
+        self.file.close()
+        return copied
+
+    def _blank(self, start: int, end: int) -> None:
+        """Replaces unused pages of the file by reserved address space, which costs nothing.
+
+        Unmapping them would let others take the addresses, which the final munmap would then tear down.
+        """
+        if end > start:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+            _mmap(self._base + start, end - start, _PROT_NONE, flags, -1)
+
+
+class _Region:
+    """The mapped bytes as a buffer whose end of life is observable."""
+
+    def __init__(self, nbytes: int, address: int) -> None:
+        # A class of its own per mapping: plain ctypes arrays take no weak reference.
+        self.buffer = type("_MappedBytes", (ctypes.c_char * nbytes,), {}).from_address(address)  # type: ignore[attr-defined]
+        self.owner: Any = self.buffer
+
+
+def _all_pages_of_file(entries: bytearray) -> bool:
+    """Whether all pagemap entries are absent pages or unmodified pages of a file.
+
+    Bits 63 (present), 62 (swapped) and 61 (page of a file), see Documentation/admin-guide/mm/pagemap.rst. A page that
+    was written in a private mapping is anonymous: present without bit 61, or swapped.
+    """
+    if len(entries) == 8:
+        state = int.from_bytes(entries, sys.byteorder) >> 61
+        return state in (0, 5)
+    states = (torch.frombuffer(entries, dtype=torch.int64) >> 61) & 7
+    return bool(((states == 0) | (states == 5)).all())
+
+
+def _page_ranges(ranges: list[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
+    """Merges (offset, nbytes) ranges, sorted, into page-aligned (start, end) ranges that do not overlap."""
+    merged: list[tuple[int, int]] = []
+    for offset, nbytes in ranges:
+        start, end = offset // _PAGE * _PAGE, _page_up(min(offset + nbytes, limit))
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _page_up(nbytes: int) -> int:
+    return -(-nbytes // _PAGE) * _PAGE
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True) if FileMapping.supported else None
+
+
+def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:
+    """``mmap(2)``: the standard library's module can neither place a mapping nor give up its descriptor."""
+    assert _LIBC is not None
+    call = _LIBC.mmap
+    call.restype = ctypes.c_void_p
+    call.argtypes = (
+        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+    )  # fmt: skip
+    result = call(address, nbytes, protection, flags, fd, 0)
+    if result is None or result == ctypes.c_void_p(-1).value:
+        error = ctypes.get_errno()
+        raise OSError(error, f"cannot map {nbytes} bytes: {os.strerror(error)}")
+    return int(result)
+
+
+def _munmap(address: int, nbytes: int) -> None:
+    assert _LIBC is not None
+    call = _LIBC.munmap
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    call(address, nbytes)
+
+
+def _mremap_over(address: int, nbytes: int, target: int) -> None:
+    """Moves pages from ``address`` to ``target``, replacing what is mapped there, in one atomic step."""
+    assert _LIBC is not None
+    call = _LIBC.mremap
+    call.restype = ctypes.c_void_p
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+    if call(address, nbytes, nbytes, _MREMAP_MAYMOVE_FIXED, target) != target:
+        error = ctypes.get_errno()
+        _munmap(address, nbytes)
+        raise OSError(error, f"cannot move {nbytes} bytes into place: {os.strerror(error)}")
