@@ -1,0 +1,16 @@
+"""Moves bytes from a source into tensors: the plan, the staging ring with its hard budget, and the threads."""
+
+from lightning_memload.transfer.engine import Record, TensorCopy, TransferStats, available_cpus, transfer
+from lightning_memload.transfer.staging import MIN_BUDGET_BYTES, RingLayout, StagingRing, choose_layout
+
+__all__ = [
+    "MIN_BUDGET_BYTES",
+    "Record",
+    "RingLayout",
+    "StagingRing",
+    "TensorCopy",
+    "TransferStats",
+    "available_cpus",
+    "choose_layout",
+    "transfer",
+]

@@ -1,0 +1,459 @@
+"""The engine: threads that carry out a plan, from a byte source into tensors.
+
+Each thread takes the next read in file order. For tensors in CPU memory the bytes go straight to their place; for other
+devices they go through two staging buffers per thread, whose copies to the device run while the thread reads on. A
+buffer is used again only after its last copy has ended. Checksums are taken from the bytes on their way. What the
+engine does not know: modules, optimizers, file formats.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from zlib_ng import zlib_ng
+
+from lightning_memload.checkpoint import ByteSource
+from lightning_memload.errors import CheckpointReadError, ChecksumError
+from lightning_memload.transfer.plan import Check, Piece, Range, Read, Segment, plan_checks, plan_reads, split_strided
+from lightning_memload.transfer.staging import StagingRing
+
+__all__ = ["Record", "TensorCopy", "TransferStats", "available_cpus", "transfer"]
+
+# The kernel takes at most 1024 buffers in one preadv (IOV_MAX).
+_MAX_BUFFERS_PER_READ = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TensorCopy:
+    """One tensor to bring from the file to its destination.
+
+    Attributes:
+        name: What to call it in messages.
+        offset: File position of its first element.
+        dtype: Element type in the file.
+        stride: Strides in the file, in elements. The shape is the destination's.
+        destination: Where the values go; any device, dtype and strides. Values are converted as ``Tensor.copy_`` does.
+    """
+
+    name: str
+    offset: int
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+    destination: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Bytes of the file with a known CRC-32."""
+
+    name: str
+    offset: int
+    nbytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStats:
+    """What a transfer did.
+
+    Attributes:
+        bytes_read: Bytes that were read from the source.
+        bytes_verified: Bytes of the records whose checksum was compared.
+        seconds: Wall time from the first read to the end of the last copy.
+        num_threads: Threads that ran.
+        staging_bytes: Host memory of the staging ring, 0 when no byte went through it.
+    """
+
+    bytes_read: int = 0
+    bytes_verified: int = 0
+    seconds: float = 0.0
+    num_threads: int = 0
+    staging_bytes: int = 0
+
+    def __add__(self, other: TransferStats) -> TransferStats:
+        return TransferStats(
+            self.bytes_read + other.bytes_read,
+            self.bytes_verified + other.bytes_verified,
+            self.seconds + other.seconds,
+            max(self.num_threads, other.num_threads),
+            max(self.staging_bytes, other.staging_bytes),
+        )
+
+
+def available_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def transfer(
+    source: ByteSource,
+    copies: Sequence[TensorCopy],
+    ring: Callable[[], StagingRing],
+    *,
+    num_threads: int,
+    block_bytes: int,
+    records: Sequence[Record] = (),
+    on_progress: Callable[[int], None] | None = None,
+) -> TransferStats:
+    """Brings every tensor from the source to its destination.
+
+    Returns when all values have arrived, on every device. On failure some destinations are filled, others are not; all
+    threads have ended and no copy is under way.
+
+    Args:
+        source: Where the bytes are.
+        copies: The tensors. Destinations must not overlap. Empty tensors are passed over.
+        ring: Gives the staging ring when it is needed: for destinations that are not in CPU memory, and for values
+            that must be converted on their way.
+        num_threads: Threads to read with.
+        block_bytes: The longest read; at most the ring's block.
+        records: Checksums to compare. A record is compared when the copies need all of its bytes.
+        on_progress: Called after every read with its length in bytes, from the threads, one at a time.
+
+    Returns:
+        Counters.
+
+    Raises:
+        CheckpointReadError: A read failed or met the end of the file.
+        ChecksumError: A record's bytes do not have their checksum.
+
+    Peak memory: the ring, and on each device up to ``num_threads`` blocks while values are converted there.
+    """
+    copies = [copy for copy in copies if copy.destination.numel()]
+    if not copies:
+        return TransferStats()
+    return _Transfer(source, copies, ring, num_threads, block_bytes, records, on_progress).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One read and what becomes of it: either raw segments, or one piece of a tensor that must be rearranged."""
+
+    read: Read
+    checks: tuple[Check, ...] = ()
+    piece: Piece | None = None
+
+
+class _Transfer:
+    def __init__(
+        self,
+        source: ByteSource,
+        copies: list[TensorCopy],
+        ring: Callable[[], StagingRing],
+        num_threads: int,
+        block_bytes: int,
+        records: Sequence[Record],
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        self._source = source
+        self._copies = copies
+        self._records = sorted(records, key=lambda record: record.offset)
+        self._on_progress = on_progress
+        self._devices = {copy.destination.device for copy in copies if copy.destination.device.type != "cpu"}
+        jobs = self._plan(block_bytes)
+        self._jobs = iter(jobs)
+        needs_ring = bool(self._devices) or any(job.piece is not None for job in jobs)
+        self._ring = ring() if needs_ring else None
+        self._num_threads = max(1, min(num_threads, len(jobs)))
+        self._bytes = [_byte_view(copy.destination) if _is_raw(copy) else None for copy in copies]
+        self._streams = {device: torch.cuda.Stream(device) for device in self._devices if device.type == "cuda"}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._bytes_read = 0
+        self._checksums = _Checksums(source.name, self._records, jobs)
+
+    def _plan(self, block_bytes: int) -> list[_Job]:
+        ranges = []
+        pieces: list[tuple[Read, Piece]] = []
+        for number, copy in enumerate(self._copies):
+            itemsize = copy.dtype.itemsize
+            if _is_raw(copy):
+                ranges.append(Range(number, copy.offset, copy.destination.numel() * itemsize))
+                continue
+            shape = tuple(copy.destination.shape)
+            for piece in split_strided(shape, copy.stride, max_span=max(1, block_bytes // itemsize)):
+                nbytes = piece.span * itemsize
+                segment = Segment(0, nbytes, number, 0)
+                pieces.append((Read(copy.offset + piece.offset * itemsize, nbytes, (segment,)), piece))
+        reads: list[tuple[Read, Piece | None]] = [(read, None) for read in plan_reads(ranges, block_bytes=block_bytes)]
+        reads.extend(pieces)
+        reads.sort(key=lambda item: item[0].offset)
+        checks, _ = plan_checks([read for read, _ in reads], [(r.offset, r.nbytes) for r in self._records])
+        return [_Job(read, check, piece) for (read, piece), check in zip(reads, checks, strict=True)]
+
+    def run(self) -> TransferStats:
+        started = time.perf_counter()
+        for device, stream in self._streams.items():
+            # The destinations' memory may still be in use by work that was queued before they were allocated.
+            stream.wait_stream(torch.cuda.current_stream(device))
+        try:
+            with ThreadPoolExecutor(self._num_threads, thread_name_prefix="memload") as pool:
+                futures = [pool.submit(self._work, number) for number in range(self._num_threads)]
+                try:
+                    for future in futures:
+                        future.result()
+                finally:
+                    self._stop.set()
+        finally:
+            for stream in self._streams.values():
+                stream.synchronize()
+        return TransferStats(
+            bytes_read=self._bytes_read,
+            bytes_verified=self._checksums.bytes_verified,
+            seconds=time.perf_counter() - started,
+            num_threads=self._num_threads,
+            staging_bytes=self._ring.nbytes if self._ring else 0,
+        )
+
+    def _next_job(self) -> _Job | None:
+        with self._lock:
+            return None if self._stop.is_set() else next(self._jobs, None)
+
+    def _work(self, number: int) -> None:
+        slots = (
+            [_Slot(self._ring, 2 * number + i) for i in range(2)] if self._ring else [_Slot(None, i) for i in (0, 1)]
+        )
+        turn = 0
+        try:
+            with torch.no_grad():
+                while (job := self._next_job()) is not None:
+                    if self._devices or job.piece is not None:
+                        self._staged(job, slots[turn])
+                        turn = 1 - turn
+                    else:
+                        self._direct(job)
+                    self._advance(job.read.nbytes)
+        except BaseException:
+            self._stop.set()
+            raise
+
+    def _advance(self, nbytes: int) -> None:
+        with self._lock:
+            self._bytes_read += nbytes
+            if self._on_progress is not None:
+                self._on_progress(nbytes)
+
+    # Straight into CPU memory ---------------------------------------------------------------------------------------
+
+    def _direct(self, job: _Job) -> None:
+        parts: list[tuple[int, memoryview]] = []
+        again: list[Segment] = []
+        position = 0
+        for segment in job.read.segments:
+            if segment.start > position:
+                parts.append((position, memoryview(bytearray(segment.start - position))))
+                position = segment.start
+            end = segment.start + segment.nbytes
+            if segment.start < position:
+                again.append(segment)
+            if end > position:
+                skip = position - segment.start
+                parts.append((position, self._cpu_bytes(segment, skip)))
+                position = end
+        self._read([part for _, part in parts], job.read.offset)
+        for check in job.checks:
+            self._checksums.update(check, _cut(parts, check.start, check.nbytes))
+        for segment in again:
+            # Bytes that an earlier target of this read has too: a tie or a view.
+            target_start = 0
+            for part in _cut(parts, segment.start, segment.nbytes):
+                destination = self._cpu_bytes(segment, target_start, len(part))
+                ctypes.memmove(_address(destination), _address(part), len(part))
+                target_start += len(part)
+
+    def _cpu_bytes(self, segment: Segment, skip: int, nbytes: int | None = None) -> memoryview:
+        """Writable memory of a segment's target, without its first ``skip`` bytes."""
+        view = self._bytes[segment.target]
+        assert view is not None
+        length = segment.nbytes - skip if nbytes is None else nbytes
+        address = view.data_ptr() + segment.target_start + skip
+        return memoryview((ctypes.c_char * length).from_address(address)).cast("B")
+
+    # Through the staging ring ---------------------------------------------------------------------------------------
+
+    def _staged(self, job: _Job, slot: _Slot) -> None:
+        slot.wait()
+        read = job.read
+        staged = slot.view[: read.nbytes]
+        self._read([staged], read.offset)
+        for check in job.checks:
+            self._checksums.update(check, [staged[check.start : check.start + check.nbytes]])
+        touched = set()
+        for segment in read.segments:
+            copy = self._copies[segment.target]
+            device = copy.destination.device
+            touched.add(device)
+            with torch.cuda.stream(self._streams.get(device)):
+                if job.piece is not None:
+                    slot.rearrange(copy, job.piece, read.nbytes)
+                else:
+                    target = self._bytes[segment.target]
+                    assert target is not None
+                    target[segment.target_start : segment.target_start + segment.nbytes].copy_(
+                        slot.tensor[segment.start : segment.start + segment.nbytes],
+                        non_blocking=device in self._streams,
+                    )
+        for device in touched:
+            slot.mark(self._streams.get(device))
+
+    def _read(self, buffers: list[memoryview], offset: int) -> None:
+        """Fills all buffers, however many calls that takes."""
+        while buffers:
+            batch = buffers[:_MAX_BUFFERS_PER_READ]
+            try:
+                count = self._source.readv(batch, offset)
+            except OSError as error:
+                name = self._name_at(offset)
+                raise CheckpointReadError(
+                    f"Reading {name or 'a tensor'} from {self._source.name} failed at byte {offset}: {error}. The file "
+                    "is untouched; check the disk or the mount and start again.",
+                    path=self._source.name,
+                    key=name,
+                    offset=offset,
+                    errno=error.errno,
+                ) from error
+            if count <= 0:
+                name = self._name_at(offset)
+                missing = sum(len(buffer) for buffer in buffers)
+                raise CheckpointReadError(
+                    f"{self._source.name} ends at byte {offset}, but {name or 'a tensor'} needs {missing} bytes more: "
+                    "the file was cut short while it was read.",
+                    path=self._source.name,
+                    key=name,
+                    offset=offset,
+                )
+            offset += count
+            rest = 0
+            while rest < len(batch) and count >= len(batch[rest]):
+                count -= len(batch[rest])
+                rest += 1
+            buffers = buffers[rest:]
+            if count:
+                buffers = [buffers[0][count:], *buffers[1:]]
+
+    def _name_at(self, offset: int) -> str | None:
+        for copy in self._copies:
+            span = 1 + sum((n - 1) * s for n, s in zip(copy.destination.shape, copy.stride, strict=True))
+            if copy.offset <= offset < copy.offset + span * copy.dtype.itemsize:
+                return copy.name
+        return None
+
+
+class _Slot:
+    """One staging buffer of a thread, with the events of its copies."""
+
+    def __init__(self, ring: StagingRing | None, number: int) -> None:
+        if ring is not None:
+            self.view = ring.views[number]
+            self.tensor = ring.tensors[number]
+        self._events: dict[torch.cuda.Stream, torch.cuda.Event] = {}
+        self._scratch: dict[torch.device, torch.Tensor] = {}
+
+    def wait(self) -> None:
+        for event in self._events.values():
+            event.synchronize()
+
+    def mark(self, stream: torch.cuda.Stream | None) -> None:
+        if stream is not None:
+            self._events.setdefault(stream, torch.cuda.Event()).record(stream)
+
+    def rearrange(self, copy: TensorCopy, piece: Piece, nbytes: int) -> None:
+        """Copies one piece with conversion, which happens on the destination's device."""
+        device = copy.destination.device
+        values = self.tensor[:nbytes]
+        if device.type != "cpu":
+            scratch = self._scratch.get(device)
+            if scratch is None or scratch.numel() < nbytes:
+                scratch = self._scratch[device] = torch.empty(self.tensor.numel(), dtype=torch.uint8, device=device)
+            values = scratch[:nbytes].copy_(values, non_blocking=device.type == "cuda")
+        piece_values = values.view(copy.dtype).as_strided(piece.shape, copy.stride)
+        index = tuple(slice(start, start + size) for start, size in zip(piece.starts, piece.shape, strict=True))
+        copy.destination[index].copy_(piece_values)
+
+
+class _Checksums:
+    """Collects the partial CRC-32s of records that several threads read in any order."""
+
+    def __init__(self, path: str, records: Sequence[Record], jobs: Sequence[_Job]) -> None:
+        self._path = path
+        self._records = records
+        self._lock = threading.Lock()
+        self._parts: dict[int, list[tuple[int, int, int]]] = {}
+        self._missing = {check.record: records[check.record].nbytes for job in jobs for check in job.checks}
+        self.bytes_verified = 0
+
+    def update(self, check: Check, parts: Sequence[memoryview]) -> None:
+        crc = 0
+        for part in parts:
+            crc = zlib_ng.crc32(part, crc)
+        with self._lock:
+            found = self._parts.setdefault(check.record, [])
+            found.append((check.record_start, check.nbytes, crc))
+            self._missing[check.record] -= check.nbytes
+            if self._missing[check.record]:
+                return
+            del self._parts[check.record]
+            record = self._records[check.record]
+            self.bytes_verified += record.nbytes
+        found.sort()
+        _, _, actual = found[0]
+        for _, nbytes, crc in found[1:]:
+            actual = zlib_ng.crc32_combine(actual, crc, nbytes)
+        if actual != record.crc32:
+            raise ChecksumError(
+                f"{self._path} is damaged: the {record.nbytes} bytes of {record.name} at byte {record.offset} have "
+                f"CRC-32 {actual:#010x}, but the file records {record.crc32:#010x}. Resume from another checkpoint.",
+                path=self._path,
+                key=record.name,
+                offset=record.offset,
+                expected=record.crc32,
+                actual=actual,
+            )
+
+
+def _is_raw(copy: TensorCopy) -> bool:
+    """Whether the destination's memory is, byte for byte, what the file holds."""
+    destination = copy.destination
+    if destination.dtype != copy.dtype:
+        return False
+    axes = sorted(
+        (in_memory, in_file, size)
+        for size, in_file, in_memory in zip(destination.shape, copy.stride, destination.stride(), strict=True)
+        if size > 1
+    )
+    # Dense: no holes between the elements and none of them shared.
+    expected = 1
+    for in_memory, in_file, size in axes:
+        if in_memory != expected or in_file != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _byte_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a dense tensor as a flat tensor, on any device and for any dtype."""
+    start = tensor.storage_offset() * tensor.element_size()
+    nbytes = tensor.numel() * tensor.element_size()
+    empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), start, (nbytes,), (1,))
+
+
+def _cut(parts: Sequence[tuple[int, memoryview]], start: int, nbytes: int) -> list[memoryview]:
+    """The part of consecutive buffers that holds bytes ``[start, start + nbytes)`` of a read."""
+    found = []
+    for position, part in parts:
+        low, high = max(start, position), min(start + nbytes, position + len(part))
+        if low < high:
+            found.append(part[low - position : high - position])
+    return found
+
+
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))

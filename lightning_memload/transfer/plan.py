@@ -1,0 +1,208 @@
+"""The plan of a transfer: which reads, in which order, and where their bytes go. Pure functions on integers.
+
+Reads are in file order and never longer than a block. Tensors that lie close together share a read, a tensor longer
+than a block is cut, and several targets may want the same bytes of one read (ties, views). Every byte of every target
+is covered exactly once. Nothing here knows of devices, files or torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["Check", "Piece", "Range", "Read", "Segment", "plan_checks", "plan_reads", "split_strided"]
+
+# Records are aligned to 64 bytes behind headers of some 100: reading over such gaps is cheaper than a second read.
+MAX_GAP_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """What one target wants: ``nbytes`` of the file from ``offset`` on."""
+
+    target: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Part of a read that belongs to a target: read bytes ``[start, start + nbytes)`` go to ``target_start`` on."""
+
+    start: int
+    nbytes: int
+    target: int
+    target_start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One read of ``nbytes`` from file position ``offset``, and where its parts go, ordered by their start."""
+
+    offset: int
+    nbytes: int
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Part of a read whose checksum counts: ``nbytes`` from ``start`` on are the record's from ``record_start`` on."""
+
+    start: int
+    nbytes: int
+    record: int
+    record_start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a strided tensor that spans at most a block.
+
+    Attributes:
+        starts: Index of its first element, per dimension.
+        shape: Its sizes.
+        offset: Its first element, in elements from the tensor's first.
+        span: Elements from its first to one past its last, holes included.
+    """
+
+    starts: tuple[int, ...]
+    shape: tuple[int, ...]
+    offset: int
+    span: int
+
+
+def plan_reads(ranges: Iterable[Range], *, block_bytes: int, max_gap_bytes: int = MAX_GAP_BYTES) -> list[Read]:
+    """Plans the reads that fill all ranges.
+
+    Args:
+        ranges: What the targets want, in any order, overlapping or not. Empty ranges are passed over.
+        block_bytes: The longest read.
+        max_gap_bytes: Unwanted bytes between two ranges up to this length are read along rather than skipped.
+
+    Returns:
+        Reads in file order. Their file ranges do not overlap.
+
+    Raises:
+        ValueError: ``block_bytes`` is not positive, or a range has a negative number.
+    """
+    if block_bytes < 1:
+        raise ValueError(f"block_bytes must be at least 1, got {block_bytes}")
+    wanted = sorted((r for r in ranges if r.nbytes), key=lambda r: (r.offset, r.nbytes))
+    if any(r.offset < 0 or r.nbytes < 0 for r in wanted):
+        raise ValueError("ranges must not be negative")
+    reads: list[Read] = []
+    first = 0
+    while first < len(wanted):
+        # A run: ranges that touch, overlap, or are a small gap apart.
+        run_start, run_end = wanted[first].offset, wanted[first].offset + wanted[first].nbytes
+        last = first + 1
+        while last < len(wanted) and wanted[last].offset <= run_end + max_gap_bytes:
+            run_end = max(run_end, wanted[last].offset + wanted[last].nbytes)
+            last += 1
+        reads.extend(_cut_run(wanted[first:last], run_start, run_end, block_bytes))
+        first = last
+    return reads
+
+
+def _cut_run(ranges: Sequence[Range], run_start: int, run_end: int, block_bytes: int) -> Iterable[Read]:
+    """Cuts one run into reads. ``ranges`` are sorted by offset."""
+    active: list[Range] = []
+    upcoming = 0
+    for start in range(run_start, run_end, block_bytes):
+        end = min(start + block_bytes, run_end)
+        while upcoming < len(ranges) and ranges[upcoming].offset < end:
+            active.append(ranges[upcoming])
+            upcoming += 1
+        segments = []
+        for r in active:
+            low, high = max(r.offset, start), min(r.offset + r.nbytes, end)
+            segments.append(Segment(low - start, high - low, r.target, low - r.offset))
+        segments.sort(key=lambda segment: (segment.start, segment.target))
+        active = [r for r in active if r.offset + r.nbytes > end]
+        if segments:
+            # A gap at either end of a block need not be read.
+            low = segments[0].start
+            high = max(segment.start + segment.nbytes for segment in segments)
+            trimmed = tuple(Segment(s.start - low, s.nbytes, s.target, s.target_start) for s in segments)
+            yield Read(start + low, high - low, trimmed)
+
+
+def plan_checks(reads: Sequence[Read], records: Sequence[tuple[int, int]]) -> tuple[list[tuple[Check, ...]], list[int]]:
+    """Tells which bytes of which read count for the checksum of which record.
+
+    Only records that the reads cover completely can be checked. A byte that two reads bring counts once.
+
+    Args:
+        reads: The reads, in file order.
+        records: File offset and length of every record, in file order, not overlapping.
+
+    Returns:
+        The checks of every read, and the positions of the records that are checked.
+    """
+    checks: list[list[Check]] = [[] for _ in reads]
+    checked: list[int] = []
+    first_read = 0
+    for position, (offset, nbytes) in enumerate(records):
+        if nbytes == 0:
+            continue
+        end = offset + nbytes
+        while first_read < len(reads) and reads[first_read].offset + reads[first_read].nbytes <= offset:
+            first_read += 1
+        covered = offset
+        found: list[tuple[int, Check]] = []
+        for number in range(first_read, len(reads)):
+            read = reads[number]
+            if read.offset > covered or covered >= end:
+                break
+            high = min(read.offset + read.nbytes, end)
+            if high > covered:
+                found.append((number, Check(covered - read.offset, high - covered, position, covered - offset)))
+                covered = high
+        if covered >= end:
+            checked.append(position)
+            for number, check in found:
+                checks[number].append(check)
+    return [tuple(of_read) for of_read in checks], checked
+
+
+def split_strided(shape: Sequence[int], stride: Sequence[int], *, max_span: int) -> list[Piece]:
+    """Cuts a strided tensor into pieces whose elements lie close enough together to be read in one block.
+
+    Cuts along the dimension with the largest stride first, so that pieces follow the file.
+
+    Args:
+        shape: Sizes of the tensor.
+        stride: Its strides in elements, none negative.
+        max_span: The most elements a piece may span, at least 1.
+
+    Returns:
+        Pieces that cover every index exactly once, ordered by their first element. Empty for an empty tensor.
+
+    Raises:
+        ValueError: ``max_span`` is not positive.
+    """
+    if max_span < 1:
+        raise ValueError(f"max_span must be at least 1, got {max_span}")
+    if 0 in shape:
+        return []
+    pieces: list[Piece] = []
+    stack = [(tuple(0 for _ in shape), tuple(shape))]
+    while stack:
+        starts, sizes = stack.pop()
+        span = 1 + sum((n - 1) * s for n, s in zip(sizes, stride, strict=True))
+        if span <= max_span:
+            pieces.append(Piece(starts, sizes, sum(i * s for i, s in zip(starts, stride, strict=True)), span))
+            continue
+        axis = max((d for d in range(len(sizes)) if sizes[d] > 1), key=lambda d: stride[d])
+        inner_span = span - (sizes[axis] - 1) * stride[axis]
+        rows = max(1, (max_span - inner_span) // stride[axis] + 1) if inner_span <= max_span else 1
+        for start in range(0, sizes[axis], rows):
+            count = min(rows, sizes[axis] - start)
+            stack.append(
+                (
+                    (*starts[:axis], starts[axis] + start, *starts[axis + 1 :]),
+                    (*sizes[:axis], count, *sizes[axis + 1 :]),
+                )
+            )
+    pieces.sort(key=lambda piece: piece.offset)
+    return pieces
