@@ -1,0 +1,237 @@
+"""The Callback: one line in a Trainer that makes a resume cost no more memory than training.
+
+A thin adaptor. It installs the CheckpointIO, hands each run of the Trainer to a ``RestoreRun``, and reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_memload.errors import MetaTensorError
+from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
+from lightning_memload.plugins.run import Mode, RestoreOptions, RestoreRun
+from lightning_memload.report import RestoreReport
+from lightning_memload.restore import meta_names
+
+__all__ = ["MemoryEfficientRestore"]
+
+_SELF_LOADING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+_MIB = 2**20
+
+
+class MemoryEfficientRestore(pl.Callback):
+    """Restores checkpoints straight from the file onto the training device, with a hard bound on host memory.
+
+    Works with every entry point that takes ``ckpt_path`` (``fit``, ``validate``, ``test``, ``predict``), on an ordinary
+    ``.ckpt``, and gives bit for bit what Lightning gives. Without a checkpoint it does nothing.
+
+    Host memory of a restore onto a GPU is ``host_budget_mib``, whatever the size of the model. Onto the CPU it is what
+    must stay there: weights that were not allocated yet and optimizer states, once.
+
+    Args:
+        mode: ``"copy"`` streams every tensor into memory of its own. ``"assign"`` makes CPU parameters the file's own
+            pages: nothing is read until it is used and the kernel can take it back; the first write to a page makes it
+            ordinary memory, checksums are not compared, and the file must not be truncated in place while the model
+            lives (replacing it by a new file is fine). ``"auto"`` assigns for evaluation on the CPU, else copies.
+        host_budget_mib: The most host memory for staging, in MiB, per process. Hard.
+        num_threads: Threads that read. ``None``: up to 8 for a GPU and 4 for the CPU, shared between the processes of
+            a host.
+        verify: Compare the CRC-32 that the file records for every tensor, on the way.
+        check_fit: Compare needed with free memory of device and host before the first byte, and refuse what cannot fit.
+        log: Print a table of what the restore cost, and log it as ``memload/...`` to every logger of the Trainer.
+        progress_bar: Show a bar for restores of more than a second, if the Trainer shows bars.
+
+    Attributes:
+        report: The figures of the last restore, ``None`` before the first.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[MemoryEfficientRestore()])
+        >>> trainer.fit(model, ckpt_path="last.ckpt")
+    """
+
+    def __init__(
+        self,
+        mode: Mode = "auto",
+        host_budget_mib: int = 128,
+        num_threads: int | None = None,
+        verify: bool = True,
+        check_fit: bool = True,
+        log: bool = True,
+        progress_bar: bool = True,
+    ) -> None:
+        super().__init__()
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, got {mode!r}.")
+        if host_budget_mib < 1:
+            raise ValueError(f"host_budget_mib must be at least 1 (MiB), got {host_budget_mib}.")
+        if num_threads is not None and num_threads < 1:
+            raise ValueError(f"num_threads must be at least 1, or None to choose, got {num_threads}.")
+        self._options = RestoreOptions(
+            mode=mode,
+            host_budget_bytes=host_budget_mib * _MIB,
+            num_threads=num_threads,
+            verify=verify,
+            check_fit=check_fit,
+            progress_bar=progress_bar,
+        )
+        self._log = log
+        self.report: RestoreReport | None = None
+        self._run: RestoreRun | None = None
+        self._undo: list[Callable[[], Any]] = []
+
+    # Lightning's hooks ----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Installs the CheckpointIO. Nothing has been read yet, and nothing is if there is no checkpoint."""
+        self._abort()
+        io = _install_io(trainer)
+        self._run = RestoreRun(self._options, trainer, pl_module, stage, streams=io is not None)
+        if io is not None:
+            self._undo.append(io.observe(self._run))
+        self._undo.append(_guard_meta_module(pl_module, self._run))
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The optimizers exist now, their states come next."""
+        if self._run is not None:
+            self._run.begin_optimizers(trainer.optimizers)
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Everything is restored."""
+        self._finish(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Everything is restored."""
+        self._finish(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Everything is restored."""
+        self._finish(trainer)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Everything is restored."""
+        self._finish(trainer)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Everything is restored."""
+        self._finish(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Whatever failed, no hook stays and no memory."""
+        self._abort()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Ends a restore after which nothing was left to train or to evaluate."""
+        self._finish(trainer)
+
+    # --------------------------------------------------------------------------------------------------------------
+
+    def _finish(self, trainer: pl.Trainer) -> None:
+        run = self._take_run()
+        report = run.finish() if run is not None else None
+        if report is None:
+            return
+        self.report = report
+        if not self._log:
+            return
+        rank_zero_info(f"Restored {report.path} for {report.stage}\n{report.table()}")
+        for logger in trainer.loggers:
+            logger.log_metrics(report.scalars(), step=report.global_step)
+
+    def _abort(self) -> None:
+        run = self._take_run()
+        if run is not None:
+            run.abort()
+
+    def _take_run(self) -> RestoreRun | None:
+        run, self._run = self._run, None
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+        return run
+
+
+def _install_io(trainer: pl.Trainer) -> StreamingCheckpointIO | None:
+    """Makes the Trainer load through a ``StreamingCheckpointIO`` unless the user chose another way.
+
+    Returns:
+        The IO that loads, ``None`` if loading is not ours, which a warning explains.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, _SELF_LOADING):
+        rank_zero_warn(
+            f"{type(strategy).__name__} loads checkpoints by itself and ignores the CheckpointIO, so "
+            "MemoryEfficientRestore cannot bound the memory of this restore. It is measured and reported only."
+        )
+        return None
+    # Lightning 2.6 fills in its own IO when the public property is read, also inside a wrapping IO that has none yet,
+    # and does not tell afterwards whether the user gave it. So look before it does.
+    io = strategy._checkpoint_io
+    if io is None:
+        io = strategy.checkpoint_io = StreamingCheckpointIO()
+    while isinstance(io, _WrappingCheckpointIO):
+        if io.checkpoint_io is None:
+            io.checkpoint_io = StreamingCheckpointIO()
+        io = io.checkpoint_io
+    if isinstance(io, StreamingCheckpointIO):
+        return io
+    rank_zero_warn(
+        f"The Trainer was given {type(io).__name__} through plugins=, which loads checkpoints in its own way, so "
+        "MemoryEfficientRestore cannot bound the memory of this restore. It is measured and reported only. Leave the "
+        "plugin out, derive it from StreamingCheckpointIO, or wrap a StreamingCheckpointIO."
+    )
+    return None
+
+
+def _guard_meta_module(module: pl.LightningModule, run: RestoreRun) -> Callable[[], None]:
+    """Makes the move of a module that is still on meta end in an error that helps.
+
+    Between the restore of the weights and the move to the device Lightning (2.6) calls no hook that runs in every case,
+    in particular none if there is no checkpoint, and torch's own "Cannot copy out of meta tensor" helps nobody. So
+    ``to`` is shadowed on this one instance until the restore ends.
+
+    Returns:
+        A function that removes the guard.
+    """
+
+    def to(*args: Any, **kwargs: Any) -> Any:
+        if args or "device" in kwargs:
+            parameters, buffers = meta_names(module)
+            if parameters or buffers:
+                raise _meta_error(module, run.path, parameters, buffers)
+        return type(module).to(module, *args, **kwargs)
+
+    module.__dict__["to"] = to
+    return lambda: module.__dict__.pop("to", None) and None
+
+
+def _meta_error(
+    module: pl.LightningModule, path: str | None, parameters: list[str], buffers: list[str]
+) -> MetaTensorError:
+    names = (*parameters, *buffers)
+    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    where = f"{type(module).__name__} is still on the meta device: {listed}."
+    if path is None:
+        advice = (
+            "Nothing gives it values, since no checkpoint is restored. Pass ckpt_path=..., or build the module without "
+            "meta_init() or torch.device('meta')."
+        )
+    elif parameters:
+        advice = (
+            f"The checkpoint {path} holds no values for it. Build these modules on a real device, or let torch report "
+            "the missing keys with strict loading."
+        )
+    else:
+        advice = (
+            f"The checkpoint {path} does not hold these buffers (non-persistent buffers are never saved). Build the "
+            "module under lightning_memload.meta_init(), which keeps buffers real, instead of torch.device('meta')."
+        )
+    return MetaTensorError(f"{where} {advice}", names=names)

@@ -1,0 +1,295 @@
+"""One restore inside one Trainer run: from the request to load the checkpoint to the start of training or evaluation.
+
+The run listens to the CheckpointIO, lends torch's ``load_state_dict`` our streaming while it lasts, and measures each
+phase. It ends in exactly one of :meth:`RestoreRun.finish` and :meth:`RestoreRun.abort`, both of which remove every hook
+and let go of the file.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from tqdm.auto import tqdm
+
+from lightning_memload.checkpoint import MappedCheckpoint
+from lightning_memload.memory import MemoryMonitor
+from lightning_memload.plugins.rank_maxima import reduce_maxima
+from lightning_memload.report import MEMORY_FIGURES, PhaseReport, RestoreReport
+from lightning_memload.restore import OptimizerRestore, RestoreSession, WeightsRestore, mapped_bytes
+from lightning_memload.transfer import TransferStats, available_cpus
+
+__all__ = ["Mode", "RestoreOptions", "RestoreRun"]
+
+Mode = Literal["auto", "assign", "copy"]
+
+# Measured on one H100 with 16 cores: 8 threads fill the link. Into CPU memory more than 4 gain nothing.
+_MAX_THREADS_DEVICE = 8
+_MAX_THREADS_CPU = 4
+# Restores shorter than this show no bar.
+_BAR_DELAY_SECONDS = 1.0
+_TRUE_PRECISION_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+# Worth a garbage collection before it is copied out of the file for good.
+_COLLECT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreOptions:
+    """The arguments of ``MemoryEfficientRestore``."""
+
+    mode: Mode
+    host_budget_bytes: int
+    num_threads: int | None
+    verify: bool
+    check_fit: bool
+    progress_bar: bool
+
+
+class RestoreRun:
+    """Restores one checkpoint in one run of a Trainer, and measures it.
+
+    Args:
+        options: How.
+        trainer: The Trainer.
+        pl_module: Its module.
+        stage: What the run is for, as Lightning names it.
+        streams: Whether the checkpoint comes through our CheckpointIO. If not, the run only measures, from now on.
+    """
+
+    def __init__(
+        self, options: RestoreOptions, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, *, streams: bool
+    ) -> None:
+        self._options = options
+        self._trainer = trainer
+        self._module = pl_module
+        # Lightning passes an enum whose str() is its Python name.
+        self._stage = str(getattr(stage, "value", stage))
+        self._device = trainer.strategy.root_device
+        self.path: str | None = None
+        self._global_step: int | None = None
+        self._mode, self._mode_reason = "default", "another way of loading, only measured"
+        self._checkpoint: Any = None
+        self._session: RestoreSession | None = None
+        self._weights: WeightsRestore | None = None
+        self._optimizers: list[OptimizerRestore] = []
+        self._bar: tqdm[Any] | None = None
+        self._total = MemoryMonitor(self._device)
+        self._phases: list[PhaseReport] = []
+        self._phase: tuple[str, MemoryMonitor] | None = None
+        self._counted = TransferStats()
+        if not streams:
+            self._total.start()
+
+    # What the CheckpointIO tells us ---------------------------------------------------------------------------------
+
+    def on_load_start(self, path: str) -> None:
+        """Starts the clock."""
+        if self._total.is_running:
+            self._stop_measuring()  # a user's hook loads a second checkpoint, which is no restart of ours
+        if self.path is not None:
+            return
+        self.path = path
+        self._total.start()
+        self._begin_phase("open")
+
+    def on_load_end(self, path: str, checkpoint: Any, mapped: MappedCheckpoint | None) -> None:
+        """Installs the streaming under the module."""
+        if self.path != path or self._session is not None:
+            return
+        self._begin_phase("weights")
+        step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
+        self._global_step = step if isinstance(step, int) else None
+        if mapped is None:
+            return
+        self._mode, self._mode_reason = self._choose_mode()
+        self._checkpoint = checkpoint
+        self._session = RestoreSession(
+            mapped,
+            device=self._device,
+            budget_bytes=self._options.host_budget_bytes,
+            num_threads=self._options.num_threads or self._default_threads(),
+            verify=self._options.verify,
+            check_fit=self._options.check_fit,
+            # Where several ranks of one host read the same file, one would throw away what the others need.
+            drop_behind=self._trainer.num_devices == 1,
+            on_progress=self._make_bar(mapped),
+            on_pinned=lambda nbytes: self._total.tick(pinned_bytes=nbytes),
+        )
+        self._weights = WeightsRestore(
+            self._module,
+            self._session,
+            dtype=self._true_precision(),
+            assign=self._mode == "assign",
+            strict=self._module.strict_loading,
+            later_bytes=self._optimizer_bytes,
+        )
+
+    # What the Callback tells us -------------------------------------------------------------------------------------
+
+    def begin_optimizers(self, optimizers: Sequence[Any]) -> None:
+        """Installs the streaming under the optimizers."""
+        if self._phase is None:
+            return
+        self._begin_phase("optimizers")
+        if self._session is None:
+            return
+        for number, optimizer in enumerate(optimizers):
+            if hasattr(optimizer, "register_load_state_dict_pre_hook"):
+                name = f"optimizer_states[{number}]"
+                self._optimizers.append(OptimizerRestore(optimizer, self._session, name=name))
+
+    def finish(self) -> RestoreReport | None:
+        """Ends the restore. Every rank must call it.
+
+        Returns:
+            The report, ``None`` if nothing was restored.
+        """
+        restored = self.path is not None or (self._total.is_running and self._trainer.ckpt_path)
+        if not restored:
+            self.abort()
+            return None
+        self._remove_hooks()
+        self._checkpoint = None
+        session, kept = self._session, 0
+        if session is not None:
+            if self._mode == "copy" and session.checkpoint.mapping.referenced_bytes > _COLLECT_BYTES:
+                gc.collect()
+            kept = session.close(detach=self._mode == "copy")
+        self._end_phase()
+        self._total.stop()
+        stats = session.stats if session is not None else TransferStats()
+        report = RestoreReport(
+            path=str(self.path or self._trainer.ckpt_path),
+            stage=self._stage,
+            mode=self._mode,
+            mode_reason=self._mode_reason,
+            device=str(self._device),
+            global_step=self._trainer.global_step if self._stage == "fit" else self._global_step,
+            phases=tuple(self._phases),
+            total=PhaseReport("total", self._total.peaks.seconds, stats.bytes_read, stats.seconds, self._total.peaks),
+            bytes_verified=stats.bytes_verified,
+            bytes_assigned=self._weights.assigned_bytes if self._weights else 0,
+            bytes_copied_ordinarily=session.bytes_copied_ordinarily if session else 0,
+            bytes_kept=kept,
+            staging_bytes=stats.staging_bytes,
+            num_threads=stats.num_threads,
+            rank=self._trainer.global_rank,
+            world_size=self._trainer.world_size,
+        )
+        if self._trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+            maxima = reduce_maxima(report.figures(), list(MEMORY_FIGURES), self._device)
+            report = replace(report, maxima=maxima)
+        return report
+
+    def abort(self) -> None:
+        """Ends a restore that failed or was never asked for.
+
+        The mapping is left to the tensors on top of it: an exception still refers to them, and copying them out now
+        could take the memory that just ran out.
+        """
+        self._remove_hooks()
+        self._checkpoint = None
+        if self._session is not None:
+            self._session.close(detach=False)
+        self._stop_measuring()
+
+    # --------------------------------------------------------------------------------------------------------------
+
+    def _choose_mode(self) -> tuple[Mode, str]:
+        wanted = self._options.mode
+        on_cpu = self._device.type == "cpu"
+        if wanted == "assign" and not on_cpu:
+            rank_zero_warn(
+                f"MemoryEfficientRestore(mode='assign') needs a CPU target: parameters on {self._device} cannot be a "
+                "file's pages. The weights are copied."
+            )
+            return "copy", f"parameters live on {self._device}"
+        if wanted != "auto":
+            return wanted, "as configured"
+        if on_cpu and self._stage != "fit":
+            return "assign", "evaluation on the CPU only reads the weights; checksums are not compared"
+        return "copy", "training writes to the weights" if on_cpu else f"parameters live on {self._device}"
+
+    def _default_threads(self) -> int:
+        most = _MAX_THREADS_CPU if self._device.type == "cpu" else _MAX_THREADS_DEVICE
+        return max(1, min(most, available_cpus() // max(1, self._trainer.num_devices)))
+
+    def _true_precision(self) -> torch.dtype | None:
+        """The dtype that the precision plugin is going to convert the module to, if converting is all that it does."""
+        plugin = self._trainer.precision_plugin
+        if isinstance(plugin, (HalfPrecision, DoublePrecision)):
+            return _TRUE_PRECISION_DTYPES.get(str(plugin.precision))
+        return None
+
+    def _optimizer_bytes(self) -> dict[torch.device, int]:
+        if self._stage != "fit" or self._session is None or not isinstance(self._checkpoint, dict):
+            return {}
+        return {self._device: mapped_bytes(self._checkpoint.get("optimizer_states"), self._session)}
+
+    def _make_bar(self, mapped: MappedCheckpoint) -> Any:
+        bar = self._trainer.progress_bar_callback
+        if (
+            not self._options.progress_bar
+            or bar is None
+            or getattr(bar, "is_disabled", False)
+            or not self._trainer.is_global_zero
+        ):
+            return None
+        parts = ("state_dict", "optimizer_states") if self._stage == "fit" else ("state_dict",)
+        storages = {t.storage.key: t.storage.nbytes for t in mapped.index if t.path[0] in parts}
+        self._bar = tqdm(
+            desc="Restoring checkpoint",
+            total=sum(storages.values()),
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            delay=_BAR_DELAY_SECONDS,
+            leave=False,
+            dynamic_ncols=True,
+        )
+        return self._bar.update
+
+    def _begin_phase(self, name: str) -> None:
+        self._end_phase()
+        monitor = MemoryMonitor(self._device)
+        monitor.start()
+        self._phase = (name, monitor)
+
+    def _end_phase(self) -> None:
+        if self._phase is None:
+            return
+        name, monitor = self._phase
+        self._phase = None
+        monitor.stop()
+        stats = self._session.stats if self._session is not None else TransferStats()
+        self._phases.append(
+            PhaseReport(
+                name,
+                monitor.peaks.seconds,
+                stats.bytes_read - self._counted.bytes_read,
+                stats.seconds - self._counted.seconds,
+                monitor.peaks,
+            )
+        )
+        self._counted = stats
+
+    def _stop_measuring(self) -> None:
+        self._end_phase()
+        if self._total.is_running:
+            self._total.stop()
+
+    def _remove_hooks(self) -> None:
+        if self._weights is not None:
+            self._weights.remove()
+        for optimizer in self._optimizers:
+            optimizer.remove()
+        self._optimizers.clear()
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

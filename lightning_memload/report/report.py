@@ -1,0 +1,181 @@
+"""What a restore really cost: the figures of one restore as a dict, as scalars for a logger, as a table.
+
+Bytes inside, GiB where people read. A figure that is not known is absent, never zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lightning_memload.memory import MemoryPeaks
+
+__all__ = ["MEMORY_FIGURES", "PhaseReport", "RankMaximum", "RestoreReport"]
+
+_GIB = 2**30
+
+# The memory figures that are logged and reduced over ranks, and where they come from.
+MEMORY_FIGURES = {
+    "host_anonymous_peak": "anonymous_peak_bytes",
+    "host_anonymous_above_start": "anonymous_above_start_bytes",
+    "host_file_backed_peak": "file_backed_peak_bytes",
+    "host_rss_peak": "rss_peak_bytes",
+    "host_pinned_peak": "pinned_peak_bytes",
+    "gpu_allocated_peak": "cuda_allocated_peak_bytes",
+    "gpu_reserved_peak": "cuda_reserved_peak_bytes",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseReport:
+    """One phase of a restore.
+
+    Attributes:
+        name: ``"open"``, ``"weights"``, ``"optimizers"`` or ``"total"``.
+        seconds: Wall time of the phase, everything that Lightning does in it included.
+        bytes_read: Bytes streamed from the file.
+        transfer_seconds: Wall time of the streaming itself.
+        peaks: Memory of the process during the phase.
+    """
+
+    name: str
+    seconds: float
+    bytes_read: int
+    transfer_seconds: float
+    peaks: MemoryPeaks
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """Speed of the streaming, ``None`` where nothing was streamed."""
+        return self.bytes_read / self.transfer_seconds if self.bytes_read and self.transfer_seconds else None
+
+
+@dataclass(frozen=True, slots=True)
+class RankMaximum:
+    """The largest value of a figure over all ranks, and the rank it comes from."""
+
+    value: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreReport:
+    """The figures of one restore.
+
+    Attributes:
+        path: The checkpoint.
+        stage: What the restore was for: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        mode: ``"copy"``, ``"assign"``, or ``"default"`` where the restore was not ours and is only measured.
+        mode_reason: Why this mode, in words.
+        device: Where the module went.
+        global_step: The restored step, ``None`` if the checkpoint has none.
+        phases: In their order in time.
+        total: From the request to load the checkpoint to the start of training or evaluation.
+        bytes_verified: Bytes whose CRC-32 was compared with the file's.
+        bytes_assigned: Bytes of parameters that are the file's own pages now.
+        bytes_copied_ordinarily: Bytes that torch copied, since they no longer lay in the file as they were.
+        bytes_kept: Bytes of the checkpoint that somebody still refers to after the restore.
+        staging_bytes: Host memory of the staging ring.
+        num_threads: Threads that read.
+        rank: Of this process.
+        world_size: Number of processes.
+        maxima: Over all ranks, by the name of the figure; empty for a single process.
+    """
+
+    path: str
+    stage: str
+    mode: str
+    mode_reason: str
+    device: str
+    global_step: int | None
+    phases: tuple[PhaseReport, ...]
+    total: PhaseReport
+    bytes_verified: int = 0
+    bytes_assigned: int = 0
+    bytes_copied_ordinarily: int = 0
+    bytes_kept: int = 0
+    staging_bytes: int = 0
+    num_threads: int = 0
+    rank: int = 0
+    world_size: int = 1
+    maxima: Mapping[str, RankMaximum] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, int]:
+        """The memory figures of the whole restore that are known, in bytes, by name."""
+        known = {name: getattr(self.total.peaks, source) for name, source in MEMORY_FIGURES.items()}
+        return {name: value for name, value in known.items() if value is not None}
+
+    def scalars(self) -> dict[str, float]:
+        """What is logged: ``memload/...``, memory in GiB and as the maximum over all ranks, times in seconds."""
+        scalars: dict[str, float] = {"memload/seconds": self.total.seconds}
+        for phase in self.phases:
+            scalars[f"memload/{phase.name}_seconds"] = phase.seconds
+        scalars["memload/read_gib"] = self.total.bytes_read / _GIB
+        if self.total.bytes_per_second is not None:
+            scalars["memload/read_gib_per_second"] = self.total.bytes_per_second / _GIB
+        for name, value in self.figures().items():
+            maximum = self.maxima.get(name)
+            scalars[f"memload/{name}_gib"] = (maximum.value if maximum else value) / _GIB
+            if maximum:
+                scalars[f"memload/{name}_rank"] = float(maximum.rank)
+        if self.total.peaks.major_faults is not None:
+            scalars["memload/major_faults"] = float(self.total.peaks.major_faults)
+        return scalars
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as plain dicts, lists and numbers that ``json`` can write. Bytes and seconds."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """A compact table for people: one line per phase, GiB and seconds."""
+        rows: list[tuple[str, ...]] = [("restore", "seconds", "read", "speed", "host anonymous", "GPU peak")]
+        phases: Sequence[PhaseReport] = (*self.phases, self.total)
+        rows.extend(_row(phase) for phase in phases)
+        if all(row[-1] == "-" for row in rows[1:]):
+            rows = [row[:-1] for row in rows]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
+                      for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        ]  # fmt: skip
+        rule = "-" * len(lines[0])
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], self._footer()])
+
+    def _footer(self) -> str:
+        parts = [f"mode {self.mode} ({self.mode_reason})"]
+        peaks = self.total.peaks
+        if peaks.file_backed_peak_bytes is not None:
+            parts.append(f"file-backed peak {_gib(peaks.file_backed_peak_bytes)}")
+        if peaks.pinned_peak_bytes:
+            parts.append(f"pinned {_gib(peaks.pinned_peak_bytes)}")
+        if self.bytes_verified:
+            parts.append(f"verified {_gib(self.bytes_verified)}")
+        if self.bytes_copied_ordinarily:
+            parts.append(f"copied by torch {_gib(self.bytes_copied_ordinarily)}")
+        maximum = self.maxima.get("host_anonymous_above_start")
+        if maximum:
+            parts.append(
+                f"most host anonymous of {self.world_size} ranks +{_gib(maximum.value)} on rank {maximum.rank}"
+            )
+        return "; ".join(parts)
+
+
+def _row(phase: PhaseReport) -> tuple[str, ...]:
+    speed = phase.bytes_per_second
+    peaks = phase.peaks
+    rise = peaks.anonymous_above_start_bytes
+    gpu = peaks.cuda_allocated_peak_bytes
+    return (
+        phase.name,
+        f"{phase.seconds:.2f}",
+        _gib(phase.bytes_read) if phase.bytes_read else "-",
+        f"{speed / _GIB:.1f} GiB/s" if speed else "-",
+        f"+{_gib(rise)}" if rise is not None else "-",
+        _gib(gpu) if gpu is not None else "-",
+    )
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / _GIB:.2f} GiB"
