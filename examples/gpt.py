@@ -1,0 +1,198 @@
+"""A GPT-2 in plain PyTorch as a LightningModule, and a text that every machine has: Python's own standard library.
+
+The examples and benchmarks share it. Nothing in here knows of ``lightning_memload``: it is what a user has anyway.
+Tokens are bytes. The GPT-2 sizes keep GPT-2's vocabulary and context, so that their checkpoints have its size too.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+
+@dataclass(frozen=True, slots=True)
+class GPTConfig:
+    """The five numbers that make a GPT-2."""
+
+    num_layers: int
+    num_heads: int
+    width: int
+    vocabulary_size: int = 50257
+    context_length: int = 1024
+
+
+SIZES = {
+    "demo": GPTConfig(num_layers=7, num_heads=12, width=768, vocabulary_size=256),
+    "gpt2-small": GPTConfig(num_layers=12, num_heads=12, width=768),
+    "gpt2-medium": GPTConfig(num_layers=24, num_heads=16, width=1024),
+    "gpt2-large": GPTConfig(num_layers=36, num_heads=20, width=1280),
+    "gpt2-xl": GPTConfig(num_layers=48, num_heads=25, width=1600),
+}
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a token sees itself and what came before."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.query_key_value = nn.Linear(config.width, 3 * config.width)
+        self.projection = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, length, width) to the same shape."""
+        batch, length, width = x.shape
+        heads = self.query_key_value(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.projection(y.transpose(1, 2).reshape(batch, length, width))
+
+
+class Block(nn.Module):
+    """Attention and a two-layer perceptron, each behind a LayerNorm and beside a residual."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention = CausalSelfAttention(config)
+        self.mlp_norm = nn.LayerNorm(config.width)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.width, 4 * config.width),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(4 * config.width, config.width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, length, width) to the same shape."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(L.LightningModule):
+    """GPT-2 with tied input and output embeddings, AdamW and a cosine schedule.
+
+    Args:
+        size: A key of ``SIZES``.
+        learning_rate: Of AdamW, where the cosine begins.
+        max_steps: Steps in which the cosine reaches zero.
+    """
+
+    def __init__(self, size: str = "demo", learning_rate: float = 3e-4, max_steps: int = 1000) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.config = config = SIZES[size]
+        self.token_embedding = nn.Embedding(config.vocabulary_size, config.width)
+        self.position_embedding = nn.Embedding(config.context_length, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocabulary_size, bias=False)
+        self.apply(_initialize)
+        self.head.weight = self.token_embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map int64 tokens (batch, length) to logits (batch, length, vocabulary)."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.token_embedding(tokens) + self.position_embedding(positions)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Return the cross entropy of every next token."""
+        loss = self._loss(batch)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Log the mean cross entropy of every next token."""
+        self.log("val_loss", self._loss(batch), batch_size=len(batch))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW; one step of the schedule for every step of the optimizer."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams["learning_rate"], weight_decay=0.1)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.hparams["max_steps"])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _loss(self, batch: Tensor) -> Tensor:
+        logits = self(batch[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def _initialize(module: nn.Module) -> None:
+    """Draw a module's own parameters as GPT-2 does."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+class StandardLibrary(L.LightningDataModule):
+    """The sources of the running Python's standard library, as bytes; the last tenth is for validation.
+
+    Args:
+        max_bytes: How much of it to read, from its first file in alphabetical order.
+        sequence_length: Tokens that a sample predicts.
+        batch_size: Samples in a batch.
+    """
+
+    def __init__(self, max_bytes: int = 1 << 20, sequence_length: int = 128, batch_size: int = 4) -> None:
+        super().__init__()
+        self.max_bytes = max_bytes
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+
+    def setup(self, stage: str) -> None:
+        """Read the text and divide it."""
+        text = standard_library_text(self.max_bytes)
+        boundary = len(text) * 9 // 10
+        self.train_text = Sequences(text[:boundary], self.sequence_length)
+        self.val_text = Sequences(text[boundary:], self.sequence_length)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Shuffled by torch's global generator: a restore that drew from it would be seen in the next loss."""
+        return DataLoader(self.train_text, self.batch_size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """In the order of the text."""
+        return DataLoader(self.val_text, self.batch_size)
+
+
+class Sequences(Dataset[Tensor]):
+    """A text cut into pieces; each is an int64 tensor of ``sequence_length + 1`` tokens, the last one only a target."""
+
+    def __init__(self, text: bytes, sequence_length: int) -> None:
+        self.tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self.sequence_length = sequence_length
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // self.sequence_length
+
+    def __getitem__(self, index: int) -> Tensor:
+        start = index * self.sequence_length
+        return self.tokens[start : start + self.sequence_length + 1].long()
+
+
+def standard_library_text(max_bytes: int) -> bytes:
+    """Return the first ``max_bytes`` of the standard library's top-level sources, in alphabetical order.
+
+    Raises:
+        FileNotFoundError: This Python has no sources beside it (a zipped or frozen standard library).
+    """
+    library = Path(os.__file__).parent
+    sources = sorted(library.glob("*.py"))
+    if not sources:
+        raise FileNotFoundError(f"{library} holds no *.py; run this with a Python that has its sources beside it.")
+    text = bytearray()
+    for source in sources:
+        if len(text) >= max_bytes:
+            break
+        text += source.read_bytes()
+    return bytes(text[:max_bytes])
