@@ -88,7 +88,12 @@ class GPT(L.LightningModule):
     def __init__(self, size: str = "demo", learning_rate: float = 3e-4, max_steps: int = 1000) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.config = config = SIZES[size]
+        self.config = SIZES[size]
+        self.build()
+
+    def build(self) -> None:
+        """Make the layers. A class that builds in ``configure_model`` overrides ``__init__``'s call of it."""
+        config = self.config
         self.token_embedding = nn.Embedding(config.vocabulary_size, config.width)
         self.position_embedding = nn.Embedding(config.context_length, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))

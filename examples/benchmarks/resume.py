@@ -1,0 +1,438 @@
+"""Measure a whole resume: ``trainer.fit(ckpt_path=...)`` until training starts, stock and with the callback.
+
+Every variant runs in fresh processes, several times, on the same checkpoint of a GPT with AdamW. The machine's own
+ceilings are measured in the same run: reading the file from the page cache with several threads, copying from
+page-locked memory to the GPU, and reading the file from a cold disk. ``--sweep`` also streams the file with other
+numbers of threads and block sizes. Medians are printed as a table and written as JSON.
+
+    python examples/benchmarks/resume.py --size gpt2-xl --accelerator gpu --output resume.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from gpt import GPT, SIZES
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+import lightning_memload
+from lightning_memload import MemoryEfficientRestore, meta_init, open_checkpoint
+from lightning_memload.checkpoint import LocalFile
+from lightning_memload.memory import MemoryMonitor
+from lightning_memload.transfer import Record, RingLayout, StagingRing, TensorCopy, transfer
+
+VARIANTS = {
+    "stock": "stock Lightning",
+    "stock-configure-model": "stock Lightning, built in configure_model",
+    "callback": "MemoryEfficientRestore",
+    "callback-configure-model": "MemoryEfficientRestore, built in configure_model",
+    "callback-meta-init": "MemoryEfficientRestore, built under meta_init",
+    "callback-unverified": "MemoryEfficientRestore(verify=False)",
+    "callback-cold": "MemoryEfficientRestore, cold page cache",
+}
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+class ConfiguredGPT(GPT):
+    """The same GPT, built where Lightning asks for it: directly on the device."""
+
+    def build(self) -> None:
+        """Build later."""
+
+    def configure_model(self) -> None:
+        """Build now, once."""
+        if not hasattr(self, "blocks"):
+            super().build()
+
+
+class SaveToFile(TorchCheckpointIO):
+    """Saves as Lightning does, but straight to the file: what is measured here is the resume."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write with torch alone."""
+        torch.save(checkpoint, path)
+
+
+class StopAtTrainingStart(L.Callback):
+    """Notes what the resume cost, writes it down and ends the process: nothing after the resume is of interest."""
+
+    def __init__(self, monitor: MemoryMonitor, result: dict[str, Any], restore: MemoryEfficientRestore | None) -> None:
+        self.monitor = monitor
+        self.result = result
+        self.restore = restore
+        self.started = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Everything is restored."""
+        synchronize()
+        self.result["seconds"] = time.perf_counter() - self.started
+        self.monitor.stop()
+        peaks = self.monitor.peaks
+        self.result["peaks"] = peaks.as_dict()
+        self.result["host_above_start_bytes"] = peaks.host_above_start_bytes
+        if self.restore is not None and self.restore.report is not None:
+            self.result["report"] = self.restore.report.as_dict()
+        self.result["digest"] = digest(pl_module, trainer.optimizers)
+        print("RESULT", json.dumps(self.result), flush=True)
+        os._exit(0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark, or one task of it in a process of its own."""
+    options = parse(arguments)
+    options.data.mkdir(parents=True, exist_ok=True)
+    if options.task == "save":
+        save(options)
+        return 0
+    if options.task == "ceilings":
+        print("RESULT", json.dumps(ceilings(options)), flush=True)
+        return 0
+    if options.task:
+        resume(options)
+        return 1  # not reached: the callback ends the process
+    path = checkpoint_path(options)
+    if not path.exists():
+        run_task(options, "save")
+    results: dict[str, list[dict[str, Any]]] = {}
+    for repetition in range(options.repetitions):
+        for variant in options.variants:
+            if repetition and variant in ("callback-cold",):
+                continue
+            (evict if variant.endswith("-cold") else warm)(path)
+            results.setdefault(variant, []).append(run_task(options, variant))
+            print(
+                f"  {variant} #{repetition + 1}: {results[variant][-1]['seconds']:.2f} s", file=sys.stderr, flush=True
+            )
+    warm(path)
+    report = {
+        "benchmark": "resume",
+        "command": " ".join(["python examples/benchmarks/resume.py", *(arguments or sys.argv[1:])]),
+        "machine": machine(),
+        "versions": versions(),
+        "size": options.size,
+        "checkpoint_bytes": path.stat().st_size,
+        "variants": {variant: summarize(runs) for variant, runs in results.items()},
+        "equal": len({run["digest"] for runs in results.values() for run in runs}) == 1,
+        "ceilings": run_task(options, "ceilings"),
+        "runs": results,
+    }
+    if options.output:
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report))
+    return 0 if report["equal"] else 1
+
+
+def save(options: argparse.Namespace) -> None:
+    """Train one step and save an ordinary checkpoint."""
+    L.seed_everything(0)
+    trainer = make_trainer(options, [], plugins=[SaveToFile()], max_steps=1)
+    model = ConfiguredGPT(options.size)
+    trainer.fit(model, batches())
+    trainer.save_checkpoint(checkpoint_path(options))
+
+
+def resume(options: argparse.Namespace) -> None:
+    """Resume one variant until training starts."""
+    torch.set_num_threads(min(16, os.cpu_count() or 1))
+    if options.accelerator == "gpu":
+        torch.zeros(1, device="cuda")  # the CUDA context is no part of a resume
+    result: dict[str, Any] = {}
+    started = time.perf_counter()
+    with meta_init("meta-init" in options.task):
+        model = (ConfiguredGPT if "configure-model" in options.task else GPT)(options.size)
+    result["build_seconds"] = time.perf_counter() - started
+    restore = None
+    if options.task.startswith("callback"):
+        restore = MemoryEfficientRestore(verify="unverified" not in options.task)
+    monitor = MemoryMonitor("cuda" if options.accelerator == "gpu" else None)
+    stop = StopAtTrainingStart(monitor, result, restore)
+    trainer = make_trainer(options, [*([restore] if restore else []), stop], max_steps=100)
+    data = batches()
+    monitor.start()
+    stop.started = time.perf_counter()
+    trainer.fit(model, data, ckpt_path=checkpoint_path(options))
+
+
+def make_trainer(options: argparse.Namespace, callbacks: list[L.Callback], **arguments: Any) -> L.Trainer:
+    """Build a Trainer without anything that is not needed."""
+    return L.Trainer(
+        accelerator=options.accelerator,
+        devices=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=options.data,
+        **arguments,
+    )
+
+
+def batches() -> DataLoader[Any]:
+    """Return a little data; none of it is looked at."""
+    return DataLoader(torch.zeros(64, 17, dtype=torch.int64), batch_size=1)
+
+
+def digest(module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> str:
+    """Sum every weight and optimizer state, weighted by position, on its device: equal digests for equal bits."""
+    tensors = [*module.state_dict().values()]
+    for optimizer in optimizers:
+        for state in optimizer.state_dict()["state"].values():
+            tensors.extend(value for value in state.values() if isinstance(value, torch.Tensor))
+    total = 0
+    for number, tensor in enumerate(tensors):
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8).view(-1)
+        words = flat[: flat.numel() // 4 * 4].view(torch.int32)
+        value = 0
+        for chunk in words.split(64 * MIB):
+            weights = torch.arange(1, 2 * chunk.numel(), 2, device=chunk.device)
+            value = value * 31 + int((chunk.long() * weights).sum())
+        total = (total * 1_000_003 + value + number) % (1 << 127)
+    return f"{len(tensors)}:{total:032x}"
+
+
+# The machine's own limits ---------------------------------------------------------------------------------------------
+
+
+def ceilings(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the machine can do at best, and what the engine does, on the same file in the same process."""
+    path = checkpoint_path(options)
+    found: dict[str, Any] = {"pread_warm_gb_per_second": {}, "engine_gb_per_second": {}}
+    for threads in (1, 4, 8, 16):
+        seconds = min(read_all(path, threads, 8 * MIB) for _ in range(2))
+        found["pread_warm_gb_per_second"][str(threads)] = path.stat().st_size / seconds / 1e9
+    if options.accelerator == "gpu":
+        found["pinned_copy_gb_per_second"] = pinned_copy()
+        for threads, block_mib in ((8, 8), *SWEEP) if options.sweep else ((8, 8),):
+            for verify in (True, False):
+                layout = RingLayout(threads, block_mib * MIB)
+                rates = [engine(path, layout, verify) for _ in range(3)]
+                name = f"{threads} x {block_mib} MiB x 2{'' if verify else ', unverified'}"
+                found["engine_gb_per_second"][name] = statistics.median(rates)
+    if options.cold:
+        cold: dict[str, list[float]] = {"pread_cold_gb_per_second": [], "engine_cold_gb_per_second": []}
+        for _ in range(2):
+            evict(path)
+            cold["pread_cold_gb_per_second"].append(path.stat().st_size / read_all(path, 8, 8 * MIB, drop=True) / 1e9)
+            if options.accelerator == "gpu":
+                evict(path)
+                cold["engine_cold_gb_per_second"].append(engine(path, RingLayout(8, 8 * MIB), True, drop=True))
+        found.update(cold)
+    return found
+
+
+SWEEP = ((4, 8), (4, 16), (6, 8), (8, 4), (12, 4), (16, 4), (12, 5), (16, 8))
+
+
+def read_all(path: Path, threads: int, block_bytes: int, *, drop: bool = False) -> float:
+    """Read the whole file once, block by block, into one buffer per thread. Returns seconds."""
+    with LocalFile(path, drop_behind=drop) as file:
+        starts = iter(range(0, file.size_bytes, block_bytes))
+
+        def work() -> None:
+            buffer = memoryview(mmap.mmap(-1, block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            for start in starts:
+                end = min(start + block_bytes, file.size_bytes)
+                while start < end:
+                    start += file.readv([buffer[: end - start]], start)
+
+        return time_of(lambda: in_threads(work, threads))
+
+
+def pinned_copy() -> float:
+    """Copy from page-locked memory to the GPU as fast as it goes. Returns GB/s."""
+    host = torch.empty(128 * MIB, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty_like(host, device="cuda")
+
+    def copy() -> None:
+        for _ in range(50):
+            device.copy_(host, non_blocking=True)
+        synchronize()
+
+    copy()
+    return 50 * host.numel() / time_of(copy) / 1e9
+
+
+def engine(path: Path, layout: RingLayout, verify: bool, *, drop: bool = False) -> float:
+    """Stream every storage of the checkpoint into GPU memory. Returns GB/s, without the time to make the ring."""
+    index = open_checkpoint(path)
+    storages = [storage for storage in index.storages if storage.nbytes]
+    copies = [
+        TensorCopy(s.key, s.offset, torch.uint8, (1,), torch.empty(s.nbytes, dtype=torch.uint8, device="cuda"))
+        for s in storages
+    ]
+    records = [Record(s.key, s.offset, s.nbytes, s.crc32) for s in storages if verify and s.crc32 is not None]
+    synchronize()
+    with StagingRing(layout, pinned=True) as ring, LocalFile(path, drop_behind=drop) as file:
+        stats = transfer(
+            file, copies, lambda: ring, num_threads=layout.num_threads, block_bytes=layout.block_bytes, records=records
+        )
+    return stats.bytes_read / stats.seconds / 1e9
+
+
+def in_threads(work: Callable[[], None], threads: int) -> None:
+    """Run the same work in several threads."""
+    with ThreadPoolExecutor(threads) as pool:
+        for future in [pool.submit(work) for _ in range(threads)]:
+            future.result()
+
+
+def time_of(work: Callable[[], None]) -> float:
+    """Seconds that the work takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def warm(path: Path) -> None:
+    """Bring the whole file into the page cache."""
+    read_all(path, 4, 8 * MIB)
+
+
+def evict(path: Path) -> None:
+    """Drop the file from the page cache."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one in use."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+# Processes, figures, table --------------------------------------------------------------------------------------------
+
+
+def run_task(options: argparse.Namespace, task: str) -> dict[str, Any]:
+    """Run one task in a fresh process and return what it found."""
+    command = [sys.executable, __file__, "--task", task, "--size", options.size, "--accelerator", options.accelerator]
+    command += ["--data", str(options.data)]
+    command += ["--sweep"] * options.sweep + ["--cold"] * options.cold
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or (not lines and task != "save"):
+        raise SystemExit(f"{task} failed with exit status {done.returncode}:\n{done.stdout}")
+    return dict(json.loads(lines[-1].removeprefix("RESULT "))) if lines else {}
+
+
+def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the repetitions."""
+
+    def median(pick: Callable[[dict[str, Any]], float | None]) -> float | None:
+        values = [value for run in runs if (value := pick(run)) is not None]
+        return statistics.median(values) if values else None
+
+    def streaming(run: dict[str, Any]) -> float | None:
+        total = run.get("report", {}).get("total", {})
+        seconds = total.get("transfer_seconds")
+        return total["bytes_read"] / seconds / 1e9 if seconds else None
+
+    return {
+        "seconds": median(lambda run: run["seconds"]),
+        "build_seconds": median(lambda run: run["build_seconds"]),
+        "host_above_start_bytes": median(lambda run: run["host_above_start_bytes"]),
+        "pinned_peak_bytes": median(lambda run: run["peaks"]["pinned_peak_bytes"]),
+        "file_backed_peak_bytes": median(lambda run: run["peaks"]["file_backed_peak_bytes"]),
+        "cuda_allocated_peak_bytes": median(lambda run: run["peaks"]["cuda_allocated_peak_bytes"]),
+        "streaming_gb_per_second": median(streaming),
+        "repetitions": len(runs),
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """Format the medians for people."""
+    lines = [
+        f"{report['size']}, checkpoint {report['checkpoint_bytes'] / 1e9:.2f} GB, {report['machine']['gpu'] or 'CPU'}",
+        f"{'':52}{'fit() to':>10}{'host above':>12}{'GPU':>8}{'stream':>8}{'build':>8}",
+        f"{'':52}{'start, s':>10}{'start, GiB':>12}{'GiB':>8}{'GB/s':>8}{'s':>8}",
+    ]
+    for variant, row in report["variants"].items():
+        cells = [
+            number(row["seconds"], 1),
+            number(row["host_above_start_bytes"], GIB),
+            number(row["cuda_allocated_peak_bytes"], GIB),
+            number(row["streaming_gb_per_second"], 1),
+            number(row["build_seconds"], 1),
+        ]
+        lines.append(f"{VARIANTS[variant]:52}{cells[0]:>10}{cells[1]:>12}{cells[2]:>8}{cells[3]:>8}{cells[4]:>8}")
+    lines.append(f"all variants equal bit for bit: {report['equal']}")
+    lines.extend(f"{name}: {json.dumps(rounded(value))}" for name, value in report["ceilings"].items())
+    return "\n".join(lines)
+
+
+def number(value: float | None, unit: int) -> str:
+    """Format a figure in a unit, a dash for an unknown one."""
+    return "-" if value is None else f"{value / unit:.2f}"
+
+
+def rounded(value: Any) -> Any:
+    """Round floats, inside containers too."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(value, 2) if isinstance(value, float) else value
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine."""
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpus": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "system": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Name what was measured with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": L.__version__,
+        "lightning_memload": lightning_memload.__version__,
+    }
+
+
+def checkpoint_path(options: argparse.Namespace) -> Path:
+    """Where the checkpoint of this size lies."""
+    return Path(options.data) / f"{options.size}.ckpt"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="demo")
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[v for v in VARIANTS if "cold" not in v])
+    parser.add_argument("--data", type=Path, default=Path("runs/benchmark"), help="where the checkpoint is kept")
+    parser.add_argument("--sweep", action="store_true", help="also try other numbers of threads and block sizes")
+    parser.add_argument("--cold", action="store_true", help="also measure with a cold page cache")
+    parser.add_argument("--output", type=Path, help="write everything to this JSON file")
+    parser.add_argument("--task", default="", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
