@@ -36,7 +36,15 @@ import lightning_memload
 from lightning_memload import MemoryEfficientRestore, meta_init, open_checkpoint
 from lightning_memload.checkpoint import LocalFile
 from lightning_memload.memory import MemoryMonitor
-from lightning_memload.transfer import Record, RingLayout, StagingRing, TensorCopy, transfer
+from lightning_memload.transfer import (
+    Record,
+    RingLayout,
+    StagingRing,
+    TensorCopy,
+    available_cpus,
+    choose_layout,
+    transfer,
+)
 
 VARIANTS = {
     "stock": "stock Lightning",
@@ -49,6 +57,7 @@ VARIANTS = {
 }
 MIB = 1 << 20
 GIB = 1 << 30
+MAX_THREADS = 12
 
 
 class ConfiguredGPT(GPT):
@@ -221,12 +230,12 @@ def ceilings(options: argparse.Namespace) -> dict[str, Any]:
         found["pread_warm_gb_per_second"][str(threads)] = path.stat().st_size / seconds / 1e9
     if options.accelerator == "gpu":
         found["pinned_copy_gb_per_second"] = pinned_copy()
-        for threads, block_mib in ((8, 8), *SWEEP) if options.sweep else ((8, 8),):
+        default = choose_layout(128 * MIB, min(MAX_THREADS, available_cpus()))
+        for layout in (default, *SWEEP) if options.sweep else (default,):
             for verify in (True, False):
-                layout = RingLayout(threads, block_mib * MIB)
                 rates = [engine(path, layout, verify) for _ in range(3)]
-                name = f"{threads} x {block_mib} MiB x 2{'' if verify else ', unverified'}"
-                found["engine_gb_per_second"][name] = statistics.median(rates)
+                name = f"{layout.num_threads} threads, {layout.num_buffers} x {layout.block_bytes / MIB:.1f} MiB"
+                found["engine_gb_per_second"][name + ("" if verify else ", unverified")] = statistics.median(rates)
     if options.cold:
         cold: dict[str, list[float]] = {"pread_cold_gb_per_second": [], "engine_cold_gb_per_second": []}
         for _ in range(2):
@@ -234,12 +243,15 @@ def ceilings(options: argparse.Namespace) -> dict[str, Any]:
             cold["pread_cold_gb_per_second"].append(path.stat().st_size / read_all(path, 8, 8 * MIB, drop=True) / 1e9)
             if options.accelerator == "gpu":
                 evict(path)
-                cold["engine_cold_gb_per_second"].append(engine(path, RingLayout(8, 8 * MIB), True, drop=True))
+                cold["engine_cold_gb_per_second"].append(engine(path, choose_layout(128 * MIB, 12), True, drop=True))
         found.update(cold)
     return found
 
 
-SWEEP = ((4, 8), (4, 16), (6, 8), (8, 4), (12, 4), (16, 4), (12, 5), (16, 8))
+SWEEP = tuple(
+    RingLayout(threads, buffers, 128 * MIB // buffers)
+    for threads, buffers in ((4, 8), (8, 8), (8, 16), (10, 16), (12, 12), (14, 16), (16, 16), (16, 24))
+)
 
 
 def read_all(path: Path, threads: int, block_bytes: int, *, drop: bool = False) -> float:

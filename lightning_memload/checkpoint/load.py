@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from lightning_memload.checkpoint.index import Checkpoint, StorageInfo
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.source import LocalFile
 from lightning_memload.checkpoint.torch_zip import UnmappableCheckpoint, is_zip, read_index
-from lightning_memload.errors import CheckpointFormatError, MemloadError
+from lightning_memload.errors import CheckpointFormatError, InsufficientMemoryError, MemloadError
 
 __all__ = ["MappedCheckpoint", "UnmappableCheckpoint", "load_mapped", "open_checkpoint"]
 
@@ -59,9 +59,6 @@ class MappedCheckpoint:
     def __init__(self, index: Checkpoint, mapping: FileMapping) -> None:
         self.index = index
         self.mapping = mapping
-        self._storages = sorted(
-            (storage for storage in index.storages if storage.nbytes), key=lambda storage: storage.offset
-        )
 
     def locate(self, tensor: torch.Tensor) -> int | None:
         """Absolute file offset of the tensor's first element, if reading the file there gives the tensor's values.
@@ -73,15 +70,26 @@ class MappedCheckpoint:
             ``None`` for a tensor that does not lie in the file, that somebody wrote to since, whose bytes are not its
             values (conjugate or negative views, subclasses), or that is empty.
         """
+        return self.locate_all([tensor])[0]
+
+    def locate_all(self, tensors: Sequence[torch.Tensor]) -> list[int | None]:
+        """Locates many tensors at once, which asks the kernel once instead of for each; see :meth:`locate`."""
+        offsets = [self._offset_of_values(tensor) for tensor in tensors]
+        ranges = [
+            None if offset is None else (offset, offset + span_bytes(tensor))
+            for offset, tensor in zip(offsets, tensors, strict=True)
+        ]
+        pristine = self.mapping.are_pristine([span for span in ranges if span is not None])
+        answers = iter(pristine)
+        return [offset if offset is not None and next(answers) else None for offset in offsets]
+
+    def _offset_of_values(self, tensor: torch.Tensor) -> int | None:
         # The exact types: a subclass may give its bytes another meaning.
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.numel() == 0:
             return None
         if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
             return None
-        offset = self.mapping.offset_of(tensor)
-        if offset is None or not self.mapping.is_pristine(offset, span_bytes(tensor)):
-            return None
-        return offset
+        return self.mapping.offset_of(tensor)
 
 
 def span_bytes(tensor: torch.Tensor) -> int:
@@ -105,6 +113,8 @@ def load_mapped(path: str | os.PathLike[str], *, weights_only: bool | None = Non
         FileNotFoundError: There is no such file.
         CheckpointFormatError: The file is truncated or damaged.
         UnmappableCheckpoint: The file is sound but cannot be mapped; ``torch.load`` reads it the ordinary way.
+        InsufficientMemoryError: A single tensor is larger than this machine's memory.
+        MemloadError: The whole file is, and torch is older than 2.7.
         pickle.UnpicklingError: ``weights_only`` forbids what the file holds; torch's own message.
 
     Peak memory: that of the object without its tensors.
@@ -121,8 +131,12 @@ def load_mapped(path: str | os.PathLike[str], *, weights_only: bool | None = Non
         file.close()
         raise
     handover: Any = _Handover(index, mapping)
-    with _without_reading(index.path, index.file_size) as mmap:
-        loaded = torch.load(path, map_location=handover, weights_only=weights_only, mmap=mmap)
+    try:
+        with _without_reading(index) as mmap:
+            loaded = torch.load(path, map_location=handover, weights_only=weights_only, mmap=mmap)
+    finally:
+        # torch (2.13) keeps the map_location of a load that failed until the next load: not the file with it.
+        handover.end()
     return loaded, MappedCheckpoint(index, mapping)
 
 
@@ -131,7 +145,7 @@ class _Handover:
 
     def __init__(self, index: Checkpoint, mapping: FileMapping) -> None:
         self._path = index.path
-        self._mapping = mapping
+        self._mapping: FileMapping | None = mapping
         # torch asks once for each storage, in pickle order, but again and again for empty ones.
         self._expected: Iterator[StorageInfo] = iter(storage for storage in index.storages if storage.nbytes)
 
@@ -139,7 +153,7 @@ class _Handover:
         if storage.nbytes() == 0:
             return torch.UntypedStorage(0)  # torch's own empty slice would keep torch's mapping alive
         info = next(self._expected, None)
-        if info is None or info.nbytes != storage.nbytes():
+        if self._mapping is None or info is None or info.nbytes != storage.nbytes():
             raise CheckpointFormatError(
                 f"{self._path}: torch loads a storage of {storage.nbytes()} bytes where the index has {info}. The file "
                 "changed while it was read, or holds objects that the index does not understand.",
@@ -147,25 +161,40 @@ class _Handover:
             )
         return self._mapping.storage(info.offset, info.nbytes)
 
+    def end(self) -> None:
+        """Lets go of the mapping."""
+        self._mapping = None
+
 
 @contextlib.contextmanager
-def _without_reading(path: str, file_size: int) -> Iterator[bool]:
+def _without_reading(index: Checkpoint) -> Iterator[bool]:
     """Within, ``torch.load`` reads no tensor data; the value is its ``mmap`` argument.
 
     A mapping by torch reserves memory for the whole file, which the kernel refuses beyond RAM and swap under its
     default overcommit. Larger files go through ``skip_data``, whose storages are allocated one at a time and never
     touched. (torch 2.13; an early prototype there, and torch 2.6 has it for saving only, hence not the first choice.)
     """
-    if file_size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if index.file_size < memory_bytes:
         yield True
         return
     try:
         with torch.serialization.skip_data():
             yield False
     except RuntimeError as error:
-        if "skip_data" not in str(error):
-            raise
-        raise MemloadError(
-            f"{path} ({file_size} bytes) is larger than this machine's memory; torch {torch.__version__} cannot open "
-            "such a file. Use torch >= 2.7."
-        ) from error
+        if "skip_data" in str(error):
+            raise MemloadError(
+                f"{index.path} ({index.file_size} bytes) is larger than this machine's memory; torch "
+                f"{torch.__version__} cannot open such a file. Use torch >= 2.7."
+            ) from error
+        if "allocate memory" in str(error):
+            largest = max(storage.nbytes for storage in index.storages)
+            raise InsufficientMemoryError(
+                f"{index.path} holds a tensor of {largest} bytes, and this machine has {memory_bytes} bytes of memory: "
+                "torch cannot make an object with such a tensor, although no byte of it would be read. "
+                "open_checkpoint() tells what the file holds.",
+                device="cpu",
+                needed_bytes=largest,
+                free_bytes=memory_bytes,
+            ) from error
+        raise

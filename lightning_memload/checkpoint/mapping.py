@@ -2,7 +2,7 @@
 
 ``torch.load(mmap=True)`` maps the same way but reserves memory for the whole file, so it refuses files larger than
 RAM and swap; this mapping reserves nothing. Pages are copied when they are written, never written back. The mapping
-knows which of its bytes somebody wrote (:meth:`FileMapping.is_pristine`), and can let go of the file while tensors on
+knows which of its bytes somebody wrote (:meth:`FileMapping.are_pristine`), and can let go of the file while tensors on
 top of it live on (:meth:`FileMapping.detach`). Linux only: both rest on ``/proc/self/pagemap`` and ``mremap``.
 """
 
@@ -13,6 +13,8 @@ import mmap
 import os
 import sys
 import weakref
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,8 +31,8 @@ _MREMAP_MAYMOVE_FIXED = 0x1 | 0x2
 _PROT_NONE = 0
 # detach() copies this much at a time, so that its own need stays small.
 _DETACH_CHUNK_BYTES = 32 << 20
-# pagemap is read this many bytes at a time: 8 bytes per page, so 256 MiB of mapping.
-_PAGEMAP_CHUNK_BYTES = 512 << 10
+# pagemap is read for this many pages at a time, with 8 bytes for each.
+_PAGEMAP_CHUNK_PAGES = 256 << 10
 
 
 class FileMapping:
@@ -55,13 +57,14 @@ class FileMapping:
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         self._base = _mmap(None, self.nbytes, protection, mmap.MAP_PRIVATE | _MAP_NORESERVE, file.fileno())
         region = _Region(self.nbytes, self._base)
-        weakref.finalize(region.owner, _munmap, self._base, self.nbytes)
+        # Not at exit: parameters may still lie here, and others' exit handlers may read them.
+        weakref.finalize(region.owner, _munmap, self._base, self.nbytes).atexit = False
         self._bytes = memoryview(region.buffer).cast("B")
         # Spans that a storage still refers to: torch holds the memoryview that it was given until the storage dies.
         self._spans: weakref.WeakValueDictionary[int, memoryview] = weakref.WeakValueDictionary()
         self._ranges: dict[int, tuple[int, int]] = {}
         self._attached = True
-        self._pagemap: int | None = None
+        self._pagemap: tuple[int, int] | None = None
 
     def storage(self, offset: int, nbytes: int) -> torch.UntypedStorage:
         """A CPU storage over ``nbytes`` of the file from ``offset`` on. No byte is read.
@@ -89,28 +92,43 @@ class FileMapping:
         return sum(self._ranges[token][1] for token in list(self._spans))
 
     def is_pristine(self, offset: int, nbytes: int) -> bool:
+        """Whether nobody wrote to ``nbytes`` bytes from ``offset`` on, see :meth:`are_pristine`."""
+        return self.are_pristine([(offset, offset + max(nbytes, 1))])[0]
+
+    def are_pristine(self, ranges: Sequence[tuple[int, int]]) -> list[bool]:
         """Whether nobody wrote to these bytes since they were mapped, so that the file still tells what they are.
 
         The kernel's own page table answers, so writes through numpy, ``.data`` or foreign code count too. A page is the
         unit: a neighbour's write makes it ``False``. ``False`` also when the system does not tell.
+
+        Args:
+            ranges: Start and end of each range, in bytes from the start of the file. None of them empty.
         """
-        first = (self._base + offset) // _PAGE
-        last = (self._base + offset + max(nbytes, 1) - 1) // _PAGE
-        position, end = first * 8, (last + 1) * 8
+        # The mapping starts on a page, so offsets in the file and addresses round alike.
+        pages = [(start // _PAGE, (end - 1) // _PAGE + 1) for start, end in ranges]
+        written: list[int] = []
         try:
-            if self._pagemap is None:
-                self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-                weakref.finalize(self, os.close, self._pagemap)
-            while position < end:
-                data = bytearray(os.pread(self._pagemap, min(end - position, _PAGEMAP_CHUNK_BYTES), position))
-                if not data:
-                    return False
-                if not _all_pages_of_file(data):
-                    return False
-                position += len(data)
+            pagemap = self._open_pagemap()
+            position = 0
+            for start, end in sorted(pages):
+                position = max(position, start)
+                while position < end:
+                    count = min(end - position, _PAGEMAP_CHUNK_PAGES)
+                    data = bytearray(os.pread(pagemap, 8 * count, (self._base // _PAGE + position) * 8))
+                    if not data:
+                        return [False] * len(pages)
+                    written.extend(position + number for number in _written_pages(data))
+                    position += len(data) // 8
         except OSError:
-            return False
-        return True
+            return [False] * len(pages)
+        return [bisect_left(written, start) == bisect_left(written, end) for start, end in pages]
+
+    def _open_pagemap(self) -> int:
+        """The descriptor of this process's page table. A fork inherits one that shows the parent's."""
+        if self._pagemap is None or self._pagemap[0] != os.getpid():
+            self._pagemap = os.getpid(), os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._pagemap[1])
+        return self._pagemap[1]
 
     def detach(self) -> int:
         """Lets go of the file: what storages still refer to becomes ordinary memory, at the same addresses.
@@ -162,17 +180,15 @@ class _Region:
         self.owner: Any = self.buffer
 
 
-def _all_pages_of_file(entries: bytearray) -> bool:
-    """Whether all pagemap entries are absent pages or unmodified pages of a file.
+def _written_pages(entries: bytearray) -> list[int]:
+    """Positions of the pagemap entries that are neither absent pages nor unmodified pages of a file.
 
     Bits 63 (present), 62 (swapped) and 61 (page of a file), see Documentation/admin-guide/mm/pagemap.rst. A page that
     was written in a private mapping is anonymous: present without bit 61, or swapped.
     """
-    if len(entries) == 8:
-        state = int.from_bytes(entries, sys.byteorder) >> 61
-        return state in (0, 5)
     states = (torch.frombuffer(entries, dtype=torch.int64) >> 61) & 7
-    return bool(((states == 0) | (states == 5)).all())
+    written = (states != 0) & (states != 5)
+    return written.nonzero().flatten().tolist() if written.any() else []
 
 
 def _page_ranges(ranges: list[tuple[int, int]], limit: int) -> list[tuple[int, int]]:

@@ -66,9 +66,25 @@ class LocalFile:
         """The path."""
         return self._path
 
+    @property
+    def drop_behind(self) -> bool:
+        """Whether cold pages are given back after they were read."""
+        return self._drop_behind
+
+    @drop_behind.setter
+    def drop_behind(self, enabled: bool) -> None:
+        self._drop_behind = enabled and bool(self._NOWAIT)
+        if self._NOWAIT:
+            # No reading ahead: it would make the next block look as if somebody else had kept it warm.
+            advice = os.POSIX_FADV_RANDOM if self._drop_behind else os.POSIX_FADV_NORMAL
+            os.posix_fadvise(self._fd, 0, 0, advice)
+
+    def __reduce__(self) -> str:
+        raise TypeError(f"An open file ({self._path}) cannot be copied or pickled.")
+
     def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fills buffers from an offset, see :class:`ByteSource`."""
-        if not (self.drop_behind and self._NOWAIT):
+        if not self._drop_behind:
             return os.preadv(self._fd, buffers, offset)
         try:
             cached = os.preadv(self._fd, buffers, offset, self._NOWAIT)

@@ -2,8 +2,9 @@
 
 The index comes from the standard library alone: ``zipfile`` lists the records, their local headers tell where the
 data starts, and the pickle is walked by an unpickler that builds inert placeholders instead of calling anything.
-So indexing runs no code from the file, imports nothing that the file names, and reads no tensor data. It does not
-judge whether the file is safe to *load*: that stays with ``torch.load`` and its ``weights_only``.
+So indexing runs no code from the file, imports nothing that the file names, and reads no tensor data; time and memory
+are bounded by the size of the pickle, except that a dict key is hashed, as ``torch.load`` hashes it. It does not judge
+whether the file is safe to *load*: that stays with ``torch.load`` and its ``weights_only``.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import collections
 import io
 import os
 import pickle
+import reprlib
 import struct
 import sys
 import zipfile
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from zlib_ng import zlib_ng
@@ -28,6 +31,8 @@ __all__ = ["UnmappableCheckpoint", "is_zip", "read_index"]
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+# Pickling anything deeper runs into Python's recursion limit. A path costs memory for every level.
+_MAX_DEPTH = 1000
 
 
 class UnmappableCheckpoint(CheckpointFormatError):
@@ -68,11 +73,19 @@ def read_index(file: LocalFile) -> Checkpoint:
             f"{file.name} is a zip archive but holds no data.pkl, so torch.save did not write it.", path=file.name
         )
     walker = _StructureUnpickler(file.name, _read_small(file, records["data.pkl"]), records)
-    root = walker.load_structure()
-    tensors = _collect_tensors(file.name, root)
-    return Checkpoint(
-        path=file.name, file_size=file.size_bytes, tensors=tuple(tensors), storages=tuple(walker.storages.values())
-    )
+    try:
+        tensors = _collect_tensors(file.name, walker.load())
+        return Checkpoint(
+            path=file.name, file_size=file.size_bytes, tensors=tuple(tensors), storages=tuple(walker.storages.values())
+        )
+    except CheckpointFormatError:
+        raise
+    except Exception as error:  # a damaged or hostile pickle can fail in any way; none of its code has run
+        raise CheckpointFormatError(
+            f"{file.name}: its data.pkl cannot be read ({type(error).__name__}: {error}). The file is damaged, or not "
+            "a checkpoint.",
+            path=file.name,
+        ) from error
 
 
 class _Record:
@@ -89,23 +102,29 @@ def _read_directory(file: LocalFile) -> dict[str, _Record]:
     try:
         with open(file.name, "rb") as stream, zipfile.ZipFile(stream) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, UnicodeDecodeError) as error:
+    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, MemoryError) as error:
         raise CheckpointFormatError(
             f"{file.name} starts like a torch checkpoint, but the directory at its end cannot be read ({error}): the "
             f"file is truncated or damaged. It has {file.size_bytes} bytes. Compare with the size of the original, "
             "copy it again, or resume from another checkpoint.",
             path=file.name,
         ) from error
-    records = {}
+    records: dict[str, _Record] = {}
     for entry in entries:
         name = entry.filename.partition("/")[2]
+        if name in records:
+            raise CheckpointFormatError(
+                f"{file.name} holds record {name!r} twice, so which one is meant cannot be told. The file is damaged.",
+                path=file.name,
+            )
         if entry.compress_type != zipfile.ZIP_STORED:
             raise UnmappableCheckpoint(
                 f"{file.name} holds its record {entry.filename!r} compressed, so its tensors are not in the file as "
                 "they are.",
                 path=file.name,
             )
-        header = file.pread(_LOCAL_HEADER.size, entry.header_offset)
+        in_file = 0 <= entry.header_offset < file.size_bytes
+        header = file.pread(_LOCAL_HEADER.size, entry.header_offset) if in_file else b""
         if len(header) < _LOCAL_HEADER.size or not header.startswith(_ZIP_MAGIC):
             raise CheckpointFormatError(
                 f"{file.name}: the directory places record {entry.filename!r} at byte {entry.header_offset}, but no "
@@ -114,6 +133,12 @@ def _read_directory(file: LocalFile) -> dict[str, _Record]:
             )
         _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         offset = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        if entry.compress_size != entry.file_size:
+            raise CheckpointFormatError(
+                f"{file.name}: record {entry.filename!r} is stored as it is, but the directory gives it "
+                f"{entry.file_size} bytes and {entry.compress_size} in the file. The file is damaged.",
+                path=file.name,
+            )
         if offset + entry.file_size > file.size_bytes:
             raise CheckpointFormatError(
                 f"{file.name} is truncated: record {entry.filename!r} ends at byte {offset + entry.file_size}, but "
@@ -173,7 +198,16 @@ class _Opaque:
         return id(self)
 
 
-class _Typed:
+class _Sealed:
+    """What a pickle may hold but not change: pickle's BUILD would else set attributes of anything it can name."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError(f"it sets the state of a {type(self).__name__.lstrip('_').lower()}")
+
+
+class _Typed(_Sealed):
     """A storage with the element type that its reference in the pickle gives it."""
 
     __slots__ = ("dtype", "storage")
@@ -183,12 +217,24 @@ class _Typed:
         self.dtype = dtype
 
 
-class _Tensor:
+class _Tensor(_Sealed):
     __slots__ = ("info", "is_parameter")
 
     def __init__(self, info: TensorInfo, is_parameter: bool = False) -> None:
         self.info = info
         self.is_parameter = is_parameter
+
+
+class _Function(_Sealed):
+    """A function of ours under the name of one that the pickle calls."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Any:
@@ -204,17 +250,23 @@ def _rebuild_parameter(data: Any, *rest: Any) -> Any:
     return _Tensor(data.info, is_parameter=True) if isinstance(data, _Tensor) else _Opaque(data, *rest)
 
 
+def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
+    """Mirrors ``torch._tensor._rebuild_from_type_v2``: a tensor that carries attributes, or of a subclass."""
+    return function(*args) if isinstance(function, _Function) else _Opaque(function, kind, args, state)
+
+
 # The only globals that become more than a placeholder. All of them build plain containers or our own records.
 _GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("collections", "defaultdict"): lambda *_: {},
+    ("collections", "defaultdict"): _Function(lambda *_: {}),
     ("builtins", "set"): set,
     ("__builtin__", "set"): set,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_tensor"): _Function(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v3"): _Function(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Function(_rebuild_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): _Function(_rebuild_parameter),
+    ("torch._tensor", "_rebuild_from_type_v2"): _Function(_rebuild_from_type),
 }
 
 # Storage classes as torch's pickles name them, see torch.storage.
@@ -240,26 +292,28 @@ _STORAGE_DTYPES = {
 }
 
 
-class _StructureUnpickler(pickle.Unpickler):
-    """Rebuilds the containers of a checkpoint with placeholders for everything that is not one."""
+def _load_bytearray8(unpickler: Any) -> None:
+    """Reads before it allocates; pickle's own version allocates whatever length the file announces."""
+    (nbytes,) = struct.unpack("<Q", unpickler.read(8))
+    unpickler.append(bytearray(unpickler.read(nbytes)))
+
+
+class _StructureUnpickler(pickle._Unpickler):
+    """Rebuilds the containers of a checkpoint with placeholders for everything that is not one.
+
+    The interpreted unpickler, as under torch's ``weights_only``: the one in C sizes its memo by the largest number in
+    the file, so that five bytes of a pickle can take all memory. It costs some 10 us a tensor.
+    """
+
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _load_bytearray8}
 
     def __init__(self, path: str, data: bytes, records: dict[str, _Record]) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._path = path
         self._records = records
+        self._classes: dict[tuple[str, str], type[_Opaque]] = {}
+        self._typed: dict[str, _Typed] = {}
         self.storages: dict[str, StorageInfo] = {}
-
-    def load_structure(self) -> Any:
-        try:
-            return self.load()
-        except CheckpointFormatError:
-            raise
-        except Exception as error:  # a damaged or hostile pickle can fail in any way; none of its code has run
-            raise CheckpointFormatError(
-                f"{self._path}: its data.pkl cannot be read ({type(error).__name__}: {error}). The file is damaged, "
-                "or not a checkpoint.",
-                path=self._path,
-            ) from error
 
     def find_class(self, module: str, name: str) -> Any:
         known = _GLOBALS.get((module, name))
@@ -270,21 +324,29 @@ class _StructureUnpickler(pickle.Unpickler):
                 return _STORAGE_DTYPES[name]
             if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
                 return getattr(torch, name)
-        return type(name, (_Opaque,), {"__module__": module})
+        if (module, name) not in self._classes:
+            self._classes[module, name] = type(name, (_Opaque,), {"__module__": module})
+        return self._classes[module, name]
 
     def persistent_load(self, saved_id: Any) -> Any:
         if not (isinstance(saved_id, tuple) and len(saved_id) == 5 and saved_id[0] in ("storage", b"storage")):
             raise CheckpointFormatError(
-                f"{self._path}: its pickle refers to {str(saved_id)[:80]!r} outside itself; only storages are known.",
+                f"{self._path}: its pickle refers to {reprlib.repr(saved_id)} outside itself; only storages are known.",
                 path=self._path,
             )
         _, dtype, key, location, numel = saved_id
         if not isinstance(dtype, torch.dtype):
             return _Opaque(*saved_id)
-        storage = self.storages.get(key)
-        if storage is None:
-            storage = self.storages[key] = self._find_storage(key, str(location), int(numel) * dtype.itemsize)
-        return _Typed(storage, dtype)
+        if not (isinstance(key, str) and isinstance(location, str) and isinstance(numel, int)):
+            raise CheckpointFormatError(
+                f"{self._path} is damaged: its pickle refers to a storage as {reprlib.repr(saved_id)}.", path=self._path
+            )
+        typed = self._typed.get(key)
+        if typed is None:
+            storage = self.storages[key] = self._find_storage(key, location, numel * dtype.itemsize)
+            # Like torch: the first reference to a storage gives it its type.
+            typed = self._typed[key] = _Typed(storage, dtype)
+        return typed
 
     def _find_storage(self, key: str, location: str, nbytes: int) -> StorageInfo:
         record = self._records.get(f"data/{key}")
@@ -319,20 +381,23 @@ def _collect_tensors(file_name: str, root: Any) -> list[TensorInfo]:
                 )
             )
             continue
-        if isinstance(value, dict):
-            children = [
-                ((*path, key if isinstance(key, (str, int)) else str(key)), item) for key, item in value.items()
-            ]
-        elif isinstance(value, (list, tuple, set)):
-            children = [((*path, position), item) for position, item in enumerate(value)]
-        elif isinstance(value, _Opaque):
-            children = [((*path, position), item) for position, item in enumerate(value._parts)]
-        else:
+        if not isinstance(value, (dict, list, tuple, set, _Opaque)) or id(value) in visited:
             continue
-        if id(value) not in visited:
-            visited.add(id(value))
-            stack.extend(reversed(children))
+        visited.add(id(value))
+        if len(path) == _MAX_DEPTH:
+            raise UnmappableCheckpoint(f"{file_name} nests its objects more than {_MAX_DEPTH} deep.", path=file_name)
+        if isinstance(value, dict):
+            children = [((*path, _path_key(key)), item) for key, item in value.items()]
+        else:
+            items = value._parts if isinstance(value, _Opaque) else value
+            children = [((*path, position), item) for position, item in enumerate(items)]
+        stack.extend(reversed(children))
     return found
+
+
+def _path_key(key: Any) -> str | int:
+    # Never str(): a few bytes of pickle make a key with more text than fits in memory.
+    return key if isinstance(key, (str, int)) else reprlib.repr(key)
 
 
 def _check_bounds(file_name: str, path: KeyPath, info: TensorInfo) -> None:
@@ -343,8 +408,9 @@ def _check_bounds(file_name: str, path: KeyPath, info: TensorInfo) -> None:
         start, end = info.file_range
         sound = info.storage.offset <= start <= end <= info.storage.offset + info.storage.nbytes
     if not sound:
+        shape, stride, offset = map(reprlib.repr, (info.shape, info.stride, info.storage_offset))
         raise CheckpointFormatError(
-            f"{file_name} is damaged: {format_path(path)} has shape {info.shape}, stride {info.stride} and offset "
-            f"{info.storage_offset} of {info.dtype}, which does not fit its storage of {info.storage.nbytes} bytes.",
+            f"{file_name} is damaged: {format_path(path)} has shape {shape}, stride {stride} and offset {offset} of "
+            f"{info.dtype}, which does not fit its storage of {info.storage.nbytes} bytes.",
             path=file_name,
         )

@@ -40,7 +40,7 @@ class MemoryEfficientRestore(pl.Callback):
             ordinary memory, checksums are not compared, and the file must not be truncated in place while the model
             lives (replacing it by a new file is fine). ``"auto"`` assigns for evaluation on the CPU, else copies.
         host_budget_mib: The most host memory for staging, in MiB, per process. Hard.
-        num_threads: Threads that read. ``None``: up to 8 for a GPU and 4 for the CPU, shared between the processes of
+        num_threads: Threads that read. ``None``: up to 12 for a GPU and 4 for the CPU, shared between the processes of
             a host.
         verify: Compare the CRC-32 that the file records for every tensor, on the way.
         check_fit: Compare needed with free memory of device and host before the first byte, and refuse what cannot fit.
@@ -97,7 +97,7 @@ class MemoryEfficientRestore(pl.Callback):
         self._run = RestoreRun(self._options, trainer, pl_module, stage, streams=io is not None)
         if io is not None:
             self._undo.append(io.observe(self._run))
-        self._undo.append(_guard_meta_module(pl_module, self._run))
+        self._undo.append(_guard_meta_module(trainer, pl_module, self._run))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The optimizers exist now, their states come next."""
@@ -127,6 +127,7 @@ class MemoryEfficientRestore(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Whatever failed, no hook stays and no memory."""
         self._abort()
+        _let_teardown_pass(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Ends a restore after which nothing was left to train or to evaluate."""
@@ -191,26 +192,48 @@ def _install_io(trainer: pl.Trainer) -> StreamingCheckpointIO | None:
     return None
 
 
-def _guard_meta_module(module: pl.LightningModule, run: RestoreRun) -> Callable[[], None]:
+def _guard_meta_module(trainer: pl.Trainer, module: pl.LightningModule, run: RestoreRun) -> Callable[[], None]:
     """Makes the move of a module that is still on meta end in an error that helps.
 
     Between the restore of the weights and the move to the device Lightning (2.6) calls no hook that runs in every case,
     in particular none if there is no checkpoint, and torch's own "Cannot copy out of meta tensor" helps nobody. So
-    ``to`` is shadowed on this one instance until the restore ends.
+    ``model_to_device`` is shadowed on this one strategy until the restore ends. Not ``to`` on the module: callbacks
+    like ``WeightAveraging`` copy the module meanwhile, and the shadow with it.
 
     Returns:
         A function that removes the guard.
     """
+    strategy = trainer.strategy
+    if isinstance(strategy, _SELF_LOADING):
+        return lambda: None  # these give meta parameters memory by themselves, later
+    move = strategy.model_to_device
 
-    def to(*args: Any, **kwargs: Any) -> Any:
-        if args or "device" in kwargs:
-            parameters, buffers = meta_names(module)
-            if parameters or buffers:
-                raise _meta_error(module, run.path, parameters, buffers)
-        return type(module).to(module, *args, **kwargs)
+    def model_to_device() -> None:
+        parameters, buffers = meta_names(module)
+        if parameters or buffers:
+            raise _meta_error(module, run.path, parameters, buffers)
+        # From here on hooks of callbacks see the module (on_fit_start), and may copy it too.
+        run.end_weights()
+        move()
 
-    module.__dict__["to"] = to
-    return lambda: module.__dict__.pop("to", None) and None
+    strategy.__dict__["model_to_device"] = model_to_device
+    return lambda: strategy.__dict__.pop("model_to_device", None) and None
+
+
+def _let_teardown_pass(module: pl.LightningModule) -> None:
+    """Skips the next move of a module on meta to the CPU.
+
+    After an exception Lightning's teardown (2.6) moves the module there, and torch's "Cannot copy out of meta tensor"
+    would take the place of the error that tells what went wrong.
+    """
+    if not any(meta_names(module)):
+        return
+
+    def cpu() -> pl.LightningModule:
+        del module.__dict__["cpu"]
+        return module
+
+    module.__dict__["cpu"] = cpu
 
 
 def _meta_error(

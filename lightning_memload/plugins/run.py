@@ -23,14 +23,14 @@ from lightning_memload.memory import MemoryMonitor
 from lightning_memload.plugins.rank_maxima import reduce_maxima
 from lightning_memload.report import MEMORY_FIGURES, PhaseReport, RestoreReport
 from lightning_memload.restore import OptimizerRestore, RestoreSession, WeightsRestore, mapped_bytes
-from lightning_memload.transfer import TransferStats, available_cpus
+from lightning_memload.transfer import LazyRing, TransferStats, available_cpus, choose_layout
 
 __all__ = ["Mode", "RestoreOptions", "RestoreRun"]
 
 Mode = Literal["auto", "assign", "copy"]
 
-# Measured on one H100 with 16 cores: 8 threads fill the link. Into CPU memory more than 4 gain nothing.
-_MAX_THREADS_DEVICE = 8
+# Measured on one H100 with 16 cores (examples/benchmarks/resume.py --sweep). Into CPU memory more than 4 gain nothing.
+_MAX_THREADS_DEVICE = 12
 _MAX_THREADS_CPU = 4
 # Restores shorter than this show no bar.
 _BAR_DELAY_SECONDS = 1.0
@@ -83,6 +83,8 @@ class RestoreRun:
         self._phases: list[PhaseReport] = []
         self._phase: tuple[str, MemoryMonitor] | None = None
         self._counted = TransferStats()
+        self._ring: LazyRing | None = None
+        self._collects = False
         if not streams:
             self._total.start()
 
@@ -90,13 +92,20 @@ class RestoreRun:
 
     def on_load_start(self, path: str) -> None:
         """Starts the clock."""
-        if self._total.is_running:
-            self._stop_measuring()  # a user's hook loads a second checkpoint, which is no restart of ours
-        if self.path is not None:
-            return
+        if self.path is not None or path != str(self._trainer.ckpt_path):
+            return  # a user's hook loads another checkpoint by itself
         self.path = path
         self._total.start()
         self._begin_phase("open")
+        # Thousands of small objects that all live on make the collector walk the whole heap, several times 0.2 to
+        # 0.4 s, and find nothing.
+        self._collects = gc.isenabled()
+        gc.disable()
+        threads = self._options.num_threads or self._default_threads()
+        on_cuda = self._device.type == "cuda"
+        self._ring = LazyRing(choose_layout(self._options.host_budget_bytes, threads), pinned=on_cuda)
+        if on_cuda:
+            self._ring.prepare()
 
     def on_load_end(self, path: str, checkpoint: Any, mapped: MappedCheckpoint | None) -> None:
         """Installs the streaming under the module."""
@@ -107,13 +116,13 @@ class RestoreRun:
         self._global_step = step if isinstance(step, int) else None
         if mapped is None:
             return
+        assert self._ring is not None
         self._mode, self._mode_reason = self._choose_mode()
         self._checkpoint = checkpoint
         self._session = RestoreSession(
             mapped,
             device=self._device,
-            budget_bytes=self._options.host_budget_bytes,
-            num_threads=self._options.num_threads or self._default_threads(),
+            ring=self._ring,
             verify=self._options.verify,
             check_fit=self._options.check_fit,
             # Where several ranks of one host read the same file, one would throw away what the others need.
@@ -131,6 +140,11 @@ class RestoreRun:
         )
 
     # What the Callback tells us -------------------------------------------------------------------------------------
+
+    def end_weights(self) -> None:
+        """Removes the streaming from under the module, whose values are there."""
+        if self._weights is not None:
+            self._weights.remove()
 
     def begin_optimizers(self, optimizers: Sequence[Any]) -> None:
         """Installs the streaming under the optimizers."""
@@ -154,7 +168,7 @@ class RestoreRun:
         if not restored:
             self.abort()
             return None
-        self._remove_hooks()
+        self._end_streaming()
         self._checkpoint = None
         session, kept = self._session, 0
         if session is not None:
@@ -193,8 +207,11 @@ class RestoreRun:
         The mapping is left to the tensors on top of it: an exception still refers to them, and copying them out now
         could take the memory that just ran out.
         """
-        self._remove_hooks()
-        self._checkpoint = None
+        self._end_streaming()
+        if self._checkpoint is not None:
+            # Lightning (2.6) keeps the checkpoint of a failed restore until its next run, and with it the mapping.
+            self._trainer._checkpoint_connector._loaded_checkpoint = {}
+            self._checkpoint = None
         if self._session is not None:
             self._session.close(detach=False)
         self._stop_measuring()
@@ -233,17 +250,17 @@ class RestoreRun:
         return {self._device: mapped_bytes(self._checkpoint.get("optimizer_states"), self._session)}
 
     def _make_bar(self, mapped: MappedCheckpoint) -> Any:
-        bar = self._trainer.progress_bar_callback
+        shown = self._trainer.progress_bar_callback
         if (
             not self._options.progress_bar
-            or bar is None
-            or getattr(bar, "is_disabled", False)
+            or shown is None
+            or getattr(shown, "is_disabled", False)
             or not self._trainer.is_global_zero
         ):
             return None
         parts = ("state_dict", "optimizer_states") if self._stage == "fit" else ("state_dict",)
         storages = {t.storage.key: t.storage.nbytes for t in mapped.index if t.path[0] in parts}
-        self._bar = tqdm(
+        bar = self._bar = tqdm(
             desc="Restoring checkpoint",
             total=sum(storages.values()),
             unit="B",
@@ -253,7 +270,8 @@ class RestoreRun:
             leave=False,
             dynamic_ncols=True,
         )
-        return self._bar.update
+        # What lies between two records is read as well, and tqdm draws no bar beyond its total.
+        return lambda nbytes: bar.update(min(nbytes, bar.total - bar.n))
 
     def _begin_phase(self, name: str) -> None:
         self._end_phase()
@@ -284,9 +302,13 @@ class RestoreRun:
         if self._total.is_running:
             self._total.stop()
 
-    def _remove_hooks(self) -> None:
-        if self._weights is not None:
-            self._weights.remove()
+    def _end_streaming(self) -> None:
+        if self._collects:
+            gc.enable()
+            self._collects = False
+        if self._ring is not None:
+            self._ring.close()
+        self.end_weights()
         for optimizer in self._optimizers:
             optimizer.remove()
         self._optimizers.clear()

@@ -141,7 +141,8 @@ class RestoreReport:
             for row in rows
         ]  # fmt: skip
         rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], self._footer()])
+        body = [*lines[1:-1], rule] if self.phases else []
+        return "\n".join([lines[0], rule, *body, lines[-1], self._footer()])
 
     def _footer(self) -> str:
         parts = [f"mode {self.mode} ({self.mode_reason})"]

@@ -50,6 +50,9 @@ def meta_init(enabled: bool = True) -> Iterator[None]:
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if threading.get_ident() != thread or type(parameter) is not nn.Parameter or parameter.is_meta:
             return None
+        if isinstance(module, nn.RNNBase):
+            # Keeps weak references to its weights (torch 2.13), which forbid to exchange them later.
+            return None
         known = replaced.get(id(parameter))
         if known is not None and known[0]() is parameter:
             return known[1]
@@ -85,7 +88,7 @@ class _SkipMetaInitialisation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def replace_data(tensor: torch.Tensor, new: torch.Tensor, *, name: str) -> None:
+def replace_data(tensor: torch.Tensor, new: torch.Tensor, *, name: str) -> torch.Tensor:
     """Gives a parameter or buffer other memory and keeps the object, so that ties and references to it stay right.
 
     Args:
@@ -93,12 +96,16 @@ def replace_data(tensor: torch.Tensor, new: torch.Tensor, *, name: str) -> None:
         new: Memory of the same shape.
         name: What to call it in messages.
 
+    Returns:
+        A tensor with the memory that was replaced.
+
     Raises:
         MetaTensorError: Something holds a weak reference to a meta tensor, which cannot be replaced then.
     """
     if not tensor.is_meta:
+        old = tensor.data
         tensor.data = new
-        return
+        return old
     # Between meta and a real device ``.data`` cannot be set; swap_tensors exchanges the contents of two objects.
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
@@ -109,6 +116,7 @@ def replace_data(tensor: torch.Tensor, new: torch.Tensor, *, name: str) -> None:
         raise MetaTensorError(
             f"Cannot give {name} memory: {error}. Build it on a real device instead of under meta_init.", names=(name,)
         ) from error
+    return new.detach()
 
 
 def meta_names(module: nn.Module) -> tuple[list[str], list[str]]:

@@ -29,15 +29,23 @@ class OptimizerRestore:
     """
 
     def __init__(self, optimizer: Optimizer, session: RestoreSession, *, name: str = "optimizer") -> None:
-        self._session = session
+        self._session: RestoreSession | None = session
         self._name = name
         self._handle = optimizer.register_load_state_dict_pre_hook(self._before_load)
 
     def remove(self) -> None:
         """Removes the hook. Removing twice is fine."""
         self._handle.remove()
+        self._session = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerRestore:
+        # An optimizer that is copied during the restore takes the hook along; it ends with this one's.
+        return self
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        session = self._session
+        if session is None:
+            return None
         saved_groups = state_dict.get("param_groups", [])
         if [len(group["params"]) for group in saved_groups] != [len(g["params"]) for g in optimizer.param_groups]:
             return None  # torch refuses this; no byte need be read for that
@@ -45,7 +53,7 @@ class OptimizerRestore:
         for saved, group in zip(saved_groups, optimizer.param_groups, strict=True):
             for number, parameter in zip(saved["params"], group["params"], strict=True):
                 parameters[number] = (parameter, saved)
-        placement = _Placement(self._session, self._name)
+        placement = _Placement(session, self._name)
         state = {
             number: placement.place(value, (number,), *parameters.get(number, (None, {})))
             for number, value in state_dict.get("state", {}).items()
@@ -53,9 +61,9 @@ class OptimizerRestore:
         needed: dict[torch.device, int] = {}
         for plan in placement.planned.values():
             needed[plan.device] = needed.get(plan.device, 0) + plan.nbytes
-        self._session.require(needed)
+        session.require(needed)
         moves = {number: plan.allocate() for number, plan in placement.planned.items()}
-        self._session.move(list(moves.values()))
+        session.move(list(moves.values()))
         filled = {number: move.destination for number, move in moves.items()}
         return {**state_dict, "state": {number: _fill(value, filled) for number, value in state.items()}}
 
@@ -89,6 +97,7 @@ class _Placement:
         self._mapping = session.checkpoint.mapping
         self._name = name
         self.planned: dict[int, _Planned] = {}
+        self._shared: dict[int, _Planned] = {}
 
     def place(
         self, value: Any, path: tuple[Any, ...], parameter: torch.Tensor | None, group: dict[str, Any], key: Any = None
@@ -100,6 +109,9 @@ class _Placement:
             device, dtype = _torch_policy(value, key, parameter, group)
             name = ".".join(str(part) for part in (self._name, "state", *path))
             plan = _Planned(name, value, device, dtype)
+            if device.type == "cpu" and dtype == value.dtype:
+                # Nothing to convert: torch takes the tensor itself, so parameters that share it go on sharing it.
+                plan = self._shared.setdefault(id(value), plan)
             self.planned[id(plan)] = plan
             return plan
         if isinstance(value, dict):

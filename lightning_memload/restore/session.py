@@ -1,6 +1,6 @@
 """One restore of one checkpoint: what weights and optimizers share while it lasts.
 
-The session owns the staging ring, opens the file's descriptor for streaming, counts, and answers the two questions that
+The session owns the staging ring, counts, and answers the two questions that
 both restorers ask: does this tensor still lie in the file, and does what is needed fit. It ends with :meth:`close`,
 after which nothing of the checkpoint is mapped or open.
 """
@@ -18,11 +18,11 @@ from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.errors import InsufficientMemoryError
 from lightning_memload.memory import free_device_bytes
 from lightning_memload.transfer import (
+    LazyRing,
     Record,
     StagingRing,
     TensorCopy,
     TransferStats,
-    choose_layout,
     transfer,
 )
 
@@ -53,8 +53,7 @@ class RestoreSession:
     Args:
         checkpoint: The loaded checkpoint's mapping.
         device: Where training happens.
-        budget_bytes: The most host memory for staging. Hard.
-        num_threads: Threads that read.
+        ring: The staging ring, whose layout is the budget. The session closes it.
         verify: Compare the CRC-32 of every record that is read completely.
         check_fit: Refuse a restore that cannot fit before the first byte is moved.
         drop_behind: Give the page cache of what was cold back to the kernel, see :class:`LocalFile`.
@@ -67,8 +66,7 @@ class RestoreSession:
         checkpoint: MappedCheckpoint,
         *,
         device: torch.device,
-        budget_bytes: int,
-        num_threads: int,
+        ring: LazyRing,
         verify: bool = True,
         check_fit: bool = True,
         drop_behind: bool = False,
@@ -82,7 +80,7 @@ class RestoreSession:
         checkpoint.mapping.file.drop_behind = drop_behind
         self.stats = TransferStats()
         self.bytes_copied_ordinarily = 0
-        self._layout = choose_layout(budget_bytes, num_threads)
+        self._ring = ring
         self._on_progress = on_progress
         self._on_pinned = on_pinned
         names: dict[str, str] = {}
@@ -93,13 +91,6 @@ class RestoreSession:
             for storage in checkpoint.index.storages
             if verify and storage.crc32 is not None
         ]
-        self._ring: StagingRing | None = None
-        self._ring_error: BaseException | None = None
-        self._pinning: threading.Thread | None = None
-        if device.type == "cuda":
-            # Page-locking 128 MiB takes about 70 ms: meanwhile the caller unpickles and allocates.
-            self._pinning = threading.Thread(target=self._make_ring, name="memload-pin", daemon=True)
-            self._pinning.start()
 
     def move(self, moves: Sequence[Move]) -> None:
         """Brings values to their destinations: streamed where they still lie in the file, else copied by torch.
@@ -110,8 +101,8 @@ class RestoreSession:
         """
         copies = []
         ordinary = []
-        for item in moves:
-            offset = self.checkpoint.locate(item.value)
+        offsets = self.checkpoint.locate_all([item.value for item in moves])
+        for item, offset in zip(moves, offsets, strict=True):
             if offset is None:
                 ordinary.append(item)
             else:
@@ -120,8 +111,8 @@ class RestoreSession:
             self.checkpoint.mapping.file,
             copies,
             self._get_ring,
-            num_threads=self._layout.num_threads,
-            block_bytes=self._layout.block_bytes,
+            num_threads=self._ring.layout.num_threads,
+            block_bytes=self._ring.layout.block_bytes,
             records=self._records,
             on_progress=self._on_progress,
         )
@@ -144,7 +135,7 @@ class RestoreSession:
         needs = dict(needed_bytes)
         if self.device.type != "cpu":
             host = torch.device("cpu")
-            needs[host] = needs.get(host, 0) + (self._layout.nbytes if self._ring is None else 0)
+            needs[host] = needs.get(host, 0) + self._ring.layout.nbytes
         for device, needed in needs.items():
             free = free_device_bytes(device)
             if free is None or needed == 0:
@@ -166,20 +157,16 @@ class RestoreSession:
                     stacklevel=2,
                 )
 
-    @property
-    def staging_bytes(self) -> int:
-        """Host memory of the staging ring in bytes, 0 while there is none."""
-        return self._ring.nbytes if self._ring is not None else 0
+    def free_in_background(self, tensors: list[torch.Tensor]) -> None:
+        """Frees the memory of tensors that nobody else refers to, while the caller goes on.
 
-    def release_ring(self) -> None:
-        """Unpins and frees the staging ring; the next transfer that needs one makes a new one."""
-        if self._pinning is not None:
-            self._pinning.join()
-            self._pinning = None
-        if self._ring is not None:
-            self._ring.close()
-            self._ring = None
-            self._tell_pinned(0)
+        Giving 6 GB back to the kernel takes a third of a second.
+
+        Args:
+            tensors: Emptied by this call.
+        """
+        if tensors:
+            threading.Thread(target=_free, args=(tensors,), name="memload-free").start()
 
     def close(self, *, detach: bool = True) -> int:
         """Ends the restore. Closing twice is fine.
@@ -191,29 +178,24 @@ class RestoreSession:
         Returns:
             Bytes that somebody still referred to.
         """
-        self.release_ring()
+        self._ring.close()
+        self._tell_pinned(0)
         return self.checkpoint.mapping.detach() if detach else 0
 
     def _get_ring(self) -> StagingRing:
-        if self._pinning is not None:
-            self._pinning.join()
-            self._pinning = None
-            if self._ring_error is not None:
-                raise self._ring_error
-        if self._ring is None:
-            self._ring = StagingRing(self._layout, pinned=self.device.type == "cuda")
-        self._tell_pinned(self._ring.pinned_bytes)
-        return self._ring
-
-    def _make_ring(self) -> None:
-        try:
-            self._ring = StagingRing(self._layout, pinned=True)
-        except BaseException as error:
-            self._ring_error = error
+        ring = self._ring.get()
+        self._tell_pinned(ring.pinned_bytes)
+        return ring
 
     def _tell_pinned(self, nbytes: int) -> None:
         if self._on_pinned is not None:
             self._on_pinned(nbytes)
+
+
+def _free(tensors: list[torch.Tensor]) -> None:
+    while tensors:
+        # Unlike the end of a Python object, a torch call gives the interpreter's lock away while the kernel works.
+        tensors.pop().set_()  # type: ignore[call-overload]
 
 
 def _gib(nbytes: int) -> str:

@@ -8,6 +8,7 @@ What the hook does not recognise stays in the state dict as it is and is copied 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -19,6 +20,9 @@ from lightning_memload.restore.meta import empty_on, materialize, replace_data
 from lightning_memload.restore.session import Move, RestoreSession
 
 __all__ = ["WeightsRestore"]
+
+# The types that hold every float16, bfloat16 and float32 value exactly.
+_HOLDS_HALF = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +64,13 @@ class WeightsRestore:
         strict: bool = True,
         later_bytes: Callable[[], dict[torch.device, int]] = dict,
     ) -> None:
-        self._session = session
+        self._session: RestoreSession | None = session
         self._dtype = dtype
         self._assign = assign
         self._strict = strict
         self._later_bytes = later_bytes
         self.assigned_bytes = 0
+        self._assigned_storages: set[int] = set()
         self._handles = [m.register_load_state_dict_pre_hook(self._before_load) for m in module.modules()]
         self._handles.append(module.register_load_state_dict_post_hook(self._after_load))
 
@@ -74,55 +79,76 @@ class WeightsRestore:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        # A copy of the module may keep this object: nothing of the restore, or of the Trainer, may hang on it.
+        self._session = None
+        self._later_bytes = dict
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightsRestore:
+        # A module that is copied during the restore takes its hooks along; they end with this one's.
+        return self
 
     def _before_load(
         self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
     ) -> None:
+        session = self._session
+        if session is None:
+            return
         by_tensor: dict[int, list[_Target]] = {}
         for target in _find_targets(module, state_dict, prefix):
             by_tensor.setdefault(id(target.tensor), []).append(target)
+        # Parameters that share memory without being one object go on sharing it only if they are filled in place.
+        shared = Counter(target.tensor.untyped_storage().data_ptr() for target, *_ in by_tensor.values())
         stream: list[_Target] = []
         fresh: list[_Target] = []
         assign: list[_Target] = []
         for targets in by_tensor.values():
             # One tensor under several keys: torch copies one value after the other, so the last one stays.
             target = targets[-1]
-            if self._session.checkpoint.mapping.offset_of(target.value) is None:
+            if target.value is target.tensor:
+                continue  # A parent's hook did it.
+            if session.checkpoint.mapping.offset_of(target.value) is None:
                 # A value that somebody made: torch copies it, into memory that has to exist.
                 if target.tensor.is_meta:
                     fresh.append(target)
-            elif self._can_assign(target):
+            elif self._can_assign(target, session.device, shared):
                 assign.append(target)
             else:
                 stream.append(target)
-                if target.tensor.device != self._session.device:
+                if target.tensor.device != session.device:
                     fresh.append(target)
-        needed = self._later_bytes() if stream or fresh else {}
-        device = self._session.device
+        if not (stream or fresh or assign):
+            return
+        needed = self._later_bytes()
+        device = session.device
         needed[device] = needed.get(device, 0) + sum(self._fresh_bytes(target) for target in fresh)
-        self._session.require(needed)
+        session.require(needed)
 
-        replacements = {target.key: self._allocate(target) for target in fresh}
-        self._session.move(
+        replacements = {target.key: self._allocate(target, device) for target in fresh}
+        session.move(
             [Move(target.key, target.value, replacements.get(target.key, target.tensor.detach())) for target in stream]
         )
         # Only now, when everything has arrived, does the module change.
         replacements |= {target.key: target.value.detach() for target in assign}
-        for target in (*fresh, *assign):
-            replace_data(target.tensor, replacements[target.key], name=target.key)
+        old = [replace_data(target.tensor, replacements[target.key], name=target.key) for target in (*fresh, *assign)]
+        session.free_in_background(old)
         self.assigned_bytes += sum(target.value.nbytes for target in assign)
         for target in (*stream, *assign):
             for alias in by_tensor[id(target.tensor)]:
                 state_dict[alias.key] = target.tensor
 
-    def _can_assign(self, target: _Target) -> bool:
-        tensor, value = target.tensor, target.value
-        return (
-            self._assign
-            and self._session.device.type == "cpu"
-            and tensor.device.type in ("cpu", "meta")
-            and value.dtype == self._final_dtype(target)
-        )
+    def _can_assign(self, target: _Target, device: torch.device, shared: Counter[int]) -> bool:
+        if not self._assign or device.type != "cpu" or target.value.dtype != self._final_dtype(target):
+            return False
+        if not target.tensor.is_meta:
+            own = target.tensor.untyped_storage().data_ptr()
+            if target.tensor.device.type != "cpu" or shared[own] > 1:
+                return False
+        # Two parameters that were saved as views of one storage are not one parameter: only the first may have it.
+        storage = target.value.untyped_storage().data_ptr()
+        if storage in self._assigned_storages:
+            return False
+        self._assigned_storages.add(storage)
+        return True
 
     def _final_dtype(self, target: _Target) -> torch.dtype:
         """The dtype of new memory for a target, such that the values are those of the ordinary way.
@@ -133,17 +159,18 @@ class WeightsRestore:
         own = target.tensor.dtype
         if self._dtype is None or not target.tensor.is_floating_point():
             return own
-        lossless = target.value.is_floating_point() and torch.promote_types(target.value.dtype, own) == own
+        saved = target.value.dtype
+        lossless = saved == own or (own in _HOLDS_HALF and saved in (torch.float16, torch.bfloat16, torch.float32))
         return self._dtype if target.tensor.is_meta or lossless else own
 
-    def _allocate(self, target: _Target) -> torch.Tensor:
-        return empty_on(target.tensor, self._session.device, self._final_dtype(target))
+    def _allocate(self, target: _Target, device: torch.device) -> torch.Tensor:
+        return empty_on(target.tensor, device, self._final_dtype(target))
 
     def _fresh_bytes(self, target: _Target) -> int:
         return target.tensor.numel() * self._final_dtype(target).itemsize
 
     def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
-        if not self._strict:
+        if not self._strict and self._session is not None:
             materialize(module, incompatible_keys.missing_keys, self._session.device, self._dtype)
 
 

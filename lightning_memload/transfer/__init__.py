@@ -1,10 +1,11 @@
 """Moves bytes from a source into tensors: the plan, the staging ring with its hard budget, and the threads."""
 
 from lightning_memload.transfer.engine import Record, TensorCopy, TransferStats, available_cpus, transfer
-from lightning_memload.transfer.staging import MIN_BUDGET_BYTES, RingLayout, StagingRing, choose_layout
+from lightning_memload.transfer.staging import MIN_BUDGET_BYTES, LazyRing, RingLayout, StagingRing, choose_layout
 
 __all__ = [
     "MIN_BUDGET_BYTES",
+    "LazyRing",
     "Record",
     "RingLayout",
     "StagingRing",

@@ -1,8 +1,8 @@
 """The engine: threads that carry out a plan, from a byte source into tensors.
 
 Each thread takes the next read in file order. For tensors in CPU memory the bytes go straight to their place; for other
-devices they go through two staging buffers per thread, whose copies to the device run while the thread reads on. A
-buffer is used again only after its last copy has ended. Checksums are taken from the bytes on their way. What the
+devices they go through staging buffers, whose copies to the device run while the threads read on. A buffer is used
+again only after its last copy has ended. Checksums are taken from the bytes on their way. What the
 engine does not know: modules, optimizers, file formats.
 """
 
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import queue
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from lightning_memload.transfer.staging import StagingRing
 
 __all__ = ["Record", "TensorCopy", "TransferStats", "available_cpus", "transfer"]
 
+# Into CPU memory a checksum is taken from what is still in the core's cache: 2 times the speed of 16 MiB.
+_DIRECT_BLOCK_BYTES = 1 << 20
 # The kernel takes at most 1024 buffers in one preadv (IOV_MAX).
 _MAX_BUFFERS_PER_READ = 1024
 
@@ -121,15 +125,24 @@ def transfer(
         Counters.
 
     Raises:
+        ValueError: The ring has fewer threads, or smaller blocks, than asked for.
         CheckpointReadError: A read failed or met the end of the file.
         ChecksumError: A record's bytes do not have their checksum.
 
     Peak memory: the ring, and on each device up to ``num_threads`` blocks while values are converted there.
     """
-    copies = [copy for copy in copies if copy.destination.numel()]
-    if not copies:
-        return TransferStats()
-    return _Transfer(source, copies, ring, num_threads, block_bytes, records, on_progress).run()
+    by_device: dict[torch.device, list[TensorCopy]] = {}
+    for copy in copies:
+        if copy.destination.numel():
+            by_device.setdefault(copy.destination.device, []).append(copy)
+    if len(by_device) > 1:
+        # What stays on the CPU lies between what goes to the device (an optimizer's steps): one pass for both.
+        on_cpu = by_device.pop(torch.device("cpu"), [])
+        next(iter(by_device.values())).extend(on_cpu)
+    stats = TransferStats()
+    for of_device in by_device.values():
+        stats += _Transfer(source, of_device, ring, num_threads, block_bytes, records, on_progress).run()
+    return stats
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,14 +169,24 @@ class _Transfer:
         self._copies = copies
         self._records = sorted(records, key=lambda record: record.offset)
         self._on_progress = on_progress
-        self._devices = {copy.destination.device for copy in copies if copy.destination.device.type != "cpu"}
+        # At most one besides the CPU.
+        self._device = next((c.destination.device for c in copies if c.destination.device.type != "cpu"), None)
+        on_cuda = self._device is not None and self._device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._device) if on_cuda else None
         jobs = self._plan(block_bytes)
         self._jobs = iter(jobs)
-        needs_ring = bool(self._devices) or any(job.piece is not None for job in jobs)
+        needs_ring = self._device is not None or any(job.piece is not None for job in jobs)
         self._ring = ring() if needs_ring else None
+        layout = self._ring.layout if self._ring else None
+        if layout and (num_threads > layout.num_threads or block_bytes > layout.block_bytes):
+            raise ValueError(f"{num_threads} threads with blocks of {block_bytes} bytes do not fit {layout}.")
         self._num_threads = max(1, min(num_threads, len(jobs)))
+        # A property of the calling thread, and its tensors can only be written where it holds.
+        self._inference_mode = torch.is_inference_mode_enabled()
         self._bytes = [_byte_view(copy.destination) if _is_raw(copy) else None for copy in copies]
-        self._streams = {device: torch.cuda.Stream(device) for device in self._devices if device.type == "cuda"}
+        self._slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        for view, tensor in zip(self._ring.views, self._ring.tensors, strict=True) if self._ring else ():
+            self._slots.put(_Slot(view, tensor, self._stream))
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._bytes_read = 0
@@ -182,7 +205,8 @@ class _Transfer:
                 nbytes = piece.span * itemsize
                 segment = Segment(0, nbytes, number, 0)
                 pieces.append((Read(copy.offset + piece.offset * itemsize, nbytes, (segment,)), piece))
-        reads: list[tuple[Read, Piece | None]] = [(read, None) for read in plan_reads(ranges, block_bytes=block_bytes)]
+        raw_bytes = block_bytes if self._device is not None else min(block_bytes, _DIRECT_BLOCK_BYTES)
+        reads: list[tuple[Read, Piece | None]] = [(read, None) for read in plan_reads(ranges, block_bytes=raw_bytes)]
         reads.extend(pieces)
         reads.sort(key=lambda item: item[0].offset)
         checks, _ = plan_checks([read for read, _ in reads], [(r.offset, r.nbytes) for r in self._records])
@@ -190,20 +214,20 @@ class _Transfer:
 
     def run(self) -> TransferStats:
         started = time.perf_counter()
-        for device, stream in self._streams.items():
+        if self._stream is not None:
             # The destinations' memory may still be in use by work that was queued before they were allocated.
-            stream.wait_stream(torch.cuda.current_stream(device))
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
             with ThreadPoolExecutor(self._num_threads, thread_name_prefix="memload") as pool:
-                futures = [pool.submit(self._work, number) for number in range(self._num_threads)]
+                futures = [pool.submit(self._work) for _ in range(self._num_threads)]
                 try:
                     for future in futures:
                         future.result()
                 finally:
                     self._stop.set()
         finally:
-            for stream in self._streams.values():
-                stream.synchronize()
+            if self._stream is not None:
+                self._stream.synchronize()
         return TransferStats(
             bytes_read=self._bytes_read,
             bytes_verified=self._checksums.bytes_verified,
@@ -216,17 +240,17 @@ class _Transfer:
         with self._lock:
             return None if self._stop.is_set() else next(self._jobs, None)
 
-    def _work(self, number: int) -> None:
-        slots = (
-            [_Slot(self._ring, 2 * number + i) for i in range(2)] if self._ring else [_Slot(None, i) for i in (0, 1)]
-        )
-        turn = 0
+    def _work(self) -> None:
         try:
-            with torch.no_grad():
+            # Thread-local, all three. The stream is entered once: doing so for every copy costs more than the copy.
+            with torch.inference_mode(self._inference_mode), torch.no_grad(), torch.cuda.stream(self._stream):
                 while (job := self._next_job()) is not None:
-                    if self._devices or job.piece is not None:
-                        self._staged(job, slots[turn])
-                        turn = 1 - turn
+                    if self._device is not None or job.piece is not None:
+                        slot = self._slots.get()
+                        try:
+                            self._staged(job, slot)
+                        finally:
+                            self._slots.put(slot)
                     else:
                         self._direct(job)
                     self._advance(job.read.nbytes)
@@ -285,23 +309,16 @@ class _Transfer:
         self._read([staged], read.offset)
         for check in job.checks:
             self._checksums.update(check, [staged[check.start : check.start + check.nbytes]])
-        touched = set()
-        for segment in read.segments:
-            copy = self._copies[segment.target]
-            device = copy.destination.device
-            touched.add(device)
-            with torch.cuda.stream(self._streams.get(device)):
-                if job.piece is not None:
-                    slot.rearrange(copy, job.piece, read.nbytes)
-                else:
-                    target = self._bytes[segment.target]
-                    assert target is not None
-                    target[segment.target_start : segment.target_start + segment.nbytes].copy_(
-                        slot.tensor[segment.start : segment.start + segment.nbytes],
-                        non_blocking=device in self._streams,
-                    )
-        for device in touched:
-            slot.mark(self._streams.get(device))
+        if job.piece is not None:
+            slot.rearrange(self._copies[read.segments[0].target], job.piece, read.nbytes)
+        else:
+            for segment in read.segments:
+                target = self._bytes[segment.target]
+                assert target is not None
+                target[segment.target_start : segment.target_start + segment.nbytes].copy_(
+                    slot.tensor[segment.start : segment.start + segment.nbytes], non_blocking=self._stream is not None
+                )
+        slot.mark()
 
     def _read(self, buffers: list[memoryview], offset: int) -> None:
         """Fills all buffers, however many calls that takes."""
@@ -347,32 +364,33 @@ class _Transfer:
 
 
 class _Slot:
-    """One staging buffer of a thread, with the events of its copies."""
+    """One staging buffer, with the event that ends its last copy."""
 
-    def __init__(self, ring: StagingRing | None, number: int) -> None:
-        if ring is not None:
-            self.view = ring.views[number]
-            self.tensor = ring.tensors[number]
-        self._events: dict[torch.cuda.Stream, torch.cuda.Event] = {}
-        self._scratch: dict[torch.device, torch.Tensor] = {}
+    def __init__(self, view: memoryview, tensor: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
+        self.view = view
+        self.tensor = tensor
+        self._stream = stream
+        self._event = torch.cuda.Event() if stream is not None else None
+        self._scratch: torch.Tensor | None = None
 
     def wait(self) -> None:
-        for event in self._events.values():
-            event.synchronize()
+        """Returns when the buffer may be overwritten."""
+        if self._event is not None:
+            self._event.synchronize()
 
-    def mark(self, stream: torch.cuda.Stream | None) -> None:
-        if stream is not None:
-            self._events.setdefault(stream, torch.cuda.Event()).record(stream)
+    def mark(self) -> None:
+        """Says that the buffer is in use until all copies so far have ended."""
+        if self._event is not None:
+            self._event.record(self._stream)
 
     def rearrange(self, copy: TensorCopy, piece: Piece, nbytes: int) -> None:
         """Copies one piece with conversion, which happens on the destination's device."""
         device = copy.destination.device
         values = self.tensor[:nbytes]
         if device.type != "cpu":
-            scratch = self._scratch.get(device)
-            if scratch is None or scratch.numel() < nbytes:
-                scratch = self._scratch[device] = torch.empty(self.tensor.numel(), dtype=torch.uint8, device=device)
-            values = scratch[:nbytes].copy_(values, non_blocking=device.type == "cuda")
+            if self._scratch is None:
+                self._scratch = torch.empty_like(self.tensor, device=device)
+            values = self._scratch[:nbytes].copy_(values, non_blocking=self._stream is not None)
         piece_values = values.view(copy.dtype).as_strided(piece.shape, copy.stride)
         index = tuple(slice(start, start + size) for start, size in zip(piece.starts, piece.shape, strict=True))
         copy.destination[index].copy_(piece_values)
@@ -421,7 +439,7 @@ class _Checksums:
 def _is_raw(copy: TensorCopy) -> bool:
     """Whether the destination's memory is, byte for byte, what the file holds."""
     destination = copy.destination
-    if destination.dtype != copy.dtype:
+    if destination.dtype != copy.dtype or destination.is_conj() or destination.is_neg():
         return False
     axes = sorted(
         (in_memory, in_file, size)
@@ -447,11 +465,14 @@ def _byte_view(tensor: torch.Tensor) -> torch.Tensor:
 
 def _cut(parts: Sequence[tuple[int, memoryview]], start: int, nbytes: int) -> list[memoryview]:
     """The part of consecutive buffers that holds bytes ``[start, start + nbytes)`` of a read."""
+    # By halving: a block may hold a hundred thousand small tensors, and each asks.
+    number = bisect_right(parts, start, key=lambda item: item[0]) - 1
     found = []
-    for position, part in parts:
+    while number < len(parts) and parts[number][0] < start + nbytes:
+        position, part = parts[number]
         low, high = max(start, position), min(start + nbytes, position + len(part))
-        if low < high:
-            found.append(part[low - position : high - position])
+        found.append(part[low - position : high - position])
+        number += 1
     return found
 
 

@@ -7,32 +7,35 @@ ring is closed. Torch's own pinned allocations would be rounded up to powers of 
 from __future__ import annotations
 
 import mmap
+import threading
 import warnings
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["MIN_BUDGET_BYTES", "RingLayout", "StagingRing", "choose_layout"]
+__all__ = ["MIN_BUDGET_BYTES", "LazyRing", "RingLayout", "StagingRing", "choose_layout"]
 
-# Measured on one H100 with 16 cores: below 8 MiB a block the interpreter's lock limits the transfer, not the disk;
-# beyond 16 MiB nothing is gained.
+# Beyond 16 MiB a block nothing is gained; below 8 MiB the interpreter's lock limits the transfer, not the disk
+# (examples/benchmarks/resume.py --sweep, one H100 with 16 cores).
 _MAX_BLOCK_BYTES = 16 << 20
 _MIN_BLOCK_BYTES = 256 << 10
-_BUFFERS_PER_THREAD = 2
-MIN_BUDGET_BYTES = _BUFFERS_PER_THREAD * _MIN_BLOCK_BYTES
+# A thread needs one buffer to read into, and some buffers are on their way to the device.
+MIN_BUDGET_BYTES = 2 * _MIN_BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class RingLayout:
-    """How a budget is divided: ``num_threads`` threads with two buffers of ``block_bytes`` each."""
+    """How a budget is divided.
+
+    Attributes:
+        num_threads: Threads that read into the ring.
+        num_buffers: Buffers that they share, at least one for each.
+        block_bytes: Size of a buffer, and so of the longest read.
+    """
 
     num_threads: int
+    num_buffers: int
     block_bytes: int
-
-    @property
-    def num_buffers(self) -> int:
-        """Buffers of the whole ring."""
-        return self.num_threads * _BUFFERS_PER_THREAD
 
     @property
     def nbytes(self) -> int:
@@ -58,9 +61,11 @@ def choose_layout(budget_bytes: int, num_threads: int) -> RingLayout:
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got {num_threads}.")
     num_threads = min(num_threads, budget_bytes // MIN_BUDGET_BYTES)
-    block_bytes = min(budget_bytes // (_BUFFERS_PER_THREAD * num_threads), _MAX_BLOCK_BYTES)
+    # Reading takes several times as long as copying to the device, so a few spare buffers keep all threads reading.
+    num_buffers = num_threads + max(1, num_threads // 3)
     # Whole pages, so that reads of neighbouring blocks do not share one.
-    return RingLayout(num_threads, block_bytes // mmap.PAGESIZE * mmap.PAGESIZE)
+    block_bytes = min(budget_bytes // num_buffers, _MAX_BLOCK_BYTES) // mmap.PAGESIZE * mmap.PAGESIZE
+    return RingLayout(num_threads, min(budget_bytes // block_bytes, 2 * num_threads), block_bytes)
 
 
 class StagingRing:
@@ -128,3 +133,58 @@ class StagingRing:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+class LazyRing:
+    """A staging ring that is made when it is first needed, or before that in the background.
+
+    Args:
+        layout: See :class:`StagingRing`.
+        pinned: Likewise.
+    """
+
+    def __init__(self, layout: RingLayout, *, pinned: bool) -> None:
+        self.layout = layout
+        self._pinned = pinned
+        self._ring: StagingRing | None = None
+        self._error: BaseException | None = None
+        self._maker: threading.Thread | None = None
+
+    def prepare(self) -> None:
+        """Begins to make the ring and returns. Page-locking 128 MiB takes 70 to 100 ms."""
+        if self._ring is None and self._maker is None:
+            self._maker = threading.Thread(target=self._make, name="memload-pin", daemon=True)
+            self._maker.start()
+
+    def get(self) -> StagingRing:
+        """The ring, always the same until it is closed.
+
+        Raises:
+            OSError: There is no memory for it.
+        """
+        self._wait()
+        if self._ring is None:
+            self._make()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        assert self._ring is not None
+        return self._ring
+
+    def close(self) -> None:
+        """Frees the ring if there is one. Closing twice is fine."""
+        self._wait()
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
+
+    def _wait(self) -> None:
+        if self._maker is not None:
+            self._maker.join()
+            self._maker = None
+
+    def _make(self) -> None:
+        try:
+            self._ring = StagingRing(self.layout, pinned=self._pinned)
+        except BaseException as error:
+            self._error = error

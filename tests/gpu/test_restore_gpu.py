@@ -293,7 +293,7 @@ def test_conversion_and_rearrangement_on_the_device(tmp_path: Path, source: torc
         destination = torch.full(value.shape, 7, dtype=target, device="cuda")
         copies.append(TensorCopy(name, mapped.locate(value) or 0, value.dtype, value.stride(), destination))
         expected.append(value.to(target))
-    with StagingRing(RingLayout(3, 256 * 1024), pinned=True) as ring:
+    with StagingRing(RingLayout(3, 4, 256 * 1024), pinned=True) as ring:
         transfer(mapped.mapping.file, copies, lambda: ring, num_threads=3, block_bytes=256 * 1024)
     for copy, value in zip(copies, expected, strict=True):
         assert torch.equal(copy.destination.cpu(), value), copy.name
@@ -301,7 +301,7 @@ def test_conversion_and_rearrangement_on_the_device(tmp_path: Path, source: torc
 
 def test_pinned_memory_is_given_back_and_can_be_pinned_again() -> None:
     for _ in range(5):
-        with StagingRing(RingLayout(4, 4 * MIB), pinned=True) as ring:
+        with StagingRing(RingLayout(4, 8, 4 * MIB), pinned=True) as ring:
             assert ring.pinned_bytes == 32 * MIB
             assert ring.tensors[0].is_pinned()
         assert ring.pinned_bytes == 0
@@ -316,7 +316,7 @@ def test_failing_read_ends_all_threads_and_the_gpu_goes_on(tmp_path: Path) -> No
 
     copies = [TensorCopy("t", 0, torch.uint8, (1,), destination)]
     with (
-        StagingRing(RingLayout(4, MIB), pinned=True) as ring,
+        StagingRing(RingLayout(4, 5, MIB), pinned=True) as ring,
         LocalFile(path) as file,
         pytest.raises(CheckpointReadError, match="ends at byte"),
     ):

@@ -1,0 +1,134 @@
+"""Two processes with gloo: started one by one by Lightning, and forked and spawned by it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.plugins.harness import Case, TinyModule, adamw, make_trainer, write_checkpoint
+
+# Run as __main__, so that every rank finds the classes again.
+PROGRAM = """
+import json
+import os
+import pathlib
+import warnings
+
+warnings.simplefilter("ignore")
+import lightning as L
+import torch
+
+from lightning_memload import MemoryEfficientRestore
+from tests.plugins.harness import TinyModule, adamw, make_trainer
+
+
+class Writing(L.Callback):
+    def __init__(self, folder, restore):
+        self.folder, self.restore = folder, restore
+
+    def on_train_end(self, trainer, pl_module):
+        report = self.restore and self.restore.report
+        result = {
+            "losses": [loss.item().hex() for loss in pl_module.losses],
+            "weights": [p.detach().flatten()[0].item().hex() for p in pl_module.parameters()],
+            "report": report and report.as_dict(),
+            "held": sum(ARGUMENTS["path"] in line for line in open("/proc/self/maps")),
+            "ours": type(trainer.strategy.checkpoint_io).__name__,
+        }
+        (pathlib.Path(self.folder) / f"{trainer.global_rank}.json").write_text(json.dumps(result))
+
+
+def main(path, folder, strategy, ours):
+    torch.manual_seed(2)
+    module = TinyModule(adamw)
+    restore = MemoryEfficientRestore() if ours else None
+    callbacks = [Writing(folder, restore), *([restore] if ours else [])]
+    trainer = make_trainer(folder, callbacks, max_epochs=2, devices=2, strategy=strategy)
+    trainer.fit(module, ckpt_path=path, weights_only=False)
+
+
+ARGUMENTS = json.loads(os.environ["MEMLOAD_TEST_ARGUMENTS"])
+if __name__ == "__main__":
+    main(**ARGUMENTS)
+"""
+
+
+def ranks(path: Path, folder: Path, strategy: str, *, ours: bool) -> list[dict[str, Any]]:
+    folder.mkdir()
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    arguments = {"path": str(path), "folder": str(folder), "strategy": strategy, "ours": ours}
+    repository = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        env={
+            **os.environ,
+            "MEMLOAD_TEST_ARGUMENTS": json.dumps(arguments),
+            "PYTHONPATH": str(repository),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(Case(lambda: TinyModule(adamw)), tmp_path_factory.mktemp("distributed"))
+
+
+@pytest.fixture(scope="module")
+def stock(path: Path) -> list[dict[str, Any]]:
+    """The stock run; how the processes were started changes no loss."""
+    return ranks(path, path.parent / "stock", "ddp_fork", ours=False)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_fork", "ddp_spawn"])
+def test_ranks_train_as_stock(strategy: str, path: Path, stock: list[dict[str, Any]], tmp_path: Path) -> None:
+    ours = ranks(path, tmp_path / "ours", strategy, ours=True)
+    for rank, (expected, actual) in enumerate(zip(stock, ours, strict=True)):
+        assert expected["losses"]
+        assert actual["losses"] == expected["losses"]
+        assert actual["weights"] == expected["weights"]
+        assert actual["ours"] == "StreamingCheckpointIO"
+        assert actual["held"] == 0
+        report = actual["report"]
+        assert (report["mode"], report["world_size"], report["rank"]) == ("copy", 2, rank)
+        assert [phase["name"] for phase in report["phases"]] == ["open", "weights", "optimizers"]
+    # Every rank knows the same maxima.
+    maxima = ours[0]["report"]["maxima"]
+    assert maxima == ours[1]["report"]["maxima"]
+    peaks = [result["report"]["total"]["peaks"]["anonymous_peak_bytes"] for result in ours]
+    largest = maxima["host_anonymous_peak"]
+    assert largest["value"] == max(peaks)
+    assert peaks[largest["rank"]] == largest["value"]
+    assert ours[0]["losses"] != ours[1]["losses"]
+
+
+def test_launchers_pass_a_bare_state_dict(tmp_path: Path) -> None:
+    """What a fork or spawn launcher does at its end: save the weights there, load them here."""
+    from lightning_memload import StreamingCheckpointIO
+
+    module = TinyModule()
+    trainer = make_trainer(tmp_path, plugins=[StreamingCheckpointIO()])
+    io = trainer.strategy.checkpoint_io
+    io.save_checkpoint(module.state_dict(), tmp_path / ".temp.ckpt")
+    with torch.no_grad():
+        expected = {name: value.clone() for name, value in module.state_dict().items()}
+        for parameter in module.parameters():
+            parameter.zero_()
+    module.load_state_dict(io.load_checkpoint(tmp_path / ".temp.ckpt", weights_only=True))
+    (tmp_path / ".temp.ckpt").unlink()
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, expected[name])

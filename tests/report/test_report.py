@@ -1,0 +1,198 @@
+"""The report on fixed figures: its table to the letter, its scalars, and what is not known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from typing import Any
+
+import pytest
+
+from lightning_memload.memory import MemoryPeaks
+from lightning_memload.report import MEMORY_FIGURES, PhaseReport, RankMaximum, RestoreReport
+
+GIB = 2**30
+UNKNOWN: dict[str, Any] = {
+    field.name: None
+    for field in dataclasses.fields(MemoryPeaks)
+    if field.name not in ("seconds", "rss_start_bytes", "rss_peak_bytes", "rss_peak_is_exact", "num_samples",
+                          "longest_gap_seconds")
+}  # fmt: skip
+
+
+def peaks(seconds: float, **figures: Any) -> MemoryPeaks:
+    return MemoryPeaks(
+        **{
+            **UNKNOWN,
+            "seconds": seconds,
+            "rss_start_bytes": GIB,
+            "rss_peak_bytes": 9 * GIB,
+            "rss_peak_is_exact": True,
+            "num_samples": 3,
+            "longest_gap_seconds": 0.005,
+            **figures,
+        }
+    )
+
+
+def phase(name: str, seconds: float, read: int = 0, transfer_seconds: float = 0.0, **figures: Any) -> PhaseReport:
+    return PhaseReport(name, seconds, read, transfer_seconds, peaks(seconds, **figures))
+
+
+def host(rise: float) -> dict[str, int]:
+    return {"anonymous_start_bytes": GIB, "anonymous_peak_bytes": int((1 + rise) * GIB)}
+
+
+def gpu_report(**changes: Any) -> RestoreReport:
+    figures = {
+        "path": "last.ckpt",
+        "stage": "fit",
+        "mode": "copy",
+        "mode_reason": "parameters live on cuda:0",
+        "device": "cuda:0",
+        "global_step": 1200,
+        "phases": (
+            phase("open", 0.031, **host(0.01)),
+            phase("weights", 0.42, 6 * GIB, 0.25, **host(0.13), cuda_allocated_peak_bytes=6 * GIB),
+            phase("optimizers", 0.9, 12 * GIB, 0.5, **host(0.125), cuda_allocated_peak_bytes=18 * GIB),
+        ),
+        "total": phase(
+            "total",
+            1.4,
+            18 * GIB,
+            0.75,
+            **host(0.13),
+            cuda_allocated_peak_bytes=18 * GIB,
+            cuda_reserved_peak_bytes=19 * GIB,
+            file_backed_peak_bytes=GIB // 2,
+            pinned_peak_bytes=GIB // 8,
+            major_faults=4,
+        ),
+        "bytes_verified": 18 * GIB,
+        "num_threads": 8,
+        "staging_bytes": GIB // 8,
+    }
+    return RestoreReport(**{**figures, **changes})
+
+
+def bare_report(**changes: Any) -> RestoreReport:
+    """Of a system that tells nothing, of a restore that was only measured."""
+    figures: dict[str, Any] = {
+        "path": "last.ckpt",
+        "stage": "validate",
+        "mode": "default",
+        "mode_reason": "another way of loading, only measured",
+        "device": "cpu",
+        "global_step": None,
+        "phases": (),
+        "total": phase("total", 2.0),
+    }
+    return RestoreReport(**{**figures, **changes})
+
+
+def test_table_of_a_gpu() -> None:
+    assert gpu_report().table() == "\n".join(
+        [
+            "restore     seconds       read       speed  host anonymous   GPU peak",
+            "---------------------------------------------------------------------",
+            "open           0.03          -           -       +0.01 GiB          -",
+            "weights        0.42   6.00 GiB  24.0 GiB/s       +0.13 GiB   6.00 GiB",
+            "optimizers     0.90  12.00 GiB  24.0 GiB/s       +0.12 GiB  18.00 GiB",
+            "---------------------------------------------------------------------",
+            "total          1.40  18.00 GiB  24.0 GiB/s       +0.13 GiB  18.00 GiB",
+            "mode copy (parameters live on cuda:0); file-backed peak 0.50 GiB; pinned 0.12 GiB; verified 18.00 GiB",
+        ]
+    )
+
+
+def test_table_without_figures() -> None:
+    assert bare_report().table() == "\n".join(
+        [
+            "restore  seconds  read  speed  host anonymous",
+            "---------------------------------------------",
+            "total       2.00     -      -               -",
+            "mode default (another way of loading, only measured)",
+        ]
+    )
+
+
+def test_table_names_the_worst_rank_and_ordinary_copies() -> None:
+    report = gpu_report(
+        world_size=4,
+        maxima={"host_anonymous_above_start": RankMaximum(3 * GIB, 2)},
+        bytes_copied_ordinarily=GIB,
+    )
+    footer = report.table().splitlines()[-1]
+    assert footer.endswith("copied by torch 1.00 GiB; most host anonymous of 4 ranks +3.00 GiB on rank 2")
+
+
+def test_scalars_have_their_units() -> None:
+    assert gpu_report().scalars() == pytest.approx(
+        {
+            "memload/seconds": 1.4,
+            "memload/open_seconds": 0.031,
+            "memload/weights_seconds": 0.42,
+            "memload/optimizers_seconds": 0.9,
+            "memload/read_gib": 18.0,
+            "memload/read_gib_per_second": 24.0,
+            "memload/host_anonymous_peak_gib": 1.13,
+            "memload/host_anonymous_above_start_gib": 0.13,
+            "memload/host_file_backed_peak_gib": 0.5,
+            "memload/host_rss_peak_gib": 9.0,
+            "memload/host_pinned_peak_gib": 0.125,
+            "memload/gpu_allocated_peak_gib": 18.0,
+            "memload/gpu_reserved_peak_gib": 19.0,
+            "memload/major_faults": 4.0,
+        }
+    )
+
+
+def test_scalars_are_maxima_over_ranks() -> None:
+    report = gpu_report(world_size=2, maxima={"host_anonymous_peak": RankMaximum(5 * GIB, 1)})
+    scalars = report.scalars()
+    assert scalars["memload/host_anonymous_peak_gib"] == 5.0
+    assert scalars["memload/host_anonymous_peak_rank"] == 1.0
+    # Not reduced: this rank's own.
+    assert scalars["memload/host_rss_peak_gib"] == 9.0
+    assert "memload/host_rss_peak_rank" not in scalars
+    assert all(type(value) is float for value in scalars.values())
+
+
+def test_what_is_not_known_is_absent() -> None:
+    assert bare_report().scalars() == {
+        "memload/seconds": 2.0,
+        "memload/read_gib": 0.0,
+        "memload/host_rss_peak_gib": 9.0,
+    }
+    assert bare_report().figures() == {"host_rss_peak": 9 * GIB}
+
+
+def test_zero_is_known() -> None:
+    report = bare_report(total=phase("total", 2.0, major_faults=0, cuda_allocated_peak_bytes=0))
+    assert report.scalars()["memload/major_faults"] == 0.0
+    assert report.scalars()["memload/gpu_allocated_peak_gib"] == 0.0
+
+
+def test_every_figure_comes_from_the_peaks() -> None:
+    for source in MEMORY_FIGURES.values():
+        assert hasattr(MemoryPeaks, source)
+
+
+@pytest.mark.parametrize("report", [gpu_report(maxima={"host_rss_peak": RankMaximum(7, 1)}), bare_report()])
+def test_as_dict_is_json(report: RestoreReport) -> None:
+    figures = json.loads(json.dumps(report.as_dict()))
+    assert figures["total"]["peaks"]["rss_peak_bytes"] == 9 * GIB
+    assert figures["global_step"] == report.global_step
+    assert [phase["name"] for phase in figures["phases"]] == [phase.name for phase in report.phases]
+    assert figures.keys() == {field.name for field in dataclasses.fields(RestoreReport)}
+
+
+def test_report_can_be_pickled() -> None:
+    assert pickle.loads(pickle.dumps(gpu_report())) == gpu_report()
+
+
+def test_speed_of_nothing_is_not_known() -> None:
+    assert phase("open", 1.0).bytes_per_second is None
+    assert phase("open", 1.0, read=5, transfer_seconds=0.0).bytes_per_second is None
+    assert phase("open", 1.0, read=6, transfer_seconds=2.0).bytes_per_second == 3.0
