@@ -186,6 +186,8 @@ def _written_pages(entries: bytearray) -> list[int]:
     Bits 63 (present), 62 (swapped) and 61 (page of a file), see Documentation/admin-guide/mm/pagemap.rst. A page that
     was written in a private mapping is anonymous: present without bit 61, or swapped.
     """
+    if int.from_bytes(entries[:8], sys.byteorder) >> 61 in (0, 5) and entries == entries[:8] * (len(entries) // 8):
+        return []  # All alike: the usual answer, that nobody touched anything.
     states = (torch.frombuffer(entries, dtype=torch.int64) >> 61) & 7
     written = (states != 0) & (states != 5)
     return written.nonzero().flatten().tolist() if written.any() else []

@@ -129,7 +129,7 @@ def transfer(
         CheckpointReadError: A read failed or met the end of the file.
         ChecksumError: A record's bytes do not have their checksum.
 
-    Peak memory: the ring, and on each device up to ``num_threads`` blocks while values are converted there.
+    Peak memory: the ring, and on the device one block for each buffer of the ring while values are converted there.
     """
     by_device: dict[torch.device, list[TensorCopy]] = {}
     for copy in copies:
@@ -315,6 +315,12 @@ class _Transfer:
             for segment in read.segments:
                 target = self._bytes[segment.target]
                 assert target is not None
+                if target.is_cpu:
+                    # An optimizer's steps: a call into torch for each of thousands of scalars would take longer.
+                    ctypes.memmove(
+                        target.data_ptr() + segment.target_start, slot.tensor.data_ptr() + segment.start, segment.nbytes
+                    )
+                    continue
                 target[segment.target_start : segment.target_start + segment.nbytes].copy_(
                     slot.tensor[segment.start : segment.start + segment.nbytes], non_blocking=self._stream is not None
                 )

@@ -61,8 +61,9 @@ def choose_layout(budget_bytes: int, num_threads: int) -> RingLayout:
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got {num_threads}.")
     num_threads = min(num_threads, budget_bytes // MIN_BUDGET_BYTES)
-    # Reading takes several times as long as copying to the device, so a few spare buffers keep all threads reading.
-    num_buffers = num_threads + max(1, num_threads // 3)
+    # Reading a block takes ten times as long as copying it to the device, so with several threads somebody is always
+    # reading, and fewer, larger blocks beat spare buffers.
+    num_buffers = max(2, num_threads)
     # Whole pages, so that reads of neighbouring blocks do not share one.
     block_bytes = min(budget_bytes // num_buffers, _MAX_BLOCK_BYTES) // mmap.PAGESIZE * mmap.PAGESIZE
     return RingLayout(num_threads, min(budget_bytes // block_bytes, 2 * num_threads), block_bytes)
@@ -82,6 +83,11 @@ class StagingRing:
     def __init__(self, layout: RingLayout, *, pinned: bool) -> None:
         self.layout = layout
         self._memory = mmap.mmap(-1, layout.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if pinned and hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                self._memory.madvise(mmap.MADV_HUGEPAGE)  # fewer page faults; all of it is touched anyway
+            except OSError:
+                pass  # a kernel without huge pages
         whole = torch.frombuffer(memoryview(self._memory), dtype=torch.uint8)
         self._address = whole.data_ptr()
         self.pinned = pinned and self._pin()
