@@ -83,11 +83,6 @@ class StagingRing:
     def __init__(self, layout: RingLayout, *, pinned: bool) -> None:
         self.layout = layout
         self._memory = mmap.mmap(-1, layout.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if pinned and hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
-                self._memory.madvise(mmap.MADV_HUGEPAGE)  # fewer page faults; all of it is touched anyway
-            except OSError:
-                pass  # a kernel without huge pages
         whole = torch.frombuffer(memoryview(self._memory), dtype=torch.uint8)
         self._address = whole.data_ptr()
         self.pinned = pinned and self._pin()
