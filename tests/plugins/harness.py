@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -295,7 +294,7 @@ def contents(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
         "averages": [
             _copied(dict(callback._average_model.state_dict()))
             for callback in callbacks_of(trainer)
-            if isinstance(callback, WeightAveraging) and callback._average_model is not None
+            if getattr(callback, "_average_model", None) is not None  # WeightAveraging, from Lightning 2.6 on
         ],
         "precision": _copied(trainer.precision_plugin.state_dict()),
         "further": _copied(getattr(module, "further", dict)()),

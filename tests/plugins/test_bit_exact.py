@@ -11,7 +11,6 @@ import lightning as L
 import pytest
 import torch
 import torchmetrics
-from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -511,6 +510,18 @@ def with_adamw() -> TinyModule:
     return TinyModule(adamw)
 
 
+def _weight_averaging() -> dict[str, Case]:
+    """Lightning's own averaging callbacks, which came with Lightning 2.6."""
+    try:
+        from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+    except ImportError:
+        return {}
+    return {
+        "weight-averaging": Case(with_adamw, callbacks=lambda: [WeightAveraging()], meta=False),
+        "ema-weight-averaging": Case(with_adamw, callbacks=lambda: [EMAWeightAveraging(decay=0.9)], meta=False),
+    }
+
+
 MODULES = {
     "gan": Case(Gan),
     "early-optimizer": Case(EarlyOptimizer),
@@ -542,8 +553,7 @@ MODULES = {
     "other-dtype-on-disk": Case(TinyModule, edit=_double),
     "accumulation": Case(with_adamw, trainer={"accumulate_grad_batches": 3}),
     # Lightning copies the module to a device before anything is restored, which meta parameters cannot follow.
-    "weight-averaging": Case(with_adamw, callbacks=lambda: [WeightAveraging()], meta=False),
-    "ema-weight-averaging": Case(with_adamw, callbacks=lambda: [EMAWeightAveraging(decay=0.9)], meta=False),
+    **_weight_averaging(),
     "keeping": Case(TinyModule, callbacks=lambda: [Keeping()]),
 }
 

@@ -1,0 +1,46 @@
+"""The README keeps its word: its program runs and is short, and its tables are the measured results."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_program_is_whole_and_short(tmp_path: Path) -> None:
+    match = re.search(r"<!-- program -->\n```python\n(.*?)```", README, re.DOTALL)
+    assert match is not None
+    program = match[1]
+    assert len(program.splitlines()) <= 15
+    # The layers only as small as a test needs; everything else as printed.
+    (tmp_path / "program.py").write_text(program.replace("4096", "64"))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    output = done.stdout + done.stderr
+    printed = re.search(r"```text\n(Restored.*?)\n", README)
+    assert printed is not None
+    assert printed[1] in output
+    for line in ("open ", "weights ", "optimizers ", "total ", "mode copy (training writes to the weights)"):
+        assert line in output
+
+
+def test_tables_are_the_measured_results() -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            "import sys; sys.path.insert(0, 'examples/benchmarks'); import render; "
+            "text = render.README.read_text(); sys.exit(text != render.with_results(text))",
+        ],
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, "run python examples/benchmarks/render.py"
