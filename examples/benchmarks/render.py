@@ -40,10 +40,13 @@ def render(result: dict[str, Any]) -> str:
     place = machine["gpu"] or "CPU only"
     memory = number(machine["memory_bytes"], GIB)
     stock = result["variants"]["stock"]
+    size = f"{result['checkpoint_bytes'] / 1e9:.2f} GB"
+    software = f"torch {versions['torch']}, Lightning {versions['lightning']}"
     lines = [
-        f"**{result['size']}, AdamW, {result['checkpoint_bytes'] / 1e9:.2f} GB checkpoint, warm page cache** — {place}, "
-        f"{machine['cpus']} cores, {memory} GiB of memory, torch {versions['torch']}, Lightning {versions['lightning']}, "
-        f"median of {stock['repetitions']}; all ways gave the same bits: {'yes' if result['equal'] else 'no'}.",
+        f"**{result['size']} with AdamW, a checkpoint of {size} in a warm page cache.** "
+        f"{place}, {machine['cpus']} cores, "
+        f"{memory} GiB of memory, {software}; median of {stock['repetitions']}. All ways gave the same bits: "
+        f"{'yes' if result['equal'] else 'no'}.",
         "",
         "| | `fit()` to training, s | times faster | host memory above start, GiB | GPU peak, GiB |",
         "|---|---:|---:|---:|---:|",

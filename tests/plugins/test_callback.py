@@ -30,7 +30,7 @@ from lightning_memload import (
 )
 from lightning_memload.plugins import callback as callback_module
 from tests.fresh_process import run_fresh
-from tests.plugins.harness import FEATURES, Case, TinyModule, adamw, make_trainer, resume, write_checkpoint
+from tests.plugins.harness import FEATURES, TRUSTED, Case, TinyModule, adamw, make_trainer, resume, write_checkpoint
 
 
 class Evaluated(TinyModule):
@@ -66,7 +66,7 @@ def evaluate(stage: str, path: Path | str | None, folder: Path, *callbacks: L.Ca
     torch.manual_seed(20)
     module = Evaluated()
     trainer = make_trainer(folder, callbacks, **kwargs)
-    getattr(trainer, stage)(module, loader(), ckpt_path=path, weights_only=False)
+    getattr(trainer, stage)(module, loader(), ckpt_path=path, **TRUSTED)
     return module
 
 
@@ -113,7 +113,7 @@ def test_leaves_nothing_after_fit(tmp_path: Path, path: Path) -> None:
     restore = MemoryEfficientRestore()
     module = Evaluated()
     trainer = make_trainer(tmp_path, [restore], max_epochs=1)
-    trainer.fit(module, ckpt_path=path, weights_only=False)
+    trainer.fit(module, ckpt_path=path, **TRUSTED)
     assert restore.report is not None
     assert_clean(trainer, module)
 
@@ -184,7 +184,7 @@ def test_fit_then_evaluate_in_one_trainer(ckpt_path: str, tmp_path: Path) -> Non
             for parameter in module.parameters():
                 parameter.fill_(9)
         chosen = saving.best_model_path if ckpt_path == "file" else ckpt_path
-        getattr(trainer, stage)(module, loader(), ckpt_path=chosen, weights_only=False)
+        getattr(trainer, stage)(module, loader(), ckpt_path=chosen, **TRUSTED)
         report = restore.report
         assert report is not None
         assert (report.stage, report.path) == (stage, expected)
@@ -200,7 +200,7 @@ def test_resumes_hpc_checkpoint(tmp_path: Path, path: Path) -> None:
     path.rename(hpc)
     restore = MemoryEfficientRestore()
     trainer = make_trainer(tmp_path, [restore], max_epochs=1)
-    trainer.fit(Evaluated(), ckpt_path="hpc", weights_only=False)
+    trainer.fit(Evaluated(), ckpt_path="hpc", **TRUSTED)
     assert restore.report is not None
     assert restore.report.path == str(hpc)
 
@@ -211,11 +211,11 @@ def test_fits_twice_in_one_process(tmp_path: Path, path: Path) -> None:
     trainer = make_trainer(tmp_path, [restore], max_epochs=1)
     for _ in range(2):
         module = Evaluated()
-        trainer.fit(module, ckpt_path=path, weights_only=False)
+        trainer.fit(module, ckpt_path=path, **TRUSTED)
         reports.append(restore.report)
         assert_clean(trainer, module)
     another = make_trainer(tmp_path, [restore], max_epochs=1)
-    another.fit(Evaluated(), ckpt_path=path, weights_only=False)
+    another.fit(Evaluated(), ckpt_path=path, **TRUSTED)
     reports.append(restore.report)
     assert len({id(report) for report in reports}) == 3
     assert len({report.total.bytes_read for report in reports if report is not None}) == 1
@@ -225,7 +225,7 @@ def test_report_of_an_earlier_restore_stays_when_nothing_is_restored(tmp_path: P
     restore = MemoryEfficientRestore()
     trainer = make_trainer(tmp_path, [restore], max_epochs=1)
     module = Evaluated()
-    trainer.validate(module, loader(), ckpt_path=path, weights_only=False)
+    trainer.validate(module, loader(), ckpt_path=path, **TRUSTED)
     report = restore.report
     trainer.validate(module, loader())
     assert restore.report is report
@@ -238,7 +238,7 @@ def test_restores_after_training_has_ended(tmp_path: Path) -> None:
     restore = MemoryEfficientRestore()
     module = Evaluated()
     trainer = make_trainer(tmp_path, [restore], max_epochs=1)
-    trainer.fit(module, ckpt_path=saving.best_model_path, weights_only=False)
+    trainer.fit(module, ckpt_path=saving.best_model_path, **TRUSTED)
     assert restore.report is not None
     assert restore.report.global_step == 8
     assert_clean(trainer, module)
@@ -282,7 +282,7 @@ def test_logs_to_every_logger_at_the_restored_step(tmp_path: Path, path: Path) -
     loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "other")]
     restore = MemoryEfficientRestore()
     trainer = make_trainer(tmp_path, [restore, L.Callback()], logger=loggers, max_epochs=2, log_every_n_steps=1)
-    trainer.fit(Evaluated(), ckpt_path=path, weights_only=False)
+    trainer.fit(Evaluated(), ckpt_path=path, **TRUSTED)
     assert restore.report is not None
     expected = restore.report.scalars()
     for logger in (loggers[0], loggers[2]):
@@ -418,7 +418,7 @@ def test_verify_finds_a_flipped_byte(name: str, tmp_path: Path, path: Path) -> N
     module = Evaluated()
     trainer = make_trainer(tmp_path, [MemoryEfficientRestore()])
     with pytest.raises(ChecksumError, match=re.escape(name)) as caught:
-        trainer.fit(module, ckpt_path=path, weights_only=False)
+        trainer.fit(module, ckpt_path=path, **TRUSTED)
     assert caught.value.path == str(path)
     assert not module.losses
     assert_clean(trainer, module)
@@ -438,7 +438,7 @@ def test_refuses_what_cannot_fit(tmp_path: Path, path: Path, monkeypatch: pytest
     before = {name: value.clone() for name, value in module.state_dict().items()}
     trainer = make_trainer(tmp_path, [MemoryEfficientRestore()])
     with pytest.raises(InsufficientMemoryError, match=r"GiB of host memory, but only 0\.00 GiB are free") as caught:
-        trainer.fit(module, ckpt_path=path, weights_only=False)
+        trainer.fit(module, ckpt_path=path, **TRUSTED)
     # The weights have their memory already.
     assert caught.value.needed_bytes == bytes_of(path, "optimizer_states")
     assert (caught.value.free_bytes, caught.value.device) == (100, "cpu")
@@ -502,7 +502,7 @@ import warnings
 import lightning as L
 
 from lightning_memload import MemoryEfficientRestore
-from tests.plugins.harness import Case, TinyModule, adamw, make_trainer, write_checkpoint
+from tests.plugins.harness import TRUSTED, Case, TinyModule, adamw, make_trainer, write_checkpoint
 
 warnings.simplefilter("ignore")
 
@@ -556,7 +556,7 @@ def test_self_loading_strategies_are_measured_and_left_alone(
     trainer = make_trainer(tmp_path, [restore := MemoryEfficientRestore()])
     monkeypatch.setattr(callback_module, "_SELF_LOADING", (type(trainer.strategy),))
     with pytest.warns(UserWarning, match="SingleDeviceStrategy loads checkpoints by itself") as caught:
-        trainer.validate(Evaluated(), loader(), ckpt_path=path, weights_only=False)
+        trainer.validate(Evaluated(), loader(), ckpt_path=path, **TRUSTED)
     assert len([w for w in caught if "by itself" in str(w.message)]) == 1
     assert restore.report is not None
     assert (restore.report.mode, restore.report.path) == ("default", str(path))

@@ -11,7 +11,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO
-from tests.plugins.harness import Case, TinyModule, adamw, make_trainer, write_checkpoint
+from tests.plugins.harness import TRUSTED, Case, TinyModule, adamw, make_trainer, write_checkpoint
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def run(path: Path, plugins: list[Any]) -> tuple[MemoryEfficientRestore, TinyMod
     module = TinyModule(adamw)
     torch.manual_seed(3)
     trainer = make_trainer(path.parent, [restore], plugins=plugins, max_epochs=1)
-    trainer.fit(module, ckpt_path=path, weights_only=False)
+    trainer.fit(module, ckpt_path=path, **TRUSTED)
     trainer.save_checkpoint(path.parent / "again.ckpt")
     trainer.strategy.checkpoint_io.teardown()
     assert (path.parent / "again.ckpt").exists()

@@ -26,7 +26,7 @@ import lightning as L
 import torch
 
 from lightning_memload import MemoryEfficientRestore
-from tests.plugins.harness import TinyModule, adamw, make_trainer
+from tests.plugins.harness import TRUSTED, TinyModule, adamw, make_trainer
 
 
 class Writing(L.Callback):
@@ -51,7 +51,7 @@ def main(path, folder, strategy, ours):
     restore = MemoryEfficientRestore() if ours else None
     callbacks = [Writing(folder, restore), *([restore] if ours else [])]
     trainer = make_trainer(folder, callbacks, max_epochs=2, devices=2, strategy=strategy)
-    trainer.fit(module, ckpt_path=path, weights_only=False)
+    trainer.fit(module, ckpt_path=path, **TRUSTED)
 
 
 ARGUMENTS = json.loads(os.environ["MEMLOAD_TEST_ARGUMENTS"])

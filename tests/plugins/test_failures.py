@@ -24,7 +24,7 @@ from lightning_memload import (
     StreamingCheckpointIO,
     meta_init,
 )
-from tests.plugins.harness import FEATURES, Case, TinyModule, adamw, make_trainer, write_checkpoint
+from tests.plugins.harness import FEATURES, TRUSTED, Case, TinyModule, adamw, make_trainer, write_checkpoint
 from tests.plugins.test_callback import assert_clean, flip_byte
 
 
@@ -48,7 +48,7 @@ def held(path: Path) -> list[str]:
 
 def fit(module: L.LightningModule, path: Path, *callbacks: L.Callback, **kwargs: Any) -> L.Trainer:
     trainer = make_trainer(path.parent, callbacks, max_epochs=1)
-    trainer.fit(module, ckpt_path=path, **{"weights_only": False, **kwargs})
+    trainer.fit(module, ckpt_path=path, **{**TRUSTED, **kwargs})
     return trainer
 
 
@@ -57,7 +57,7 @@ def failure(module: L.LightningModule, path: Path, *callbacks: L.Callback, **kwa
     trainer = make_trainer(path.parent, callbacks, max_epochs=1)
     error: BaseException | None = None
     try:
-        trainer.fit(module, ckpt_path=path, **{"weights_only": False, **kwargs})
+        trainer.fit(module, ckpt_path=path, **{**TRUSTED, **kwargs})
     except Exception as caught:
         error = caught
     assert error is not None, "nothing failed"
@@ -262,7 +262,7 @@ def test_parameter_on_meta_that_the_file_lacks(path: Path) -> None:
     module.strict_loading = False
     # The optimizer knows two parameters more than the file: only evaluation can go on.
     trainer = make_trainer(path.parent, [MemoryEfficientRestore(mode="copy")])
-    trainer.predict(module, module.train_dataloader(), ckpt_path=path, weights_only=False)
+    trainer.predict(module, module.train_dataloader(), ckpt_path=path, **TRUSTED)
     on_disk = torch.load(path, weights_only=False)["state_dict"]
     for name, value in module.state_dict().items():
         assert value.device.type == "cpu"
@@ -282,7 +282,7 @@ def test_module_on_meta_in_full_precision_keeps_every_bit(tmp_path: Path) -> Non
     with meta_init():
         module = TinyModule(adamw)
     trainer = make_trainer(tmp_path, [MemoryEfficientRestore(mode="copy")], precision="64-true")
-    trainer.predict(module, module.train_dataloader(), ckpt_path=path, weights_only=False)
+    trainer.predict(module, module.train_dataloader(), ckpt_path=path, **TRUSTED)
     for name, value in torch.load(path, weights_only=False)["state_dict"].items():
         assert value.dtype == torch.float64
         assert torch.equal(module.state_dict()[name], value)
@@ -383,7 +383,7 @@ def test_file_that_cannot_be_mapped_is_loaded_the_ordinary_way(change: Callable[
     module = TinyModule(adamw)
     trainer = make_trainer(path.parent, [restore])
     with pytest.warns(UserWarning, match="the whole checkpoint in host memory, on every rank") as caught:
-        trainer.predict(module, module.train_dataloader(), ckpt_path=path, weights_only=False)
+        trainer.predict(module, module.train_dataloader(), ckpt_path=path, **TRUSTED)
     assert len([w for w in caught if "whole checkpoint" in str(w.message)]) == 1
     for name, value in module.state_dict().items():
         assert torch.equal(value, expected[name])
@@ -397,7 +397,7 @@ def test_io_alone_maps(path: Path) -> None:
     for one, plugins in ((module, [StreamingCheckpointIO()]), (stock, [])):
         torch.manual_seed(4)
         trainer = make_trainer(path.parent, plugins=plugins, max_epochs=1)
-        trainer.fit(one, ckpt_path=path, weights_only=False)
+        trainer.fit(one, ckpt_path=path, **TRUSTED)
     assert [a.item() for a in module.losses] == [b.item() for b in stock.losses]
     checkpoint = StreamingCheckpointIO().load_checkpoint(path, weights_only=False)
     assert held(path)
