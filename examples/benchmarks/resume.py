@@ -120,31 +120,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = checkpoint_path(options)
     if not path.exists():
         run_task(options, "save")
+    limits = run_task(options, "ceilings")
     results: dict[str, list[dict[str, Any]]] = {}
     for repetition in range(options.repetitions):
         for variant in options.variants:
             if repetition and variant.endswith("-cold"):
                 continue  # Once: it takes as long as the disk does.
             (evict if variant.endswith("-cold") else warm)(path)
-            results.setdefault(variant, []).append(run_task(options, variant))
-            print(
-                f"  {variant} #{repetition + 1}: {results[variant][-1]['seconds']:.2f} s", file=sys.stderr, flush=True
-            )
-    warm(path)
-    report = {
-        "benchmark": "resume",
-        "command": " ".join(["python examples/benchmarks/resume.py", *(arguments or sys.argv[1:])]),
-        "machine": machine(),
-        "versions": versions(),
-        "size": options.size,
-        "checkpoint_bytes": path.stat().st_size,
-        "variants": {variant: summarize(runs) for variant, runs in results.items()},
-        "equal": len({run["digest"] for runs in results.values() for run in runs}) == 1,
-        "ceilings": run_task(options, "ceilings"),
-        "runs": results,
-    }
-    if options.output:
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+            run = run_task(options, variant)
+            results.setdefault(variant, []).append(run)
+            print(f"  {variant} #{repetition + 1}: {run['seconds']:.2f} s", file=sys.stderr, flush=True)
+        # After every round, so that a run that is cut short leaves what it has measured.
+        report = {
+            "benchmark": "resume",
+            "command": " ".join(["python examples/benchmarks/resume.py", *(arguments or sys.argv[1:])]),
+            "machine": machine(),
+            "versions": versions(),
+            "size": options.size,
+            "checkpoint_bytes": path.stat().st_size,
+            "variants": {name: summarize(runs) for name, runs in results.items()},
+            "equal": len({run["digest"] for runs in results.values() for run in runs}) == 1,
+            "ceilings": limits,
+            "runs": results,
+        }
+        if options.output:
+            options.output.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
     return 0 if report["equal"] else 1
 
