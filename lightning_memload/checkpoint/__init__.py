@@ -1,6 +1,6 @@
 """From disk to index: which bytes of a file are which tensor, and the file's object with its tensors left there."""
 
-from lightning_memload.checkpoint.index import Checkpoint, StorageInfo, TensorInfo
+from lightning_memload.checkpoint.index import Checkpoint, StorageInfo, TensorInfo, span_elements
 from lightning_memload.checkpoint.load import (
     MappedCheckpoint,
     UnmappableCheckpoint,
@@ -21,4 +21,5 @@ __all__ = [
     "load_mapped",
     "open_checkpoint",
     "span_bytes",
+    "span_elements",
 ]

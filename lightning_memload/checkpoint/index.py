@@ -7,12 +7,12 @@ data, no open file and no device. Offsets are absolute in the file and in bytes,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["Checkpoint", "KeyPath", "StorageInfo", "TensorInfo", "format_path"]
+__all__ = ["Checkpoint", "KeyPath", "StorageInfo", "TensorInfo", "format_path", "span_elements"]
 
 KeyPath = tuple[str | int, ...]
 
@@ -77,10 +77,7 @@ class TensorInfo:
     def file_range(self) -> tuple[int, int]:
         """First byte and one past the last byte that the tensor's elements span in the file."""
         start = self.storage.offset + self.storage_offset * self.dtype.itemsize
-        if self.numel == 0:
-            return start, start
-        span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
-        return start, start + span * self.dtype.itemsize
+        return start, start + span_elements(self.shape, self.stride) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +130,11 @@ class Checkpoint:
             if tensor.storage.nbytes:
                 groups.setdefault(tensor.storage.key, []).append(tensor)
         return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+
+def span_elements(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from a strided tensor's first to one past its last, holes included; 0 for an empty tensor."""
+    return 0 if 0 in shape else 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
 def format_path(path: KeyPath) -> str:

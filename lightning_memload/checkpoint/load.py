@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lightning_memload.checkpoint.index import Checkpoint, StorageInfo
+from lightning_memload.checkpoint.index import Checkpoint, StorageInfo, span_elements
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.source import LocalFile
 from lightning_memload.checkpoint.torch_zip import UnmappableCheckpoint, is_zip, read_index
@@ -94,9 +94,7 @@ class MappedCheckpoint:
 
 def span_bytes(tensor: torch.Tensor) -> int:
     """Bytes from the tensor's first element to the end of its last, 0 for an empty tensor."""
-    if tensor.numel() == 0:
-        return 0
-    return (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))) * tensor.element_size()
+    return span_elements(tensor.shape, tensor.stride()) * tensor.element_size()
 
 
 def load_mapped(path: str | os.PathLike[str], *, weights_only: bool | None = None) -> tuple[Any, MappedCheckpoint]:

@@ -2,8 +2,8 @@
 
 Each thread takes the next read in file order. For tensors in CPU memory the bytes go straight to their place; for other
 devices they go through staging buffers, whose copies to the device run while the threads read on. A buffer is used
-again only after its last copy has ended. Checksums are taken from the bytes on their way. What the
-engine does not know: modules, optimizers, file formats.
+again only after its last copy has ended. Checksums are taken from the bytes on their way. What the engine does not
+know: modules, optimizers, file formats.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from zlib_ng import zlib_ng
 
-from lightning_memload.checkpoint import ByteSource
+from lightning_memload.checkpoint import ByteSource, span_elements
 from lightning_memload.errors import CheckpointReadError, ChecksumError
 from lightning_memload.transfer.plan import Check, Piece, Range, Read, Segment, plan_checks, plan_reads, split_strided
 from lightning_memload.transfer.staging import StagingRing
@@ -363,7 +363,7 @@ class _Transfer:
 
     def _name_at(self, offset: int) -> str | None:
         for copy in self._copies:
-            span = 1 + sum((n - 1) * s for n, s in zip(copy.destination.shape, copy.stride, strict=True))
+            span = span_elements(copy.destination.shape, copy.stride)
             if copy.offset <= offset < copy.offset + span * copy.dtype.itemsize:
                 return copy.name
         return None

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lightning_memload.checkpoint import span_elements
+
 __all__ = ["Check", "Piece", "Range", "Read", "Segment", "plan_checks", "plan_reads", "split_strided"]
 
 # Records are aligned to 64 bytes behind headers of some 100: reading over such gaps is cheaper than a second read.
@@ -189,7 +191,7 @@ def split_strided(shape: Sequence[int], stride: Sequence[int], *, max_span: int)
     stack = [(tuple(0 for _ in shape), tuple(shape))]
     while stack:
         starts, sizes = stack.pop()
-        span = 1 + sum((n - 1) * s for n, s in zip(sizes, stride, strict=True))
+        span = span_elements(sizes, stride)
         if span <= max_span:
             pieces.append(Piece(starts, sizes, sum(i * s for i, s in zip(starts, stride, strict=True)), span))
             continue
