@@ -1,23 +1,39 @@
 """From disk to index: which bytes of a file are which tensor, and the file's object with its tensors left there."""
 
-from lightning_memload.checkpoint.index import Checkpoint, StorageInfo, TensorInfo, span_elements
-from lightning_memload.checkpoint.load import (
+from lightning_memload.checkpoint.formats import CheckpointFormat, load_mapped, open_checkpoint
+from lightning_memload.checkpoint.index import (
+    Checkpoint,
+    ChunkInfo,
+    FileSpan,
+    StorageInfo,
+    TensorInfo,
+    lay_out,
+    span_elements,
+)
+from lightning_memload.checkpoint.mapped import (
+    ChunkedTensor,
+    FilePiece,
     MappedCheckpoint,
     UnmappableCheckpoint,
-    load_mapped,
-    open_checkpoint,
     span_bytes,
 )
-from lightning_memload.checkpoint.source import ByteSource, LocalFile
+from lightning_memload.checkpoint.source import ByteSource, FileSet, LocalFile
 
 __all__ = [
     "ByteSource",
     "Checkpoint",
+    "CheckpointFormat",
+    "ChunkInfo",
+    "ChunkedTensor",
+    "FilePiece",
+    "FileSet",
+    "FileSpan",
     "LocalFile",
     "MappedCheckpoint",
     "StorageInfo",
     "TensorInfo",
     "UnmappableCheckpoint",
+    "lay_out",
     "load_mapped",
     "open_checkpoint",
     "span_bytes",

@@ -1,20 +1,64 @@
 """The index of a checkpoint: which bytes of the file are which tensor.
 
 Plain frozen data that every format produces and every floor above reads. An index describes; it holds no tensor
-data, no open file and no device. Offsets are absolute in the file and in bytes, unless a name says otherwise.
+data, no open file and no device. A checkpoint of several files is described as one run of bytes in which each file
+starts on a page of its own (:func:`lay_out`), so an offset is one number; for a single file it is the position in the
+file. Offsets are in bytes, unless a name says otherwise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import mmap
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["Checkpoint", "KeyPath", "StorageInfo", "TensorInfo", "format_path", "span_elements"]
+__all__ = [
+    "Checkpoint",
+    "ChunkInfo",
+    "FileSpan",
+    "KeyPath",
+    "StorageInfo",
+    "TensorInfo",
+    "format_path",
+    "lay_out",
+    "span_elements",
+]
 
 KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FileSpan:
+    """One file of a checkpoint and its place in the run of all of them.
+
+    Attributes:
+        path: The file.
+        start: Offset of its first byte.
+        nbytes: Its size.
+    """
+
+    path: str
+    start: int
+    nbytes: int
+
+
+def lay_out(files: Iterable[tuple[str, int]]) -> tuple[FileSpan, ...]:
+    """Places files one after the other, each on a page of its own.
+
+    Args:
+        files: Path and size in bytes of each.
+    """
+    spans: list[FileSpan] = []
+    start = 0
+    for path, nbytes in files:
+        spans.append(FileSpan(path, start, nbytes))
+        # Two files must never share a page, not even when the first is empty: a page has one file under it.
+        start += max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
+    return tuple(spans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +67,7 @@ class StorageInfo:
 
     Attributes:
         key: The storage's name in the file, for example ``"17"``.
-        offset: Absolute position of its first byte in the file.
+        offset: Position of its first byte.
         nbytes: Its length.
         crc32: CRC-32 of its bytes as the file records it, ``None`` where the file records none.
         location: The device it was saved from, as torch tagged it, for example ``"cuda:0"``.
@@ -34,6 +78,25 @@ class StorageInfo:
     nbytes: int
     crc32: int | None
     location: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkInfo:
+    """One part of a tensor that the checkpoint holds in several, as distributed checkpoints do.
+
+    Attributes:
+        starts: Position of the part's first element in the tensor, for every dimension.
+        shape: Sizes of the part.
+        stride: Strides within the storage, in elements.
+        storage_offset: Position of the part's first element in the storage, in elements.
+        storage: The bytes underneath.
+    """
+
+    starts: tuple[int, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    storage_offset: int
+    storage: StorageInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +111,8 @@ class TensorInfo:
         storage_offset: Position of the first element in the storage, in elements.
         storage: The bytes underneath. Tied tensors and views name the same storage.
         is_parameter: Whether it was saved as an ``nn.Parameter``.
+        chunks: The parts of a tensor that the checkpoint holds in parts, which cover it without overlap; empty for all
+            others. Stride, storage and offset are then those of the first part.
     """
 
     path: KeyPath
@@ -57,6 +122,7 @@ class TensorInfo:
     storage_offset: int
     storage: StorageInfo
     is_parameter: bool = False
+    chunks: tuple[ChunkInfo, ...] = ()
 
     @property
     def name(self) -> str:
@@ -75,7 +141,7 @@ class TensorInfo:
 
     @property
     def file_range(self) -> tuple[int, int]:
-        """First byte and one past the last byte that the tensor's elements span in the file."""
+        """First byte and one past the last byte that the tensor's elements span, in the run of all files."""
         start = self.storage.offset + self.storage_offset * self.dtype.itemsize
         return start, start + span_elements(self.shape, self.stride) * self.dtype.itemsize
 
@@ -85,14 +151,16 @@ class Checkpoint:
     """Everything that can be known of a checkpoint without reading its tensors.
 
     Attributes:
-        path: The file.
-        file_size: Its size in bytes.
+        path: What was opened: a file or a directory.
+        format: Name of its format, for example ``"torch"``.
+        files: The files that hold tensors.
         tensors: Every tensor, in the order in which the saved object holds them.
         storages: Every storage, each once, in the order in which torch meets them when it loads the file.
     """
 
     path: str
-    file_size: int
+    format: str
+    files: tuple[FileSpan, ...]
     tensors: tuple[TensorInfo, ...]
     storages: tuple[StorageInfo, ...]
     _by_name: dict[str, TensorInfo] = field(init=False, repr=False, compare=False)
@@ -116,6 +184,16 @@ class Checkpoint:
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+    def place(self, offset: int) -> tuple[str, int]:
+        """The file at an offset, and the position within that file."""
+        span = self.files[bisect_right(self.files, offset, key=lambda file: file.start) - 1]
+        return span.path, offset - span.start
+
+    @property
+    def file_size(self) -> int:
+        """Size of all files together, in bytes."""
+        return sum(file.nbytes for file in self.files)
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""A private, lazily read view of a file's bytes as torch storages.
+"""A private, lazily read view of the bytes of files as torch storages.
 
 ``torch.load(mmap=True)`` maps the same way but reserves memory for the whole file, so it refuses files larger than
 RAM and swap; this mapping reserves nothing. Pages are copied when they are written, never written back. The mapping
@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from lightning_memload.checkpoint.source import LocalFile
+from lightning_memload.checkpoint.index import FileSpan
+from lightning_memload.checkpoint.source import FileSet, LocalFile
 
 __all__ = ["FileMapping"]
 
@@ -36,14 +37,14 @@ _PAGEMAP_CHUNK_PAGES = 256 << 10
 
 
 class FileMapping:
-    """Maps a whole file privately and hands out torch storages over parts of it.
+    """Maps files privately, one after the other, and hands out torch storages over parts of them.
 
-    The mapping lives until the last storage and the mapping object itself are gone. It keeps ``file`` open as long as
-    it shows the file's bytes.
+    The mapping lives until the last storage and the mapping object itself are gone. It keeps the files open as long as
+    it shows their bytes.
 
     Args:
-        file: The open file. Its size must not be zero. It must not be truncated while it is mapped: reading beyond
-            its end then kills the process (SIGBUS), as with every mapping.
+        source: The open files. They must not be truncated while they are mapped: reading beyond the end then kills
+            the process (SIGBUS), as with every mapping.
 
     Raises:
         OSError: The kernel refuses the mapping.
@@ -51,11 +52,19 @@ class FileMapping:
 
     supported = sys.platform == "linux"
 
-    def __init__(self, file: LocalFile) -> None:
-        self.file = file
-        self.nbytes = file.size_bytes
-        protection = mmap.PROT_READ | mmap.PROT_WRITE
-        self._base = _mmap(None, self.nbytes, protection, mmap.MAP_PRIVATE | _MAP_NORESERVE, file.fileno())
+    def __init__(self, source: FileSet) -> None:
+        self.source = source
+        self.nbytes = max(1, source.nbytes)
+        # Addresses for all of them first: nobody else can then take the place of the next file.
+        reserved = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self._base = _mmap(None, self.nbytes, _PROT_NONE, reserved, -1)
+        try:
+            for file, span in zip(source.files, source.spans, strict=True):
+                if span.nbytes:
+                    _map_file(file, span, self._base)
+        except BaseException:
+            _munmap(self._base, self.nbytes)
+            raise
         region = _Region(self.nbytes, self._base)
         # Not at exit: parameters may still lie here, and others' exit handlers may read them.
         weakref.finalize(region.owner, _munmap, self._base, self.nbytes).atexit = False
@@ -158,7 +167,7 @@ class FileMapping:
             position = end
         self._blank(position, _page_up(self.nbytes))
         self._attached = False
-        self.file.close()
+        self.source.close()
         return copied
 
     def _blank(self, start: int, end: int) -> None:
@@ -225,6 +234,15 @@ def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int
         error = ctypes.get_errno()
         raise OSError(error, f"cannot map {nbytes} bytes: {os.strerror(error)}")
     return int(result)
+
+
+def _map_file(file: LocalFile, span: FileSpan, base: int) -> None:
+    descriptor = file.open_descriptor()
+    try:
+        flags = mmap.MAP_PRIVATE | _MAP_NORESERVE | _MAP_FIXED
+        _mmap(base + span.start, span.nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _munmap(address: int, nbytes: int) -> None:

@@ -1,24 +1,30 @@
 """Where bytes come from: one class per place, all with the same two methods.
 
-A source fills buffers at an offset and knows its size; it knows nothing of tensors. Sources are used by several
-threads at once and keep no position.
+A source fills buffers at an offset and says which file is there; it knows nothing of tensors. Sources are used by
+several threads at once and keep no position.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Protocol
 
-__all__ = ["ByteSource", "LocalFile"]
+from lightning_memload.checkpoint.index import lay_out
+
+__all__ = ["ByteSource", "FileSet", "LocalFile"]
+
+# More than this many files are opened anew for every read: a process may often have no more than 1024 open.
+_MAX_OPEN_FILES = 64
 
 
 class ByteSource(Protocol):
     """What the transfer asks of a place that holds bytes."""
 
-    @property
-    def name(self) -> str:
-        """What to call the source in messages, usually its path."""
+    def place(self, offset: int) -> tuple[str, int]:
+        """Which file is at ``offset``, as messages should call it, and the position within it."""
         ...
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
@@ -47,6 +53,7 @@ class LocalFile:
         drop_behind: Give the page cache of what was read back to the kernel, but only where it was not cached before
             the read. On a cold file this is the fastest way to read once, and a memory cgroup is charged less; what
             other processes keep warm stays warm. Leave it off when other ranks read the same file.
+        keep_open: ``False`` opens the file anew for every read, and makes sure that it is still the same.
 
     Raises:
         OSError: The file cannot be opened.
@@ -55,16 +62,28 @@ class LocalFile:
     # Flags of Linux >= 4.14; absent elsewhere, where drop_behind then does nothing.
     _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
-    def __init__(self, path: str | os.PathLike[str], *, drop_behind: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, drop_behind: bool = False, keep_open: bool = True) -> None:
         self._path = os.fspath(path)
-        self._fd = os.open(self._path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        self.size_bytes = os.fstat(self._fd).st_size
+        self._fd = -1
+        self._drop_behind = False
+        descriptor = os.open(self._path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._state = _state_of(descriptor)
+        self.size_bytes = self._state[2]
+        if keep_open:
+            self._fd = descriptor
+        else:
+            os.close(descriptor)
+        self._reopens = not keep_open
         self.drop_behind = drop_behind
 
     @property
     def name(self) -> str:
         """The path."""
         return self._path
+
+    def place(self, offset: int) -> tuple[str, int]:
+        """The path and the offset, see :class:`ByteSource`."""
+        return self._path, offset
 
     @property
     def drop_behind(self) -> bool:
@@ -74,32 +93,60 @@ class LocalFile:
     @drop_behind.setter
     def drop_behind(self, enabled: bool) -> None:
         self._drop_behind = enabled and bool(self._NOWAIT)
-        if self._NOWAIT:
-            # No reading ahead: it would make the next block look as if somebody else had kept it warm.
-            advice = os.POSIX_FADV_RANDOM if self._drop_behind else os.POSIX_FADV_NORMAL
-            os.posix_fadvise(self._fd, 0, 0, advice)
+        if self._NOWAIT and self._fd >= 0:
+            self._advise(self._fd)
+
+    def _advise(self, descriptor: int) -> None:
+        # No reading ahead: it would make the next block look as if somebody else had kept it warm.
+        advice = os.POSIX_FADV_RANDOM if self._drop_behind else os.POSIX_FADV_NORMAL
+        os.posix_fadvise(descriptor, 0, 0, advice)
 
     def __reduce__(self) -> str:
         raise TypeError(f"An open file ({self._path}) cannot be copied or pickled.")
 
+    def open_descriptor(self) -> int:
+        """A descriptor of this very file for the caller, who closes it.
+
+        Raises:
+            OSError: The file cannot be opened, or another one has taken its place.
+        """
+        if not self._reopens:
+            return os.dup(self._fd)
+        descriptor = os.open(self._path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        if _state_of(descriptor) != self._state:
+            os.close(descriptor)
+            raise OSError(errno.ESTALE, "the file was changed or replaced since the checkpoint was opened", self._path)
+        if self._drop_behind:
+            self._advise(descriptor)
+        return descriptor
+
     def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fills buffers from an offset, see :class:`ByteSource`."""
-        if not self._drop_behind:
-            return os.preadv(self._fd, buffers, offset)
+        if not self._reopens:
+            return self._readv(self._fd, buffers, offset)
+        descriptor = self.open_descriptor()
         try:
-            cached = os.preadv(self._fd, buffers, offset, self._NOWAIT)
+            return self._readv(descriptor, buffers, offset)
+        finally:
+            os.close(descriptor)
+
+    def _readv(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if not self._drop_behind:
+            return os.preadv(descriptor, buffers, offset)
+        try:
+            cached = os.preadv(descriptor, buffers, offset, self._NOWAIT)
         except BlockingIOError:
             cached = 0
         except OSError:
             # The file system cannot tell cold from warm. Then the cache is nobody's but everybody's: leave it alone.
             self.drop_behind = False
-            return os.preadv(self._fd, buffers, offset)
+            return os.preadv(descriptor, buffers, offset)
         if cached:
             # The cached part was warm before: keep it. The caller comes back for the rest.
             return cached
-        count = os.preadv(self._fd, buffers, offset)
+        count = os.preadv(descriptor, buffers, offset)
         if count:
-            os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
         return count
 
     def pread(self, nbytes: int, offset: int) -> bytes:
@@ -114,12 +161,9 @@ class LocalFile:
             offset += len(chunk)
         return b"".join(chunks)
 
-    def fileno(self) -> int:
-        """The descriptor, owned by this object."""
-        return self._fd
-
     def close(self) -> None:
-        """Closes the descriptor. Closing twice is fine."""
+        """Closes the descriptor; reading fails from then on. Closing twice is fine."""
+        self._reopens = False
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -133,3 +177,67 @@ class LocalFile:
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             self.close()
+
+
+def _state_of(descriptor: int) -> tuple[int, int, int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class FileSet:
+    """Several files as one run of bytes, laid out as :func:`lay_out` says: what an index calls an offset.
+
+    Args:
+        paths: The files, in the order of the index. Closed together with the set.
+        drop_behind: As for :class:`LocalFile`.
+
+    Raises:
+        OSError: A file cannot be opened.
+    """
+
+    def __init__(self, paths: Sequence[str | os.PathLike[str] | LocalFile], *, drop_behind: bool = False) -> None:
+        keep_open = len(paths) <= _MAX_OPEN_FILES
+        self.files = tuple(
+            path if isinstance(path, LocalFile) else LocalFile(path, keep_open=keep_open) for path in paths
+        )
+        self.spans = lay_out((file.name, file.size_bytes) for file in self.files)
+        self._starts = [span.start for span in self.spans]
+        self._drop_behind = False
+        self.drop_behind = drop_behind
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the run, from the first byte of the first file to the last byte of the last."""
+        return self.spans[-1].start + self.spans[-1].nbytes if self.spans else 0
+
+    @property
+    def drop_behind(self) -> bool:
+        """Whether cold pages are given back after they were read."""
+        return self._drop_behind
+
+    @drop_behind.setter
+    def drop_behind(self, enabled: bool) -> None:
+        self._drop_behind = enabled
+        for file in self.files:
+            file.drop_behind = enabled
+
+    def place(self, offset: int) -> tuple[str, int]:
+        """The file at an offset and the position within it, see :class:`ByteSource`."""
+        span = self.spans[bisect_right(self._starts, offset) - 1]
+        return span.path, offset - span.start
+
+    def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fills buffers from an offset, see :class:`ByteSource`. Ends at the end of a file at the latest."""
+        number = bisect_right(self._starts, offset) - 1
+        start, size = self._starts[number], self.spans[number].nbytes
+        if offset < start + size or number + 1 == len(self.files):
+            return self.files[number].readv(buffers, offset - start)
+        # Between two files. A read over a small gap between two tensors takes it along, and nobody looks at it.
+        gap = min(len(buffers[0]), self._starts[number + 1] - offset)
+        buffers[0][:gap] = bytes(gap)
+        return gap
+
+    def close(self) -> None:
+        """Closes all files. Closing twice is fine."""
+        for file in self.files:
+            file.close()

@@ -1,42 +1,75 @@
 """The format of ``torch.save``: an uncompressed zip with one pickle and one record per storage.
 
 The index comes from the standard library alone: ``zipfile`` lists the records, their local headers tell where the
-data starts, and the pickle is walked by an unpickler that builds inert placeholders instead of calling anything.
-So indexing runs no code from the file, imports nothing that the file names, and reads no tensor data; time and memory
-are bounded by the size of the pickle, except that a dict key is hashed, as ``torch.load`` hashes it. It does not judge
-whether the file is safe to *load*: that stays with ``torch.load`` and its ``weights_only``.
+data starts, and the pickle is walked without running any of it. It does not judge whether the file is safe to *load*:
+``torch.load`` builds the object, so every rule of ``weights_only`` is torch's own; only the storages under its tensors
+are ours. They are handed over through ``map_location``, torch's public way to say where a storage goes, in the order in
+which the index found them.
 """
 
 from __future__ import annotations
 
-import collections
-import io
+import contextlib
 import os
-import pickle
-import reprlib
 import struct
 import sys
 import zipfile
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from zlib_ng import zlib_ng
 
-from lightning_memload.checkpoint.index import Checkpoint, KeyPath, StorageInfo, TensorInfo, format_path
-from lightning_memload.checkpoint.source import LocalFile
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.checkpoint.index import Checkpoint, StorageInfo, lay_out
+from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
+from lightning_memload.checkpoint.mapping import FileMapping
+from lightning_memload.checkpoint.source import FileSet, LocalFile
+from lightning_memload.checkpoint.torch_pickle import Record, walk_pickle
+from lightning_memload.errors import CheckpointFormatError, InsufficientMemoryError, MemloadError
 
-__all__ = ["UnmappableCheckpoint", "is_zip", "read_index"]
+__all__ = ["TorchZip", "is_zip", "read_index"]
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-# Pickling anything deeper runs into Python's recursion limit. A path costs memory for every level.
-_MAX_DEPTH = 1000
 
 
-class UnmappableCheckpoint(CheckpointFormatError):
-    """A sound checkpoint whose tensors do not lie in the file as they are needed: compressed, or byte-swapped."""
+class TorchZip:
+    """What ``torch.save`` writes since torch 1.6, and with it every Lightning ``.ckpt``."""
+
+    name = "torch"
+
+    def recognizes(self, path: str) -> bool:
+        """Whether the file is a zip archive."""
+        return os.path.isfile(path) and is_zip(path)
+
+    def read_index(self, path: str) -> Checkpoint:
+        """Indexes the file, see :func:`read_index`."""
+        with LocalFile(path) as file:
+            return read_index(file)
+
+    def load(self, path: str, *, weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:
+        """Loads the object; the tensors stay in the file.
+
+        Raises:
+            InsufficientMemoryError: A single tensor is larger than this machine's memory.
+            MemloadError: The whole file is, and torch is older than 2.7.
+            pickle.UnpicklingError: ``weights_only`` forbids what the file holds; torch's own message.
+        """
+        source = FileSet([path])
+        try:
+            index = read_index(source.files[0])
+            mapping = FileMapping(source)
+        except BaseException:
+            source.close()
+            raise
+        handover: Any = _Handover(index, mapping)
+        try:
+            with _without_reading(index) as mmap:
+                loaded = torch.load(path, map_location=handover, weights_only=weights_only, mmap=mmap)
+        finally:
+            # torch (2.13) keeps the map_location of a load that failed until the next load: not the file with it.
+            handover.end()
+        return loaded, MappedCheckpoint(index, source, mapping)
 
 
 def is_zip(path: str | os.PathLike[str]) -> bool:
@@ -72,32 +105,17 @@ def read_index(file: LocalFile) -> Checkpoint:
         raise CheckpointFormatError(
             f"{file.name} is a zip archive but holds no data.pkl, so torch.save did not write it.", path=file.name
         )
-    walker = _StructureUnpickler(file.name, _read_small(file, records["data.pkl"]), records)
-    try:
-        tensors = _collect_tensors(file.name, walker.load())
-        return Checkpoint(
-            path=file.name, file_size=file.size_bytes, tensors=tuple(tensors), storages=tuple(walker.storages.values())
-        )
-    except CheckpointFormatError:
-        raise
-    except Exception as error:  # a damaged or hostile pickle can fail in any way; none of its code has run
-        raise CheckpointFormatError(
-            f"{file.name}: its data.pkl cannot be read ({type(error).__name__}: {error}). The file is damaged, or not "
-            "a checkpoint.",
-            path=file.name,
-        ) from error
+    tensors, storages = walk_pickle(file.name, _read_small(file, records["data.pkl"]), records)
+    return Checkpoint(
+        path=file.name,
+        format=TorchZip.name,
+        files=lay_out([(file.name, file.size_bytes)]),
+        tensors=tensors,
+        storages=storages,
+    )
 
 
-class _Record:
-    __slots__ = ("crc32", "nbytes", "offset")
-
-    def __init__(self, offset: int, nbytes: int, crc32: int | None) -> None:
-        self.offset = offset
-        self.nbytes = nbytes
-        self.crc32 = crc32
-
-
-def _read_directory(file: LocalFile) -> dict[str, _Record]:
+def _read_directory(file: LocalFile) -> dict[str, Record]:
     """Records by their name below the archive's one top folder (``data.pkl``, ``data/0``)."""
     try:
         with open(file.name, "rb") as stream, zipfile.ZipFile(stream) as archive:
@@ -109,7 +127,7 @@ def _read_directory(file: LocalFile) -> dict[str, _Record]:
             "copy it again, or resume from another checkpoint.",
             path=file.name,
         ) from error
-    records: dict[str, _Record] = {}
+    records: dict[str, Record] = {}
     for entry in entries:
         name = entry.filename.partition("/")[2]
         if name in records:
@@ -147,11 +165,11 @@ def _read_directory(file: LocalFile) -> dict[str, _Record]:
             )
         # torch.serialization.set_crc32_options(False) and skip_data() leave the field zero. A record whose true
         # CRC-32 is zero (one in four billion) then goes unverified, which is better than a false alarm.
-        records[name] = _Record(offset, entry.file_size, entry.CRC or None)
+        records[name] = Record(offset, entry.file_size, entry.CRC or None)
     return records
 
 
-def _read_small(file: LocalFile, record: _Record) -> bytes:
+def _read_small(file: LocalFile, record: Record) -> bytes:
     data = file.pread(record.nbytes, record.offset)
     if record.crc32 is not None and zlib_ng.crc32(data) != record.crc32:
         raise CheckpointFormatError(
@@ -163,254 +181,61 @@ def _read_small(file: LocalFile, record: _Record) -> bytes:
     return data
 
 
-class _Opaque:
-    """Stands for any object of the pickle that is neither a container nor a tensor. Accepts all, does nothing."""
+class _Handover:
+    """A ``map_location`` that replaces each storage torch brings by the mapped one of the same record."""
 
-    _parts: list[Any]
+    def __init__(self, index: Checkpoint, mapping: FileMapping) -> None:
+        self._path = index.path
+        self._mapping: FileMapping | None = mapping
+        # torch asks once for each storage, in pickle order, but again and again for empty ones.
+        self._expected: Iterator[StorageInfo] = iter(storage for storage in index.storages if storage.nbytes)
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Opaque:
-        self = super().__new__(cls)
-        self._parts = [*args, *kwargs.values()]
-        return self
+    def __call__(self, storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+        if storage.nbytes() == 0:
+            return torch.UntypedStorage(0)  # torch's own empty slice would keep torch's mapping alive
+        info = next(self._expected, None)
+        if self._mapping is None or info is None or info.nbytes != storage.nbytes():
+            raise CheckpointFormatError(
+                f"{self._path}: torch loads a storage of {storage.nbytes()} bytes where the index has {info}. The file "
+                "changed while it was read, or holds objects that the index does not understand.",
+                path=self._path,
+            )
+        return self._mapping.storage(info.offset, info.nbytes)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self._parts.append(state)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._parts.append((key, value))
-
-    def append(self, value: Any) -> None:
-        self._parts.append(value)
-
-    def extend(self, values: Any) -> None:
-        self._parts.extend(values)
-
-    def add(self, value: Any) -> None:
-        self._parts.append(value)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> _Opaque:
-        return _Opaque(self, *args, *kwargs.values())
-
-    def __hash__(self) -> int:
-        return id(self)
+    def end(self) -> None:
+        """Lets go of the mapping."""
+        self._mapping = None
 
 
-class _Sealed:
-    """What a pickle may hold but not change: pickle's BUILD would else set attributes of anything it can name."""
+@contextlib.contextmanager
+def _without_reading(index: Checkpoint) -> Iterator[bool]:
+    """Within, ``torch.load`` reads no tensor data; the value is its ``mmap`` argument.
 
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError(f"it sets the state of a {type(self).__name__.lstrip('_').lower()}")
-
-
-class _Typed(_Sealed):
-    """A storage with the element type that its reference in the pickle gives it."""
-
-    __slots__ = ("dtype", "storage")
-
-    def __init__(self, storage: StorageInfo, dtype: torch.dtype) -> None:
-        self.storage = storage
-        self.dtype = dtype
-
-
-class _Tensor(_Sealed):
-    __slots__ = ("info", "is_parameter")
-
-    def __init__(self, info: TensorInfo, is_parameter: bool = False) -> None:
-        self.info = info
-        self.is_parameter = is_parameter
-
-
-class _Function(_Sealed):
-    """A function of ours under the name of one that the pickle calls."""
-
-    __slots__ = ("_call",)
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Any:
-    """Mirrors ``torch._utils._rebuild_tensor``, ``_v2`` and ``_v3`` (which gives the dtype as its sixth argument)."""
-    dtype = next((value for value in rest if isinstance(value, torch.dtype)), None)
-    if not isinstance(storage, _Typed):
-        return _Opaque(storage, offset, shape, stride, *rest)
-    info = TensorInfo((), dtype or storage.dtype, tuple(shape), tuple(stride), offset, storage.storage)
-    return _Tensor(info)
-
-
-def _rebuild_parameter(data: Any, *rest: Any) -> Any:
-    return _Tensor(data.info, is_parameter=True) if isinstance(data, _Tensor) else _Opaque(data, *rest)
-
-
-def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
-    """Mirrors ``torch._tensor._rebuild_from_type_v2``: a tensor that carries attributes, or of a subclass."""
-    return function(*args) if isinstance(function, _Function) else _Opaque(function, kind, args, state)
-
-
-# The only globals that become more than a placeholder. All of them build plain containers or our own records.
-_GLOBALS: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("collections", "defaultdict"): _Function(lambda *_: {}),
-    ("builtins", "set"): set,
-    ("__builtin__", "set"): set,
-    ("torch._utils", "_rebuild_tensor"): _Function(_rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v3"): _Function(_rebuild_tensor),
-    ("torch._utils", "_rebuild_parameter"): _Function(_rebuild_parameter),
-    ("torch._utils", "_rebuild_parameter_with_state"): _Function(_rebuild_parameter),
-    ("torch._tensor", "_rebuild_from_type_v2"): _Function(_rebuild_from_type),
-}
-
-# Storage classes as torch's pickles name them, see torch.storage.
-_STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexDoubleStorage": torch.complex128,
-    "ComplexFloatStorage": torch.complex64,
-    "QUInt8Storage": torch.quint8,
-    "QInt8Storage": torch.qint8,
-    "QInt32Storage": torch.qint32,
-    "QUInt4x2Storage": torch.quint4x2,
-    "QUInt2x4Storage": torch.quint2x4,
-    "UntypedStorage": torch.uint8,
-}
-
-
-def _load_bytearray8(unpickler: Any) -> None:
-    """Reads before it allocates; pickle's own version allocates whatever length the file announces."""
-    (nbytes,) = struct.unpack("<Q", unpickler.read(8))
-    unpickler.append(bytearray(unpickler.read(nbytes)))
-
-
-class _StructureUnpickler(pickle._Unpickler):
-    """Rebuilds the containers of a checkpoint with placeholders for everything that is not one.
-
-    The interpreted unpickler, as under torch's ``weights_only``: the one in C sizes its memo by the largest number in
-    the file, so that five bytes of a pickle can take all memory. It costs some 10 us a tensor.
+    A mapping by torch reserves memory for the whole file, which the kernel refuses beyond RAM and swap under its
+    default overcommit. Larger files go through ``skip_data``, whose storages are allocated one at a time and never
+    touched. (torch 2.13; an early prototype there, and torch 2.6 has it for saving only, hence not the first choice.)
     """
-
-    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _load_bytearray8}
-
-    def __init__(self, path: str, data: bytes, records: dict[str, _Record]) -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8")
-        self._path = path
-        self._records = records
-        self._classes: dict[tuple[str, str], type[_Opaque]] = {}
-        self._typed: dict[str, _Typed] = {}
-        self.storages: dict[str, StorageInfo] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = _GLOBALS.get((module, name))
-        if known is not None:
-            return known
-        if module.partition(".")[0] == "torch":
-            if name in _STORAGE_DTYPES:
-                return _STORAGE_DTYPES[name]
-            if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-                return getattr(torch, name)
-        if (module, name) not in self._classes:
-            self._classes[module, name] = type(name, (_Opaque,), {"__module__": module})
-        return self._classes[module, name]
-
-    def persistent_load(self, saved_id: Any) -> Any:
-        if not (isinstance(saved_id, tuple) and len(saved_id) == 5 and saved_id[0] in ("storage", b"storage")):
-            raise CheckpointFormatError(
-                f"{self._path}: its pickle refers to {reprlib.repr(saved_id)} outside itself; only storages are known.",
-                path=self._path,
-            )
-        _, dtype, key, location, numel = saved_id
-        if not isinstance(dtype, torch.dtype):
-            return _Opaque(*saved_id)
-        if not (isinstance(key, str) and isinstance(location, str) and isinstance(numel, int)):
-            raise CheckpointFormatError(
-                f"{self._path} is damaged: its pickle refers to a storage as {reprlib.repr(saved_id)}.", path=self._path
-            )
-        typed = self._typed.get(key)
-        if typed is None:
-            storage = self.storages[key] = self._find_storage(key, location, numel * dtype.itemsize)
-            # Like torch: the first reference to a storage gives it its type.
-            typed = self._typed[key] = _Typed(storage, dtype)
-        return typed
-
-    def _find_storage(self, key: str, location: str, nbytes: int) -> StorageInfo:
-        record = self._records.get(f"data/{key}")
-        if record is None:
-            raise CheckpointFormatError(
-                f"{self._path} is damaged: its pickle needs storage {key!r} of {nbytes} bytes, which the file lacks.",
-                path=self._path,
-            )
-        if not 0 <= nbytes <= record.nbytes:
-            raise CheckpointFormatError(
-                f"{self._path} is damaged: its pickle gives storage {key!r} {nbytes} bytes, the file {record.nbytes}.",
-                path=self._path,
-            )
-        crc32 = record.crc32 if nbytes == record.nbytes else None
-        return StorageInfo(key=key, offset=record.offset, nbytes=nbytes, crc32=crc32, location=location)
-
-
-def _collect_tensors(file_name: str, root: Any) -> list[TensorInfo]:
-    """Every tensor below ``root`` with its path, in the order of the containers. Visits a shared container once."""
-    found: list[TensorInfo] = []
-    visited: set[int] = set()
-    # An explicit stack: a deeply nested file must not end in a RecursionError.
-    stack: list[tuple[KeyPath, Any]] = [((), root)]
-    while stack:
-        path, value = stack.pop()
-        if isinstance(value, _Tensor):
-            info = value.info
-            _check_bounds(file_name, path, info)
-            found.append(
-                TensorInfo(
-                    path, info.dtype, info.shape, info.stride, info.storage_offset, info.storage, value.is_parameter
-                )
-            )
-            continue
-        if not isinstance(value, (dict, list, tuple, set, _Opaque)) or id(value) in visited:
-            continue
-        visited.add(id(value))
-        if len(path) == _MAX_DEPTH:
-            raise UnmappableCheckpoint(f"{file_name} nests its objects more than {_MAX_DEPTH} deep.", path=file_name)
-        if isinstance(value, dict):
-            children = [((*path, _path_key(key)), item) for key, item in value.items()]
-        else:
-            items = value._parts if isinstance(value, _Opaque) else value
-            children = [((*path, position), item) for position, item in enumerate(items)]
-        stack.extend(reversed(children))
-    return found
-
-
-def _path_key(key: Any) -> str | int:
-    # Never str(): a few bytes of pickle make a key with more text than fits in memory.
-    return key if isinstance(key, (str, int)) else reprlib.repr(key)
-
-
-def _check_bounds(file_name: str, path: KeyPath, info: TensorInfo) -> None:
-    """Raises unless the tensor lies within its storage."""
-    sizes = (*info.shape, *info.stride, info.storage_offset)
-    sound = len(info.shape) == len(info.stride) and all(isinstance(size, int) and size >= 0 for size in sizes)
-    if sound and info.numel:
-        start, end = info.file_range
-        sound = info.storage.offset <= start <= end <= info.storage.offset + info.storage.nbytes
-    if not sound:
-        shape, stride, offset = map(reprlib.repr, (info.shape, info.stride, info.storage_offset))
-        raise CheckpointFormatError(
-            f"{file_name} is damaged: {format_path(path)} has shape {shape}, stride {stride} and offset {offset} of "
-            f"{info.dtype}, which does not fit its storage of {info.storage.nbytes} bytes.",
-            path=file_name,
-        )
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if index.file_size < memory_bytes:
+        yield True
+        return
+    try:
+        with torch.serialization.skip_data():
+            yield False
+    except RuntimeError as error:
+        if "skip_data" in str(error):
+            raise MemloadError(
+                f"{index.path} ({index.file_size} bytes) is larger than this machine's memory; torch "
+                f"{torch.__version__} cannot open such a file. Use torch >= 2.7."
+            ) from error
+        if "allocate memory" in str(error):
+            largest = max(storage.nbytes for storage in index.storages)
+            raise InsufficientMemoryError(
+                f"{index.path} holds a tensor of {largest} bytes, and this machine has {memory_bytes} bytes of memory: "
+                "torch cannot make an object with such a tensor, although no byte of it would be read. "
+                "open_checkpoint() tells what the file holds.",
+                device="cpu",
+                needed_bytes=largest,
+                free_bytes=memory_bytes,
+            ) from error
+        raise

@@ -172,7 +172,7 @@ class RestoreRun:
         self._checkpoint = None
         session, kept = self._session, 0
         if session is not None:
-            if self._mode == "copy" and session.checkpoint.mapping.referenced_bytes > _COLLECT_BYTES:
+            if self._mode == "copy" and session.checkpoint.referenced_bytes > _COLLECT_BYTES:
                 gc.collect()
             kept = session.close(detach=self._mode == "copy")
         self._end_phase()

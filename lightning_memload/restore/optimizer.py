@@ -94,7 +94,7 @@ class _Placement:
     """Finds the mapped tensors in a state and decides where each belongs."""
 
     def __init__(self, session: RestoreSession, name: str) -> None:
-        self._mapping = session.checkpoint.mapping
+        self._checkpoint = session.checkpoint
         self._name = name
         self.planned: dict[int, _Planned] = {}
         self._shared: dict[int, _Planned] = {}
@@ -104,7 +104,7 @@ class _Placement:
     ) -> Any:
         """Returns ``value`` with a ``_Planned`` for every mapped tensor, nested containers rebuilt."""
         if isinstance(value, torch.Tensor):
-            if self._mapping.offset_of(value) is None:
+            if not self._checkpoint.holds(value):
                 return value
             device, dtype = _torch_policy(value, key, parameter, group)
             name = ".".join(str(part) for part in (self._name, "state", *path))
@@ -151,7 +151,7 @@ def _torch_policy(
 
 def mapped_bytes(value: Any, session: RestoreSession) -> int:
     """Bytes of all tensors in a nested structure that still lie in the checkpoint's file."""
-    return sum(tensor.nbytes for tensor in _tensors(value) if session.checkpoint.mapping.offset_of(tensor) is not None)
+    return sum(tensor.nbytes for tensor in _tensors(value) if session.checkpoint.holds(tensor))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

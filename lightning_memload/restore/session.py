@@ -77,7 +77,7 @@ class RestoreSession:
         self.device = device
         self.check_fit = check_fit
         self.verify = verify
-        checkpoint.mapping.file.drop_behind = drop_behind
+        checkpoint.source.drop_behind = drop_behind
         self.stats = TransferStats()
         self.bytes_copied_ordinarily = 0
         self._ring = ring
@@ -101,14 +101,16 @@ class RestoreSession:
         """
         copies = []
         ordinary = []
-        offsets = self.checkpoint.locate_all([item.value for item in moves])
-        for item, offset in zip(moves, offsets, strict=True):
-            if offset is None:
+        located = self.checkpoint.locate_all([item.value for item in moves])
+        for item, pieces in zip(moves, located, strict=True):
+            if pieces is None:
                 ordinary.append(item)
-            else:
-                copies.append(TensorCopy(item.name, offset, item.value.dtype, item.value.stride(), item.destination))
+                continue
+            for piece in pieces:
+                destination = piece.within(item.destination)
+                copies.append(TensorCopy(item.name, piece.offset, item.value.dtype, piece.stride, destination))
         self.stats += transfer(
-            self.checkpoint.mapping.file,
+            self.checkpoint.source,
             copies,
             self._get_ring,
             num_threads=self._ring.layout.num_threads,
@@ -180,7 +182,7 @@ class RestoreSession:
         """
         self._ring.close()
         self._tell_pinned(0)
-        return self.checkpoint.mapping.detach() if detach else 0
+        return self.checkpoint.detach() if detach else 0
 
     def _get_ring(self) -> StagingRing:
         ring = self._ring.get()

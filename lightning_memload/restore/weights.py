@@ -106,7 +106,7 @@ class WeightsRestore:
             target = targets[-1]
             if target.value is target.tensor:
                 continue  # A parent's hook did it.
-            if session.checkpoint.mapping.offset_of(target.value) is None:
+            if not session.checkpoint.holds(target.value):
                 # A value that somebody made: torch copies it, into memory that has to exist.
                 if target.tensor.is_meta:
                     fresh.append(target)

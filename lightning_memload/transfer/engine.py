@@ -190,7 +190,7 @@ class _Transfer:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._bytes_read = 0
-        self._checksums = _Checksums(source.name, self._records, jobs)
+        self._checksums = _Checksums(source, self._records, jobs)
 
     def _plan(self, block_bytes: int) -> list[_Job]:
         ranges = []
@@ -334,23 +334,25 @@ class _Transfer:
                 count = self._source.readv(batch, offset)
             except OSError as error:
                 name = self._name_at(offset)
+                path, position = self._source.place(offset)
                 raise CheckpointReadError(
-                    f"Reading {name or 'a tensor'} from {self._source.name} failed at byte {offset}: {error}. The file "
-                    "is untouched; check the disk or the mount and start again.",
-                    path=self._source.name,
+                    f"Reading {name or 'a tensor'} from {path} failed at byte {position}: {error}. The file is "
+                    "untouched; check the disk or the mount and start again.",
+                    path=path,
                     key=name,
-                    offset=offset,
+                    offset=position,
                     errno=error.errno,
                 ) from error
             if count <= 0:
                 name = self._name_at(offset)
                 missing = sum(len(buffer) for buffer in buffers)
+                path, position = self._source.place(offset)
                 raise CheckpointReadError(
-                    f"{self._source.name} ends at byte {offset}, but {name or 'a tensor'} needs {missing} bytes more: "
-                    "the file was cut short while it was read.",
-                    path=self._source.name,
+                    f"{path} ends at byte {position}, but {name or 'a tensor'} needs {missing} bytes more: the file "
+                    "was cut short while it was read.",
+                    path=path,
                     key=name,
-                    offset=offset,
+                    offset=position,
                 )
             offset += count
             rest = 0
@@ -405,8 +407,8 @@ class _Slot:
 class _Checksums:
     """Collects the partial CRC-32s of records that several threads read in any order."""
 
-    def __init__(self, path: str, records: Sequence[Record], jobs: Sequence[_Job]) -> None:
-        self._path = path
+    def __init__(self, source: ByteSource, records: Sequence[Record], jobs: Sequence[_Job]) -> None:
+        self._source = source
         self._records = records
         self._lock = threading.Lock()
         self._parts: dict[int, list[tuple[int, int, int]]] = {}
@@ -431,12 +433,13 @@ class _Checksums:
         for _, nbytes, crc in found[1:]:
             actual = zlib_ng.crc32_combine(actual, crc, nbytes)
         if actual != record.crc32:
+            path, position = self._source.place(record.offset)
             raise ChecksumError(
-                f"{self._path} is damaged: the {record.nbytes} bytes of {record.name} at byte {record.offset} have "
-                f"CRC-32 {actual:#010x}, but the file records {record.crc32:#010x}. Resume from another checkpoint.",
-                path=self._path,
+                f"{path} is damaged: the {record.nbytes} bytes of {record.name} at byte {position} have CRC-32 "
+                f"{actual:#010x}, but the file records {record.crc32:#010x}. Resume from another checkpoint.",
+                path=path,
                 key=record.name,
-                offset=record.offset,
+                offset=position,
                 expected=record.crc32,
                 actual=actual,
             )

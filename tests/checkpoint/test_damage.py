@@ -41,7 +41,7 @@ class TestTruncation:
             path.write_bytes(small[:length])
             with pytest.raises(CheckpointFormatError, match=r"truncated|no checkpoint at all"):
                 open_checkpoint(path)
-            with pytest.raises(CheckpointFormatError, match=r"truncated|not in torch's zip format"):
+            with pytest.raises(CheckpointFormatError, match=r"truncated|no checkpoint at all"):
                 load_mapped(path)
         path.write_bytes(small)
         assert without_path(open_checkpoint(path)) == without_path(whole)
@@ -238,7 +238,8 @@ for path in sorted(pathlib.Path(ARGS["folder"]).iterdir()):
         assert not too_large
         assert results["deep-lists"][0] == "UnmappableCheckpoint"
         assert results["many-references"][0] == "50000 tensors"
-        for name in ("big-number-key", "tuple-bomb-as-storage-id", "bytearray", "no-stop", "extension"):
+        assert results["big-number-key"][0] == "1 tensors"
+        for name in ("tuple-bomb-as-storage-id", "bytearray", "no-stop", "extension"):
             assert results[name][0] == "CheckpointFormatError", name
 
     def test_what_python_can_save_is_not_too_deep(self, path: Path) -> None:

@@ -272,7 +272,7 @@ class TestNoCodeRuns:
 class TestNotMappable:
     def test_legacy_format(self, path: Path) -> None:
         torch.save(nested(), path, _use_new_zipfile_serialization=False)
-        with pytest.raises(UnmappableCheckpoint, match="not a zip archive"):
+        with pytest.raises(UnmappableCheckpoint, match="none of the known formats"):
             open_checkpoint(path)
 
     def test_compressed(self, tmp_path: Path, path: Path) -> None:
@@ -315,7 +315,7 @@ class TestNotMappable:
             open_checkpoint(path)
 
     def test_directory_and_missing_file(self, tmp_path: Path) -> None:
-        with pytest.raises(IsADirectoryError):
+        with pytest.raises(CheckpointFormatError, match="is a directory, but no checkpoint of a known format"):
             open_checkpoint(tmp_path)
         with pytest.raises(FileNotFoundError):
             open_checkpoint(tmp_path / "absent")

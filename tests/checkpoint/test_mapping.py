@@ -6,6 +6,7 @@ import gc
 import mmap
 import os
 import weakref
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from lightning_memload.checkpoint import MappedCheckpoint, load_mapped
 from lightning_memload.checkpoint.mapping import FileMapping
-from lightning_memload.checkpoint.source import LocalFile
+from lightning_memload.checkpoint.source import FileSet
 from tests.checkpoint.files import as_bytes, layouts
 from tests.fresh_process import run_fresh
 
@@ -98,7 +99,7 @@ class TestWhoWrote:
         # More pages than the page table is read at once: 256 MiB.
         with open(path, "wb") as file:
             file.truncate(300 << 20)
-        with LocalFile(path) as source:
+        with closing(FileSet([path])) as source:
             mapping = FileMapping(source)
             whole = torch.empty(0, dtype=torch.uint8).set_(mapping.storage(0, 300 << 20))
             assert mapping.is_pristine(0, 300 << 20)
@@ -137,7 +138,7 @@ class TestStorages:
     @pytest.mark.parametrize(("offset", "nbytes"), [(-1, 4), (0, 0), (0, 101), (100, 1), (99, 2)])
     def test_beyond_the_file(self, path: Path, offset: int, nbytes: int) -> None:
         path.write_bytes(bytes(100))
-        with LocalFile(path) as source, pytest.raises(ValueError, match="100 mapped bytes"):
+        with closing(FileSet([path])) as source, pytest.raises(ValueError, match="100 mapped bytes"):
             FileMapping(source).storage(offset, nbytes)
 
     def test_referenced_bytes_follow_the_tensors(self, path: Path) -> None:

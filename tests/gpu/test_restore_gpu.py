@@ -257,11 +257,11 @@ def test_host_memory_stays_within_the_budget(tmp_path: Path) -> None:
     layout = choose_layout(32 * MIB, 4)
     with MemoryMonitor("cuda") as ours, StagingRing(layout, pinned=True) as ring:
         copies = [
-            TensorCopy(name, mapped.locate(value) or 0, value.dtype, value.stride(), destinations[name])
+            TensorCopy(name, mapped.locate(value)[0].offset, value.dtype, value.stride(), destinations[name])
             for name, value in loaded.items()
         ]
         transfer(
-            mapped.mapping.file,
+            mapped.source,
             copies,
             lambda: ring,
             num_threads=layout.num_threads,
@@ -291,10 +291,10 @@ def test_conversion_and_rearrangement_on_the_device(tmp_path: Path, source: torc
     copies, expected = [], []
     for name, value in loaded.items():
         destination = torch.full(value.shape, 7, dtype=target, device="cuda")
-        copies.append(TensorCopy(name, mapped.locate(value) or 0, value.dtype, value.stride(), destination))
+        copies.append(TensorCopy(name, mapped.locate(value)[0].offset, value.dtype, value.stride(), destination))
         expected.append(value.to(target))
     with StagingRing(RingLayout(3, 4, 256 * 1024), pinned=True) as ring:
-        transfer(mapped.mapping.file, copies, lambda: ring, num_threads=3, block_bytes=256 * 1024)
+        transfer(mapped.source, copies, lambda: ring, num_threads=3, block_bytes=256 * 1024)
     for copy, value in zip(copies, expected, strict=True):
         assert torch.equal(copy.destination.cpu(), value), copy.name
 
