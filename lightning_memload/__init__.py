@@ -13,6 +13,8 @@ from lightning_memload.errors import (
     CheckpointFormatError,
     CheckpointReadError,
     ChecksumError,
+    IncompatibleWeightsError,
+    IncompleteCheckpointError,
     InsufficientMemoryError,
     MemloadError,
     MetaTensorError,
@@ -23,6 +25,8 @@ __all__ = [
     "CheckpointFormatError",
     "CheckpointReadError",
     "ChecksumError",
+    "IncompatibleWeightsError",
+    "IncompleteCheckpointError",
     "InsufficientMemoryError",
     "MemloadError",
     "MemoryEfficientRestore",
@@ -31,7 +35,10 @@ __all__ = [
     "MetaTensorError",
     "RestoreReport",
     "StreamingCheckpointIO",
+    "WeightsSource",
     "__version__",
+    "load_from_checkpoint",
+    "load_weights",
     "meta_init",
     "open_checkpoint",
 ]
@@ -41,9 +48,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lightning_memload.checkpoint import Checkpoint, open_checkpoint
     from lightning_memload.memory import MemoryMonitor, MemoryPeaks
-    from lightning_memload.plugins import MemoryEfficientRestore, StreamingCheckpointIO
+    from lightning_memload.plugins import MemoryEfficientRestore, StreamingCheckpointIO, load_from_checkpoint
     from lightning_memload.report import RestoreReport
-    from lightning_memload.restore import meta_init
+    from lightning_memload.restore import WeightsSource, load_weights, meta_init
 else:
     # Only at run time: a type checker that sees a module-level __getattr__ accepts every misspelt name.
     _HOMES = {
@@ -53,6 +60,9 @@ else:
         "MemoryPeaks": "lightning_memload.memory",
         "RestoreReport": "lightning_memload.report",
         "StreamingCheckpointIO": "lightning_memload.plugins",
+        "WeightsSource": "lightning_memload.restore",
+        "load_from_checkpoint": "lightning_memload.plugins",
+        "load_weights": "lightning_memload.restore",
         "meta_init": "lightning_memload.restore",
         "open_checkpoint": "lightning_memload.checkpoint",
     }

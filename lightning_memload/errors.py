@@ -10,6 +10,8 @@ __all__ = [
     "CheckpointFormatError",
     "CheckpointReadError",
     "ChecksumError",
+    "IncompatibleWeightsError",
+    "IncompleteCheckpointError",
     "InsufficientMemoryError",
     "MemloadError",
     "MetaTensorError",
@@ -61,6 +63,49 @@ class ChecksumError(CheckpointReadError):
         super().__init__(message, path=path, key=key, offset=offset)
         self.expected = expected
         self.actual = actual
+
+
+class IncompatibleWeightsError(MemloadError, RuntimeError):
+    """The weights of a checkpoint do not fit the module.
+
+    Attributes:
+        path: The checkpoint.
+        missing_keys: Keys of the module that the checkpoint lacks.
+        unexpected_keys: Keys of the checkpoint that the module lacks.
+        mismatched_shapes: For each key whose shapes differ, the shape on disk and the one in the module.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str,
+        missing_keys: tuple[str, ...],
+        unexpected_keys: tuple[str, ...],
+        mismatched_shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    ) -> None:
+        super().__init__(message)
+        self.path = path
+        self.missing_keys = missing_keys
+        self.unexpected_keys = unexpected_keys
+        self.mismatched_shapes = mismatched_shapes
+
+
+class IncompleteCheckpointError(MemloadError, KeyError):
+    """The checkpoint lacks a part that shall be restored.
+
+    Attributes:
+        path: The checkpoint.
+        missing: The parts it lacks, as ``MemoryEfficientRestore(restore=...)`` names them.
+    """
+
+    def __init__(self, message: str, *, path: str, missing: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.path = path
+        self.missing = missing
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError shows its repr
 
 
 class InsufficientMemoryError(MemloadError, MemoryError):

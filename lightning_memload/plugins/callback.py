@@ -5,19 +5,23 @@ A thin adaptor. It installs the CheckpointIO, hands each run of the Trainer to a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_memload.errors import MetaTensorError
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
+from lightning_memload.plugins.parts import Part, check_parts
 from lightning_memload.plugins.run import Mode, RestoreOptions, RestoreRun
 from lightning_memload.report import RestoreReport
-from lightning_memload.restore import meta_names
+from lightning_memload.restore import WeightsSource, meta_names
 
 __all__ = ["MemoryEfficientRestore"]
 
@@ -46,6 +50,12 @@ class MemoryEfficientRestore(pl.Callback):
         check_fit: Compare needed with free memory of device and host before the first byte, and refuse what cannot fit.
         log: Print a table of what the restore cost, and log it as ``memload/...`` to every logger of the Trainer.
         progress_bar: Show a bar for restores of more than a second, if the Trainer shows bars.
+        restore: What ``fit`` takes of the checkpoint: any of ``"weights"``, ``"optimizer"`` (with learning rate
+            schedulers and the precision plugin's state), ``"loops"`` (epoch, step, progress) and ``"callbacks"``. What
+            is left out is not read. ``None``: all, as Lightning does. With ``["weights"]`` any file of weights will do.
+        weights_from: A checkpoint of any format whose weights, and nothing else of it, ``fit`` starts from: for
+            finetuning. A path, or a :class:`WeightsSource` that also renames and leaves out. Loaded once for each
+            module, and not when ``ckpt_path`` is given, so one configuration starts a finetuning and resumes it.
 
     Attributes:
         report: The figures of the last restore, ``None`` before the first.
@@ -67,6 +77,8 @@ class MemoryEfficientRestore(pl.Callback):
         check_fit: bool = True,
         log: bool = True,
         progress_bar: bool = True,
+        restore: Collection[Part] | None = None,
+        weights_from: str | Path | WeightsSource | None = None,
     ) -> None:
         super().__init__()
         if mode not in get_args(Mode):
@@ -82,7 +94,10 @@ class MemoryEfficientRestore(pl.Callback):
             verify=verify,
             check_fit=check_fit,
             progress_bar=progress_bar,
+            parts=check_parts(restore),
         )
+        self._weights_from = WeightsSource(weights_from) if isinstance(weights_from, (str, Path)) else weights_from
+        self._has_weights: weakref.ref[pl.LightningModule] | None = None
         self._log = log
         self.report: RestoreReport | None = None
         self._run: RestoreRun | None = None
@@ -97,7 +112,10 @@ class MemoryEfficientRestore(pl.Callback):
         self._run = RestoreRun(self._options, trainer, pl_module, stage, streams=io is not None)
         if io is not None:
             self._undo.append(io.observe(self._run))
-        self._undo.append(_guard_meta_module(trainer, pl_module, self._run))
+        self._undo.append(_guard_meta_module(trainer, pl_module, self._run, self._load_weights))
+        if not is_overridden("configure_model", pl_module):
+            # At once, so that callbacks that copy the module in their own setup copy these weights.
+            self._load_weights(trainer, pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The optimizers exist now, their states come next."""
@@ -134,6 +152,20 @@ class MemoryEfficientRestore(pl.Callback):
         self._finish(trainer)
 
     # --------------------------------------------------------------------------------------------------------------
+
+    def _load_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Loads the weights to start from, unless there are none, the module has them, or a checkpoint brings all."""
+        source, run = self._weights_from, self._run
+        known = self._has_weights is not None and self._has_weights() is pl_module
+        if source is None or run is None or known or trainer.state.fn != "fit" or trainer.ckpt_path is not None:
+            return
+        if isinstance(trainer.strategy, _SELF_LOADING):
+            raise ValueError(
+                f"MemoryEfficientRestore(weights_from=...) cannot fill modules that {type(trainer.strategy).__name__} "
+                "shards. Load the weights in configure_model, or start from a checkpoint of that strategy."
+            )
+        run.load_weights(source)
+        self._has_weights = weakref.ref(pl_module)
 
     def _finish(self, trainer: pl.Trainer) -> None:
         run = self._take_run()
@@ -192,7 +224,12 @@ def _install_io(trainer: pl.Trainer) -> StreamingCheckpointIO | None:
     return None
 
 
-def _guard_meta_module(trainer: pl.Trainer, module: pl.LightningModule, run: RestoreRun) -> Callable[[], None]:
+def _guard_meta_module(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    run: RestoreRun,
+    load_weights: Callable[[pl.Trainer, pl.LightningModule], None],
+) -> Callable[[], None]:
     """Makes the move of a module that is still on meta end in an error that helps.
 
     Between the restore of the weights and the move to the device Lightning (2.6) calls no hook that runs in every case,
@@ -209,6 +246,7 @@ def _guard_meta_module(trainer: pl.Trainer, module: pl.LightningModule, run: Res
     move = strategy.model_to_device
 
     def model_to_device() -> None:
+        load_weights(trainer, module)  # of a module that configure_model has built
         parameters, buffers = meta_names(module)
         if parameters or buffers:
             raise _meta_error(module, run.path, parameters, buffers)

@@ -8,6 +8,7 @@ and let go of the file.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -20,18 +21,16 @@ from tqdm.auto import tqdm
 
 from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.memory import MemoryMonitor
+from lightning_memload.plugins.parts import take_parts
 from lightning_memload.plugins.rank_maxima import reduce_maxima
 from lightning_memload.report import MEMORY_FIGURES, PhaseReport, RestoreReport
-from lightning_memload.restore import OptimizerRestore, RestoreSession, WeightsRestore, mapped_bytes
-from lightning_memload.transfer import LazyRing, TransferStats, available_cpus, choose_layout
+from lightning_memload.restore import OptimizerRestore, RestoreSession, WeightsRestore, WeightsSource, mapped_bytes
+from lightning_memload.transfer import LazyRing, TransferStats, choose_layout, default_threads
 
 __all__ = ["Mode", "RestoreOptions", "RestoreRun"]
 
 Mode = Literal["auto", "assign", "copy"]
 
-# Measured on one H100 with 16 cores (examples/benchmarks/resume.py --sweep). Into CPU memory more than 4 gain nothing.
-_MAX_THREADS_DEVICE = 12
-_MAX_THREADS_CPU = 4
 # Restores shorter than this show no bar.
 _BAR_DELAY_SECONDS = 1.0
 _TRUE_PRECISION_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
@@ -49,6 +48,7 @@ class RestoreOptions:
     verify: bool
     check_fit: bool
     progress_bar: bool
+    parts: frozenset[str] | None = None
 
 
 class RestoreRun:
@@ -94,6 +94,22 @@ class RestoreRun:
         """Starts the clock."""
         if self.path is not None or path != str(self._trainer.ckpt_path):
             return  # a user's hook loads another checkpoint by itself
+        self._begin(path)
+
+    def load_weights(self, source: WeightsSource) -> None:
+        """Streams the weights of a checkpoint into the module, without a resume.
+
+        Raises:
+            MemloadError: As ``WeightsSource`` does.
+        """
+        self._begin(os.fspath(source.path))
+        state_dict, mapped = source.open()
+        self._begin_phase("weights")
+        session = self._open_session(mapped)
+        source.stream(state_dict, self._module, session, dtype=self._true_precision(), assign=self._mode == "assign")
+        self._stop_measuring()
+
+    def _begin(self, path: str) -> None:
         self.path = path
         self._total.start()
         self._begin_phase("open")
@@ -101,7 +117,7 @@ class RestoreRun:
         # 0.4 s, and find nothing.
         self._collects = gc.isenabled()
         gc.disable()
-        threads = self._options.num_threads or self._default_threads()
+        threads = self._options.num_threads or default_threads(self._device, self._trainer.num_devices)
         on_cuda = self._device.type == "cuda"
         self._ring = LazyRing(choose_layout(self._options.host_budget_bytes, threads), pinned=on_cuda)
         if on_cuda:
@@ -112,13 +128,24 @@ class RestoreRun:
         if self.path != path or self._session is not None:
             return
         self._begin_phase("weights")
+        take_parts(checkpoint, self._options.parts, path=path, trainer=self._trainer, module=self._module)
         step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
         self._global_step = step if isinstance(step, int) else None
         if mapped is None:
             return
+        self._checkpoint = checkpoint
+        self._weights = WeightsRestore(
+            self._module,
+            self._open_session(mapped),
+            dtype=self._true_precision(),
+            assign=self._mode == "assign",
+            strict=self._module.strict_loading,
+            later_bytes=self._optimizer_bytes,
+        )
+
+    def _open_session(self, mapped: MappedCheckpoint) -> RestoreSession:
         assert self._ring is not None
         self._mode, self._mode_reason = self._choose_mode()
-        self._checkpoint = checkpoint
         self._session = RestoreSession(
             mapped,
             device=self._device,
@@ -130,14 +157,7 @@ class RestoreRun:
             on_progress=self._make_bar(mapped),
             on_pinned=lambda nbytes: self._total.tick(pinned_bytes=nbytes),
         )
-        self._weights = WeightsRestore(
-            self._module,
-            self._session,
-            dtype=self._true_precision(),
-            assign=self._mode == "assign",
-            strict=self._module.strict_loading,
-            later_bytes=self._optimizer_bytes,
-        )
+        return self._session
 
     # What the Callback tells us -------------------------------------------------------------------------------------
 
@@ -175,8 +195,7 @@ class RestoreRun:
             if self._mode == "copy" and session.checkpoint.referenced_bytes > _COLLECT_BYTES:
                 gc.collect()
             kept = session.close(detach=self._mode == "copy")
-        self._end_phase()
-        self._total.stop()
+        self._stop_measuring()
         stats = session.stats if session is not None else TransferStats()
         report = RestoreReport(
             path=str(self.path or self._trainer.ckpt_path),
@@ -232,10 +251,6 @@ class RestoreRun:
         if on_cpu and self._stage != "fit":
             return "assign", "evaluation on the CPU only reads the weights; checksums are not compared"
         return "copy", "training writes to the weights" if on_cpu else f"parameters live on {self._device}"
-
-    def _default_threads(self) -> int:
-        most = _MAX_THREADS_CPU if self._device.type == "cpu" else _MAX_THREADS_DEVICE
-        return max(1, min(most, available_cpus() // max(1, self._trainer.num_devices)))
 
     def _true_precision(self) -> torch.dtype | None:
         """The dtype that the precision plugin is going to convert the module to, if converting is all that it does."""

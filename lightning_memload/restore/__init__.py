@@ -1,17 +1,31 @@
 """From a mapped checkpoint into modules and optimizers, through torch's own ``load_state_dict``."""
 
+from lightning_memload.restore.load import (
+    LoadOptions,
+    WeightsSource,
+    find_state_dict,
+    load_weights,
+    open_any,
+    rename_keys,
+)
 from lightning_memload.restore.meta import materialize, meta_init, meta_names
 from lightning_memload.restore.optimizer import OptimizerRestore, mapped_bytes
 from lightning_memload.restore.session import Move, RestoreSession
 from lightning_memload.restore.weights import WeightsRestore
 
 __all__ = [
+    "LoadOptions",
     "Move",
     "OptimizerRestore",
     "RestoreSession",
     "WeightsRestore",
+    "WeightsSource",
+    "find_state_dict",
+    "load_weights",
     "mapped_bytes",
     "materialize",
     "meta_init",
     "meta_names",
+    "open_any",
+    "rename_keys",
 ]

@@ -1,6 +1,13 @@
 """Moves bytes from a source into tensors: the plan, the staging ring with its hard budget, and the threads."""
 
-from lightning_memload.transfer.engine import Record, TensorCopy, TransferStats, available_cpus, transfer
+from lightning_memload.transfer.engine import (
+    Record,
+    TensorCopy,
+    TransferStats,
+    available_cpus,
+    default_threads,
+    transfer,
+)
 from lightning_memload.transfer.staging import MIN_BUDGET_BYTES, LazyRing, RingLayout, StagingRing, choose_layout
 
 __all__ = [
@@ -13,5 +20,6 @@ __all__ = [
     "TransferStats",
     "available_cpus",
     "choose_layout",
+    "default_threads",
     "transfer",
 ]

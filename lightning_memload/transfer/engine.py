@@ -26,10 +26,13 @@ from lightning_memload.errors import CheckpointReadError, ChecksumError
 from lightning_memload.transfer.plan import Check, Piece, Range, Read, Segment, plan_checks, plan_reads, split_strided
 from lightning_memload.transfer.staging import StagingRing
 
-__all__ = ["Record", "TensorCopy", "TransferStats", "available_cpus", "transfer"]
+__all__ = ["Record", "TensorCopy", "TransferStats", "available_cpus", "default_threads", "transfer"]
 
 # Into CPU memory a checksum is taken from what is still in the core's cache: 2 times the speed of 16 MiB.
 _DIRECT_BLOCK_BYTES = 1 << 20
+# Measured on one H100 with 16 cores (examples/benchmarks/resume.py --sweep). Into CPU memory more than 4 gain nothing.
+_MAX_THREADS_DEVICE = 12
+_MAX_THREADS_CPU = 4
 # The kernel takes at most 1024 buffers in one preadv (IOV_MAX).
 _MAX_BUFFERS_PER_READ = 1024
 
@@ -94,6 +97,17 @@ class TransferStats:
 def available_cpus() -> int:
     """CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_threads(device: torch.device, num_processes: int = 1) -> int:
+    """How many threads to read with.
+
+    Args:
+        device: Where the tensors go.
+        num_processes: Processes of this host that do the same, and share its CPUs.
+    """
+    most = _MAX_THREADS_CPU if device.type == "cpu" else _MAX_THREADS_DEVICE
+    return max(1, min(most, available_cpus() // max(1, num_processes)))
 
 
 def transfer(

@@ -1,0 +1,109 @@
+"""Which parts of a checkpoint a Trainer restores, and what it says when one is not there.
+
+Lightning restores all or fails half-way. Here the checkpoint, while its tensors still lie in the file, is cut down to
+the parts that are asked for; what is left out is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_memload.errors import CheckpointFormatError, IncompleteCheckpointError
+from lightning_memload.restore import find_state_dict
+
+__all__ = ["Part", "check_parts", "take_parts"]
+
+Part = Literal["weights", "optimizer", "loops", "callbacks"]
+
+_VERSION_KEY = "pytorch-lightning_version"
+# What Lightning (2.6) asks a checkpoint for, and fails without.
+_KEYS = {
+    "weights": ("state_dict",),
+    "optimizer": ("optimizer_states", "lr_schedulers"),
+    "loops": ("loops",),
+    "callbacks": ("callbacks",),
+}
+
+
+def check_parts(parts: Collection[str] | None) -> frozenset[str] | None:
+    """Raises unless all of ``parts`` are known and there is one at least.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if parts is None:
+        return None
+    known = get_args(Part)
+    if isinstance(parts, str) or not parts or not set(parts) <= set(known):
+        raise ValueError(
+            f"restore must be a collection of {', '.join(map(repr, known))}, or None for all, got {parts!r}."
+        )
+    return frozenset(parts)
+
+
+def take_parts(
+    checkpoint: Any, parts: frozenset[str] | None, *, path: str, trainer: pl.Trainer, module: pl.LightningModule
+) -> None:
+    """Makes of a loaded checkpoint, in place, what Lightning shall restore.
+
+    Args:
+        checkpoint: As it was loaded. A bare state dict, or one under a usual key, becomes a checkpoint of weights.
+        parts: What to restore. ``None``: all that Lightning restores.
+        path: What to call it in messages.
+        trainer: The Trainer.
+        module: Its module.
+
+    Raises:
+        CheckpointFormatError: It holds no weights at all.
+        IncompleteCheckpointError: It lacks a part that is asked for.
+    """
+    if not isinstance(checkpoint, dict):
+        raise CheckpointFormatError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint.", path=path)
+    if "state_dict" not in checkpoint and (parts is None or "weights" in parts):
+        weights = find_state_dict(checkpoint, path)
+        checkpoint.clear()
+        checkpoint["state_dict"] = weights
+    if trainer.state.fn != "fit":
+        checkpoint.setdefault(_VERSION_KEY, pl.__version__)
+        return
+    if parts is not None or not is_overridden("on_load_checkpoint", module):  # which may yet supply what is missing
+        _require(checkpoint, parts, path, trainer)
+    checkpoint.setdefault(_VERSION_KEY, pl.__version__)
+    if parts is None:
+        return
+    # Old checkpoints first become what the keys below are about.
+    _pl_migrate_checkpoint(checkpoint, path)
+    if "weights" not in parts:
+        # The module's own tensors: loading them changes nothing, and hooks find what they expect.
+        checkpoint["state_dict"] = module.state_dict(keep_vars=True)
+    if "optimizer" not in parts:
+        checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
+        checkpoint.pop(type(trainer.precision_plugin).__qualname__, None)
+        checkpoint.pop("native_amp_scaling_state", None)
+    for part in ("loops", "callbacks"):
+        if part not in parts:
+            checkpoint.pop(part, None)
+
+
+def _require(checkpoint: dict[str, Any], parts: frozenset[str] | None, path: str, trainer: pl.Trainer) -> None:
+    # Without being asked for by name, Lightning goes on without these two.
+    wanted = parts if parts is not None else {"weights", "optimizer"}
+    if not trainer.strategy.lightning_restore_optimizer:
+        wanted = wanted - {"optimizer"}
+    missing = {part: [key for key in _KEYS[part] if key not in checkpoint] for part in get_args(Part) if part in wanted}
+    missing = {part: keys for part, keys in missing.items() if keys}
+    if not missing:
+        return
+    has = [part for part, keys in _KEYS.items() if all(key in checkpoint for key in keys)]
+    lacks = "; ".join(f"{part} ({', '.join(keys)})" for part, keys in missing.items())
+    raise IncompleteCheckpointError(
+        f"{path} holds {', '.join(has) or 'nothing that Lightning restores'}, but not: {lacks}. Nothing was changed. "
+        f"To start from what it holds, use MemoryEfficientRestore(restore={has!r}).",
+        path=path,
+        missing=tuple(missing),
+    )

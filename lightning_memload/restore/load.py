@@ -1,0 +1,460 @@
+"""Loading weights into any ``nn.Module``, from any format, through the same streaming as a restore under Lightning.
+
+The state dict is renamed and narrowed down while all its tensors still lie in the file, compared with the module before
+a byte is read, and then handed to the module's own ``load_state_dict``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from lightning_memload.checkpoint import Checkpoint, FileSet, MappedCheckpoint, UnmappableCheckpoint, load_mapped
+from lightning_memload.errors import CheckpointFormatError, IncompatibleWeightsError, MetaTensorError
+from lightning_memload.restore.meta import meta_names
+from lightning_memload.restore.session import RestoreSession
+from lightning_memload.restore.weights import WeightsRestore
+from lightning_memload.transfer import LazyRing, choose_layout, default_threads
+
+__all__ = ["LoadOptions", "WeightsSource", "find_state_dict", "load_weights", "open_any", "rename_keys"]
+
+# Where training scripts put the weights of a checkpoint that holds more than weights.
+_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module", "params", "weights")
+T = TypeVar("T")
+
+_MAX_LISTED = 10
+_MIB = 2**20
+
+
+def load_weights(
+    module: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    mode: Literal["copy", "assign"] = "copy",
+    strict: bool = True,
+    key: str | None = None,
+    strip_prefix: str = "",
+    rename: Mapping[str, str] | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+    weights_only: bool | None = True,
+    host_budget_mib: int = 128,
+    num_threads: int | None = None,
+    verify: bool = True,
+    check_fit: bool = True,
+) -> _IncompatibleKeys:
+    """Loads weights from a checkpoint of any known format straight onto a device.
+
+    Only the bytes of the tensors that the module takes are read. Parameters stay the same objects and ties stay ties; a
+    module that was built under ``meta_init`` gets its memory here. Modules with a ``load_state_dict`` or hooks of their
+    own are loaded through them.
+
+    Args:
+        module: The module. Afterwards all of it is on ``device``.
+        path: A checkpoint: a bare state dict, a Lightning ``.ckpt``, any format that ``open_checkpoint`` knows.
+        device: Where the weights go. ``None``: where the module's first parameter is, the CPU if that is on meta.
+        mode: ``"copy"`` streams every tensor into memory of its own. ``"assign"`` makes CPU parameters the file's own
+            pages: nothing is read until it is used, the first write to a page makes it ordinary memory, checksums are
+            not compared, and the file must not be truncated in place while the module lives.
+        strict: Refuse a checkpoint that lacks keys of the module or has others, before anything changes. If not,
+            parameters on meta that it lacks are initialised by ``reset_parameters`` of their own modules.
+        key: Where the state dict is in a nested checkpoint, for example ``"ema.params"``. ``None``: found by itself.
+        strip_prefix: Taken off the keys that start with it, before ``rename``.
+        rename: Regular expressions and what to put for them, applied to every key in their order with ``re.sub``.
+        include: Regular expressions, one or several. Only keys of the module in which one is found are loaded, and
+            asked for by ``strict``. Empty: all.
+        exclude: Regular expressions. Keys of the module in which one is found are left out, likewise.
+        dtype: Floating-point type that the module shall have. ``None``: what it has.
+        weights_only: Passed to ``torch.load`` where the format holds pickled objects.
+        host_budget_mib: The most host memory for staging, in MiB.
+        num_threads: Threads that read. ``None``: up to 12 for a GPU and 4 for the CPU.
+        verify: Compare the CRC-32 that the file records for every tensor, on the way.
+        check_fit: Compare needed with free memory before the first byte, and refuse what cannot fit.
+
+    Returns:
+        ``missing_keys`` and ``unexpected_keys`` as ``nn.Module.load_state_dict`` returns them: all keys that the module
+        has and did not get, and all that the file has, after ``include`` and ``exclude``, and the module does not.
+
+    Raises:
+        FileNotFoundError: There is nothing at ``path``.
+        CheckpointFormatError: It is damaged, or no state dict is found in it.
+        IncompatibleWeightsError: Shapes differ, or with ``strict`` keys are missing or unexpected. All are named.
+        CheckpointReadError: Reading failed.
+        ChecksumError: The file is damaged.
+        InsufficientMemoryError: The weights cannot fit.
+        MetaTensorError: Something stays on meta that neither the file nor ``reset_parameters`` gives values.
+        ValueError: An argument is out of its range.
+
+    Peak memory: the weights once on ``device``, and ``host_budget_mib`` on the host if that is not the CPU.
+
+    Example:
+        >>> with meta_init():
+        ...     model = GPT(config)
+        >>> load_weights(model, "gpt.safetensors", device="cuda")
+    """
+    weights = WeightsSource(os.fspath(path), key, strip_prefix, rename, include, exclude, strict, weights_only)
+    target = _device_of(module) if device is None else torch.device(device)
+    options = LoadOptions(target, mode, host_budget_mib, num_threads, verify, check_fit)
+    state_dict, session = options.open(weights.open)
+    with options.closing(session):
+        keys = weights.stream(state_dict, module, session, dtype=dtype, assign=options.assigns)
+        del state_dict  # what is referred to when the session ends is copied
+    module.to(device=session.device, dtype=dtype)
+    return keys
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load outside a Trainer, see :func:`load_weights`.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    device: torch.device
+    mode: Literal["copy", "assign"] = "copy"
+    host_budget_mib: int = 128
+    num_threads: int | None = None
+    verify: bool = True
+    check_fit: bool = True
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("copy", "assign"):
+            raise ValueError(f"mode must be 'copy' or 'assign', got {self.mode!r}.")
+        if self.host_budget_mib < 1:
+            raise ValueError(f"host_budget_mib must be at least 1 (MiB), got {self.host_budget_mib}.")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ValueError(f"num_threads must be at least 1, or None to choose, got {self.num_threads}.")
+        if self.assigns and self.device.type != "cpu":
+            raise ValueError(f"mode='assign' needs the CPU: parameters on {self.device} cannot be a file's pages.")
+
+    @property
+    def assigns(self) -> bool:
+        """Whether parameters become the file's own pages."""
+        return self.mode == "assign"
+
+    def open(self, load: Callable[[], tuple[T, MappedCheckpoint]]) -> tuple[T, RestoreSession]:
+        """Opens a checkpoint, while the staging ring is made ready beside.
+
+        Args:
+            load: Opens it.
+
+        Returns:
+            What was loaded, and the session to bring it into modules with.
+        """
+        device = self.device
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # as parameters say it
+        layout = choose_layout(self.host_budget_mib * _MIB, self.num_threads or default_threads(device))
+        ring = LazyRing(layout, pinned=device.type == "cuda")
+        try:
+            if device.type == "cuda":
+                ring.prepare()
+            loaded, mapped = load()
+            session = RestoreSession(
+                mapped, device=device, ring=ring, verify=self.verify, check_fit=self.check_fit, drop_behind=True
+            )
+        except BaseException:
+            ring.close()
+            raise
+        return loaded, session
+
+    @contextlib.contextmanager
+    def closing(self, session: RestoreSession) -> Iterator[None]:
+        """Ends the session with the block. A failure leaves the mapping to the tensors that its traceback refers to."""
+        try:
+            yield
+        except BaseException:
+            session.close(detach=False)
+            raise
+        session.close(detach=not self.assigns)
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """Where weights come from and which of them go where, see :func:`load_weights`.
+
+    Attributes:
+        path: The checkpoint.
+        key: Where the state dict is in it. ``None``: found by itself.
+        strip_prefix: Taken off the keys that start with it.
+        rename: Regular expressions and what to put for them.
+        include: Regular expressions for the keys of the module that are loaded. Empty: all.
+        exclude: Regular expressions for the keys of the module that are left out.
+        strict: Refuse missing and unexpected keys.
+        weights_only: Passed to ``torch.load`` where the format holds pickled objects.
+    """
+
+    path: str | Path
+    key: str | None = None
+    strip_prefix: str = ""
+    rename: Mapping[str, str] | None = None
+    include: str | Sequence[str] = ()
+    exclude: str | Sequence[str] = ()
+    strict: bool = True
+    weights_only: bool | None = True
+
+    def open(self) -> tuple[dict[str, Any], MappedCheckpoint]:
+        """The wanted part of the state dict under the module's names, its tensors in the file, and the mapping."""
+        wants = self._wants()
+        loaded, mapped = open_any(self.path, self.weights_only)
+        renamed = rename_keys(find_state_dict(loaded, self.path, self.key), self.strip_prefix, self.rename)
+        return {name: value for name, value in renamed.items() if wants(name)}, mapped
+
+    def stream(
+        self,
+        state_dict: Mapping[str, Any],
+        module: nn.Module,
+        session: RestoreSession,
+        *,
+        dtype: torch.dtype | None = None,
+        assign: bool = False,
+    ) -> _IncompatibleKeys:
+        """Brings an opened state dict into a module.
+
+        Raises:
+            IncompatibleWeightsError: It does not fit.
+            MetaTensorError: Something stays on meta.
+        """
+        wants = self._wants()
+        path = os.fspath(self.path)
+        _compare(module, state_dict, wants, strict=self.strict, path=path)
+        restore = WeightsRestore(module, session, dtype=dtype, assign=assign, strict=False)
+        try:
+            keys: _IncompatibleKeys = module.load_state_dict(state_dict, strict=False)
+        finally:
+            restore.remove()
+        missing = _without_ties(dict(_entries(module)), state_dict, filter(wants, keys.missing_keys))
+        if self.strict and (missing or keys.unexpected_keys):
+            # Only modules that load in their own way come here: what they take is known afterwards.
+            raise _incompatible(module, path, missing, keys.unexpected_keys, {}, changed=True)
+        parameters, buffers = meta_names(module)
+        if parameters or buffers:
+            names = (*parameters, *buffers)
+            raise MetaTensorError(
+                f"{path} gives no values for {_listed(names)}, which stay on the meta device. Build the module under "
+                "meta_init(), which keeps buffers real, or give what is missing values first.",
+                names=names,
+            )
+        return keys
+
+    def _wants(self) -> Callable[[str], bool]:
+        include, exclude = _compiled("include", self.include), _compiled("exclude", self.exclude)
+
+        def wants(name: str) -> bool:
+            included = not include or any(pattern.search(name) for pattern in include)
+            return included and not any(pattern.search(name) for pattern in exclude)
+
+        return wants
+
+
+def find_state_dict(loaded: Any, path: str | os.PathLike[str], key: str | None = None) -> Mapping[str, Any]:
+    """The state dict in a loaded checkpoint.
+
+    Args:
+        loaded: The checkpoint.
+        path: What to call it in messages.
+        key: Keys from the root to the state dict, joined by dots. ``None``: the checkpoint itself if it holds tensors
+            by name, else what it has under one of the usual keys.
+
+    Raises:
+        CheckpointFormatError: There is none there.
+    """
+    if key is None:
+        candidates = [loaded]
+        if isinstance(loaded, Mapping):
+            candidates += [loaded[name] for name in _STATE_DICT_KEYS if name in loaded]
+        found = next((candidate for candidate in candidates if _is_state_dict(candidate)), None)
+    else:
+        found = loaded
+        rest = key
+        while rest and isinstance(found, Mapping):
+            # The longest first, for keys that have dots of their own.
+            name = next((part for part in _prefixes(rest) if part in found), None)
+            if name is None:
+                break
+            found, rest = found[name], rest[len(name) + 1 :]
+        found = found if not rest and _is_state_dict(found) else None
+    if found is None:
+        what = f"No state dict is at {key!r}" if key is not None else "No state dict is found"
+        has = _listed(tuple(map(repr, loaded))) if isinstance(loaded, Mapping) else f"a {type(loaded).__name__}"
+        raise CheckpointFormatError(
+            f"{what} in {os.fspath(path)}, whose top level has {has}. Say with key= where the names and tensors are.",
+            path=os.fspath(path),
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def rename_keys(
+    state_dict: Mapping[str, Any], strip_prefix: str = "", rename: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """A state dict under other names.
+
+    Args:
+        state_dict: The state dict.
+        strip_prefix: Taken off the keys that start with it.
+        rename: Regular expressions and what to put for them, applied in their order.
+
+    Raises:
+        ValueError: Two keys get the same name, or a regular expression is none.
+    """
+    try:
+        pairs = [(re.compile(pattern), replacement) for pattern, replacement in (rename or {}).items()]
+    except re.error as error:
+        raise ValueError(f"rename: {error.pattern!r} is no regular expression: {error}.") from error
+    renamed: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for old, value in state_dict.items():
+        name = old.removeprefix(strip_prefix)
+        for pattern, replacement in pairs:
+            name = pattern.sub(replacement, name)
+        if name in renamed:
+            raise ValueError(f"Renaming gives {origin[name]!r} and {old!r} the same name {name!r}.")
+        renamed[name], origin[name] = value, old
+    return renamed
+
+
+def _compiled(argument: str, patterns: str | Sequence[str]) -> list[re.Pattern[str]]:
+    try:
+        return [re.compile(pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
+    except re.error as error:
+        raise ValueError(f"{argument}: {error.pattern!r} is no regular expression: {error}.") from error
+
+
+def open_any(path: str | os.PathLike[str], weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:
+    """Loads a checkpoint mapped where possible, else into host memory with a warning that says so."""
+    try:
+        return load_mapped(path, weights_only=weights_only)
+    except UnmappableCheckpoint as reason:
+        warnings.warn(f"{reason} It is loaded the ordinary way: the whole checkpoint in host memory.", stacklevel=3)
+        loaded = torch.load(path, map_location="cpu", weights_only=weights_only)
+        index = Checkpoint(path=os.fspath(path), format="unmapped", files=(), tensors=(), storages=())
+        return loaded, MappedCheckpoint(index, FileSet([]), None)
+
+
+def _compare(
+    module: nn.Module, state_dict: Mapping[str, Any], wants: Callable[[str], bool], *, strict: bool, path: str
+) -> None:
+    """Raises if ``load_state_dict`` is going to, while the module is still as it was.
+
+    What modules with hooks or a ``_load_from_state_dict`` of their own do cannot be foreseen: their keys are left to
+    torch.
+    """
+    own_ways = tuple(_own_ways(module))
+    expected = {name: value for name, value in _entries(module) if not name.startswith(own_ways)}
+    given = {name: value for name, value in state_dict.items() if not name.startswith(own_ways)}
+    mismatched = {
+        name: (tuple(value.shape), tuple(expected[name].shape))
+        for name, value in given.items()
+        if name in expected
+        and isinstance(value, torch.Tensor)
+        and isinstance(expected[name], torch.Tensor)
+        and not nn.parameter.is_lazy(expected[name])
+        and value.shape != expected[name].shape
+        # torch takes a tensor of one element for a scalar, as old files have it.
+        and not (expected[name].dim() == 0 and tuple(value.shape) == (1,))
+    }
+    missing = _without_ties(expected, given, filter(wants, expected)) if strict else []
+    unexpected = [name for name in given if name not in expected] if strict else []
+    if missing or unexpected or mismatched:
+        raise _incompatible(module, path, missing, unexpected, mismatched, changed=False)
+
+
+def _without_ties(entries: Mapping[str, Any], given: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Names that are not given, unless the very same parameter is given under another name.
+
+    Some formats (safetensors) hold a tied parameter once.
+    """
+    supplied = {id(value) for name, value in entries.items() if name in given and value is not None}
+    return [name for name in names if name not in given and id(entries.get(name)) not in supplied]
+
+
+def _entries(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module's ``state_dict`` would have, without making it."""
+    for path, child in module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        skipped = child._non_persistent_buffers_set
+        for name, value in (*child._parameters.items(), *child._buffers.items()):
+            if value is not None and name not in skipped:
+                yield prefix + name, value
+        if type(child).get_extra_state is not nn.Module.get_extra_state:
+            yield f"{prefix}_extra_state", None
+
+
+def _own_ways(module: nn.Module) -> Iterator[str]:
+    """Prefixes of the modules that do more than torch's own modules when they are loaded."""
+    for path, child in module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        loads = type(child)._load_from_state_dict
+        if (
+            child._load_state_dict_pre_hooks
+            or type(child).load_state_dict is not nn.Module.load_state_dict
+            or loads is not nn.Module._load_from_state_dict
+        ):
+            yield prefix
+
+
+def _incompatible(
+    module: nn.Module,
+    path: str,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    *,
+    changed: bool,
+) -> IncompatibleWeightsError:
+    lines = [f"{path} does not fit {type(module).__name__}:"]
+    if mismatched:
+        shapes = [
+            f"{name} has shape {ours} in the module and {theirs} on disk" for name, (theirs, ours) in mismatched.items()
+        ]
+        lines.append(f"  {_listed(shapes)}")
+    if missing:
+        lines.append(f"  {len(missing)} missing: {_listed(missing)}")
+    if unexpected:
+        lines.append(f"  {len(unexpected)} unexpected: {_listed(unexpected)}")
+    done = "Other weights were loaded." if changed else "Nothing was changed."
+    lines.append(f"{done} Use rename= or strip_prefix= for other names, exclude= for new layers, or strict=False.")
+    return IncompatibleWeightsError(
+        "\n".join(lines),
+        path=path,
+        missing_keys=tuple(missing),
+        unexpected_keys=tuple(unexpected),
+        mismatched_shapes=dict(mismatched),
+    )
+
+
+def _is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and all(isinstance(name, str) for name in value)
+        and any(isinstance(item, torch.Tensor) for item in value.values())
+    )
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    parts = key.split(".")
+    return (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    first = next((parameter.device for parameter in module.parameters()), None)
+    return torch.device("cpu") if first is None or first.type == "meta" else first
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more

@@ -1,0 +1,391 @@
+"""load_weights: any module, any part of a checkpoint, nothing read or changed that is not asked for."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_memload import (
+    CheckpointFormatError,
+    ChecksumError,
+    IncompatibleWeightsError,
+    InsufficientMemoryError,
+    MetaTensorError,
+    load_weights,
+    meta_init,
+    open_checkpoint,
+)
+from lightning_memload.restore import RestoreSession
+from tests.checkpoint.files import as_bytes
+from tests.fresh_process import run_fresh
+
+MIB = 1 << 20
+
+
+class Net(nn.Module):
+    """A body with a buffer of each kind, and a head that may be tied to it."""
+
+    def __init__(self, classes: int = 5, tied: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8), nn.BatchNorm1d(8))
+        self.head = nn.Linear(8, 11 if tied else classes, bias=not tied)
+        if tied:
+            self.head.weight = self.body[0].weight
+        self.register_buffer("scale", torch.tensor(3.0))
+        self.register_buffer("table", torch.arange(4.0), persistent=False)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "weights.pt"
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes that every session read."""
+    counted: list[int] = []
+    close = RestoreSession.close
+
+    def closing(self: RestoreSession, **kwargs: Any) -> int:
+        counted.append(self.stats.bytes_read)
+        return close(self, **kwargs)
+
+    monkeypatch.setattr(RestoreSession, "close", closing)
+    return counted
+
+
+def assert_equal(module: nn.Module, expected: nn.Module) -> None:
+    ours, theirs = module.state_dict(), expected.state_dict()
+    assert list(ours) == list(theirs)
+    for name, value in ours.items():
+        assert as_bytes(value) == as_bytes(theirs[name]), name
+
+
+def frozen(module: nn.Module) -> dict[str, bytes]:
+    return {name: as_bytes(value) for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("mode", ["copy", "assign"])
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_like_torch(path: Path, mode: Any, meta: bool, tied: bool) -> None:
+    saved = Net(tied=tied)
+    torch.save(saved.state_dict(), path)
+    with meta_init(meta):
+        module = Net(tied=tied)
+    parameters = list(module.parameters())
+    keys = load_weights(module, path, mode=mode)
+    assert keys.missing_keys == []
+    assert keys.unexpected_keys == []
+    assert_equal(module, saved)
+    assert all(ours is before for ours, before in zip(module.parameters(), parameters, strict=True))
+    assert torch.equal(module.table, torch.arange(4.0))
+    module.body[1](torch.ones(2, 8)).sum().backward()
+
+
+def test_nothing_of_the_file_is_left(path: Path) -> None:
+    torch.save(Net().state_dict(), path)
+    load_weights(Net(), path)
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    descriptors = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd") if number != "3"
+                   and os.path.exists(f"/proc/self/fd/{number}")]  # fmt: skip
+    assert str(path) not in descriptors
+
+
+class TestWhere:
+    @pytest.mark.parametrize("name", ["state_dict", "model_state_dict", "model", "module", "params", "weights"])
+    def test_found_by_itself(self, path: Path, name: str) -> None:
+        saved = Net()
+        torch.save({"epoch": 3, name: saved.state_dict(), "optimizer": {"state": {}}}, path)
+        module = Net()
+        load_weights(module, path)
+        assert_equal(module, saved)
+
+    @pytest.mark.parametrize("key", ["ema.params", "a.b"])
+    def test_by_key(self, path: Path, key: str) -> None:
+        saved = Net()
+        content: dict[str, Any] = {"state_dict": Net().state_dict(), "ema": {"params": saved.state_dict()}}
+        content["a.b"] = saved.state_dict()  # a key with a dot of its own
+        torch.save(content, path)
+        module = Net()
+        load_weights(module, path, key=key)
+        assert_equal(module, saved)
+
+    @pytest.mark.parametrize("key", ["ema", "epoch", "state_dict.body", "state_dict.body.1.weight"])
+    def test_not_there(self, path: Path, key: str) -> None:
+        torch.save({"epoch": 3, "state_dict": Net().state_dict()}, path)
+        with pytest.raises(
+            CheckpointFormatError, match=rf"No state dict is at '{key}' in .*whose top level has 'epoch'"
+        ):
+            load_weights(Net(), path, key=key)
+
+    def test_none_at_all(self, path: Path) -> None:
+        torch.save({"epoch": 3, "optimizer": {"lr": 1.0}}, path)
+        with pytest.raises(CheckpointFormatError, match=r"No state dict is found.*'epoch', 'optimizer'"):
+            load_weights(Net(), path)
+        torch.save(torch.ones(3), path)
+        with pytest.raises(CheckpointFormatError, match=r"No state dict is found.*a Tensor"):
+            load_weights(Net(), path)
+
+    def test_a_legacy_file_is_loaded_with_a_warning(self, path: Path) -> None:
+        saved = Net()
+        torch.save(saved.state_dict(), path, _use_new_zipfile_serialization=False)
+        with meta_init():
+            module = Net()
+        with pytest.warns(UserWarning, match="the whole checkpoint in host memory"):
+            load_weights(module, path)
+        assert_equal(module, saved)
+
+
+class TestNames:
+    def test_prefix_and_patterns(self, path: Path) -> None:
+        saved = Net()
+        renamed = {
+            "model." + name.replace("body.1.", "encoder.layer.").replace("head", "lm_head"): value
+            for name, value in saved.state_dict().items()
+        }
+        torch.save(renamed, path)
+        module = Net()
+        load_weights(module, path, strip_prefix="model.", rename={r"encoder\.layer\.": "body.1.", r"^lm_head": "head"})
+        assert_equal(module, saved)
+
+    def test_a_collision(self, path: Path) -> None:
+        torch.save({"a.weight": torch.ones(2), "b.weight": torch.ones(2)}, path)
+        with pytest.raises(ValueError, match=r"gives 'a\.weight' and 'b\.weight' the same name 'weight'"):
+            load_weights(nn.LayerNorm(2), path, rename={r"^[ab]\.": ""})
+
+    @pytest.mark.parametrize("argument", ["include", "exclude", "rename"])
+    def test_no_regular_expression(self, path: Path, argument: str) -> None:
+        torch.save(Net().state_dict(), path)
+        value: Any = {"(": ""} if argument == "rename" else "("
+        with pytest.raises(ValueError, match=rf"{argument}: '\(' is no regular expression"):
+            load_weights(Net(), path, **{argument: value})
+
+    def test_missing_and_unexpected_are_named_and_nothing_changes(self, path: Path) -> None:
+        state = Net().state_dict()
+        del state["head.weight"], state["scale"]
+        state["extra"] = torch.ones(1)
+        torch.save(state, path)
+        module = Net()
+        before = frozen(module)
+        with pytest.raises(
+            IncompatibleWeightsError, match=r"2 missing: head\.weight, scale|2 missing: scale, head"
+        ) as caught:
+            load_weights(module, path)
+        assert "1 unexpected: extra" in str(caught.value)
+        assert "Nothing was changed" in str(caught.value)
+        assert set(caught.value.missing_keys) == {"head.weight", "scale"}
+        assert caught.value.unexpected_keys == ("extra",)
+        assert frozen(module) == before
+
+    def test_not_strict(self, path: Path) -> None:
+        saved = Net()
+        state = saved.state_dict()
+        del state["head.weight"], state["head.bias"]
+        state["extra"] = torch.ones(1)
+        torch.save(state, path)
+        with meta_init():
+            module = Net()
+        keys = load_weights(module, path, strict=False)
+        assert set(keys.missing_keys) == {"head.weight", "head.bias"}
+        assert keys.unexpected_keys == ["extra"]
+        bound = 8**-0.5
+        assert 0 < module.head.weight.abs().max() <= bound  # as nn.Linear initialises it
+
+    def test_a_tied_parameter_may_be_in_the_file_once(self, path: Path) -> None:
+        saved = Net(tied=True)
+        state = saved.state_dict()
+        del state["head.weight"]
+        torch.save(state, path)
+        with meta_init():
+            module = Net(tied=True)
+        assert load_weights(module, path).missing_keys == ["head.weight"]
+        assert_equal(module, saved)
+        assert module.head.weight is module.body[0].weight
+
+    def test_all_shapes_together(self, path: Path) -> None:
+        torch.save(Net(classes=7).state_dict(), path)
+        module = Net()
+        before = frozen(module)
+        with pytest.raises(IncompatibleWeightsError) as caught:
+            load_weights(module, path, strict=False)
+        assert caught.value.mismatched_shapes == {"head.weight": ((7, 8), (5, 8)), "head.bias": ((7,), (5,))}
+        assert "head.weight has shape (5, 8) in the module and (7, 8) on disk" in str(caught.value)
+        assert frozen(module) == before
+
+    def test_modules_that_load_in_their_own_way(self, path: Path) -> None:
+        class Renames(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.zeros(3))
+
+            def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+                if prefix + "old" in state_dict:
+                    state_dict[prefix + "weight"] = state_dict.pop(prefix + "old")
+                super()._load_from_state_dict(state_dict, prefix, *args)
+
+        module = nn.Sequential(Renames(), nn.Linear(2, 2))
+        state = {**module.state_dict(), "0.old": torch.arange(3.0)}
+        del state["0.weight"]
+        torch.save(state, path)
+        load_weights(module, path)
+        assert torch.equal(module[0].weight, torch.arange(3.0))
+        del state["0.old"]
+        torch.save(state, path)
+        with pytest.raises(IncompatibleWeightsError, match=r"1 missing: 0\.weight\nOther weights were loaded"):
+            load_weights(module, path)
+
+
+class TestParts:
+    def test_only_the_bytes_that_are_needed(self, path: Path, read: list[int]) -> None:
+        class Large(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.parts = nn.ModuleList(nn.Linear(256, 256) for _ in range(4))
+
+        saved = Large()
+        torch.save({"state_dict": saved.state_dict(), "optimizer_states": [torch.ones(100_000)]}, path)
+        with meta_init():
+            module = Large()
+        keys = load_weights(module, path, include=r"^parts\.2\.")
+        index = open_checkpoint(path)
+        wanted = sum(index[f"state_dict.parts.2.{name}"].nbytes for name in ("weight", "bias"))
+        assert wanted <= read[0] <= wanted + 4096  # and what lies between the two
+        assert len(keys.missing_keys) == 6
+        assert torch.equal(module.parts[2].weight, saved.parts[2].weight)
+        assert all(parameter.std() > 0 for parameter in module.parameters())  # the others are initialised
+
+    def test_exclude(self, path: Path) -> None:
+        saved = Net(classes=7)
+        torch.save(saved.state_dict(), path)
+        module = Net()
+        head = copy.deepcopy(module.head)
+        keys = load_weights(module, path, exclude=[r"^head\.", "running"])
+        assert set(keys.missing_keys) == {"head.weight", "head.bias", "body.2.running_mean", "body.2.running_var"}
+        assert torch.equal(module.head.weight, head.weight)
+        assert torch.equal(module.body[1].weight, saved.body[1].weight)
+
+    def test_assign_reads_nothing(self, path: Path, read: list[int]) -> None:
+        torch.save(Net().state_dict(), path)
+        load_weights(Net(), path, mode="assign")
+        assert read == [0]
+
+
+class TestDtype:
+    @pytest.mark.parametrize("meta", [False, True])
+    def test_the_module_has_it_afterwards(self, path: Path, meta: bool) -> None:
+        saved = Net()
+        torch.save(saved.state_dict(), path)
+        with meta_init(meta):
+            module = Net()
+        load_weights(module, path, dtype=torch.bfloat16)
+        assert_equal(module, copy.deepcopy(saved).to(torch.bfloat16))
+        assert module.table.dtype == torch.bfloat16
+
+    def test_a_file_in_another(self, path: Path) -> None:
+        saved = Net().to(torch.float16)
+        torch.save(saved.state_dict(), path)
+        with meta_init():
+            module = Net()
+        load_weights(module, path)
+        assert_equal(module, copy.deepcopy(saved).float())
+
+
+class TestFailures:
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            ({"mode": "auto"}, "mode must be 'copy' or 'assign', got 'auto'"),
+            ({"host_budget_mib": 0}, "host_budget_mib must be at least 1"),
+            ({"num_threads": 0}, "num_threads must be at least 1"),
+            ({"mode": "assign", "device": "meta"}, "mode='assign' needs the CPU"),
+        ],
+    )
+    def test_arguments(self, path: Path, arguments: dict[str, Any], complaint: str) -> None:
+        torch.save(Net().state_dict(), path)
+        with pytest.raises(ValueError, match=complaint):
+            load_weights(Net(), path, **arguments)
+
+    def test_no_file(self, path: Path) -> None:
+        with pytest.raises(FileNotFoundError):
+            load_weights(Net(), path)
+
+    def test_a_flipped_byte(self, path: Path) -> None:
+        torch.save(Net().state_dict(), path)
+        start, _ = open_checkpoint(path)["body.1.weight"].file_range
+        data = bytearray(path.read_bytes())
+        data[start + 5] ^= 1
+        path.write_bytes(data)
+        module = Net()
+        with pytest.raises(ChecksumError, match=r"body\.1\.weight"):
+            load_weights(module, path)
+        assert not any(child._load_state_dict_pre_hooks for child in module.modules())
+        load_weights(module, path, verify=False)
+
+    def test_what_does_not_fit(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.save(Net().state_dict(), path)
+        monkeypatch.setattr("lightning_memload.restore.session.free_device_bytes", lambda device: 100)
+        with meta_init():
+            module = Net()
+        with pytest.raises(InsufficientMemoryError, match="Nothing was changed"):
+            load_weights(module, path)
+        load_weights(module, path, check_fit=False)
+
+    def test_an_empty_buffer_on_meta(self, path: Path) -> None:
+        torch.save(Net().state_dict(), path)
+        with torch.device("meta"):
+            module = Net()
+        with pytest.raises(MetaTensorError, match=r"no values for table.*meta_init") as caught:
+            load_weights(module, path)
+        assert caught.value.names == ("table",)
+
+    def test_pickled_code_is_not_run(self, path: Path, tmp_path: Path) -> None:
+        class Evil:
+            def __reduce__(self) -> Any:
+                return os.system, (f"touch {tmp_path / 'ran'}",)
+
+        torch.save({"state_dict": Net().state_dict(), "evil": Evil()}, path)
+        with pytest.raises(Exception, match="Weights only load failed"):
+            load_weights(Net(), path)
+        assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.memory
+def test_peak(tmp_path: Path) -> None:
+    """In a fresh process: onto a meta-built module the weights once, against twice by torch."""
+    program = """
+import torch
+from torch import nn
+from lightning_memload import MemoryMonitor, load_weights, meta_init
+def build():
+    return nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(12)])
+if ARGS["way"] == "write":
+    torch.save({"state_dict": build().state_dict()}, ARGS["path"])
+    RESULT = None
+else:
+    with meta_init():
+        small = nn.Linear(2, 2)
+    load_weights(small, ARGS["small"])  # imports, and the threads' own memory
+    with MemoryMonitor() as monitor:
+        if ARGS["way"] == "ours":
+            with meta_init():
+                module = build()
+            load_weights(module, ARGS["path"])
+        else:
+            module = build()
+            module.load_state_dict(torch.load(ARGS["path"], weights_only=True)["state_dict"])
+    RESULT = monitor.peaks.anonymous_above_start_bytes
+"""
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "small.pt")
+    arguments = {"path": str(tmp_path / "weights.pt"), "small": str(tmp_path / "small.pt")}
+    run_fresh(program, way="write", **arguments)
+    ours, stock = (run_fresh(program, way=way, **arguments).result for way in ("ours", "stock"))
+    weights = 12 * 2048 * 2048 * 4
+    assert weights <= ours <= weights + 16 * MIB
+    assert stock >= 2 * weights
