@@ -30,6 +30,7 @@ FLOORS = {
     "cli": 5,
 }
 ROOMS_WITH_LIGHTNING = {"plugins"}
+NAMES_WITH_LIGHTNING = {"MemoryEfficientRestore", "StreamingCheckpointIO", "load_from_checkpoint"}
 LIGHTNING_PACKAGES = {"lightning", "pytorch_lightning", "lightning_fabric"}
 
 IMPORT_BUDGET_SECONDS = 0.050
@@ -191,13 +192,13 @@ class TestImportCost:
         assert seconds < IMPORT_BUDGET_SECONDS
 
     def test_names_below_the_plugins_leave_lightning_alone(self) -> None:
-        names = sorted(set(lightning_memload.__all__) - {"MemoryEfficientRestore", "StreamingCheckpointIO"})
+        names = sorted(set(lightning_memload.__all__) - NAMES_WITH_LIGHTNING)
         _, packages = measure_import(f"from lightning_memload import {', '.join(names)}", num_runs=1)
         assert packages == set()
 
-    @pytest.mark.parametrize("name", ["MemoryEfficientRestore", "StreamingCheckpointIO"])
+    @pytest.mark.parametrize("name", sorted(NAMES_WITH_LIGHTNING))
     def test_the_check_can_fail(self, name: str) -> None:
-        # The same measurement sees Lightning, and its price, as soon as one of the two names is touched.
+        # The same measurement sees Lightning, and its price, as soon as one of these names is touched.
         seconds, packages = measure_import(f"import lightning_memload; lightning_memload.{name}", num_runs=1)
         assert "lightning" in packages
         assert seconds > IMPORT_BUDGET_SECONDS

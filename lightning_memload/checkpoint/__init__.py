@@ -17,6 +17,7 @@ from lightning_memload.checkpoint.mapped import (
     UnmappableCheckpoint,
     span_bytes,
 )
+from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.source import ByteSource, FileSet, LocalFile
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointFormat",
     "ChunkInfo",
     "ChunkedTensor",
+    "FileMapping",
     "FilePiece",
     "FileSet",
     "FileSpan",

@@ -7,6 +7,7 @@ is a :class:`ChunkedTensor`, which knows its parts and becomes an ordinary tenso
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,12 @@ class MappedCheckpoint:
         self.source = source
         self.mapping = mapping
         self._chunked: weakref.WeakSet[ChunkedTensor] = weakref.WeakSet()
+
+    @classmethod
+    def unmapped(cls, path: str | os.PathLike[str]) -> MappedCheckpoint:
+        """For a checkpoint that was loaded into memory: none of its tensors lies in a file."""
+        index = Checkpoint(path=os.fspath(path), format="unmapped", files=(), tensors=(), storages=())
+        return cls(index, FileSet([]), None)
 
     def chunked_tensor(self, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[ChunkInfo]) -> ChunkedTensor:
         """A tensor that the checkpoint holds in several parts. No byte is read."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -206,9 +207,9 @@ def _install_io(trainer: pl.Trainer) -> StreamingCheckpointIO | None:
         )
         return None
     # Lightning 2.6 fills in its own IO when the public property is read, also inside a wrapping IO that has none yet,
-    # and does not tell afterwards whether the user gave it. So look before it does.
+    # and does not tell afterwards whether the user gave it. The connector knows what the user gave.
     io = strategy._checkpoint_io
-    if io is None:
+    if io is None or (type(io) is TorchCheckpointIO and trainer._accelerator_connector.checkpoint_io is None):
         io = strategy.checkpoint_io = StreamingCheckpointIO()
     while isinstance(io, _WrappingCheckpointIO):
         if io.checkpoint_io is None:
@@ -287,8 +288,9 @@ def _meta_error(
         )
     elif parameters:
         advice = (
-            f"The checkpoint {path} holds no values for it. Build these modules on a real device, or let torch report "
-            "the missing keys with strict loading."
+            f"Loading {path} gave it no values: the file has none under these names, or a load_state_dict of their own "
+            "copied them into parameters without memory. Build these modules on a real device, or let torch report "
+            "missing keys with strict loading."
         )
     else:
         advice = (

@@ -7,8 +7,10 @@ values are streamed. Saving is Lightning's.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -119,7 +121,17 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         options: dict[str, Any] = {"weights_only": weights_only} if _STOCK_TAKES_WEIGHTS_ONLY else {}
         if map_location is not None:
             options["map_location"] = map_location
-        return super().load_checkpoint(path, **options)
+        with _without_mmap():
+            return super().load_checkpoint(path, **options)
+
+
+def _without_mmap() -> contextlib.AbstractContextManager[Any]:
+    """Within, ``torch.load`` takes open files, whatever ``torch.utils.serialization.config.load.mmap`` says.
+
+    Lightning (2.6) passes open files, and torch cannot map them.
+    """
+    settings = sys.modules.get("torch.utils.serialization")  # torch >= 2.7; nobody can have set what is not imported
+    return settings.config.patch("load.mmap", False) if settings is not None else contextlib.nullcontext()
 
 
 def _is_cpu(map_location: Any) -> bool:

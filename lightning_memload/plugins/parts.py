@@ -6,6 +6,7 @@ the parts that are asked for; what is left out is never read.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from typing import Any, Literal, get_args
 
@@ -40,9 +41,8 @@ def check_parts(parts: Collection[str] | None) -> frozenset[str] | None:
         return None
     known = get_args(Part)
     if isinstance(parts, str) or not parts or not set(parts) <= set(known):
-        raise ValueError(
-            f"restore must be a collection of {', '.join(map(repr, known))}, or None for all, got {parts!r}."
-        )
+        names = ", ".join(map(repr, known))
+        raise ValueError(f"restore must be some of {names}, or None for all, got {parts!r}.")
     return frozenset(parts)
 
 
@@ -65,7 +65,7 @@ def take_parts(
     if not isinstance(checkpoint, dict):
         raise CheckpointFormatError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint.", path=path)
     if "state_dict" not in checkpoint and (parts is None or "weights" in parts):
-        weights = find_state_dict(checkpoint, path)
+        weights = copy.copy(find_state_dict(checkpoint, path))  # which may be the checkpoint itself
         checkpoint.clear()
         checkpoint["state_dict"] = weights
     if trainer.state.fn != "fit":

@@ -24,7 +24,14 @@ from lightning_memload.memory import MemoryMonitor
 from lightning_memload.plugins.parts import take_parts
 from lightning_memload.plugins.rank_maxima import reduce_maxima
 from lightning_memload.report import MEMORY_FIGURES, PhaseReport, RestoreReport
-from lightning_memload.restore import OptimizerRestore, RestoreSession, WeightsRestore, WeightsSource, mapped_bytes
+from lightning_memload.restore import (
+    OptimizerRestore,
+    RestoreSession,
+    WeightsRestore,
+    WeightsSource,
+    mapped_bytes,
+    meta_names,
+)
 from lightning_memload.transfer import LazyRing, TransferStats, choose_layout, default_threads
 
 __all__ = ["Mode", "RestoreOptions", "RestoreRun"]
@@ -131,14 +138,16 @@ class RestoreRun:
         take_parts(checkpoint, self._options.parts, path=path, trainer=self._trainer, module=self._module)
         step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
         self._global_step = step if isinstance(step, int) else None
-        if mapped is None:
-            return
         self._checkpoint = checkpoint
+        session = self._open_session(mapped or MappedCheckpoint.unmapped(path))
+        if mapped is None:
+            self._mode, self._mode_reason = "default", "loaded the ordinary way"
         self._weights = WeightsRestore(
             self._module,
-            self._open_session(mapped),
+            session,
             dtype=self._true_precision(),
             assign=self._mode == "assign",
+            keep_memory=self._options.mode == "auto",
             strict=self._module.strict_loading,
             later_bytes=self._optimizer_bytes,
         )
@@ -192,9 +201,9 @@ class RestoreRun:
         self._checkpoint = None
         session, kept = self._session, 0
         if session is not None:
-            if self._mode == "copy" and session.checkpoint.referenced_bytes > _COLLECT_BYTES:
+            if session.checkpoint.referenced_bytes > _COLLECT_BYTES:
                 gc.collect()
-            kept = session.close(detach=self._mode == "copy")
+            kept = session.close()
         self._stop_measuring()
         stats = session.stats if session is not None else TransferStats()
         report = RestoreReport(
@@ -248,9 +257,13 @@ class RestoreRun:
             return "copy", f"parameters live on {self._device}"
         if wanted != "auto":
             return wanted, "as configured"
-        if on_cpu and self._stage != "fit":
-            return "assign", "evaluation on the CPU only reads the weights; checksums are not compared"
-        return "copy", "training writes to the weights" if on_cpu else f"parameters live on {self._device}"
+        if not on_cpu:
+            return "copy", f"parameters live on {self._device}"
+        if self._stage == "fit":
+            return "copy", "training writes to the weights"
+        if not meta_names(self._module)[0]:
+            return "copy", "the parameters have memory"
+        return "assign", "evaluation on the CPU only reads the weights; checksums are not compared"
 
     def _true_precision(self) -> torch.dtype | None:
         """The dtype that the precision plugin is going to convert the module to, if converting is all that it does."""

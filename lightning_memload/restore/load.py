@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from lightning_memload.checkpoint import Checkpoint, FileSet, MappedCheckpoint, UnmappableCheckpoint, load_mapped
+from lightning_memload.checkpoint import MappedCheckpoint, UnmappableCheckpoint, load_mapped
 from lightning_memload.errors import CheckpointFormatError, IncompatibleWeightsError, MetaTensorError
 from lightning_memload.restore.meta import meta_names
 from lightning_memload.restore.session import RestoreSession
@@ -179,7 +179,7 @@ class LoadOptions:
         except BaseException:
             session.close(detach=False)
             raise
-        session.close(detach=not self.assigns)
+        session.close()
 
 
 @dataclass(frozen=True)
@@ -340,8 +340,7 @@ def open_any(path: str | os.PathLike[str], weights_only: bool | None) -> tuple[A
     except UnmappableCheckpoint as reason:
         warnings.warn(f"{reason} It is loaded the ordinary way: the whole checkpoint in host memory.", stacklevel=3)
         loaded = torch.load(path, map_location="cpu", weights_only=weights_only)
-        index = Checkpoint(path=os.fspath(path), format="unmapped", files=(), tensors=(), storages=())
-        return loaded, MappedCheckpoint(index, FileSet([]), None)
+        return loaded, MappedCheckpoint.unmapped(path)
 
 
 def _compare(

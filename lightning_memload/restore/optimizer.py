@@ -42,6 +42,9 @@ class OptimizerRestore:
         # An optimizer that is copied during the restore takes the hook along; it ends with this one's.
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_session": None}  # One that is pickled takes a hook along that does nothing.
+
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         session = self._session
         if session is None:

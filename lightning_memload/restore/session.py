@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import threading
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from lightning_memload.checkpoint import MappedCheckpoint
+from lightning_memload.checkpoint import FileMapping, MappedCheckpoint, span_bytes
 from lightning_memload.errors import InsufficientMemoryError
 from lightning_memload.memory import free_device_bytes
 from lightning_memload.transfer import (
@@ -83,6 +84,10 @@ class RestoreSession:
         self._ring = ring
         self._on_progress = on_progress
         self._on_pinned = on_pinned
+        # What pages_of gave away: where each range starts, in order, and where it ends.
+        self._pages: FileMapping | None = None
+        self._given: list[int] = []
+        self._ends: dict[int, int] = {}
         names: dict[str, str] = {}
         for tensor in checkpoint.index:
             names.setdefault(tensor.storage.key, tensor.name)
@@ -159,6 +164,31 @@ class RestoreSession:
                     stacklevel=2,
                 )
 
+    def pages_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """A tensor of its own on the file's pages, with the values, strides and dtype of one in the checkpoint.
+
+        The pages are mapped once more: whoever writes to the tensor of the checkpoint does not write to this one. It
+        outlives the session.
+
+        Returns:
+            ``None`` where there is no such range of the file: for a tensor that somebody wrote to, that lies in several
+            parts, or whose bytes another tensor was given already.
+        """
+        pieces = self.checkpoint.locate(tensor)
+        if pieces is None or len(pieces) > 1:
+            return None
+        start, end = pieces[0].offset, pieces[0].offset + span_bytes(tensor)
+        position = bisect_left(self._given, start)
+        before, after = self._given[position - 1 : position], self._given[position : position + 1]
+        if any(self._ends[other] > start for other in before) or any(other < end for other in after):
+            return None
+        if self._pages is None:
+            self._pages = FileMapping(self.checkpoint.source)
+        self._given.insert(position, start)
+        self._ends[start] = end
+        storage = self._pages.storage(start, end - start)
+        return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
+
     def free_in_background(self, tensors: list[torch.Tensor]) -> None:
         """Frees the memory of tensors that nobody else refers to, while the caller goes on.
 
@@ -171,16 +201,17 @@ class RestoreSession:
             threading.Thread(target=_free, args=(tensors,), name="memload-free").start()
 
     def close(self, *, detach: bool = True) -> int:
-        """Ends the restore. Closing twice is fine.
+        """Ends the restore. Closing twice is fine. Assigned parameters keep their pages.
 
         Args:
-            detach: Turn what somebody still refers to into ordinary memory and let go of the file. ``False`` leaves
-                the mapping to the tensors on top of it, as assigned parameters need it.
+            detach: Turn what somebody still refers to of the loaded checkpoint into ordinary memory and let go of the
+                file. ``False`` leaves the mapping to the tensors on top of it.
 
         Returns:
             Bytes that somebody still referred to.
         """
         self._ring.close()
+        self._pages = None
         self._tell_pinned(0)
         return self.checkpoint.detach() if detach else 0
 

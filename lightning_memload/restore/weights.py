@@ -9,13 +9,14 @@ What the hook does not recognise stays in the state dict as it is and is copied 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
+from lightning_memload.checkpoint import span_bytes
 from lightning_memload.restore.meta import empty_on, materialize, replace_data
 from lightning_memload.restore.session import Move, RestoreSession
 
@@ -46,7 +47,10 @@ class WeightsRestore:
         session: The restore.
         dtype: Floating-point type that the module is going to be converted to, applied to new memory already, so that
             no copy in the old type is made. ``None``: each parameter's own.
-        assign: Make CPU parameters the file's own pages instead of copying.
+        assign: Make CPU parameters the file's own pages instead of copying. A parameter whose memory other parameters
+            or buffers share is copied all the same, and so is one with other strides than in the file.
+        keep_memory: Assign only to parameters on meta. Those that have memory are filled in place, so that whatever
+            else refers to that memory sees the values.
         strict: Whether torch will refuse missing keys. If not, meta parameters that the checkpoint lacks are
             initialised by their modules' ``reset_parameters``.
         later_bytes: What the restore will need later, per device, for the check before the first byte.
@@ -61,18 +65,23 @@ class WeightsRestore:
         *,
         dtype: torch.dtype | None = None,
         assign: bool = False,
+        keep_memory: bool = False,
         strict: bool = True,
         later_bytes: Callable[[], dict[torch.device, int]] = dict,
     ) -> None:
         self._session: RestoreSession | None = session
+        self._root = module
         self._dtype = dtype
         self._assign = assign
+        self._keep_memory = keep_memory
         self._strict = strict
         self._later_bytes = later_bytes
         self.assigned_bytes = 0
-        self._assigned_storages: set[int] = set()
-        self._handles = [m.register_load_state_dict_pre_hook(self._before_load) for m in module.modules()]
-        self._handles.append(module.register_load_state_dict_post_hook(self._after_load))
+        # ScriptModules refuse hooks. A parent's hook finds their parameters; one that is loaded by itself is torch's.
+        hookable = [child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule)]
+        self._handles = [child.register_load_state_dict_pre_hook(self._before_load) for child in hookable]
+        if hookable and hookable[0] is module:
+            self._handles.append(module.register_load_state_dict_post_hook(self._after_load))
 
     def remove(self) -> None:
         """Removes the hooks. Removing twice is fine."""
@@ -87,6 +96,9 @@ class WeightsRestore:
         # A module that is copied during the restore takes its hooks along; they end with this one's.
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_session": None}  # One that is pickled takes a hook along that does nothing.
+
     def _before_load(
         self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
     ) -> None:
@@ -96,22 +108,26 @@ class WeightsRestore:
         by_tensor: dict[int, list[_Target]] = {}
         for target in _find_targets(module, state_dict, prefix):
             by_tensor.setdefault(id(target.tensor), []).append(target)
-        # Parameters that share memory without being one object go on sharing it only if they are filled in place.
-        shared = Counter(target.tensor.untyped_storage().data_ptr() for target, *_ in by_tensor.values())
+        # One tensor under several keys: torch copies one value after the other, so the last one stays.
+        by_tensor = {key: targets for key, targets in by_tensor.items() if targets[-1].value is not targets[-1].tensor}
+        if not by_tensor:
+            return  # A parent's hook did it.
+        sharing = _Sharing(self._root, [targets[-1] for targets in by_tensor.values()])
         stream: list[_Target] = []
         fresh: list[_Target] = []
-        assign: list[_Target] = []
+        assign: dict[str, torch.Tensor] = {}
         for targets in by_tensor.values():
-            # One tensor under several keys: torch copies one value after the other, so the last one stays.
             target = targets[-1]
-            if target.value is target.tensor:
-                continue  # A parent's hook did it.
+            if sharing.overlaps(target):
+                continue  # The order in which torch fills the memory matters.
             if not session.checkpoint.holds(target.value):
                 # A value that somebody made: torch copies it, into memory that has to exist.
                 if target.tensor.is_meta:
                     fresh.append(target)
-            elif self._can_assign(target, session.device, shared):
-                assign.append(target)
+            elif self._may_assign(target, session.device, sharing) and (
+                (pages := session.pages_of(target.value)) is not None
+            ):
+                assign[target.key] = pages
             else:
                 stream.append(target)
                 if target.tensor.device != session.device:
@@ -128,27 +144,24 @@ class WeightsRestore:
             [Move(target.key, target.value, replacements.get(target.key, target.tensor.detach())) for target in stream]
         )
         # Only now, when everything has arrived, does the module change.
-        replacements |= {target.key: target.value.detach() for target in assign}
-        old = [replace_data(target.tensor, replacements[target.key], name=target.key) for target in (*fresh, *assign)]
+        replacements |= assign
+        filled = [targets[-1] for targets in by_tensor.values() if targets[-1].key in replacements]
+        old = [replace_data(target.tensor, replacements[target.key], name=target.key) for target in filled]
         session.free_in_background(old)
-        self.assigned_bytes += sum(target.value.nbytes for target in assign)
-        for target in (*stream, *assign):
-            for alias in by_tensor[id(target.tensor)]:
-                state_dict[alias.key] = target.tensor
+        self.assigned_bytes += sum(pages.nbytes for pages in assign.values())
+        done = {target.key for target in stream} | assign.keys()
+        for targets in by_tensor.values():
+            if targets[-1].key in done:
+                for alias in targets:
+                    state_dict[alias.key] = alias.tensor
 
-    def _can_assign(self, target: _Target, device: torch.device, shared: Counter[int]) -> bool:
-        if not self._assign or device.type != "cpu" or target.value.dtype != self._final_dtype(target):
+    def _may_assign(self, target: _Target, device: torch.device, sharing: _Sharing) -> bool:
+        tensor, value = target.tensor, target.value
+        if not self._assign or device.type != "cpu" or value.dtype != self._final_dtype(target):
             return False
-        if not target.tensor.is_meta:
-            own = target.tensor.untyped_storage().data_ptr()
-            if target.tensor.device.type != "cpu" or shared[own] > 1:
-                return False
-        # Two parameters that were saved as views of one storage are not one parameter: only the first may have it.
-        storage = target.value.untyped_storage().data_ptr()
-        if storage in self._assigned_storages:
+        if tensor.stride() != value.stride():
             return False
-        self._assigned_storages.add(storage)
-        return True
+        return tensor.is_meta or (tensor.is_cpu and not self._keep_memory and not sharing.shares(tensor))
 
     def _final_dtype(self, target: _Target) -> torch.dtype:
         """The dtype of new memory for a target, such that the values are those of the ordinary way.
@@ -172,6 +185,39 @@ class WeightsRestore:
     def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
         if not self._strict and self._session is not None:
             materialize(module, incompatible_keys.missing_keys, self._session.device, self._dtype)
+
+
+class _Sharing:
+    """Which of a module's tensors lie in the same memory without being one object."""
+
+    def __init__(self, module: nn.Module, targets: Sequence[_Target]) -> None:
+        tensors = {id(t): t for t in (*module.parameters(), *module.buffers()) if _has_memory(t)}
+        self._owners = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+        self._overlapping: set[int] = set()
+        in_memory = [target.tensor for target in targets if _has_memory(target.tensor) and self.shares(target.tensor)]
+        in_memory.sort(key=lambda tensor: (str(tensor.device), tensor.data_ptr()))
+        furthest: torch.Tensor | None = None
+        for tensor in in_memory:
+            if furthest is not None and furthest.device == tensor.device and tensor.data_ptr() < _end(furthest):
+                self._overlapping |= {id(furthest), id(tensor)}
+            if furthest is None or furthest.device != tensor.device or _end(tensor) > _end(furthest):
+                furthest = tensor
+
+    def shares(self, tensor: torch.Tensor) -> bool:
+        """Whether another parameter or buffer has the same storage."""
+        return self._owners[tensor.untyped_storage().data_ptr()] > 1
+
+    def overlaps(self, target: _Target) -> bool:
+        """Whether filling the target writes to memory of another one too."""
+        return id(target.tensor) in self._overlapping
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    return _is_plain(tensor) and not tensor.is_meta and tensor.numel() > 0
+
+
+def _end(tensor: torch.Tensor) -> int:
+    return tensor.data_ptr() + span_bytes(tensor)
 
 
 def _find_targets(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> Iterator[_Target]:

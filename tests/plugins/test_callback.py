@@ -26,6 +26,7 @@ from lightning_memload import (
     InsufficientMemoryError,
     MemoryEfficientRestore,
     StreamingCheckpointIO,
+    meta_init,
     open_checkpoint,
 )
 from lightning_memload.plugins import callback as callback_module
@@ -373,10 +374,16 @@ def test_no_bar_where_the_trainer_shows_none(
 
 def test_auto_assigns_for_evaluation_and_copies_for_training(tmp_path: Path, path: Path) -> None:
     restore = MemoryEfficientRestore()
-    evaluate("validate", path, tmp_path, restore)
+    with meta_init():
+        module = Evaluated()
+    make_trainer(tmp_path, [restore]).validate(module, loader(), ckpt_path=path, **TRUSTED)
     assert restore.report is not None
     assert restore.report.mode == "assign"
     assert "only reads" in restore.report.mode_reason
+    # What else refers to a parameter's memory has to see the values.
+    evaluate("validate", path, tmp_path, restore)
+    assert restore.report.mode == "copy"
+    assert "have memory" in restore.report.mode_reason
     resume(Case(Evaluated), path, tmp_path, restore)
     assert restore.report.mode == "copy"
     assert "writes" in restore.report.mode_reason
