@@ -129,8 +129,10 @@ class MetaTensorError(MemloadError, RuntimeError):
 
     Attributes:
         names: The parameters and buffers concerned.
+        module_class: The class that cannot be built under ``meta_init``, ``None`` where that is not the matter.
     """
 
-    def __init__(self, message: str, *, names: tuple[str, ...]) -> None:
+    def __init__(self, message: str, *, names: tuple[str, ...], module_class: type | None = None) -> None:
         super().__init__(message)
         self.names = names
+        self.module_class = module_class

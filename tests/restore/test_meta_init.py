@@ -1,0 +1,444 @@
+"""What constructors do with their parameters, under meta_init: served, or refused with the parameter's name."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_memload import MetaTensorError, meta_init
+from tests.restore.building import assert_same_build, restore, same_on_meta
+
+# Served ---------------------------------------------------------------------------------------------------------------
+
+
+class Custom(nn.Module):
+    """A module whose constructor is a function."""
+
+    def __init__(self, construct: Callable[[Any], None]) -> None:
+        super().__init__()
+        construct(self)
+
+
+def created(self: Any) -> None:
+    self.drawn = nn.Parameter(torch.randn(3, 4))
+    self.halved = nn.Parameter(torch.randn(2, dtype=torch.float16), requires_grad=False)
+    self.indices = nn.Parameter(torch.arange(3), requires_grad=False)
+    self.strided = nn.Parameter(torch.randn(4, 3).t())
+    self.empty = nn.Parameter(torch.empty(0, 3))
+    self.scalar = nn.Parameter(torch.tensor(0.07))
+    self.complex = nn.Parameter(torch.randn(2, dtype=torch.complex64))
+    self.register_parameter("registered", nn.Parameter(torch.zeros(3)))
+    self.register_parameter("nothing", None)
+    self.marked = nn.Parameter(torch.zeros(2))
+    self.marked.no_decay = True
+
+
+def initialised(self: Any) -> None:
+    self.w = nn.Parameter(torch.empty(4, 4))
+    self.wide = nn.Parameter(torch.empty(4, 6))
+    self.kernel = nn.Parameter(torch.empty(4, 2, 3))
+    nn.init.normal_(self.w, std=0.02)
+    nn.init.trunc_normal_(self.w)
+    nn.init.xavier_uniform_(self.w, gain=nn.init.calculate_gain("relu"))
+    nn.init.kaiming_normal_(tensor=self.w)
+    nn.init.orthogonal_(self.w)
+    nn.init.orthogonal_(self.wide)
+    nn.init.eye_(self.w)
+    nn.init.sparse_(self.w, 0.5)
+    nn.init.dirac_(self.kernel)
+    nn.init.constant_(self.w.data[0], 3.0)
+
+
+def written(self: Any) -> None:
+    other = torch.ones(4, 3)
+    self.w = nn.Parameter(torch.empty(4, 3))
+    self.w.data.normal_().clamp_(-1, 1)
+    self.w.data[1:] = 0
+    self.w.data[0, :] = other[0]
+    self.w.data *= 2
+    self.w.data = other
+    with torch.no_grad():
+        self.w.copy_(other)
+        self.w[0] = 0
+        self.w[1].fill_(1)
+        self.w += other
+        self.w -= self.w.mean()
+        self.w.t().mul_(2)
+        torch._foreach_mul_([self.w], 2.0)
+        torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector([self.w]), [self.w])
+
+
+def replaced_by_other_shape(self: Any) -> None:
+    self.w = nn.Parameter(torch.empty(4, 3))
+    self.w.data = torch.ones(2, 5, dtype=torch.float64)
+
+
+def derived(self: Any) -> None:
+    self.a = nn.Parameter(torch.randn(2, 3))
+    self.doubled = nn.Parameter(self.a * 2)
+    self.stacked = nn.Parameter(torch.cat([self.a, self.doubled]).detach())
+    self.cloned = nn.Parameter(self.a.detach().clone(), requires_grad=False)
+    self.like = nn.Parameter(torch.zeros_like(self.a))
+    self.mixed = nn.Parameter(self.a.data + torch.ones(3))
+
+
+def tied(self: Any) -> None:
+    self.embedding = nn.Embedding(4, 3)
+    self.head = nn.Linear(3, 4, bias=False)
+    self.head.weight = self.embedding.weight
+    self.again = self.embedding
+    self.kept = [self.head.weight]
+    parameter = nn.Parameter(torch.randn(2))
+    self.before = [parameter]
+    self.first = parameter
+    self.second = parameter
+    nn.init.normal_(parameter)
+    assert self.before[0] is self.first is self.second
+    assert self.kept[0] is self.embedding.weight
+
+
+def copied(self: Any) -> None:
+    self.one = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    self.one[0].weight.requires_grad_(False)
+    self.two = copy.deepcopy(self.one)
+    self.three = copy.deepcopy(nn.ParameterList([torch.randn(2)]))
+
+
+def applied(self: Any) -> None:
+    def initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            module.weight.data.normal_(0.0, 0.02)
+            if module.bias is not None:
+                module.bias.data.zero_()
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    self.layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 1, bias=False), nn.Embedding(4, 3)])
+    self.apply(initialise)
+    for parameter in self.layers[1].parameters():
+        parameter.requires_grad = False
+
+
+def converted(self: Any) -> None:
+    self.layer = nn.Linear(3, 3)
+    self.norm = nn.BatchNorm1d(3)
+    self.to("cpu")
+    self.half()
+    self.norm.float()
+    self.layer.to(torch.device("cpu"), torch.bfloat16)
+    self.double()
+    self.cpu()
+    self.eval()
+
+
+def buffers(self: Any) -> None:
+    self.w = nn.Parameter(torch.randn(3, 4))
+    self.register_buffer("saved", torch.arange(4.0))
+    self.register_buffer("unsaved", torch.arange(5.0) / 7, persistent=False)
+    self.register_buffer("placed", torch.ones(3, device=self.w.device), persistent=False)
+    self.register_buffer("like", torch.zeros_like(self.w), persistent=False)
+    self.register_buffer("new", self.w.new_ones(2), persistent=False)
+    self.register_buffer("none", None)
+    self.attribute = torch.full((3,), 2.0, device=self.w.device)
+    assert self.w.device == torch.device("cpu")
+    assert nn.Parameter(self.w * 2).device == copy.deepcopy(self.w).device == torch.device("cpu")
+
+
+def shaped(self: Any) -> None:
+    """Learns a shape from a forward."""
+    self.convolution = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Flatten())
+    with torch.no_grad():
+        features = self.convolution(torch.zeros(1, 1, 9, 9)).shape[1]
+    self.head = nn.Linear(features, self.convolution[0].weight.numel() % 7)
+    self.bound = 1 / self.head.weight.size(1) ** 0.5
+
+
+def deleted(self: Any) -> None:
+    self.layer = nn.Linear(3, 3)
+    self.replaced = nn.Linear(3, 3)
+    del self.layer.bias
+    self.layer.register_parameter("bias", None)
+    self.replaced = nn.Linear(3, 2)
+    self.replaced.weight = nn.Parameter(self.layer.weight[:2])
+
+
+WORKING = [
+    created, initialised, written, replaced_by_other_shape, derived, tied, copied, applied, converted, buffers, shaped,
+    deleted,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("construct", WORKING)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
+def test_served(construct: Callable[[Any], None], tmp_path: Path) -> None:
+    module = same_on_meta(lambda: Custom(construct), tmp_path)
+    if construct is tied:
+        assert module.before[0] is module.first
+        assert not module.before[0].is_meta
+
+
+def saved_buffer(self: Any) -> None:
+    self.w = nn.Parameter(torch.randn(3, 4))
+    self.register_buffer("total", self.w.detach().sum(1))
+
+
+def test_buffer_that_the_checkpoint_holds(tmp_path: Path) -> None:
+    same_on_meta(lambda: Custom(saved_buffer), tmp_path, computed=("total",))
+
+
+def test_moved_to_a_device_that_is_not_there() -> None:
+    """The restore is what brings parameters to a device."""
+    with meta_init():
+        layer = nn.Linear(2, 2)
+        weight = layer.weight
+        layer.cuda()
+        layer.to("cuda:7", torch.float64)
+    assert layer.weight is weight
+    assert layer.weight.is_meta
+    assert layer.weight.dtype == torch.float64
+
+
+def test_quantizable(tmp_path: Path) -> None:
+    from torch.ao.nn import quantizable
+
+    def build() -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            return nn.ModuleList([quantizable.MultiheadAttention(8, 2), quantizable.LSTM(3, 4)])
+
+    same_on_meta(build, tmp_path)
+
+
+# Kept in memory -------------------------------------------------------------------------------------------------------
+
+
+class Special(nn.Parameter):
+    """Not a plain parameter."""
+
+
+def test_what_keeps_its_memory(tmp_path: Path) -> None:
+    references = []
+
+    def construct(self: Any) -> None:
+        self.special = Special(torch.randn(3))
+        watched = nn.Parameter(torch.randn(3))
+        references.append(weakref.ref(watched))
+        self.watched = watched
+        self.plain = nn.Parameter(torch.randn(3))
+
+    with meta_init():
+        module = Custom(construct)
+    assert [name for name, parameter in module.named_parameters() if parameter.is_meta] == ["plain"]
+
+
+def test_weak_reference_to_a_parameter_on_meta(tmp_path: Path) -> None:
+    with meta_init():
+        module = nn.Linear(2, 2)
+    reference = weakref.ref(module.weight)
+    with pytest.raises(MetaTensorError, match=r"weight memory.*weakref.*real device instead of under meta_init"):
+        restore(module, nn.Linear(2, 2).state_dict(), tmp_path)
+    assert reference() is module.weight
+
+
+def test_other_threads_build_as_always() -> None:
+    built: list[nn.Linear] = []
+    with meta_init():
+        thread = threading.Thread(target=lambda: built.append(nn.Linear(2, 2)))
+        thread.start()
+        thread.join()
+        ours = nn.Linear(2, 2)
+    assert ours.weight.is_meta
+    assert not built[0].weight.is_meta
+    assert built[0].weight.abs().max() > 0
+
+
+def test_nested_and_after() -> None:
+    with meta_init():
+        with meta_init():
+            inner = nn.Linear(2, 2)
+        outer = nn.Linear(2, 2)
+        with meta_init(enabled=False):
+            still = nn.Linear(2, 2)
+    assert all(module.weight.is_meta for module in (inner, outer, still))
+    assert not nn.Linear(2, 2).weight.is_meta
+    with pytest.raises(ZeroDivisionError), meta_init():
+        raise ZeroDivisionError
+    assert not nn.Linear(2, 2).weight.is_meta
+    with meta_init(enabled=False):
+        assert not nn.Linear(2, 2).weight.is_meta
+
+
+# Refused, by name -----------------------------------------------------------------------------------------------------
+
+
+class Reader(nn.Module):
+    """Needs a value of a parameter of its child."""
+
+    def __init__(self, read: Callable[[Any, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.value = read(self, self.layer.weight)
+
+
+class Net(nn.Module):
+    """Most of it can be on meta."""
+
+    def __init__(self, read: Callable[[Any, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 3)
+        self.reader = Reader(read)
+
+
+def into_real(_: Any, weight: torch.Tensor) -> torch.Tensor:
+    values = torch.zeros(3)
+    values[0] = weight.detach()[0, 0]
+    return values
+
+
+def into_out(_: Any, weight: torch.Tensor) -> torch.Tensor:
+    return torch.sum(weight.detach(), dim=1, out=torch.zeros(2))
+
+
+def into_data(_: Any, weight: torch.Tensor) -> torch.Tensor:
+    values = torch.zeros(2, 3)
+    values.data = weight.data
+    return values
+
+
+def into_buffer(self: Any, weight: torch.Tensor) -> None:
+    self.register_buffer("total", weight.detach().sum(), persistent=False)
+
+
+def into_many(_: Any, weight: torch.Tensor) -> list[torch.Tensor]:
+    values = [torch.zeros(2, 3)]
+    torch._foreach_copy_(values, [weight.detach()])
+    return values
+
+
+READS: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "item": lambda _, weight: weight.mean().item(),
+    "float": lambda _, weight: float(weight.data[0, 0]),
+    "tolist": lambda _, weight: weight.tolist(),
+    "condition": lambda _, weight: 1 if weight.sum() > 0 else 2,
+    "numpy": lambda _, weight: weight.detach().numpy().copy(),
+    "equal": lambda _, weight: torch.equal(weight, weight + 1),
+    "allclose": lambda _, weight: torch.allclose(weight.t(), weight.t()),
+    "nonzero": lambda _, weight: weight.nonzero().shape[0],
+    "copy": lambda _, weight: torch.zeros(2, 3).copy_(weight.detach()),
+    "in place": lambda _, weight: torch.zeros(2, 3).add_(weight.detach()),
+    "setitem": into_real,
+    "out": into_out,
+    "foreach": into_many,
+    "data": into_data,
+    "attribute": lambda _, weight: weight.detach().std(),
+    "forward": lambda self, weight: self.layer(torch.ones(3)).detach(),
+    "buffer": into_buffer,
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_refused_with_name(name: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(MetaTensorError, match=r"Linear\.weight.*meta_init\(exclude=\(Reader,\)\)") as caught,
+        meta_init(),
+    ):
+        _ = Net(READS[name])
+    assert "Linear.weight" in caught.value.names
+    assert caught.value.module_class is Reader
+    # What the message says.
+    with meta_init(exclude=[Reader]):
+        module = Net(READS[name])
+    assert_falls_back(module, name, tmp_path)
+    # The same by itself.
+    with pytest.warns(UserWarning, match=r"Built 0\.0 MiB .* Reader needs the value of Linear\.") as warned:
+        module = meta_init()(Net)(READS[name])
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert_falls_back(module, name, tmp_path)
+
+
+def assert_falls_back(module: nn.Module, name: str, folder: Path) -> None:
+    on_meta = {name for name, parameter in module.named_parameters() if parameter.is_meta}
+    assert on_meta == {"body.weight", "body.bias"}
+    expected = Net(READS[name])
+    if name == "buffer":
+        expected.reader.total = module.reader.total  # of the initial values, which no file holds
+    expected.reader.value = module.reader.value
+    restore(module, expected.state_dict(), folder)
+    assert_same_build(expected, module, restored=True)
+
+
+def test_errors_that_are_not_about_memory() -> None:
+    """Shapes are checked on meta too; such an error is the user's own."""
+    with meta_init():
+        layer = nn.Linear(3, 2)
+        with pytest.raises(RuntimeError, match="7") as caught:
+            _ = layer.weight.data + torch.ones(7)
+    assert not isinstance(caught.value, MetaTensorError)
+    with pytest.raises(MetaTensorError, match=r"Linear\.weight.*exclude=\(Linear,\)"), meta_init():
+        nn.Linear(3, 2).weight.sum().item()
+    with pytest.raises(MetaTensorError, match=r"a tensor on meta.*Do this outside meta_init"), meta_init():
+        torch.empty(2, device="meta").sum().item()
+
+
+def test_own_meta_tensors_are_left_alone() -> None:
+    class Template(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.template = torch.empty(3, device="meta")
+            self.register_buffer("scratch", torch.empty(3, device="meta"), persistent=False)
+
+    with meta_init():
+        module = Template()
+    assert module.template.device.type == module.scratch.device.type == "meta"
+
+
+def test_decorator() -> None:
+    calls = []
+
+    @meta_init()
+    def build(size: int, *, bias: bool = True) -> nn.Module:
+        """Says what it builds."""
+        calls.append(size)
+        return nn.Linear(size, size, bias=bias)
+
+    module = build(3, bias=False)
+    assert calls == [3]
+    assert module.weight.is_meta
+    assert build.__doc__ == "Says what it builds."
+    assert not meta_init(enabled=False)(build.__wrapped__)(2).weight.is_meta
+    with pytest.raises(MetaTensorError):
+        meta_init()(lambda: torch.empty(2, device="meta").sum().item())()
+    with pytest.raises(ZeroDivisionError):
+        meta_init()(lambda: 1 / 0)()
+
+
+def test_decorator_gives_up_on_several_classes_one_after_the_other() -> None:
+    class Second(Reader):
+        pass
+
+    def build() -> nn.Module:
+        return nn.ModuleList([Reader(READS["item"]), Second(READS["numpy"]), nn.Linear(512, 512)])
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(512, 512))
+            self.tied = self.w
+            self.top = self.w.max().item()
+
+    with pytest.warns(UserWarning, match=r"Built 1\.0 MiB .*: Reader needs .* Own needs the value of Own\.w") as warned:
+        module = meta_init()(lambda: nn.ModuleList([build(), Own()]))()
+    assert len(warned) == 1
+    assert [n for n, p in module.named_parameters() if p.is_meta] == ["0.2.weight", "0.2.bias"]

@@ -1,0 +1,88 @@
+"""Models that people use, built from configs under meta_init: nothing is downloaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.restore.building import raw, same_on_meta
+
+TOKENS = torch.tensor([[1, 5, 9, 2], [3, 3, 7, 30]])
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=2, n_head=2))
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, max_position_embeddings=16)  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    return T5ForConditionalGeneration(config)
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(vocab_size=32, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+                        max_position_embeddings=16)  # fmt: skip
+    return BertForMaskedLM(config)
+
+
+def lora() -> nn.Module:
+    """Adapters whose one half is drawn, the other zero; the model around them is frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.23 for a name that it has renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(gpt2(), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+
+
+@pytest.mark.parametrize(
+    ("build", "ties"),
+    [
+        (gpt2, {("transformer.wte.weight", "lm_head.weight")}),
+        (llama, set()),
+        (t5, {("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")}),
+        (
+            bert,
+            {
+                ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+                ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+            },
+        ),
+        (lora, {("base_model.model.transformer.wte.weight", "base_model.model.lm_head.weight")}),
+    ],
+)
+def test_model(build: Callable[[], nn.Module], ties: set[tuple[str, ...]], tmp_path: Path) -> None:
+    module = same_on_meta(build, tmp_path)
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    assert {tuple(group) for group in names.values() if len(group) > 1} == ties
+    torch.manual_seed(1)
+    expected = build()
+    inputs = {"input_ids": TOKENS, **({"decoder_input_ids": TOKENS} if build is t5 else {})}
+    with torch.no_grad():
+        logits = [model.eval()(**inputs).logits for model in (expected, module)]
+    assert raw(logits[0]) == raw(logits[1])
+    if build is lora:
+        trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        assert len(trained) == 4
+        assert all("lora_" in name for name in trained)
