@@ -23,6 +23,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_module_registration_hook,
@@ -188,6 +189,8 @@ class _Construction(TorchFunctionMode):
         self._exclude = exclude
         self._origins: dict[int, tuple[weakref.ref[torch.Tensor], _Origin]] = {}
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
+        # The memory that each parameter had. A storage that is referred to weakly keeps its identity for itself.
+        self._storages: dict[int, StorageWeakRef] = {}
         self._registering = False
         # By identity: a tied parameter is registered twice. What the excluded classes cost.
         self.excluded_bytes: dict[int, int] = {}
@@ -216,6 +219,7 @@ class _Construction(TorchFunctionMode):
         ):
             self.excluded_bytes[id(parameter)] = parameter.nbytes
             return False
+        self._storages[id(parameter)] = StorageWeakRef(parameter.untyped_storage())
         empty = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
         try:
             replace_data(parameter, empty, name="")
@@ -233,13 +237,48 @@ class _Construction(TorchFunctionMode):
         """Ends all references."""
         self._origins.clear()
         self._modules.clear()
+        self._storages.clear()
 
     def check(self) -> None:
-        """Looks for values that nothing is going to supply.
+        """Looks for what giving each parameter memory of its own is not going to make right.
 
         Raises:
-            MetaTensorError: A buffer that no checkpoint holds, or an attribute, was computed from a parameter on meta.
+            MetaTensorError: A buffer that no checkpoint holds, or an attribute, was computed from a parameter on meta,
+                or a parameter on meta shares its memory.
         """
+        self._check_values()
+        self._check_sharing()
+
+    def _check_sharing(self) -> None:
+        owners: dict[int, dict[int, tuple[nn.Module, str, torch.Tensor]]] = {}
+        modules = [module for reference in self._modules.values() if (module := reference()) is not None]
+        for module in modules:
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is None or type(tensor) not in (torch.Tensor, nn.Parameter):
+                    continue
+                if tensor.layout is not torch.strided or not tensor.numel():
+                    continue
+                storages = [StorageWeakRef(tensor.untyped_storage())]
+                if id(tensor) in self._storages and tensor.is_meta:
+                    storages.append(self._storages[id(tensor)])
+                for storage in storages:
+                    owners.setdefault(storage.cdata, {})[id(tensor)] = (module, name, tensor)
+        for group in owners.values():
+            if len(group) < 2 or not any(tensor.is_meta for *_, tensor in group.values()):
+                continue
+            holders = {id(module) for module, *_ in group.values()}
+            around = [(len(below), module) for module in modules if holders <= (below := {*map(id, module.modules())})]
+            own = [(size, type(module)) for size, module in around if not type(module).__module__.startswith("torch.")]
+            owner = min(own, key=lambda item: item[0])[1] if own else None
+            names = tuple(f"{type(module).__name__}.{name}" for module, name, _ in group.values())
+            raise MetaTensorError(
+                f"{' and '.join(names[:10])} share memory without being one parameter, which cannot be kept without "
+                f"memory. To tie two parameters assign the same object to both. {_advice(owner)}",
+                names=names,
+                module_class=owner,
+            )
+
+    def _check_values(self) -> None:
         found: list[tuple[str, nn.Module, _Origin]] = []
         for reference in self._modules.values():
             module = reference()
@@ -410,12 +449,17 @@ def replace_data(tensor: torch.Tensor, new: torch.Tensor, *, name: str) -> torch
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
     new.__dict__.update(tensor.__dict__)
+    # The very dicts, so that the handles that a user has can still remove a hook. They have no public names.
+    hooks = {name: getattr(tensor, name) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")}
     try:
         torch.utils.swap_tensors(tensor, new)
     except RuntimeError as error:
         raise MetaTensorError(
             f"Cannot give {name} memory: {error}. Build it on a real device instead of under meta_init.", names=(name,)
         ) from error
+    for name, value in hooks.items():
+        if value:
+            setattr(tensor, name, value)
     return new.detach()
 
 

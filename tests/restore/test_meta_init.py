@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_memload import MetaTensorError, meta_init
+from lightning_memload import MetaTensorError, load_weights, meta_init
 from tests.restore.building import assert_same_build, restore, same_on_meta
 
 # Served ---------------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def deleted(self: Any) -> None:
     del self.layer.bias
     self.layer.register_parameter("bias", None)
     self.replaced = nn.Linear(3, 2)
-    self.replaced.weight = nn.Parameter(self.layer.weight[:2])
+    self.replaced.weight = nn.Parameter(self.layer.weight[:2].clone())
 
 
 WORKING = [
@@ -442,3 +442,69 @@ def test_decorator_gives_up_on_several_classes_one_after_the_other() -> None:
         module = meta_init()(lambda: nn.ModuleList([build(), Own()]))()
     assert len(warned) == 1
     assert [n for n, p in module.named_parameters() if p.is_meta] == ["0.2.weight", "0.2.bias"]
+
+
+class TestSharedMemory:
+    """Two parameters over one memory are not one parameter: given memory one by one they would go separate ways."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            flat = torch.zeros(12)
+            self.a, self.b = nn.Linear(2, 3, bias=False), nn.Linear(2, 3, bias=False)
+            self.a.weight = nn.Parameter(flat[:6].view(3, 2))
+            self.b.weight = nn.Parameter(flat[6:].view(3, 2))
+
+    class Data(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Embedding(3, 3)
+            self.b.weight = nn.Parameter(self.a.weight.data)
+
+    class Buffer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            memory = torch.zeros(4)
+            self.w = nn.Parameter(memory)
+            self.register_buffer("view", memory[:2])
+
+    @pytest.mark.parametrize("kind", [Flat, Data, Buffer])
+    def test_is_refused_or_kept_in_memory(self, kind: type[nn.Module]) -> None:
+        class Outer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.body = nn.Linear(4, 4)
+                self.inner = kind()
+
+        with pytest.raises(MetaTensorError, match="share memory without being one parameter") as caught, meta_init():
+            module = Outer()
+        assert caught.value.module_class is kind
+        with pytest.warns(UserWarning, match=rf"despite meta_init: {kind.__name__} needs"):
+            module = meta_init()(Outer)()
+        assert module.body.weight.is_meta
+        storages = [tensor.untyped_storage().data_ptr() for tensor in module.inner.state_dict().values()]
+        assert len(set(storages)) < len(storages)
+
+    def test_what_is_gone_shares_nothing(self) -> None:
+        with meta_init():
+            module = nn.Linear(3, 3)
+            module.weight = nn.Parameter(module.weight.data[:2])
+            other = nn.Linear(3, 3)
+            other.weight = nn.Parameter(torch.ones(3, 3))
+        assert module.weight.is_meta
+        assert other.weight.is_meta
+
+
+def test_hooks_on_parameters_stay(tmp_path: Path) -> None:
+    calls: list[str] = []
+    with meta_init():
+        module = nn.Linear(3, 3, bias=False)
+        module.weight.register_hook(lambda gradient: calls.append("gradient") or gradient * 0)
+        gone = module.weight.register_hook(lambda gradient: calls.append("gone"))
+        module.weight.register_post_accumulate_grad_hook(lambda parameter: calls.append("accumulated"))
+    torch.save(nn.Linear(3, 3, bias=False).state_dict(), tmp_path / "w.pt")
+    load_weights(module, tmp_path / "w.pt")
+    gone.remove()
+    module(torch.ones(1, 3)).sum().backward()
+    assert calls == ["gradient", "accumulated"]
+    assert not module.weight.grad.any()
