@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from lightning_memload.checkpoint.index import Checkpoint
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
+from lightning_memload.checkpoint.safetensors import Safetensors
 from lightning_memload.checkpoint.torch_zip import TorchZip
 from lightning_memload.errors import CheckpointFormatError
 
@@ -58,7 +59,7 @@ class CheckpointFormat(Protocol):
         ...
 
 
-FORMATS: tuple[CheckpointFormat, ...] = (TorchZip(),)
+FORMATS: tuple[CheckpointFormat, ...] = (TorchZip(), Safetensors())
 
 
 def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
@@ -91,14 +92,15 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Args:
         path: A checkpoint of any known format: a file of ``torch.save`` (torch >= 1.6), such as a Lightning ``.ckpt``
-            or a bare state dict.
+            or a bare state dict; a ``.safetensors`` file, a directory of such files, or the
+            ``.safetensors.index.json`` that lists them.
 
     Returns:
         The index.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        CheckpointFormatError: It is no such file, or it is truncated or damaged.
+        FileNotFoundError: There is nothing at this path.
+        CheckpointFormatError: It is no such checkpoint, or it is truncated, damaged or not complete.
     """
     return find_format(path).read_index(os.fspath(path))
 

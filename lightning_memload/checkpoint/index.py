@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -156,6 +156,8 @@ class Checkpoint:
         files: The files that hold tensors.
         tensors: Every tensor, in the order in which the saved object holds them.
         storages: Every storage, each once, in the order in which torch meets them when it loads the file.
+        metadata: Words that the checkpoint carries beside its tensors, such as the ``__metadata__`` of safetensors; of
+            several files, the first that has a key. Empty for formats without such words.
     """
 
     path: str
@@ -163,6 +165,7 @@ class Checkpoint:
     files: tuple[FileSpan, ...]
     tensors: tuple[TensorInfo, ...]
     storages: tuple[StorageInfo, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
     _by_name: dict[str, TensorInfo] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

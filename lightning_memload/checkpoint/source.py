@@ -150,15 +150,24 @@ class LocalFile:
         return count
 
     def pread(self, nbytes: int, offset: int) -> bytes:
-        """Reads exactly ``nbytes`` at ``offset``; fewer only at the end of the file."""
+        """Reads exactly ``nbytes`` at ``offset``; fewer only at the end of the file.
+
+        Raises:
+            OSError: The read failed, or the file is opened anew for every read and another one has taken its place.
+        """
+        descriptor = self.open_descriptor() if self._reopens else self._fd
         chunks = []
-        while nbytes > 0:
-            chunk = os.pread(self._fd, nbytes, offset)
-            if not chunk:
-                break
-            chunks.append(chunk)
-            nbytes -= len(chunk)
-            offset += len(chunk)
+        try:
+            while nbytes > 0:
+                chunk = os.pread(descriptor, nbytes, offset)
+                if not chunk:
+                    break
+                chunks.append(chunk)
+                nbytes -= len(chunk)
+                offset += len(chunk)
+        finally:
+            if descriptor != self._fd:
+                os.close(descriptor)
         return b"".join(chunks)
 
     def close(self) -> None:

@@ -154,3 +154,19 @@ class TestReading:
             source.readv([memoryview(bytearray(1))], 0)
         LocalFile(path)
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_pread_of_a_file_that_is_opened_anew(path: Path) -> None:
+    whole = path.read_bytes()
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
+    file = LocalFile(path, keep_open=False)
+    assert file.pread(1000, 5) == whole[5:1005]
+    assert file.pread(1000, SIZE - 10) == whole[-10:]
+    path.rename(path.with_suffix(".old"))
+    path.write_bytes(bytes(SIZE))
+    with pytest.raises(OSError, match="changed or replaced"):
+        file.pread(1, 0)
+    assert before is None or len(os.listdir("/proc/self/fd")) == before
+    file.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        file.pread(1, 0)
