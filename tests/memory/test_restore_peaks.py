@@ -60,7 +60,7 @@ class Way:
 STOCK_FIT, STOCK_VALIDATE = Way("fit", None), Way("validate", None)
 FIT, FIT_META = Way("fit", "copy"), Way("fit", "copy", meta=True)
 VALIDATE, VALIDATE_META = Way("validate", "copy"), Way("validate", "copy", meta=True)
-VALIDATE_AUTO = Way("validate", "auto")  # which assigns
+VALIDATE_AUTO = Way("validate", "auto", meta=True)  # which assigns
 WAYS = (STOCK_FIT, FIT, FIT_META, STOCK_VALIDATE, VALIDATE, VALIDATE_META, VALIDATE_AUTO)
 
 # dtype of the file -> the stock way, ours
@@ -305,7 +305,7 @@ def test_validate_peaks_at_the_weights(runs: Runs) -> None:
 
 
 def test_validate_assigned_takes_no_memory_of_its_own(runs: Runs) -> None:
-    """Parameters that are the file's pages: nothing above the start, and of the W that were built nothing stays.
+    """Parameters that are the file's pages: nothing above the start, and nothing stays.
 
     Stock, in the place of nothing, adds 3 W and keeps W.
     """
