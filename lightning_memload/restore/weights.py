@@ -147,7 +147,7 @@ class WeightsRestore:
         replacements |= assign
         filled = [targets[-1] for targets in by_tensor.values() if targets[-1].key in replacements]
         old = [replace_data(target.tensor, replacements[target.key], name=target.key) for target in filled]
-        session.free_in_background(old)
+        session.free_at_end(old)
         self.assigned_bytes += sum(pages.nbytes for pages in assign.values())
         done = {target.key for target in stream} | assign.keys()
         for targets in by_tensor.values():
