@@ -34,6 +34,7 @@ __all__ = [
     "__version__",
     "meta_init",
     "open_checkpoint",
+    "save_directory",
 ]
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from lightning_memload.plugins import MemoryEfficientRestore, StreamingCheckpointIO
     from lightning_memload.report import RestoreReport
     from lightning_memload.restore import meta_init
+    from lightning_memload.save import save_directory
 else:
     # Only at run time: a type checker that sees a module-level __getattr__ accepts every misspelt name.
     _HOMES = {
@@ -55,6 +57,7 @@ else:
         "StreamingCheckpointIO": "lightning_memload.plugins",
         "meta_init": "lightning_memload.restore",
         "open_checkpoint": "lightning_memload.checkpoint",
+        "save_directory": "lightning_memload.save",
     }
 
     def __getattr__(name: str) -> object:
