@@ -41,6 +41,7 @@ __all__ = [
     "load_weights",
     "meta_init",
     "open_checkpoint",
+    "save_directory",
 ]
 
 __version__ = "0.1.0"
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from lightning_memload.plugins import MemoryEfficientRestore, StreamingCheckpointIO, load_from_checkpoint
     from lightning_memload.report import RestoreReport
     from lightning_memload.restore import WeightsSource, load_weights, meta_init
+    from lightning_memload.save import save_directory
 else:
     # Only at run time: a type checker that sees a module-level __getattr__ accepts every misspelt name.
     _HOMES = {
@@ -65,6 +67,7 @@ else:
         "load_weights": "lightning_memload.restore",
         "meta_init": "lightning_memload.restore",
         "open_checkpoint": "lightning_memload.checkpoint",
+        "save_directory": "lightning_memload.save",
     }
 
     def __getattr__(name: str) -> object:

@@ -25,6 +25,7 @@ FLOORS = {
     "memory": 1,
     "transfer": 2,
     "restore": 3,
+    "save": 3,
     "report": 4,
     "plugins": 5,
     "cli": 5,

@@ -13,6 +13,7 @@ from lightning_memload.checkpoint.index import Checkpoint
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.safetensors import Safetensors
+from lightning_memload.checkpoint.tensor_directory import TensorDirectory
 from lightning_memload.checkpoint.torch_zip import TorchZip
 from lightning_memload.errors import CheckpointFormatError
 
@@ -59,7 +60,7 @@ class CheckpointFormat(Protocol):
         ...
 
 
-FORMATS: tuple[CheckpointFormat, ...] = (TorchZip(), Safetensors())
+FORMATS: tuple[CheckpointFormat, ...] = (TorchZip(), Safetensors(), TensorDirectory())
 
 
 def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
@@ -93,7 +94,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Args:
         path: A checkpoint of any known format: a file of ``torch.save`` (torch >= 1.6), such as a Lightning ``.ckpt``
             or a bare state dict; a ``.safetensors`` file, a directory of such files, or the
-            ``.safetensors.index.json`` that lists them.
+            ``.safetensors.index.json`` that lists them; a directory of ``save_directory``.
 
     Returns:
         The index.

@@ -205,10 +205,10 @@ class Checkpoint:
 
     @property
     def ties(self) -> tuple[tuple[TensorInfo, ...], ...]:
-        """Groups of two or more tensors that share a storage, in file order of their storages."""
+        """Groups of two or more tensors that share a storage, in file order of their storages; empty ones share none."""
         groups: dict[str, list[TensorInfo]] = {}
         for tensor in self.tensors:
-            if tensor.storage.nbytes:
+            if tensor.numel:
                 groups.setdefault(tensor.storage.key, []).append(tensor)
         return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 

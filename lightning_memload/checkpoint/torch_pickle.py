@@ -13,6 +13,7 @@ import reprlib
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,10 @@ from lightning_memload.checkpoint.index import KeyPath, StorageInfo, TensorInfo,
 from lightning_memload.checkpoint.mapped import UnmappableCheckpoint
 from lightning_memload.errors import CheckpointFormatError
 
-__all__ = ["Record", "walk_pickle"]
+__all__ = ["STUB_BYTES", "Record", "walk_pickle"]
+
+# What a file holds of a storage whose bytes lie elsewhere: one element or more of every type.
+STUB_BYTES = 16
 
 # Pickling anything deeper runs into Python's recursion limit. A path costs memory for every level.
 _MAX_DEPTH = 1000
@@ -43,7 +47,7 @@ class Record:
 
 
 def walk_pickle(
-    path: str, data: bytes, records: Mapping[str, Record]
+    path: str, data: bytes, records: Mapping[str, Record], elsewhere: Mapping[str, StorageInfo] = MappingProxyType({})
 ) -> tuple[tuple[TensorInfo, ...], tuple[StorageInfo, ...]]:
     """Finds every tensor and every storage in the pickle of a checkpoint.
 
@@ -51,6 +55,7 @@ def walk_pickle(
         path: What to call the file in messages.
         data: The pickle.
         records: The entries of the file that it may refer to, ``data/<key>`` for each storage.
+        elsewhere: Storages by key whose bytes lie in other files: the file itself has a stub of 16 bytes for each.
 
     Returns:
         The tensors in the order in which the object holds them, the storages in the order in which torch meets them.
@@ -59,7 +64,7 @@ def walk_pickle(
         CheckpointFormatError: The pickle is damaged or contradicts the records.
         UnmappableCheckpoint: Its objects are nested too deeply.
     """
-    walker = _StructureUnpickler(path, data, records)
+    walker = _StructureUnpickler(path, data, records, elsewhere)
     try:
         return tuple(_collect_tensors(path, walker.load())), tuple(walker.storages.values())
     except CheckpointFormatError:
@@ -216,10 +221,13 @@ class _StructureUnpickler(pickle._Unpickler):
 
     dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _load_bytearray8}
 
-    def __init__(self, path: str, data: bytes, records: Mapping[str, Record]) -> None:
+    def __init__(
+        self, path: str, data: bytes, records: Mapping[str, Record], elsewhere: Mapping[str, StorageInfo]
+    ) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._path = path
         self._records = records
+        self._elsewhere = elsewhere
         self._classes: dict[tuple[str, str], type[_Opaque]] = {}
         self._typed: dict[str, _Typed] = {}
         self.storages: dict[str, StorageInfo] = {}
@@ -269,6 +277,14 @@ class _StructureUnpickler(pickle._Unpickler):
                 f"{self._path} is damaged: its pickle gives storage {key!r} {nbytes} bytes, the file {record.nbytes}.",
                 path=self._path,
             )
+        if key in self._elsewhere:
+            if nbytes != STUB_BYTES:
+                raise CheckpointFormatError(
+                    f"{self._path} is damaged: storage {key!r} lies in a file of its own, yet the pickle gives it "
+                    f"{nbytes} bytes instead of the {STUB_BYTES} of a stub.",
+                    path=self._path,
+                )
+            return self._elsewhere[key]
         crc32 = record.crc32 if nbytes == record.nbytes else None
         return StorageInfo(key=key, offset=record.offset, nbytes=nbytes, crc32=crc32, location=location)
 

@@ -14,7 +14,7 @@ import os
 import struct
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -24,10 +24,10 @@ from lightning_memload.checkpoint.index import Checkpoint, StorageInfo, lay_out
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.source import FileSet, LocalFile
-from lightning_memload.checkpoint.torch_pickle import Record, walk_pickle
+from lightning_memload.checkpoint.torch_pickle import STUB_BYTES, Record, walk_pickle
 from lightning_memload.errors import CheckpointFormatError, InsufficientMemoryError, MemloadError
 
-__all__ = ["TorchZip", "is_zip", "read_index"]
+__all__ = ["TorchZip", "is_zip", "load_onto", "read_index", "read_pickle"]
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -62,13 +62,7 @@ class TorchZip:
         except BaseException:
             source.close()
             raise
-        handover: Any = _Handover(index, mapping)
-        try:
-            with _without_reading(index) as mmap:
-                loaded = torch.load(path, map_location=handover, weights_only=weights_only, mmap=mmap)
-        finally:
-            # torch (2.13) keeps the map_location of a load that failed until the next load: not the file with it.
-            handover.end()
+        loaded = load_onto(mapping, index, path, weights_only=weights_only)
         return loaded, MappedCheckpoint(index, source, mapping)
 
 
@@ -94,6 +88,27 @@ def read_index(file: LocalFile) -> Checkpoint:
         CheckpointFormatError: The file is truncated, or its parts contradict one another.
         UnmappableCheckpoint: The records are compressed or of the other byte order.
     """
+    pickled, records = read_pickle(file)
+    tensors, storages = walk_pickle(file.name, pickled, records)
+    return Checkpoint(
+        path=file.name,
+        format=TorchZip.name,
+        files=lay_out([(file.name, file.size_bytes)]),
+        tensors=tensors,
+        storages=storages,
+    )
+
+
+def read_pickle(file: LocalFile) -> tuple[bytes, dict[str, Record]]:
+    """The pickle of a torch zip checkpoint, and every record that it may refer to.
+
+    Args:
+        file: The open file.
+
+    Raises:
+        CheckpointFormatError: The file is truncated or damaged.
+        UnmappableCheckpoint: The records are compressed or of the other byte order.
+    """
     records = _read_directory(file)
     order = records.get("byteorder")
     if order is not None and _read_small(file, order) != sys.byteorder.encode():
@@ -105,14 +120,32 @@ def read_index(file: LocalFile) -> Checkpoint:
         raise CheckpointFormatError(
             f"{file.name} is a zip archive but holds no data.pkl, so torch.save did not write it.", path=file.name
         )
-    tensors, storages = walk_pickle(file.name, _read_small(file, records["data.pkl"]), records)
-    return Checkpoint(
-        path=file.name,
-        format=TorchZip.name,
-        files=lay_out([(file.name, file.size_bytes)]),
-        tensors=tensors,
-        storages=storages,
-    )
+    return _read_small(file, records["data.pkl"]), records
+
+
+def load_onto(
+    mapping: FileMapping, index: Checkpoint, path: str, *, weights_only: bool | None, stubs: Collection[str] = ()
+) -> Any:
+    """Loads the object of a torch zip file, with its tensors in a mapping.
+
+    Args:
+        mapping: The mapped files of the index.
+        index: Where each storage is.
+        path: The zip file.
+        weights_only: Passed to ``torch.load`` exactly as given.
+        stubs: Keys of the storages that the zip file has only a stub of, see :func:`walk_pickle`.
+
+    Raises:
+        CheckpointFormatError: The file changed since the index was read.
+        InsufficientMemoryError: See :class:`TorchZip`, as for all others.
+    """
+    handover: Any = _Handover(index, mapping, stubs)
+    try:
+        with _without_reading(index, path) as mmap:
+            return torch.load(path, map_location=handover, weights_only=weights_only, mmap=mmap)
+    finally:
+        # torch (2.13) keeps the map_location of a load that failed until the next load: not the file with it.
+        handover.end()
 
 
 def _read_directory(file: LocalFile) -> dict[str, Record]:
@@ -184,9 +217,10 @@ def _read_small(file: LocalFile, record: Record) -> bytes:
 class _Handover:
     """A ``map_location`` that replaces each storage torch brings by the mapped one of the same record."""
 
-    def __init__(self, index: Checkpoint, mapping: FileMapping) -> None:
+    def __init__(self, index: Checkpoint, mapping: FileMapping, stubs: Collection[str]) -> None:
         self._path = index.path
         self._mapping: FileMapping | None = mapping
+        self._stubs = stubs
         # torch asks once for each storage, in pickle order, but again and again for empty ones.
         self._expected: Iterator[StorageInfo] = iter(storage for storage in index.storages if storage.nbytes)
 
@@ -194,7 +228,8 @@ class _Handover:
         if storage.nbytes() == 0:
             return torch.UntypedStorage(0)  # torch's own empty slice would keep torch's mapping alive
         info = next(self._expected, None)
-        if self._mapping is None or info is None or info.nbytes != storage.nbytes():
+        announced = None if info is None else STUB_BYTES if info.key in self._stubs else info.nbytes
+        if self._mapping is None or info is None or announced != storage.nbytes():
             raise CheckpointFormatError(
                 f"{self._path}: torch loads a storage of {storage.nbytes()} bytes where the index has {info}. The file "
                 "changed while it was read, or holds objects that the index does not understand.",
@@ -208,7 +243,7 @@ class _Handover:
 
 
 @contextlib.contextmanager
-def _without_reading(index: Checkpoint) -> Iterator[bool]:
+def _without_reading(index: Checkpoint, path: str) -> Iterator[bool]:
     """Within, ``torch.load`` reads no tensor data; the value is its ``mmap`` argument.
 
     A mapping by torch reserves memory for the whole file, which the kernel refuses beyond RAM and swap under its
@@ -216,7 +251,8 @@ def _without_reading(index: Checkpoint) -> Iterator[bool]:
     touched. (torch 2.13; an early prototype there, and torch 2.6 has it for saving only, hence not the first choice.)
     """
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if index.file_size < memory_bytes:
+    file_bytes = os.path.getsize(path)
+    if file_bytes < memory_bytes:
         yield True
         return
     try:
@@ -225,13 +261,13 @@ def _without_reading(index: Checkpoint) -> Iterator[bool]:
     except RuntimeError as error:
         if "skip_data" in str(error):
             raise MemloadError(
-                f"{index.path} ({index.file_size} bytes) is larger than this machine's memory; torch "
+                f"{path} ({file_bytes} bytes) is larger than this machine's memory; torch "
                 f"{torch.__version__} cannot open such a file. Use torch >= 2.7."
             ) from error
         if "allocate memory" in str(error):
             largest = max(storage.nbytes for storage in index.storages)
             raise InsufficientMemoryError(
-                f"{index.path} holds a tensor of {largest} bytes, and this machine has {memory_bytes} bytes of memory: "
+                f"{path} holds a tensor of {largest} bytes, and this machine has {memory_bytes} bytes of memory: "
                 "torch cannot make an object with such a tensor, although no byte of it would be read. "
                 "open_checkpoint() tells what the file holds.",
                 device="cpu",

@@ -42,7 +42,7 @@ class LoadObserver(Protocol):
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):
-    """Loads local torch checkpoints as mapped files, everything else as Lightning does.
+    """Loads local checkpoints of every known format as mapped files, everything else as Lightning does.
 
     Files that cannot be mapped (the format of torch < 1.6, compressed, remote) are loaded the ordinary way, with one
     warning that says what it costs.
@@ -90,7 +90,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: There is no such file.
-            CheckpointFormatError: The file is truncated or damaged.
+            CheckpointFormatError: The file is truncated or damaged, or it is a directory that cannot be mapped.
             pickle.UnpicklingError: ``weights_only`` forbids what the file holds.
 
         Peak memory: that of the checkpoint without its tensors.
@@ -109,6 +109,8 @@ class StreamingCheckpointIO(TorchCheckpointIO):
                 raise UnmappableCheckpoint(f"{path} is not a local file.", path=str(path))
             checkpoint, mapped = load_mapped(local_path, weights_only=weights_only)
         except UnmappableCheckpoint as reason:
+            if filesystem.isdir(local_path):
+                raise  # there is no ordinary way: torch.load knows files only
             rank_zero_warn(
                 f"{reason} It is loaded the ordinary way: the whole checkpoint in host memory, on every rank."
             )

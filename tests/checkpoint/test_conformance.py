@@ -40,6 +40,7 @@ from lightning_memload.checkpoint.formats import FORMATS, find_format
 from lightning_memload.checkpoint.index import KeyPath, format_path
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.errors import CheckpointFormatError, ChecksumError, MemloadError
+from lightning_memload.save import save_directory
 from lightning_memload.transfer import (
     Record,
     RingLayout,
@@ -64,6 +65,11 @@ pytestmark = [
 def write_torch(folder: Path, state: Mapping[str, Any]) -> Path:
     torch.save(state, folder / "last.ckpt")
     return folder / "last.ckpt"
+
+
+def write_directory(folder: Path, state: Mapping[str, Any]) -> Path:
+    save_directory(state, folder / "last")
+    return folder / "last"
 
 
 def write_safetensors(folder: Path, state: Mapping[str, Any]) -> Path:
@@ -132,6 +138,7 @@ class Writer:
 LACKED_BY_SAFETENSORS = frozenset({torch.complex128, torch.complex32})
 WRITERS = [
     Writer("torch", "torch", write_torch, nested=True, strided=True, checksums=True),
+    Writer("directory", "tensor_directory", write_directory, nested=True, strided=True, checksums=True),
     Writer("safetensors", "safetensors", write_safetensors, lacks=LACKED_BY_SAFETENSORS),
     Writer("shards", "safetensors", write_shards, lacks=LACKED_BY_SAFETENSORS),
     Writer("shards-by-index", "safetensors", write_shards_to_open_by_index, lacks=LACKED_BY_SAFETENSORS),
@@ -243,7 +250,7 @@ def check_index(checkpoint_format: CheckpointFormat, case: Case) -> None:
             assert storage.crc32 == (zlib.crc32(data) if case.writer.checksums else None)
     groups: dict[int, set[str]] = {}
     for key_path, tensor in case.expected.items():
-        if tensor.untyped_storage().nbytes():
+        if tensor.numel():
             groups.setdefault(tensor.untyped_storage().data_ptr(), set()).add(format_path(key_path))
     ties = [{info.name for info in tie} for tie in index.ties]
     assert sorted(map(sorted, ties)) == sorted(sorted(group) for group in groups.values() if len(group) > 1)

@@ -1,0 +1,356 @@
+"""The format of ``save_directory``: a directory with one file for each storage, and one for everything else.
+
+- ``tensors/00017.bin``: the bytes of storage 17 and nothing else; tied tensors and views share it.
+- ``state.pt``: what ``torch.save`` writes, but for these storages it holds stubs of 16 bytes. So whatever torch can
+  save can live here, as it was: ties, parameters, ``_metadata``, tensors within objects.
+- ``manifest.json``, written last: size and CRC-32 of each file, and path, dtype, shape, strides of each tensor.
+
+The manifest is for other readers and a second witness: it must agree with the pickle, or nothing is loaded. It names
+storages by number, so it cannot point out of the directory; neither may a link.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import reprlib
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zlib_ng import zlib_ng
+
+from lightning_memload.checkpoint.index import Checkpoint, StorageInfo, TensorInfo, lay_out
+from lightning_memload.checkpoint.mapped import MappedCheckpoint
+from lightning_memload.checkpoint.mapping import FileMapping
+from lightning_memload.checkpoint.source import FileSet, LocalFile
+from lightning_memload.checkpoint.torch_pickle import walk_pickle
+from lightning_memload.checkpoint.torch_zip import load_onto, read_pickle
+from lightning_memload.errors import CheckpointFormatError, MemloadError
+
+__all__ = [
+    "MANIFEST_FILE",
+    "STATE_FILE",
+    "TENSORS_FOLDER",
+    "StorageFile",
+    "TensorDirectory",
+    "make_manifest",
+    "storage_file",
+]
+
+MANIFEST_FILE = "manifest.json"
+STATE_FILE = "state.pt"
+TENSORS_FOLDER = "tensors"
+
+_FORMAT = "lightning_memload.tensor_directory"
+_VERSION = 1
+# The name stands at the very beginning, so that a directory is told without parsing anything.
+_HEAD = f'{{"format": "{_FORMAT}",'.encode()
+# A million tensors take some 200 MiB. What is longer would fill the memory of whoever parses it.
+_MAX_MANIFEST_BYTES = 1 << 30
+_MAX_KEY_DIGITS = 9
+_MAX_NAMED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class StorageFile:
+    """One storage that has a file of its own, as the manifest describes it.
+
+    Attributes:
+        key: Its number in ``state.pt``, which gives the file its name.
+        nbytes: Size of the file, at least 1.
+        crc32: CRC-32 of its bytes.
+        location: The device it was saved from, for example ``"cuda:0"``.
+    """
+
+    key: str
+    nbytes: int
+    crc32: int
+    location: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    state_bytes: int
+    pickle_crc32: int
+    storages: tuple[StorageFile, ...]
+    tensors: list[Any]
+
+
+def storage_file(key: str) -> str:
+    """The file of a storage, relative to the directory."""
+    return f"{TENSORS_FOLDER}/{int(key):05}.bin"
+
+
+class TensorDirectory:
+    """What ``save_directory`` writes."""
+
+    name = "tensor_directory"
+
+    def recognizes(self, path: str) -> bool:
+        """Whether the directory's manifest names this format, or is missing where the rest is there."""
+        manifest, state, folder = (os.path.join(path, name) for name in (MANIFEST_FILE, STATE_FILE, TENSORS_FOLDER))
+        if os.path.isfile(manifest):  # a pipe would never answer
+            with open(manifest, "rb") as file:
+                if file.read(len(_HEAD)) == _HEAD:
+                    return True
+        return os.path.isfile(state) and os.path.isdir(folder)
+
+    def read_index(self, path: str) -> Checkpoint:
+        """Indexes the directory from its manifest and the pickle in ``state.pt``, of which nothing is run."""
+        manifest = _read_manifest(path)
+        _check_files(path, manifest)
+        index, pickled = _index_state(path, manifest.state_bytes, manifest.storages)
+        if zlib_ng.crc32(pickled) != manifest.pickle_crc32:
+            raise CheckpointFormatError(
+                f"{path} is damaged: the pickle in its {STATE_FILE} has CRC-32 {zlib_ng.crc32(pickled):#010x}, but "
+                f"{MANIFEST_FILE} records {manifest.pickle_crc32:#010x}: they were not written together. Copy the "
+                "directory again, or resume from another checkpoint.",
+                path=path,
+            )
+        unused = {storage.key for storage in manifest.storages}.difference(storage.key for storage in index.storages)
+        if unused:
+            raise _damaged(path, f"it lists storages that {STATE_FILE} does not refer to: {_some(sorted(unused))}.")
+        _check_description(path, manifest.tensors, index.tensors)
+        return index
+
+    def load(self, path: str, *, weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:
+        """Loads the object; the tensors stay in their files.
+
+        Raises:
+            CheckpointFormatError: Also when another checkpoint takes the directory's place meanwhile.
+            MemloadError: There are more files than the kernel maps in one process.
+            pickle.UnpicklingError: ``weights_only`` forbids what ``state.pt`` holds; torch's own message.
+        """
+        # Held open, so that its number is not given to a directory that replaces it.
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            index = self.read_index(path)
+            source = FileSet([file.path for file in index.files])
+            try:
+                if source.spans != index.files:
+                    raise _replaced(path)
+                mapping = _map(path, source)
+                state = os.path.join(path, STATE_FILE)
+                stubs = {storage.key for storage in index.storages if storage.offset >= index.files[0].nbytes}
+                loaded = load_onto(mapping, index, state, weights_only=weights_only, stubs=stubs)
+                if not os.path.samestat(os.stat(path), os.fstat(directory)):
+                    raise _replaced(path)
+            except BaseException:
+                source.close()
+                raise
+        finally:
+            os.close(directory)
+        return loaded, MappedCheckpoint(index, source, mapping)
+
+
+def make_manifest(path: str, storages: Sequence[StorageFile]) -> bytes:
+    """The manifest of a directory whose other files are written.
+
+    Args:
+        path: The directory.
+        storages: The storages with a file of their own, in the order of their numbers.
+
+    Raises:
+        CheckpointFormatError: ``state.pt`` is not what was written.
+    """
+    state_bytes = os.path.getsize(os.path.join(path, STATE_FILE))
+    index, pickled = _index_state(path, state_bytes, storages)
+    # One line for each storage and tensor: people and diffs read this too.
+    lines = [
+        _HEAD.decode(),
+        f'"version": {_VERSION},',
+        f'"state": {{"nbytes": {state_bytes}, "pickle_crc32": {zlib_ng.crc32(pickled)}}},',
+        '"storages": [',
+        ",\n".join(
+            json.dumps({"key": s.key, "nbytes": s.nbytes, "crc32": s.crc32, "location": s.location}) for s in storages
+        ),
+        '],\n"tensors": [',
+        ",\n".join(json.dumps(_describe(tensor)) for tensor in index.tensors),
+        "]}\n",
+    ]
+    return "\n".join(lines).encode()
+
+
+def _map(path: str, source: FileSet) -> FileMapping:
+    try:
+        return FileMapping(source)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise MemloadError(
+            f"{path} has {len(source.files)} files, and the kernel does not map that many in one process: {error}. "
+            "Raise the limit (sysctl vm.max_map_count, 65530 by default) or save it as one file."
+        ) from error
+
+
+def _index_state(path: str, state_bytes: int, storages: Sequence[StorageFile]) -> tuple[Checkpoint, bytes]:
+    """The index, with the storages where their files are, and the pickle it was made from."""
+    state = os.path.join(path, STATE_FILE)
+    files = [(state, state_bytes), *((os.path.join(path, storage_file(s.key)), s.nbytes) for s in storages)]
+    spans = lay_out(files)
+    elsewhere = {
+        storage.key: StorageInfo(storage.key, span.start, storage.nbytes, storage.crc32, storage.location)
+        for storage, span in zip(storages, spans[1:], strict=True)
+    }
+    with LocalFile(state) as file:
+        pickled, records = read_pickle(file)
+    tensors, found = walk_pickle(state, pickled, records, elsewhere)
+    return Checkpoint(path, TensorDirectory.name, spans, tensors, found), pickled
+
+
+def _describe(tensor: TensorInfo) -> dict[str, Any]:
+    return {
+        "path": list(tensor.path),
+        "storage": tensor.storage.key,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "stride": list(tensor.stride),
+        "storage_offset": tensor.storage_offset,
+        "parameter": tensor.is_parameter,
+    }
+
+
+# What a manifest may hold ------------------------------------------------------------------------------------------
+
+
+def _read_manifest(path: str) -> _Manifest:
+    name = os.path.join(path, MANIFEST_FILE)
+    try:
+        nbytes = _regular_file_size(name)
+        if nbytes is None:
+            raise _damaged(path, "it is no regular file.")
+        if nbytes > _MAX_MANIFEST_BYTES:
+            raise _damaged(path, f"it has {nbytes} bytes, more than the {_MAX_MANIFEST_BYTES} that any needs.")
+        with open(name, "rb") as file:
+            content = json.loads(file.read(nbytes))
+    except FileNotFoundError as error:
+        raise CheckpointFormatError(
+            f"{path} has a {STATE_FILE} and {TENSORS_FOLDER}/, but no {MANIFEST_FILE}: it was not copied completely.",
+            path=path,
+        ) from error
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, CheckpointFormatError):
+            raise
+        raise _damaged(path, f"it cannot be parsed ({type(error).__name__}: {reprlib.repr(str(error))}).") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise _damaged(path, f"it does not name the format {_FORMAT!r}.")
+    if content.get("version") != _VERSION or type(content["version"]) is not int:
+        raise CheckpointFormatError(
+            f"{path} has version {reprlib.repr(content.get('version'))} of the format {_FORMAT}; this release of "
+            f"lightning_memload reads version {_VERSION}. Use a newer release.",
+            path=path,
+        )
+    tensors = _field(path, content, "tensors", list)
+    entries = _field(path, content, "storages", list)
+    storages = tuple(_storage(path, entry) for entry in entries)
+    numbers = [int(storage.key) for storage in storages]
+    if numbers != sorted(set(numbers)):
+        raise _damaged(path, "its storages are not in the order of their numbers, each once.")
+    state = _field(path, content, "state", dict)
+    return _Manifest(_count(path, state, "nbytes"), _crc32(path, state, "pickle_crc32"), storages, tensors)
+
+
+def _storage(path: str, entry: Any) -> StorageFile:
+    if not isinstance(entry, dict):
+        raise _damaged(path, f"it describes a storage as {reprlib.repr(entry)}.")
+    key = _field(path, entry, "key", str)
+    # The key becomes a file name: digits and nothing else, and one spelling for each number.
+    if not re.fullmatch(rf"0|[1-9][0-9]{{0,{_MAX_KEY_DIGITS - 1}}}", key):
+        raise _damaged(path, f"it names a storage {reprlib.repr(key)}, which is no number.")
+    nbytes = _count(path, entry, "nbytes")
+    if nbytes == 0:
+        raise _damaged(path, f"it gives storage {key} 0 bytes; an empty storage has no file.")
+    return StorageFile(key, nbytes, _crc32(path, entry, "crc32"), _field(path, entry, "location", str))
+
+
+def _field(path: str, entry: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = entry.get(name)
+    if type(value) is not kind:  # exactly: True is an int
+        raise _damaged(path, f"its {name!r} should be of type {kind.__name__}, but is {reprlib.repr(value)}.")
+    return value
+
+
+def _count(path: str, entry: Mapping[str, Any], name: str) -> int:
+    value: int = _field(path, entry, name, int)
+    if not 0 <= value < 1 << 63:
+        raise _damaged(path, f"its {name!r} is {reprlib.repr(value)}, which is no number of bytes.")
+    return value
+
+
+def _crc32(path: str, entry: Mapping[str, Any], name: str) -> int:
+    value: int = _field(path, entry, name, int)
+    if not 0 <= value < 1 << 32:
+        raise _damaged(path, f"its {name!r} is {reprlib.repr(value)}, which is no CRC-32.")
+    return value
+
+
+def _check_description(path: str, described: list[Any], tensors: Sequence[TensorInfo]) -> None:
+    """Raises unless the manifest describes exactly these tensors."""
+    if len(described) != len(tensors):
+        raise _damaged(path, f"it lists {len(described)} tensors, but {STATE_FILE} has {len(tensors)}.")
+    for entry, tensor in zip(described, tensors, strict=True):
+        for field, value in _describe(tensor).items():
+            stated = entry.get(field) if isinstance(entry, dict) else None
+            # By text as well: True equals 1.
+            if stated != value or repr(stated) != repr(value):
+                raise _damaged(
+                    path,
+                    f"{tensor.name} has {field} {value} in {STATE_FILE} and {reprlib.repr(stated)} in the manifest.",
+                )
+
+
+# What is really there ----------------------------------------------------------------------------------------------
+
+
+def _check_files(path: str, manifest: _Manifest) -> None:
+    """Raises unless every file is there, regular, and as long as the manifest says."""
+    missing: list[str] = []
+    wrong: list[str] = []
+    folder = os.path.join(path, TENSORS_FOLDER)
+    if os.path.islink(folder):
+        raise _damaged_files(path, [f"{TENSORS_FOLDER} is a link"])
+    expected = [(STATE_FILE, manifest.state_bytes), *((storage_file(s.key), s.nbytes) for s in manifest.storages)]
+    for name, nbytes in expected:
+        try:
+            actual = _regular_file_size(os.path.join(path, name))
+        except (FileNotFoundError, NotADirectoryError):
+            missing.append(name)
+            continue
+        if actual is None:
+            wrong.append(f"{name} is no regular file")
+        elif actual != nbytes:
+            change = "truncated" if actual < nbytes else "too long"
+            wrong.append(f"{name} is {change}: it has {actual} bytes instead of {nbytes}")
+    if missing or wrong:
+        missed = [f"{len(missing)} of {len(expected)} files are missing ({_some(missing)})"] if missing else []
+        raise _damaged_files(path, missed + wrong)
+
+
+def _regular_file_size(name: str) -> int | None:
+    """Bytes of a regular file; ``None`` for a link, which may lead anywhere, a pipe, or anything else."""
+    status = os.lstat(name)
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _replaced(path: str) -> CheckpointFormatError:
+    return CheckpointFormatError(f"{path} was replaced or changed while it was loaded. Load it again.", path=path)
+
+
+def _damaged_files(path: str, problems: Sequence[str]) -> CheckpointFormatError:
+    return CheckpointFormatError(
+        f"{path} is damaged: {_some(problems, '; ')}. Copy the directory again, or resume from another checkpoint.",
+        path=path,
+    )
+
+
+def _damaged(path: str, problem: str) -> CheckpointFormatError:
+    return CheckpointFormatError(f"{os.path.join(path, MANIFEST_FILE)} is damaged: {problem}", path=path)
+
+
+def _some(items: Sequence[str], separator: str = ", ") -> str:
+    more = f"{separator}and {len(items) - _MAX_NAMED} more" if len(items) > _MAX_NAMED else ""
+    return separator.join(items[:_MAX_NAMED]) + more

@@ -1,0 +1,35 @@
+"""A resume through Lightning from every format that is no file of torch, against the ordinary way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO, open_checkpoint, save_directory
+from lightning_memload.checkpoint import UnmappableCheckpoint
+from tests.plugins.harness import Case, TinyModule, adamw, assert_same, resume, write_checkpoint
+
+
+def test_what_a_directory_cannot_do_is_said(tmp_path: Path) -> None:
+    save_directory({"state_dict": {}}, tmp_path / "directory")
+    with pytest.raises(UnmappableCheckpoint, match="map_location='meta' moves the tensors"):
+        StreamingCheckpointIO().load_checkpoint(tmp_path / "directory", map_location="meta")
+
+
+def test_directory_of_tensors(tmp_path: Path) -> None:
+    case = Case(lambda: TinyModule(adamw))
+    path = write_checkpoint(case, tmp_path)
+    save_directory(torch.load(path, weights_only=False), tmp_path / "directory")
+    stock_module, stock = resume(case, path, tmp_path, None)
+    restore = MemoryEfficientRestore(mode="copy")
+    module, ours = resume(case, tmp_path / "directory", tmp_path, restore)
+    assert_same(stock.restored, ours.restored, "restored")
+    assert_same(stock_module.losses, module.losses, "losses")
+    assert_same(stock.ended, ours.ended, "ended")
+    report = restore.report
+    assert report is not None
+    # The weights and the optimizer's states, all of them streamed and verified.
+    assert report.total.bytes_read >= report.bytes_verified == open_checkpoint(tmp_path / "directory").nbytes
+    assert report.bytes_copied_ordinarily == 0
