@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lightning_memload.errors import (
     CheckpointFormatError,
     CheckpointReadError,
+    CheckpointWriteError,
     ChecksumError,
     InsufficientMemoryError,
     MemloadError,
@@ -22,6 +23,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointFormatError",
     "CheckpointReadError",
+    "CheckpointWriteError",
     "ChecksumError",
     "InsufficientMemoryError",
     "MemloadError",
