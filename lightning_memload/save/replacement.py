@@ -36,6 +36,11 @@ class Replacement:
     Args:
         path: What to replace, or to create. A symbolic link is replaced itself, not what it points to.
 
+    Attributes:
+        path: The same.
+        descriptor: Of the temporary file.
+        is_committed: Whether the file has its place.
+
     Raises:
         IsADirectoryError: ``path`` is a directory.
         OSError: There is no directory to write to, or writing to it is not allowed.
@@ -45,9 +50,10 @@ class Replacement:
         if os.path.isdir(path) and not os.path.islink(path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         self.path = path
-        self.directory = os.path.dirname(path) or "."
-        remove_leftovers(self.directory)
-        self._temporary_path, self.descriptor = _create(self.directory)
+        self.is_committed = False
+        self._directory = os.path.dirname(path) or "."
+        remove_leftovers(self._directory)
+        self._temporary_path, self.descriptor = _create(self._directory)
 
     def commit(self, *, durable: bool) -> None:
         """Puts the file in its place.
@@ -62,19 +68,19 @@ class Replacement:
         if durable:
             os.fsync(self.descriptor)
         os.replace(self._temporary_path, self.path)
-        self._temporary_path = ""
+        self.is_committed = True
         if durable:
-            _sync_directory(self.directory)
+            _sync_directory(self._directory)
 
     def close(self) -> None:
         """Closes the file, and removes it unless it was committed. Closing twice is fine."""
-        if self._temporary_path:
+        if self.descriptor < 0:
+            return
+        if not self.is_committed:
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary_path)
-            self._temporary_path = ""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        os.close(self.descriptor)
+        self.descriptor = -1
 
     def __enter__(self) -> Replacement:
         return self
@@ -86,10 +92,10 @@ class Replacement:
 def remove_leftovers(directory: str) -> None:
     """Removes the temporary files of writers that are dead. Those of live writers stay, and whatever is in doubt.
 
-    Raises:
-        OSError: The directory cannot be listed.
+    Raises nothing: a directory that can be written to but not listed is no reason not to save.
     """
-    with os.scandir(directory) as entries:
+    found: list[tuple[str, str]] = []
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
         found = [(entry.path, match["boot"]) for entry in entries if (match := _NAME.fullmatch(entry.name))]
     for path, boot in found:
         with contextlib.suppress(OSError):
@@ -135,7 +141,10 @@ def _boot() -> str:
 
 
 def _sync_directory(directory: str) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:
+        return  # it can be written to, but not read: then nobody but the kernel can sync it
     try:
         os.fsync(descriptor)
     except OSError as error:

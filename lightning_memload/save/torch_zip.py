@@ -104,6 +104,7 @@ def save_torch(
     clock = _Clock()
     archive = _archive_of(obj, path, host_budget_bytes, num_threads)
     clock.lap()
+    replacement: Replacement | None = None
     try:
         with Replacement(path) as replacement:
             if archive is None:
@@ -118,7 +119,9 @@ def save_torch(
     except OSError as error:
         if isinstance(error, CheckpointWriteError):
             raise
-        raise _failure(path, archive.nbytes if archive is not None else None, error) from error
+        needed_bytes = archive.nbytes if archive is not None else None
+        is_committed = replacement is not None and replacement.is_committed
+        raise _failure(path, needed_bytes, error, is_committed=is_committed) from error
     return _stats(path, archive, bytes_written, clock)
 
 
@@ -253,13 +256,16 @@ def _check_space(path: str, needed_bytes: int) -> None:
         raise _failure(path, needed_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
-def _failure(path: str, needed_bytes: int | None, error: OSError) -> CheckpointWriteError:
+def _failure(
+    path: str, needed_bytes: int | None, error: OSError, *, is_committed: bool = False
+) -> CheckpointWriteError:
     free_bytes = _free_bytes(path)
     sizes = "" if needed_bytes is None else f" It takes {needed_bytes} bytes"
     if sizes and free_bytes is not None:
         sizes += f", and {free_bytes} are free in {os.path.dirname(path) or '.'}"
+    outcome = "It has its place, but may not survive a power failure" if is_committed else "What was there is untouched"
     return CheckpointWriteError(
-        f"{path} could not be saved: {error.strerror or error}.{sizes and sizes + '.'} What was there is untouched.",
+        f"{path} could not be saved: {error.strerror or error}.{sizes and sizes + '.'} {outcome}.",
         path=path,
         needed_bytes=needed_bytes,
         free_bytes=free_bytes,

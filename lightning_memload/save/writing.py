@@ -155,13 +155,18 @@ class _Writing:
             # The values may still be in the making.
             stream.wait_stream(torch.cuda.current_stream(device))
         num_threads = max(1, min(num_threads, len(self._writes)))
-        with ThreadPoolExecutor(num_threads, thread_name_prefix="memload-save") as pool:
-            futures = [pool.submit(self._work) for _ in range(num_threads)]
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                self._stop.set()
+        try:
+            with ThreadPoolExecutor(num_threads, thread_name_prefix="memload-save") as pool:
+                futures = [pool.submit(self._work) for _ in range(num_threads)]
+                try:
+                    for future in futures:
+                        future.result()
+                finally:
+                    self._stop.set()
+        finally:
+            # A thread that failed may have left copies under way, and the ring is about to be freed.
+            for stream in self._streams.values():
+                stream.synchronize()
         return self._crc32s
 
     def _work(self) -> None:

@@ -261,6 +261,16 @@ def test_an_error_in_the_middle_leaves_the_old_file(tmp_path: Path, stage: str, 
     assert os.listdir(tmp_path) == ["file.pt"]
 
 
+def test_a_disk_that_fails_last_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(directory: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("lightning_memload.save.replacement._sync_directory", fail)
+    with pytest.raises(CheckpointWriteError, match=r"Input/output error.*may not survive a power failure\."):
+        save_torch({"new": 1}, tmp_path / "file.pt")
+    assert torch.load(tmp_path / "file.pt") == {"new": 1}
+
+
 @contextlib.contextmanager
 def small_disk(path: Path, nbytes: int) -> Iterator[Path]:
     path.mkdir()
