@@ -49,9 +49,13 @@ class StreamingCheckpointIO(TorchCheckpointIO):
 
     Args:
         host_budget_mib: The most host memory, in MiB, for tensors on their way from a device to a file that is saved.
+            At least 1.
 
     Attributes:
-        last_save: What the last save cost, ``None`` before the first.
+        last_save: What the last save of this process cost, ``None`` before the first.
+
+    Raises:
+        ValueError: The budget is below 1 MiB.
 
     Example:
         >>> trainer = L.Trainer(plugins=[AsyncCheckpointIO(StreamingCheckpointIO())])
@@ -59,6 +63,8 @@ class StreamingCheckpointIO(TorchCheckpointIO):
 
     def __init__(self, *, host_budget_mib: int = 128) -> None:
         super().__init__()
+        if host_budget_mib < 1:
+            raise ValueError(f"host_budget_mib must be at least 1, got {host_budget_mib}.")
         self.last_save: SaveStats | None = None
         self._host_budget_bytes = host_budget_mib << 20
         self._observers: list[LoadObserver] = []

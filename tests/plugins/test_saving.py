@@ -122,6 +122,11 @@ def test_storage_options_are_refused_as_lightning_does(make: type[TorchCheckpoin
     assert os.listdir(tmp_path) == []
 
 
+def test_a_budget_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="host_budget_mib must be at least 1, got 0"):
+        StreamingCheckpointIO(host_budget_mib=0)
+
+
 class WithUnpicklable(TinyModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["callable"] = lambda: None
