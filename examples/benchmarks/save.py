@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import statistics
 import time
 import zlib
 from collections.abc import Callable
@@ -54,11 +53,10 @@ def main() -> int:
     print(f"{file_bytes / 1e9:.2f} GB from {options.device}, {torch.__version__}; median of {options.repetitions}\n")
     print(f"{'way':<32}{'seconds':>9}{'GB/s':>8}{'host peak MiB':>15}   phases")
     for way, measured in runs.items():
-        seconds = statistics.median(run["seconds"] for run in measured)
+        median = sorted(measured, key=lambda run: run["seconds"])[len(measured) // 2]
+        speed = file_bytes / median["seconds"] / 1e9
         peak = max(run["host_above_start_bytes"] or 0 for run in measured)
-        print(
-            f"{way:<32}{seconds:>9.2f}{file_bytes / seconds / 1e9:>8.2f}{peak / MIB:>15.0f}   {measured[-1]['phases']}"
-        )
+        print(f"{way:<32}{median['seconds']:>9.2f}{speed:>8.2f}{peak / MIB:>15.0f}   {median['phases']}")
     best = ceilings(options)
     print("\nceilings, GB/s: " + ", ".join(f"{name} {value:.1f}" for name, value in best.items()))
     if options.output is not None:
