@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lightning_memload.errors import (
     CheckpointFormatError,
     CheckpointReadError,
+    CheckpointWriteError,
     ChecksumError,
     IncompatibleWeightsError,
     IncompleteCheckpointError,
@@ -24,6 +25,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointFormatError",
     "CheckpointReadError",
+    "CheckpointWriteError",
     "ChecksumError",
     "IncompatibleWeightsError",
     "IncompleteCheckpointError",

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "CheckpointFormatError",
     "CheckpointReadError",
+    "CheckpointWriteError",
     "ChecksumError",
     "IncompatibleWeightsError",
     "IncompleteCheckpointError",
@@ -63,6 +64,25 @@ class ChecksumError(CheckpointReadError):
         super().__init__(message, path=path, key=key, offset=offset)
         self.expected = expected
         self.actual = actual
+
+
+class CheckpointWriteError(MemloadError, OSError):
+    """Writing a checkpoint failed, or was refused for want of space. What was there before is untouched.
+
+    Attributes:
+        path: The file that was to be written.
+        needed_bytes: The size it would have, ``None`` when it is not known.
+        free_bytes: What is free on its file system, ``None`` when it is not known.
+    """
+
+    def __init__(
+        self, message: str, *, path: str, needed_bytes: int | None, free_bytes: int | None, errno: int | None
+    ) -> None:
+        super().__init__(message)
+        self.path = path
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+        self.errno = errno
 
 
 class IncompatibleWeightsError(MemloadError, RuntimeError):

@@ -108,7 +108,7 @@ class TestFloors:
 
     def test_every_room_of_the_design_is_read(self) -> None:
         read = {module_name(file).split(".")[1] for file in package_files() if file.parent.name != PACKAGE}
-        assert {"checkpoint", "memory", "transfer", "restore", "report", "plugins"} <= read <= set(FLOORS)
+        assert {"checkpoint", "memory", "transfer", "restore", "save", "report", "plugins"} <= read <= set(FLOORS)
 
     @pytest.mark.parametrize(
         ("module", "source", "complaint"),

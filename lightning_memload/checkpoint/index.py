@@ -205,7 +205,7 @@ class Checkpoint:
 
     @property
     def ties(self) -> tuple[tuple[TensorInfo, ...], ...]:
-        """Groups of two or more tensors that share a storage, in file order of their storages; empty ones share none."""
+        """Groups of two or more tensors that share a storage, in file order of their storages, empty ones left out."""
         groups: dict[str, list[TensorInfo]] = {}
         for tensor in self.tensors:
             if tensor.numel:

@@ -1,8 +1,8 @@
-"""A ``CheckpointIO`` that loads checkpoints without reading their tensors.
+"""A ``CheckpointIO`` that loads checkpoints without reading their tensors, and saves them without a copy of them.
 
 What Lightning gets is an ordinary dict of ordinary tensors that lie in the mapped file, so every hook of a user works
 unchanged. On its own the plugin saves the memory of the loaded copy; together with ``MemoryEfficientRestore`` the
-values are streamed. Saving is Lightning's.
+values are streamed. What it saves is the file that Lightning would save.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_memload.checkpoint import MappedCheckpoint, UnmappableCheckpoint, load_mapped
+from lightning_memload.save import SaveStats, save_torch, write_torch
 
 __all__ = ["LoadObserver", "StreamingCheckpointIO"]
 
@@ -44,15 +45,31 @@ class LoadObserver(Protocol):
 class StreamingCheckpointIO(TorchCheckpointIO):
     """Loads local checkpoints of every known format as mapped files, everything else as Lightning does.
 
+    Saves in bounded host memory.
+
     Files that cannot be mapped (the format of torch < 1.6, compressed, remote) are loaded the ordinary way, with one
     warning that says what it costs.
+
+    Args:
+        host_budget_mib: The most host memory, in MiB, for tensors on their way from a device to a file that is saved.
+            At least 1.
+
+    Attributes:
+        last_save: What the last save of this process cost, ``None`` before the first.
+
+    Raises:
+        ValueError: The budget is below 1 MiB.
 
     Example:
         >>> trainer = L.Trainer(plugins=[AsyncCheckpointIO(StreamingCheckpointIO())])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, host_budget_mib: int = 128) -> None:
         super().__init__()
+        if host_budget_mib < 1:
+            raise ValueError(f"host_budget_mib must be at least 1, got {host_budget_mib}.")
+        self.last_save: SaveStats | None = None
+        self._host_budget_bytes = host_budget_mib << 20
         self._observers: list[LoadObserver] = []
 
     def observe(self, observer: LoadObserver) -> Callable[[], None]:
@@ -71,6 +88,37 @@ class StreamingCheckpointIO(TorchCheckpointIO):
                 self._observers.remove(observer)
 
         return remove
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Saves a checkpoint: a local file is replaced in one step when all of it is on the disk.
+
+        A remote file is written in order, through fsspec, in a transaction of the file system as Lightning does it.
+
+        Args:
+            checkpoint: What to save.
+            path: Path or URL. Missing directories are made.
+            storage_options: Must be ``None``, as with Lightning's own plugin.
+
+        Raises:
+            TypeError: ``storage_options`` were given.
+            CheckpointWriteError: There is not enough space, or writing failed; what was there before is untouched.
+            Exception: Whatever pickling the checkpoint, or a remote file system, raises.
+
+        Peak memory: ``host_budget_mib`` if tensors are on devices, and the pickle, which holds no tensors; for a remote
+        file also what its file system buffers.
+        """
+        if storage_options is not None or sys.platform != "linux":
+            super().save_checkpoint(checkpoint, str(path), storage_options)
+            return
+        filesystem, target = url_to_fs(str(path))
+        filesystem.makedirs(os.path.dirname(path), exist_ok=True)
+        if isinstance(filesystem, LocalFileSystem):
+            self.last_save = save_torch(checkpoint, target, host_budget_bytes=self._host_budget_bytes)
+            return
+        with filesystem.transaction, filesystem.open(target, "wb") as file:
+            self.last_save = write_torch(checkpoint, file, name=str(path), host_budget_bytes=self._host_budget_bytes)
 
     def load_checkpoint(
         self,

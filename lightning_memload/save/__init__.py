@@ -1,5 +1,6 @@
-"""From an object with tensors on any device to a checkpoint on disk, in little host memory."""
+"""From tensors to disk: a checkpoint, written in bounded host memory and put in its place in one step."""
 
 from lightning_memload.save.tensor_directory import save_directory
+from lightning_memload.save.torch_zip import SaveStats, save_torch, write_torch
 
-__all__ = ["save_directory"]
+__all__ = ["SaveStats", "save_directory", "save_torch", "write_torch"]

@@ -1,17 +1,196 @@
-"""On a real GPU: what is saved from it is what it holds."""
+"""On a real GPU: the file that torch would write, values as the stream leaves them, host memory within the budget."""
 
 from __future__ import annotations
 
+import gc
+import io
 import json
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch import nn
+from torch.utils.data import DataLoader
 
-from lightning_memload import save_directory
+from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO, open_checkpoint, save_directory
 from lightning_memload.checkpoint import load_mapped
+from lightning_memload.memory import MemoryMonitor
+from lightning_memload.save import save_torch, write_torch
+from tests.checkpoint.files import ALL_DTYPES, as_bytes, layouts, of_dtype, tensors_of
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
+
+MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _free_the_gpu() -> Iterator[None]:
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def everything() -> dict[str, Any]:
+    big = torch.randn(9 * MIB, device="cuda")
+    base = torch.arange(1 << 20, device="cuda")
+    return {
+        "dtypes": {str(dtype): of_dtype(dtype).cuda() for dtype in ALL_DTYPES},
+        "layouts": {name: tensor.cuda() for name, tensor in layouts().items()},
+        "parameter": nn.Parameter(torch.randn(7, device="cuda")),
+        "transposed": torch.randn(300, 70, device="cuda").t(),
+        "big": big,
+        "tied": big,
+        "row": big[100:200],
+        "slice": base[1000:1100],
+        "host": [torch.randn(1000), torch.tensor(3.0)],
+        "steps": [torch.tensor(float(number), device="cuda") for number in range(3000)],
+        "sparse": torch.eye(5, device="cuda").to_sparse(),
+    }
+
+
+def assert_same(loaded: Any, obj: Any) -> None:
+    expected, found = list(tensors_of(obj)), list(tensors_of(loaded))
+    assert [path for path, _ in found] == [path for path, _ in expected]
+    for (path, ours), (_, theirs) in zip(found, expected, strict=True):
+        assert (ours.dtype, ours.device, ours.shape) == (theirs.dtype, theirs.device, theirs.shape), path
+        if ours.layout is torch.sparse_coo:
+            assert torch.equal(ours.to_dense(), theirs.to_dense()), path
+            continue
+        assert ours.stride() == theirs.stride(), path
+        assert as_bytes(ours.cpu()) == as_bytes(theirs.cpu()), path
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 4, 12])
+@pytest.mark.parametrize("budget_bytes", [8 * MIB, 128 * MIB])
+def test_every_bit_and_every_device_comes_back(tmp_path: Path, num_threads: int, budget_bytes: int) -> None:
+    obj = everything()
+    path = tmp_path / "file.pt"
+    stats = save_torch(obj, path, num_threads=num_threads, host_budget_bytes=budget_bytes)
+    assert 0 < stats.staging_bytes <= budget_bytes
+    loaded = torch.load(path, weights_only=True)
+    assert_same(loaded, obj)
+    assert loaded["big"].data_ptr() == loaded["tied"].data_ptr()
+    assert loaded["row"].untyped_storage().data_ptr() == loaded["big"].untyped_storage().data_ptr()
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+    index = open_checkpoint(path)
+    assert index["big"].storage.location == "cuda:0"
+    assert index["host[0]"].storage.location == "cpu"
+    assert index["slice"].storage.nbytes < 1000
+
+
+def test_the_file_is_torchs_but_for_its_identity(tmp_path: Path) -> None:
+    obj = {"a": torch.randn(3 * MIB, device="cuda"), "b": [torch.ones(5, device="cuda"), torch.ones(3)]}
+    save_torch(obj, tmp_path / "file.pt")
+    stock, ours = io.BytesIO(), io.BytesIO()
+    torch.save(obj, stock)
+    write_torch(obj, ours, name="stream")
+    assert ours.getvalue() == (tmp_path / "file.pt").read_bytes()
+    with zipfile.ZipFile(tmp_path / "file.pt") as archive, zipfile.ZipFile(stock) as expected:
+        for name in set(expected.namelist()) - {"archive/.data/serialization_id"}:
+            assert archive.read(name) == expected.read(name), name
+
+
+@pytest.mark.parametrize("on_side_stream", [False, True])
+def test_values_are_those_that_the_current_stream_leaves(tmp_path: Path, on_side_stream: bool) -> None:
+    """Work that is still queued when the save begins counts: the copies wait for it."""
+    stream = torch.cuda.Stream() if on_side_stream else torch.cuda.current_stream()
+    value = torch.zeros(16 * MIB, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(2_000_000_000)  # about a second
+        value.fill_(7)
+        save_torch({"value": value}, tmp_path / "file.pt")
+    assert (torch.load(tmp_path / "file.pt", map_location="cpu")["value"] == 7).all()
+
+
+def test_host_memory_stays_within_the_budget(tmp_path: Path) -> None:
+    """2 GiB from the GPU through 32 MiB, above a warm process; the stock way takes all of it on the host."""
+    state = {"state_dict": {f"w{i}": torch.randn(64 * MIB // 4, device="cuda") for i in range(32)}}
+    io_plugin = StreamingCheckpointIO(host_budget_mib=32)
+    io_plugin.save_checkpoint({"warm": torch.ones(1, device="cuda")}, tmp_path / "warm.ckpt")
+    with MemoryMonitor("cuda") as ours:
+        io_plugin.save_checkpoint(state, tmp_path / "ours.ckpt")
+    with MemoryMonitor("cuda") as stock:
+        TorchCheckpointIO().save_checkpoint(state, tmp_path / "stock.ckpt")
+    assert (tmp_path / "ours.ckpt").stat().st_size == (tmp_path / "stock.ckpt").stat().st_size
+    assert ours.peaks.host_above_start_bytes is not None
+    assert ours.peaks.host_above_start_bytes <= (32 + 32) * MIB
+    assert ours.peaks.cuda_allocated_peak_bytes is not None
+    assert ours.peaks.cuda_allocated_start_bytes is not None
+    assert ours.peaks.cuda_allocated_peak_bytes - ours.peaks.cuda_allocated_start_bytes <= MIB
+    assert stock.peaks.host_above_start_bytes is not None
+    assert stock.peaks.host_above_start_bytes >= 2000 * MIB
+
+
+def test_pinned_memory_is_given_back(tmp_path: Path) -> None:
+    state = torch.ones(32 * MIB, device="cuda")
+    for _ in range(5):
+        save_torch(state, tmp_path / "file.pt")
+    assert torch.empty(32 * MIB, dtype=torch.uint8, pin_memory=True).is_pinned()
+
+
+class Net(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 64))
+        self.losses: list[float] = []
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        loss = self.layers(batch).square().mean()
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), fused=True)
+
+
+def fit(folder: Path, plugins: list[Any], callbacks: list[Any], max_steps: int, **options: Any) -> tuple[Any, Net]:
+    torch.manual_seed(3)
+    trainer = L.Trainer(
+        accelerator="gpu",
+        devices=1,
+        max_steps=max_steps,
+        plugins=plugins,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    module = Net()
+    data = DataLoader(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), batch_size=8)
+    trainer.fit(module, data, **options)
+    return trainer, module
+
+
+class SaveAtEnd(L.Callback):
+    """Saves while everything is still on the GPU."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("make", [StreamingCheckpointIO, lambda: AsyncCheckpointIO(StreamingCheckpointIO())])
+def test_what_is_saved_on_the_gpu_resumes_stock_and_ours(tmp_path: Path, make: Any) -> None:
+    fit(tmp_path, [make()], [SaveAtEnd(tmp_path / "ours.ckpt")], 5)
+    fit(tmp_path, [], [SaveAtEnd(tmp_path / "stock.ckpt")], 5)
+    losses = []
+    for name, callbacks in (("stock", []), ("ours", []), ("ours", [MemoryEfficientRestore()])):
+        _, module = fit(tmp_path, [], callbacks, 10, ckpt_path=tmp_path / f"{name}.ckpt")
+        losses.append(module.losses)
+    assert len(losses[0]) == 5
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_directory(tmp_path: Path) -> None:

@@ -1,0 +1,218 @@
+"""The layout of a torch zip archive, as arithmetic on integers: where each record lies, and the bytes around it.
+
+The bytes are those of torch's own writer (miniz): stored records, data aligned to 64 bytes by padding in the local
+header, a descriptor with the CRC-32 behind the data, zip64 numbers where 32 bits do not suffice. Since the CRC stands
+behind the data, all positions are known before the first byte is written. Nothing here knows of torch or of files.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "ALIGNMENT_BYTES",
+    "Entry",
+    "Piece",
+    "data_descriptor",
+    "directory",
+    "lay_out",
+    "local_header",
+    "plan_writes",
+]
+
+ALIGNMENT_BYTES = 64
+# From this value on a number moves to the zip64 fields.
+_MAX_UINT32 = 0xFFFFFFFF
+
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
+_DESCRIPTOR = struct.Struct("<4s3I")
+_DESCRIPTOR_64 = struct.Struct("<4sI2Q")
+_END_64 = struct.Struct("<4sQ2H2I4Q")
+_END_LOCATOR_64 = struct.Struct("<4sIQI")
+_END = struct.Struct("<4s4H2IH")
+
+_FLAG_UTF8 = 1 << 11
+_FLAG_DESCRIPTOR = 1 << 3
+# torch's alignment field: "FB", its length, and so many "Z".
+_PADDING_ID = b"FB"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The place of one record in the archive.
+
+    Attributes:
+        name: Its name in the archive.
+        nbytes: Size of its data.
+        header_offset: Where its local header starts.
+        data_offset: Where its data starts, a multiple of 64 bytes.
+    """
+
+    name: str
+    nbytes: int
+    header_offset: int
+    data_offset: int
+
+    @property
+    def data_end(self) -> int:
+        """One past the last byte of its data; the descriptor follows."""
+        return self.data_offset + self.nbytes
+
+    @property
+    def end(self) -> int:
+        """Where the next record's header starts. A record without data has no descriptor."""
+        if not self.nbytes:
+            return self.data_end
+        return self.data_end + (_DESCRIPTOR_64.size if self.is_zip64 else _DESCRIPTOR.size)
+
+    @property
+    def is_zip64(self) -> bool:
+        """Whether its size or position needs 64 bits."""
+        return self.nbytes >= _MAX_UINT32 or self.header_offset >= _MAX_UINT32
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """``nbytes`` of a record's data, from ``start`` on."""
+
+    record: int
+    start: int
+    nbytes: int
+
+
+def lay_out(records: Iterable[tuple[str, int]], *, start: int = 0) -> list[Entry]:
+    """Gives every record its place, one behind the other.
+
+    Args:
+        records: Name and size in bytes of each record, in the order of the archive.
+        start: Position of the first header.
+
+    Returns:
+        One entry for each record.
+
+    Raises:
+        ValueError: A size is negative, or a name is longer than a zip can hold.
+    """
+    entries = []
+    for name, nbytes in records:
+        length = len(name.encode())
+        if nbytes < 0 or length > 0xFFFF:
+            raise ValueError(f"a record of {nbytes} bytes with a name of {length} bytes cannot be stored")
+        extra = _zip64_field(nbytes, start)
+        unpadded = start + _LOCAL_HEADER.size + length + len(extra) + len(_PADDING_ID) + 2
+        entries.append(Entry(name, nbytes, start, -(-unpadded // ALIGNMENT_BYTES) * ALIGNMENT_BYTES))
+        start = entries[-1].end
+    return entries
+
+
+def local_header(entry: Entry) -> bytes:
+    """The bytes from the entry's header to its data: header, name, zip64 field, padding."""
+    name = entry.name.encode()
+    # The compressed size stands in the descriptor and the directory; torch leaves it 0 here, and so do we.
+    extra = _zip64_field(entry.nbytes, entry.header_offset, compressed_nbytes=0)
+    used = _LOCAL_HEADER.size + len(name) + len(extra) + len(_PADDING_ID) + 2
+    padding = entry.data_offset - entry.header_offset - used
+    extra += _PADDING_ID + struct.pack("<H", padding) + b"Z" * padding
+    fixed = _LOCAL_HEADER.pack(b"PK\x03\x04", 0, _flags(entry), 0, 0, 0, 0, 0, 0, len(name), len(extra))
+    return fixed + name + extra
+
+
+def data_descriptor(entry: Entry, crc32: int) -> bytes:
+    """The bytes behind the entry's data, none for an entry without data."""
+    if not entry.nbytes:
+        return b""
+    descriptor = _DESCRIPTOR_64 if entry.is_zip64 else _DESCRIPTOR
+    return descriptor.pack(b"PK\x07\x08", crc32, entry.nbytes, entry.nbytes)
+
+
+def directory(entries: Sequence[Entry], crc32s: Sequence[int]) -> bytes:
+    """Everything behind the last record: the central directory and the ends, in zip64 and in the old form.
+
+    Args:
+        entries: All entries of the archive.
+        crc32s: The CRC-32 of each.
+    """
+    start = entries[-1].end if entries else 0
+    central = b"".join(_central_header(entry, crc32) for entry, crc32 in zip(entries, crc32s, strict=True))
+    end_64 = start + len(central)
+    count = len(entries)
+    return b"".join(
+        (
+            central,
+            _END_64.pack(b"PK\x06\x06", _END_64.size - 12, 0x031E, 0x002D, 0, 0, count, count, len(central), start),
+            _END_LOCATOR_64.pack(b"PK\x06\x07", 0, end_64, 1),
+            _END.pack(
+                b"PK\x05\x06",
+                0,
+                0,
+                min(count, 0xFFFF),
+                min(count, 0xFFFF),
+                min(len(central), _MAX_UINT32),
+                min(start, _MAX_UINT32),
+                0,
+            ),
+        )
+    )
+
+
+def plan_writes(sizes: Sequence[int], *, block_bytes: int, max_pieces: int) -> list[tuple[Piece, ...]]:
+    """Cuts records into writes: many small records share one, a large one is cut.
+
+    Args:
+        sizes: Bytes of each record, in the order of the archive.
+        block_bytes: The most data in one write, at least 1.
+        max_pieces: The most records in one write, at least 1.
+
+    Returns:
+        The pieces of each write. Their order is that of the archive, and every byte of every record is in one of them.
+        A record without data is one empty piece. The pieces of a write are neighbours in the archive, and a record
+        that is cut shares no write.
+
+    Raises:
+        ValueError: A limit is not positive.
+    """
+    if block_bytes < 1 or max_pieces < 1:
+        raise ValueError(f"block_bytes and max_pieces must be at least 1, got {block_bytes} and {max_pieces}")
+    writes: list[tuple[Piece, ...]] = []
+    together: list[Piece] = []
+    room = block_bytes
+    for record, nbytes in enumerate(sizes):
+        if together and (nbytes > room or len(together) == max_pieces):
+            writes.append(tuple(together))
+            together, room = [], block_bytes
+        if nbytes > block_bytes:
+            for start in range(0, nbytes, block_bytes):
+                writes.append((Piece(record, start, min(block_bytes, nbytes - start)),))
+            continue
+        together.append(Piece(record, 0, nbytes))
+        room -= nbytes
+    if together:
+        writes.append(tuple(together))
+    return writes
+
+
+def _flags(entry: Entry) -> int:
+    return _FLAG_UTF8 | (_FLAG_DESCRIPTOR if entry.nbytes else 0)
+
+
+def _zip64_field(nbytes: int, header_offset: int, *, compressed_nbytes: int | None = None) -> bytes:
+    numbers = []
+    if nbytes >= _MAX_UINT32:
+        numbers += [nbytes, nbytes if compressed_nbytes is None else compressed_nbytes]
+    if header_offset >= _MAX_UINT32:
+        numbers.append(header_offset)
+    return struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
+
+
+def _central_header(entry: Entry, crc32: int) -> bytes:
+    name = entry.name.encode()
+    extra = _zip64_field(entry.nbytes, entry.header_offset)
+    size = min(entry.nbytes, _MAX_UINT32)
+    offset = min(entry.header_offset, _MAX_UINT32)
+    fixed = _CENTRAL_HEADER.pack(
+        b"PK\x01\x02", 0, 0, _flags(entry), 0, 0, 0, crc32, size, size, len(name), len(extra), 0, 0, 0, 0, offset
+    )
+    return fixed + name + extra

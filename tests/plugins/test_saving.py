@@ -1,0 +1,182 @@
+"""Through Lightning: what our plugin saves resumes everywhere, and its edges are those of Lightning's own."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import lightning as L
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, async_plugin
+
+from lightning_memload import CheckpointWriteError, MemoryEfficientRestore, StreamingCheckpointIO
+from tests.plugins.harness import TRUSTED, TinyModule, adamw, assert_same, make_trainer
+
+CLONES = hasattr(async_plugin, "_clone_tensor")
+
+
+def train(folder: Path, plugins: list[Any], **options: Any) -> L.Trainer:
+    torch.manual_seed(7)
+    trainer = make_trainer(folder, plugins=plugins, max_epochs=1, **options)
+    trainer.fit(TinyModule(adamw))
+    return trainer
+
+
+def resume(path: Path, callbacks: list[Any], plugins: list[Any]) -> list[float]:
+    torch.manual_seed(8)
+    trainer = make_trainer(path.parent, callbacks, plugins=plugins, max_epochs=2)
+    module = TinyModule(adamw)
+    trainer.fit(module, ckpt_path=path, **TRUSTED)
+    return [loss.item() for loss in module.losses]
+
+
+def test_our_checkpoint_resumes_stock_and_theirs_with_ours(tmp_path: Path) -> None:
+    for name, plugins in (("ours.ckpt", [StreamingCheckpointIO()]), ("stock.ckpt", [])):
+        train(tmp_path, plugins).save_checkpoint(tmp_path / name)
+    ours, stock = (torch.load(tmp_path / name, weights_only=False) for name in ("ours.ckpt", "stock.ckpt"))
+    ours.pop("loops"), stock.pop("loops")  # they hold times
+    assert_same(stock, ours, "checkpoint")
+    losses = resume(tmp_path / "ours.ckpt", [], [])
+    assert losses
+    assert losses == resume(tmp_path / "stock.ckpt", [], [])
+    assert losses == resume(tmp_path / "ours.ckpt", [MemoryEfficientRestore()], [])
+
+
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_model_checkpoint_keeps_last_and_best(tmp_path: Path, save_last: Any) -> None:
+    for _ in range(2):
+        saver = ModelCheckpoint(tmp_path / "run", save_last=save_last, every_n_train_steps=1, save_top_k=1)
+        trainer = make_trainer(
+            tmp_path, [saver], plugins=[StreamingCheckpointIO()], max_epochs=1, enable_checkpointing=True
+        )
+        trainer.fit(TinyModule(adamw))
+    names = os.listdir(tmp_path / "run")
+    assert "last.ckpt" in names
+    assert (tmp_path / "run" / "last.ckpt").is_symlink() is (save_last == "link")
+    assert all(name.endswith(".ckpt") for name in names)
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=False)["global_step"] == trainer.global_step
+
+
+class SaveOften(L.Callback):
+    """Saves after every batch, and keeps what was to be saved."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.states: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"{len(self.states)}.ckpt")
+        self.states.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+
+def test_asynchronous_saves_are_complete(tmp_path: Path) -> None:
+    saver = SaveOften(tmp_path)
+    train(tmp_path, [AsyncCheckpointIO(StreamingCheckpointIO())], callbacks=[saver])
+    assert len(saver.states) > 5
+    for number, expected in enumerate(saver.states):
+        state = torch.load(tmp_path / f"{number}.ckpt", weights_only=False)["state_dict"]
+        # Lightning 2.5 does not copy what is saved in the background while training goes on.
+        if CLONES:
+            assert_same(expected, dict(state), "state_dict")
+        assert list(state) == list(expected)
+
+
+def test_an_asynchronous_failure_surfaces(tmp_path: Path) -> None:
+    io = AsyncCheckpointIO(StreamingCheckpointIO())
+    (tmp_path / "folder.ckpt").mkdir()
+
+    def save() -> None:
+        io.save_checkpoint({"a": torch.ones(1)}, tmp_path / "folder.ckpt")
+        io.teardown()
+
+    with pytest.raises(CheckpointWriteError, match=r"folder\.ckpt could not be saved: Is a directory"):
+        save()
+
+
+def test_missing_directories_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    io = StreamingCheckpointIO()
+    io.save_checkpoint({"a": 1}, tmp_path / "x" / "y" / "file.ckpt")
+    assert torch.load(tmp_path / "x" / "y" / "file.ckpt") == {"a": 1}
+    monkeypatch.chdir(tmp_path)
+    io.save_checkpoint({"a": 2}, "file.ckpt")
+    io.save_checkpoint({"a": 3}, f"file://{tmp_path}/url.ckpt")
+    assert (torch.load(tmp_path / "file.ckpt"), torch.load(tmp_path / "url.ckpt")) == ({"a": 2}, {"a": 3})
+    assert io.last_save is not None
+    assert io.last_save.path == str(tmp_path / "url.ckpt")
+    io.remove_checkpoint(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("make", [StreamingCheckpointIO, TorchCheckpointIO])
+def test_storage_options_are_refused_as_lightning_does(make: type[TorchCheckpointIO], tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=f"storage_options.*is not supported for `{make.__name__}`"):
+        make().save_checkpoint({}, tmp_path / "file.ckpt", storage_options={"a": 1})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_budget_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="host_budget_mib must be at least 1, got 0"):
+        StreamingCheckpointIO(host_budget_mib=0)
+
+
+class WithUnpicklable(TinyModule):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["callable"] = lambda: None
+
+
+def test_what_cannot_be_pickled_raises_as_in_lightning(tmp_path: Path) -> None:
+    raised = []
+    for plugins in ([], [StreamingCheckpointIO()]):
+        trainer = make_trainer(tmp_path, plugins=plugins, max_epochs=1)
+        trainer.fit(WithUnpicklable(adamw))
+        with pytest.raises(Exception, match="pickle") as caught:
+            trainer.save_checkpoint(tmp_path / "file.ckpt")
+        raised.append((type(caught.value), str(caught.value)))
+    assert raised[0] == raised[1]
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+# Remote -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def remote() -> Iterator[str]:
+    folder = f"memory://{uuid.uuid4().hex}"
+    yield folder
+    MemoryFileSystem.store.clear()
+
+
+def test_a_remote_checkpoint_is_lightnings(remote: str) -> None:
+    io = StreamingCheckpointIO()
+    state = {"state_dict": {"weight": torch.randn(700_000), "tied": torch.arange(5)}}
+    io.save_checkpoint(state, f"{remote}/folder/file.ckpt")
+    assert_same(state, TorchCheckpointIO().load_checkpoint(f"{remote}/folder/file.ckpt"), "checkpoint")
+    assert io.last_save is not None
+    assert (io.last_save.path, io.last_save.num_threads) == (f"{remote}/folder/file.ckpt", 1)
+
+
+def test_a_remote_checkpoint_that_fails_leaves_the_old_one(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    io = StreamingCheckpointIO()
+    io.save_checkpoint({"old": 1}, f"{remote}/file.ckpt")
+    filesystem = fsspec.filesystem("memory")
+    opened = filesystem.open
+
+    def failing(path: str, mode: str = "rb", **options: Any) -> Any:
+        file = opened(path, mode, **options)
+        if "w" in mode:
+            file.write = lambda data: (_ for _ in ()).throw(OSError("the network is gone"))
+        return file
+
+    monkeypatch.setattr(filesystem, "open", failing)
+    with pytest.raises(OSError, match="the network is gone"):
+        io.save_checkpoint({"new": torch.ones(3)}, f"{remote}/file.ckpt")
+    monkeypatch.undo()
+    assert TorchCheckpointIO().load_checkpoint(f"{remote}/file.ckpt") == {"old": 1}

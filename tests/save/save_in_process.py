@@ -1,0 +1,185 @@
+"""What runs in the fresh processes of the tests here: one state, saved and measured, or saved until killed.
+
+``python -m tests.save.save_in_process FOLDER TIMES`` kills so many writers at random moments and prints what it found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import struct
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_memload.memory import MemoryMonitor
+from lightning_memload.save import save_torch, write_torch
+from lightning_memload.save.pickling import Stretch
+
+__all__ = ["kill_writers", "measure"]
+
+_PROGRESS = struct.Struct("<q")
+
+
+def make_state(num_bytes: int) -> dict[str, Any]:
+    """Weights, a tie, and two optimizer states for each weight; every page touched."""
+    count = num_bytes // 3 // (16 << 20)
+    weights = {f"layer{number}.weight": torch.full((4 << 20,), number + 0.5) for number in range(count)}
+    states = {
+        number: {"step": torch.tensor(3.0), "exp_avg": weight + 1, "exp_avg_sq": weight + 2}
+        for number, weight in enumerate(weights.values())
+    }
+    weights["tied"] = weights["layer0.weight"]
+    return {"epoch": 1, "state_dict": weights, "optimizer_states": [{"state": states, "param_groups": []}]}
+
+
+class _Nowhere:
+    """A file that keeps nothing."""
+
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+def measure(path: str, num_bytes: int, known_bytes: int, host_budget_mib: int) -> dict[str, Any]:
+    """Saves one state in every way, stock last.
+
+    Args:
+        path: Where.
+        num_bytes: Of the state.
+        known_bytes: What ``known`` holds for a moment.
+        host_budget_mib: Of our plugin.
+
+    Returns:
+        For each way ``rise`` and ``rise_bound`` of anonymous memory, by samples and by the kernel's mark, and
+        ``file_bytes``. The ways: ``ours`` and ``stock``, the plugins; ``staged``: host memory through the ring, as a
+        device's would go; ``stream``: in order, as to a remote file; ``known``: no save, but a known allocation.
+    """
+    from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+    from lightning_memload import StreamingCheckpointIO
+
+    state = make_state(num_bytes)
+    ours = StreamingCheckpointIO(host_budget_mib=host_budget_mib)
+    ours.save_checkpoint({"warm": torch.ones(1)}, path)  # threads, modules
+    results: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def measured(way: str) -> Iterator[None]:
+        monitor = MemoryMonitor()
+        with monitor:
+            yield
+        peaks = monitor.peaks
+        assert peaks.anonymous_upper_bound_bytes is not None
+        assert peaks.anonymous_start_bytes is not None
+        results[way] = {
+            "rise": peaks.anonymous_above_start_bytes,
+            "rise_bound": peaks.anonymous_upper_bound_bytes - peaks.anonymous_start_bytes,
+            "file_bytes": os.path.getsize(path),
+        }
+        os.unlink(path)
+
+    with measured("ours"):
+        ours.save_checkpoint(state, path)
+    with measured("staged"):
+        in_host_memory = Stretch.is_in_host_memory
+        Stretch.is_in_host_memory = property(lambda self: False)  # type: ignore[assignment, method-assign]
+        ours.save_checkpoint(state, path)
+        Stretch.is_in_host_memory = in_host_memory  # type: ignore[method-assign]
+    assert ours.last_save is not None
+    results["staged"]["staging_bytes"] = ours.last_save.staging_bytes
+    with measured("stream"):
+        Path(path).touch()
+        write_torch(state, _Nowhere(), name=path)  # type: ignore[arg-type]
+    with measured("known"):
+        Path(path).touch()
+        held = torch.ones(known_bytes, dtype=torch.uint8)
+        time.sleep(0.05)
+        del held
+    with measured("stock"):
+        TorchCheckpointIO().save_checkpoint(state, path)
+    return results
+
+
+def kill_writers(folder: str, times: int, seed: int = 0) -> dict[str, Any]:
+    """Kills so many processes while they save over and over, each at a random moment, and looks at what is left.
+
+    Returns:
+        ``kills``; ``in_the_middle``: after how many a temporary file was left; ``most_left``: the most files that were
+        left beside the checkpoint at any time; ``saves``: how many were completed.
+
+    Raises:
+        AssertionError: A checkpoint did not load, was of mixed content, or not the newest that was complete.
+    """
+    torch.set_num_threads(1)  # threads of torch do not survive a fork
+    path = Path(folder, "last.ckpt")
+    moments = random.Random(seed)
+    result = {"kills": 0, "in_the_middle": 0, "most_left": 0, "saves": 0}
+    newest = 0
+    for _ in range(times):
+        with _writer(path, newest) as progress:
+            seen = [_read(progress), _read(progress)]  # its first save is begun and done
+            time.sleep(moments.uniform(0, 0.08))
+        while number := _read(progress):
+            seen.append(number)
+        os.close(progress)
+        done, begun = max(-number for number in seen), max(seen)
+        content = _content(path)
+        assert done <= content <= begun <= done + 1, (done, content, begun)
+        left = len(os.listdir(folder)) - 1
+        result["kills"] += 1
+        result["in_the_middle"] += left > 0
+        result["most_left"] = max(result["most_left"], left)
+        result["saves"] += done - newest
+        newest = content
+    return result
+
+
+@contextlib.contextmanager
+def _writer(path: Path, newest: int) -> Iterator[int]:
+    """A process that saves states of increasing number, killed at the end; the value tells its progress."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            for number in range(newest + 1, sys.maxsize):
+                state = {"number": number, "large": torch.full((3 << 20,), number, dtype=torch.int64)}
+                state |= {f"small{key}": torch.full((key,), number) for key in range(100)}
+                os.write(writing, _PROGRESS.pack(number))
+                save_torch(state, path)
+                os.write(writing, _PROGRESS.pack(-number))
+        finally:
+            os._exit(1)
+    os.close(writing)
+    try:
+        yield reading
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _read(progress: int) -> int:
+    """The number of a save that was begun, negative when it was done; 0 at the end."""
+    data = os.read(progress, _PROGRESS.size)
+    return int(_PROGRESS.unpack(data)[0]) if data else 0
+
+
+def _content(path: Path) -> int:
+    """The number of the state in a checkpoint, all of which must be there."""
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+    state = torch.load(path)
+    number = state.pop("number")
+    assert all((tensor == number).all() for tensor in state.values())
+    return int(number)
+
+
+if __name__ == "__main__":
+    print(json.dumps(kill_writers(sys.argv[1], int(sys.argv[2]))))

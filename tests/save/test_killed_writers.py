@@ -1,0 +1,27 @@
+"""Writers that are killed at any moment: the newest complete checkpoint loads, and nothing piles up."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_memload.save import save_torch
+from tests.fresh_process import run_fresh
+
+PROGRAM = "tests.save.save_in_process"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_killed_writer_leaves_the_newest_complete_checkpoint(tmp_path: Path) -> None:
+    """15 kills; ``python -m tests.save.save_in_process FOLDER 200`` does more."""
+    result = run_fresh(f"{PROGRAM}:kill_writers", folder=tmp_path, times=15).result
+    assert result["kills"] == 15
+    # A claim about kills in the middle of a save needs some there.
+    assert result["in_the_middle"] >= 3
+    assert result["most_left"] == 1
+    save_torch({"new": torch.ones(1)}, tmp_path / "last.ckpt")
+    assert os.listdir(tmp_path) == ["last.ckpt"]
