@@ -12,6 +12,7 @@ import random
 import signal
 import struct
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -109,7 +110,7 @@ def measure(path: str, num_bytes: int, known_bytes: int, host_budget_mib: int) -
 
 
 def kill_writers(folder: str, times: int, seed: int = 0) -> dict[str, Any]:
-    """Kills so many processes while they save over and over, each at a random moment, and looks at what is left.
+    """Kills so many processes in their second save, each before or after a random call of the system, and looks around.
 
     Returns:
         ``kills``; ``in_the_middle``: after how many a temporary file was left; ``most_left``: the most files that were
@@ -124,12 +125,7 @@ def kill_writers(folder: str, times: int, seed: int = 0) -> dict[str, Any]:
     result = {"kills": 0, "in_the_middle": 0, "most_left": 0, "saves": 0}
     newest = 0
     for _ in range(times):
-        with _writer(path, newest) as progress:
-            seen = [_read(progress), _read(progress)]  # its first save is begun and done
-            time.sleep(moments.uniform(0, 0.08))
-        while number := _read(progress):
-            seen.append(number)
-        os.close(progress)
+        seen = _run_writer(path, newest, moments.random())
         done, begun = max(-number for number in seen), max(seen)
         content = _content(path)
         assert done <= content <= begun <= done + 1, (done, content, begun)
@@ -142,33 +138,69 @@ def kill_writers(folder: str, times: int, seed: int = 0) -> dict[str, Any]:
     return result
 
 
-@contextlib.contextmanager
-def _writer(path: Path, newest: int) -> Iterator[int]:
-    """A process that saves states of increasing number, killed at the end; the value tells its progress."""
+def _run_writer(path: Path, newest: int, moment: float) -> list[int]:
+    """A process that saves states of increasing number and dies in the second save.
+
+    Args:
+        path: Where.
+        newest: The number before the first.
+        moment: When it dies, as a fraction of the calls that the first save made.
+
+    Returns:
+        The numbers of the saves that it began, and negative those that it completed, in their order.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         try:
+            calls = _Calls()
             for number in range(newest + 1, sys.maxsize):
                 state = {"number": number, "large": torch.full((3 << 20,), number, dtype=torch.int64)}
                 state |= {f"small{key}": torch.full((key,), number) for key in range(100)}
                 os.write(writing, _PROGRESS.pack(number))
                 save_torch(state, path)
                 os.write(writing, _PROGRESS.pack(-number))
+                calls.die_at(int(moment * calls.count))
         finally:
             os._exit(1)
     os.close(writing)
-    try:
-        yield reading
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    seen = []
+    while data := os.read(reading, _PROGRESS.size):
+        seen.append(int(_PROGRESS.unpack(data)[0]))
+    os.close(reading)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), status
+    return seen
 
 
-def _read(progress: int) -> int:
-    """The number of a save that was begun, negative when it was done; 0 at the end."""
-    data = os.read(progress, _PROGRESS.size)
-    return int(_PROGRESS.unpack(data)[0]) if data else 0
+class _Calls:
+    """Counts the calls that a save makes to the system, from all threads, and ends the process at one of them."""
+
+    NAMES = ("open", "pwrite", "pwritev", "posix_fadvise", "ftruncate", "fsync", "replace", "unlink", "close")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._last = sys.maxsize
+        self._lock = threading.Lock()
+        for name in self.NAMES:
+            setattr(os, name, self._counting(getattr(os, name)))
+
+    def die_at(self, call: int) -> None:
+        """Kills the process at this call, the next one being number 0."""
+        self.count, self._last = 0, call
+
+    def _counting(self, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._lock:
+                number, self.count = self.count, self.count + 1
+            if number == self._last and number % 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*args, **kwargs)
+            if number == self._last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
 
 
 def _content(path: Path) -> int:
