@@ -17,7 +17,7 @@ from lightning_memload.checkpoint.mapped import (
     UnmappableCheckpoint,
     span_bytes,
 )
-from lightning_memload.checkpoint.source import ByteSource, FileSet, LocalFile
+from lightning_memload.checkpoint.source import ByteSource, FilePart, FileSet, LocalFile
 
 __all__ = [
     "ByteSource",
@@ -25,6 +25,7 @@ __all__ = [
     "CheckpointFormat",
     "ChunkInfo",
     "ChunkedTensor",
+    "FilePart",
     "FilePiece",
     "FileSet",
     "FileSpan",
