@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any, Protocol
 
+from lightning_memload.checkpoint.dcp import DcpDirectory
 from lightning_memload.checkpoint.index import Checkpoint
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
@@ -58,7 +59,7 @@ class CheckpointFormat(Protocol):
         ...
 
 
-FORMATS: tuple[CheckpointFormat, ...] = (TorchZip(),)
+FORMATS: tuple[CheckpointFormat, ...] = (TorchZip(), DcpDirectory())
 
 
 def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
@@ -91,7 +92,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Args:
         path: A checkpoint of any known format: a file of ``torch.save`` (torch >= 1.6), such as a Lightning ``.ckpt``
-            or a bare state dict.
+            or a bare state dict, or a directory of ``torch.distributed.checkpoint``.
 
     Returns:
         The index.
