@@ -16,6 +16,7 @@ from lightning_memload.errors import (
     InsufficientMemoryError,
     MemloadError,
     MetaTensorError,
+    OptimizerMismatchError,
 )
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "MemoryMonitor",
     "MemoryPeaks",
     "MetaTensorError",
+    "OptimizerMismatchError",
     "RestoreReport",
     "StreamingCheckpointIO",
     "__version__",

@@ -13,6 +13,7 @@ __all__ = [
     "InsufficientMemoryError",
     "MemloadError",
     "MetaTensorError",
+    "OptimizerMismatchError",
 ]
 
 
@@ -89,3 +90,17 @@ class MetaTensorError(MemloadError, RuntimeError):
     def __init__(self, message: str, *, names: tuple[str, ...]) -> None:
         super().__init__(message)
         self.names = names
+
+
+class OptimizerMismatchError(MemloadError, ValueError):
+    """A checkpoint that keeps optimizer states by name has other names than the optimizer's parameters.
+
+    Attributes:
+        missing: Parameters of the optimizer that the checkpoint has no place for.
+        unexpected: Parameters of the checkpoint that the optimizer does not update.
+    """
+
+    def __init__(self, message: str, *, missing: tuple[str, ...], unexpected: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.missing = missing
+        self.unexpected = unexpected

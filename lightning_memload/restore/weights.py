@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
+from lightning_memload.checkpoint import ChunkedTensor
 from lightning_memload.restore.meta import empty_on, materialize, replace_data
 from lightning_memload.restore.session import Move, RestoreSession
 
@@ -139,6 +140,8 @@ class WeightsRestore:
     def _can_assign(self, target: _Target, device: torch.device, shared: Counter[int]) -> bool:
         if not self._assign or device.type != "cpu" or target.value.dtype != self._final_dtype(target):
             return False
+        if isinstance(target.value, ChunkedTensor):
+            return False
         if not target.tensor.is_meta:
             own = target.tensor.untyped_storage().data_ptr()
             if target.tensor.device.type != "cpu" or shared[own] > 1:
@@ -184,7 +187,9 @@ def _find_targets(module: nn.Module, state_dict: dict[str, Any], prefix: str) ->
         buffers = ((name, buffer) for name, buffer in child._buffers.items() if name not in skipped)
         for name, tensor in (*child._parameters.items(), *buffers):
             value = state_dict.get(child_prefix + name)
-            if _is_plain(tensor) and _is_plain(value) and tensor.shape == value.shape:
+            if not isinstance(value, ChunkedTensor) and not _is_plain(value):
+                continue
+            if _is_plain(tensor) and tensor.shape == value.shape:
                 yield _Target(child_prefix + name, tensor, value)
 
 
