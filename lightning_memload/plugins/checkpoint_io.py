@@ -107,6 +107,8 @@ class StreamingCheckpointIO(TorchCheckpointIO):
                 raise UnmappableCheckpoint(f"{path} is not a local file.", path=str(path))
             checkpoint, mapped = load_mapped(local_path, weights_only=weights_only)
         except UnmappableCheckpoint as reason:
+            if filesystem.isdir(local_path):
+                raise  # torch.load takes no directory
             rank_zero_warn(
                 f"{reason} It is loaded the ordinary way: the whole checkpoint in host memory, on every rank."
             )

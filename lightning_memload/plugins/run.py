@@ -8,6 +8,7 @@ and let go of the file.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tqdm.auto import tqdm
 
 from lightning_memload.checkpoint import MappedCheckpoint
+from lightning_memload.errors import CheckpointFormatError
 from lightning_memload.memory import MemoryMonitor
 from lightning_memload.plugins.rank_maxima import reduce_maxima
 from lightning_memload.report import MEMORY_FIGURES, PhaseReport, RestoreReport
@@ -35,6 +37,8 @@ _MAX_THREADS_CPU = 4
 # Restores shorter than this show no bar.
 _BAR_DELAY_SECONDS = 1.0
 _TRUE_PRECISION_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+# In every checkpoint of a Trainer; Lightning cannot go on without it.
+_VERSION_KEY = "pytorch-lightning_version"
 # Worth a garbage collection before it is copied out of the file for good.
 _COLLECT_BYTES = 1 << 20
 
@@ -116,8 +120,9 @@ class RestoreRun:
         self._global_step = step if isinstance(step, int) else None
         if mapped is None:
             return
+        _require_lightning(path, checkpoint)
         assert self._ring is not None
-        self._mode, self._mode_reason = self._choose_mode()
+        self._mode, self._mode_reason = self._choose_mode(mapped)
         self._checkpoint = checkpoint
         self._session = RestoreSession(
             mapped,
@@ -153,10 +158,11 @@ class RestoreRun:
         self._begin_phase("optimizers")
         if self._session is None:
             return
+        parameters = dict(self._module.named_parameters(remove_duplicate=False))
         for number, optimizer in enumerate(optimizers):
             if hasattr(optimizer, "register_load_state_dict_pre_hook"):
                 name = f"optimizer_states[{number}]"
-                self._optimizers.append(OptimizerRestore(optimizer, self._session, name=name))
+                self._optimizers.append(OptimizerRestore(optimizer, self._session, name=name, parameters=parameters))
 
     def finish(self) -> RestoreReport | None:
         """Ends the restore. Every rank must call it.
@@ -218,9 +224,16 @@ class RestoreRun:
 
     # --------------------------------------------------------------------------------------------------------------
 
-    def _choose_mode(self) -> tuple[Mode, str]:
+    def _choose_mode(self, mapped: MappedCheckpoint) -> tuple[Mode, str]:
         wanted = self._options.mode
         on_cpu = self._device.type == "cpu"
+        if on_cpu and mapped.is_chunked:
+            if wanted == "assign":
+                rank_zero_warn(
+                    "MemoryEfficientRestore(mode='assign') needs tensors that lie in a file as they are, and "
+                    f"{self.path} holds them in parts. The weights are copied."
+                )
+            return "copy", "the checkpoint holds its tensors in parts"
         if wanted == "assign" and not on_cpu:
             rank_zero_warn(
                 f"MemoryEfficientRestore(mode='assign') needs a CPU target: parameters on {self._device} cannot be a "
@@ -259,7 +272,7 @@ class RestoreRun:
         ):
             return None
         parts = ("state_dict", "optimizer_states") if self._stage == "fit" else ("state_dict",)
-        storages = {t.storage.key: t.storage.nbytes for t in mapped.index if t.path[0] in parts}
+        storages = {s.key: s.nbytes for t in mapped.index if t.path[0] in parts for s in t.storages}
         bar = self._bar = tqdm(
             desc="Restoring checkpoint",
             total=sum(storages.values()),
@@ -315,3 +328,19 @@ class RestoreRun:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _require_lightning(path: str, checkpoint: Any) -> None:
+    """Says what a directory lacks that somebody else's distributed checkpoint is: Lightning would say ``KeyError``.
+
+    Only of directories: a file without these keys may be what a plugin derived from our CheckpointIO completes.
+    """
+    if not os.path.isdir(path) or not isinstance(checkpoint, dict) or _VERSION_KEY in checkpoint:
+        return
+    lacking = [key for key in ("state_dict", _VERSION_KEY, "loops") if key not in checkpoint]
+    raise CheckpointFormatError(
+        f"{path} holds {', '.join(map(str, checkpoint)) or 'nothing'}, but not what Lightning keeps beside it: "
+        f"{', '.join(lacking)}. trainer.save_checkpoint() writes it to meta.pt in this directory. Resume from a "
+        "checkpoint of a Trainer, or bring the meta.pt along.",
+        path=path,
+    )
