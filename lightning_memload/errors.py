@@ -6,6 +6,8 @@ working. The values a caller may want to act on are fields of the exception, not
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = [
     "CheckpointFormatError",
     "CheckpointReadError",
@@ -14,6 +16,7 @@ __all__ = [
     "MemloadError",
     "MetaTensorError",
     "OptimizerMismatchError",
+    "listed",
 ]
 
 
@@ -104,3 +107,10 @@ class OptimizerMismatchError(MemloadError, ValueError):
         super().__init__(message)
         self.missing = missing
         self.unexpected = unexpected
+
+
+def listed(names: Iterable[object], most: int = 10) -> str:
+    """Names as messages list them: the first ones, and how many more there are."""
+    known = [str(name) for name in names]
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return ", ".join(known[:most]) + more

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from lightning_memload.checkpoint.dcp_metadata import METADATA_NAME, Entry, Metadata, SavedTensor, listed, read_metadata
+from lightning_memload.checkpoint.dcp_metadata import METADATA_NAME, Entry, Metadata, SavedTensor, read_metadata
 from lightning_memload.checkpoint.index import Checkpoint, ChunkInfo, KeyPath, StorageInfo, TensorInfo
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.source import FilePart, FileSet, LocalFile
 from lightning_memload.checkpoint.torch_pickle import read_structure, walk_pickle
 from lightning_memload.checkpoint.torch_zip import TorchZip, read_index, read_records
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.errors import CheckpointFormatError, listed
 
 __all__ = ["DcpDirectory"]
 
@@ -104,6 +104,13 @@ class _Directory:
         self._path = path
         metadata_path = os.path.join(path, METADATA_NAME)
         if not os.path.isfile(metadata_path):
+            of_ranks = sorted(name for name in os.listdir(path) if name.endswith(METADATA_NAME))
+            if of_ranks:
+                raise CheckpointFormatError(
+                    f"{path} holds the metadata of each rank by itself ({listed(of_ranks)}), since it was saved with "
+                    f"use_collectives=False, and no {METADATA_NAME} of all. Save it with use_collectives=True.",
+                    path=path,
+                )
             raise CheckpointFormatError(
                 f"{path} holds {_SUFFIX} files but no {METADATA_NAME}, which torch.distributed.checkpoint writes last: "
                 "the save was not finished, or the file was left behind in a copy. Copy it again, or resume from "

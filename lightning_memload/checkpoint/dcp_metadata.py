@@ -21,13 +21,14 @@ import torch
 
 from lightning_memload.checkpoint.index import KeyPath
 from lightning_memload.checkpoint.torch_pickle import InertUnpickler
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.errors import CheckpointFormatError, listed
 
-__all__ = ["METADATA_NAME", "Entry", "Metadata", "Part", "SavedTensor", "listed", "read_metadata"]
+__all__ = ["METADATA_NAME", "Entry", "Metadata", "Part", "SavedTensor", "read_metadata"]
 
 METADATA_NAME = ".metadata"
 # More than torch's tensors can have: sizes and element counts are 64-bit signed integers there.
 _TOO_LARGE = 1 << 63
+_MAX_DIMENSIONS = 64
 # Deeper than anybody nests a state dict. What builds it recurses.
 _MAX_DEPTH = 100
 # Where the records of torch's own planners and writers live. Instances become inert, whatever their class.
@@ -131,13 +132,6 @@ def read_metadata(path: str) -> Metadata:
         ) from error
 
 
-def listed(names: Iterable[object], most: int = 10) -> str:
-    """Names in one line, the first ten and how many more there are."""
-    known = [str(name) for name in names]
-    more = f" and {len(known) - most} more" if len(known) > most else ""
-    return ", ".join(known[:most]) + more
-
-
 class _ForeignGlobal(Exception):
     """A pickle names a class or function that has no place in it."""
 
@@ -168,8 +162,9 @@ class _MetadataUnpickler(InertUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch", "Size"):
             return tuple
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
+        # Not getattr: torch imports some of its modules when they are asked for.
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+            return vars(torch)[name]
         if (module, name) in (("collections", "OrderedDict"), ("builtins", "dict")):
             return dict
         if not any(module == known or module.startswith(f"{known}.") for known in _RECORD_MODULES):
@@ -323,9 +318,10 @@ class _Reader:
         return value
 
     def _integers(self, values: Any, what: str) -> tuple[int, ...]:
-        if not isinstance(values, tuple) or not all(type(v) is int and 0 <= v < _TOO_LARGE for v in values):
+        sound = isinstance(values, tuple) and len(values) <= _MAX_DIMENSIONS
+        if not sound or not all(type(v) is int and 0 <= v < _TOO_LARGE for v in values):
             raise self._damaged(f"{what} is {reprlib.repr(values)}, where sizes are expected")
-        return values
+        return tuple(values)
 
     def _damaged(self, what: str) -> CheckpointFormatError:
         return CheckpointFormatError(

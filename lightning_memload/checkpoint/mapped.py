@@ -242,6 +242,8 @@ class ChunkedTensor(torch.Tensor):
     def read(self) -> torch.Tensor:
         """The values as an ordinary tensor: read from the files at first, the same tensor ever after.
 
+        Checksums are not compared.
+
         Raises:
             CheckpointReadError: Reading failed.
 

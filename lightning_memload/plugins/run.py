@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from tqdm.auto import tqdm
 
 from lightning_memload.checkpoint import MappedCheckpoint
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.errors import CheckpointFormatError, listed
 from lightning_memload.memory import MemoryMonitor
 from lightning_memload.plugins.rank_maxima import reduce_maxima
 from lightning_memload.report import MEMORY_FIGURES, PhaseReport, RestoreReport
@@ -339,7 +339,7 @@ def _require_lightning(path: str, checkpoint: Any) -> None:
         return
     lacking = [key for key in ("state_dict", _VERSION_KEY, "loops") if key not in checkpoint]
     raise CheckpointFormatError(
-        f"{path} holds {', '.join(map(str, checkpoint)) or 'nothing'}, but not what Lightning keeps beside it: "
+        f"{path} holds {listed(checkpoint) or 'nothing'}, but not what Lightning keeps beside it: "
         f"{', '.join(lacking)}. trainer.save_checkpoint() writes it to meta.pt in this directory. Resume from a "
         "checkpoint of a Trainer, or bring the meta.pt along.",
         path=path,

@@ -7,14 +7,14 @@ back. Torch's conversion is then a no-op, so each state exists once, on its devi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from lightning_memload.checkpoint import ChunkedTensor
-from lightning_memload.errors import OptimizerMismatchError
+from lightning_memload.errors import OptimizerMismatchError, listed
 from lightning_memload.restore.session import Move, RestoreSession
 
 __all__ = ["OptimizerRestore", "mapped_bytes"]
@@ -116,8 +116,8 @@ def _in_live_order(
             raise OptimizerMismatchError(
                 f"{name}.param_groups[{number}] of the checkpoint is for {len(saved['params'])} parameters by name, "
                 f"the optimizer's is for {len(group['params'])}. "
-                + (f"Not among the optimizer's: {_listed(surplus)}. " if surplus else "")
-                + (f"Missing from the checkpoint's: {_listed(lacking)}. " if lacking else "")
+                + (f"Not among the optimizer's: {listed(surplus)}. " if surplus else "")
+                + (f"Missing from the checkpoint's: {listed(lacking)}. " if lacking else "")
                 + (f"{unnamed} of the optimizer's are no parameters of the module. " if unnamed else "")
                 + "Configure the optimizer as it was when the checkpoint was saved, or rename the states in "
                 "on_load_checkpoint.",
@@ -126,11 +126,6 @@ def _in_live_order(
             )
         groups.append({**saved, "params": [names[id(parameter)] for parameter in group["params"]]})
     return {**state_dict, "param_groups": groups}
-
-
-def _listed(names: Sequence[str], most: int = 10) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 class _Planned:
