@@ -288,6 +288,47 @@ class TestStreaming:
         session.close()
 
 
+MEBIBYTE = 1 << 20
+SIZES = (2048, 8192)
+
+# Fills a tensor that is there already; what rises above its start is the way of the bytes, not the values.
+FILLING = """
+import torch
+from lightning_memload.checkpoint import load_mapped
+from lightning_memload.memory import MemoryMonitor
+from lightning_memload.restore import Move, RestoreSession
+from lightning_memload.transfer import LazyRing, choose_layout
+
+destinations = [torch.ones(ARGS["rows"], ARGS["columns"]) for _ in range(2)]
+with MemoryMonitor() as monitor:
+    loaded, mapped = load_mapped(ARGS["path"])
+    if ARGS["streamed"]:
+        ring = LazyRing(choose_layout(8 << 20, 2), pinned=False)
+        session = RestoreSession(mapped, device=torch.device("cpu"), ring=ring)
+        session.move([Move(n, loaded[n], d) for n, d in zip(("rows", "columns"), destinations)])
+        session.close(detach=False)
+    else:
+        for name, destination in zip(("rows", "columns"), destinations):
+            destination.copy_(loaded[name])
+RESULT = [monitor.peaks.anonymous_above_start_bytes, [d.double().sum().item() for d in destinations]]
+"""
+
+
+@pytest.mark.memory
+def test_streaming_needs_no_more_than_its_ring(tmp_path: Path) -> None:
+    rows, columns = SIZES
+    tensor = torch.randn(rows, columns)
+    nbytes = tensor.nbytes
+    path = write_shards(tmp_path / "large", {"rows": sharded(tensor, 4), "columns": sharded(tensor, 1, 4)})
+    sums = [tensor.double().sum().item()] * 2
+    streamed, arrived = run_fresh(FILLING, path=path, rows=rows, columns=columns, streamed=True).result
+    assert arrived == sums
+    touched, _ = run_fresh(FILLING, path=path, rows=rows, columns=columns, streamed=False).result
+    assert touched >= 2 * nbytes
+    # The ring's 8 MiB, and what the threads and the index take.
+    assert streamed <= 40 * MEBIBYTE
+
+
 def session_of(mapped: MappedCheckpoint) -> RestoreSession:
     ring = LazyRing(choose_layout(1 << 20, 2), pinned=False)
     return RestoreSession(mapped, device=torch.device("cpu"), ring=ring)
@@ -732,6 +773,10 @@ class TestDamage:
     def test_unfinished_save(self, several: Path) -> None:
         (several / ".metadata").unlink()
         refused(several, r"no \.metadata, which torch.distributed.checkpoint writes last: the save was not finished")
+
+    def test_metadata_of_single_ranks(self, several: Path) -> None:
+        (several / ".metadata").rename(several / "__0.metadata")
+        refused(several, r"metadata of each rank by itself \(__0\.metadata\), since .* use_collectives=False")
 
     def test_no_metadata_at_all(self, tmp_path: Path) -> None:
         refused(tmp_path, "is a directory, but no checkpoint of a known format")

@@ -17,6 +17,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO
 from lightning_memload.checkpoint import ChunkedTensor, load_mapped, open_checkpoint
 from lightning_memload.errors import CheckpointFormatError, ChecksumError, OptimizerMismatchError
+from lightning_memload.restore import OptimizerRestore, RestoreSession
+from lightning_memload.transfer import LazyRing, choose_layout
 from tests.checkpoint.files import save_dcp
 from tests.plugins.harness import FEATURES, TRUSTED, Case, TinyModule, assert_same, make_trainer, resume
 
@@ -300,6 +302,30 @@ def test_optimizer_of_other_parameters(saved: Path, tmp_path: Path) -> None:
         resume(Case(OtherNames), saved / "mp.ckpt", tmp_path, MemoryEfficientRestore())
     assert caught.value.missing == ("first.weight", "first.bias")
     assert caught.value.unexpected == ("second.weight", "second.bias")
+
+
+def test_names_of_wrapped_modules(tmp_path: Path) -> None:
+    """torch.compile and activation checkpointing put themselves into the names; strategies save without them."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    names = ["0.weight", "0.bias", "1.weight", "1.bias"]
+    values = {name: torch.randn(parameter.shape) for name, parameter in module.named_parameters()}
+    saved = {"state": {n: {"momentum_buffer": v} for n, v in values.items()}, "param_groups": [{"params": names[::-1]}]}
+    save_dcp({"optim": saved}, tmp_path / "dcp")
+    loaded, mapped = load_mapped(tmp_path / "dcp")
+    optimizer = torch.optim.SGD(module.parameters(), momentum=0.9)
+    session = RestoreSession(mapped, device=torch.device("cpu"), ring=LazyRing(choose_layout(1 << 20, 1), pinned=False))
+    wrapped = {
+        f"_orig_mod.{name.replace('.', '._checkpoint_wrapped_module.')}": parameter
+        for name, parameter in module.named_parameters()
+    }
+    restore = OptimizerRestore(optimizer, session, parameters=wrapped)
+    optimizer.load_state_dict(loaded["optim"])
+    restore.remove()
+    session.close()
+    for name, parameter in module.named_parameters():
+        assert type(optimizer.state[parameter]["momentum_buffer"]) is torch.Tensor
+        assert torch.equal(optimizer.state[parameter]["momentum_buffer"], values[name])
+    assert session.bytes_copied_ordinarily == 0
 
 
 def test_lost_files(copied: Path, tmp_path: Path) -> None:
