@@ -40,7 +40,7 @@ class LoadObserver(Protocol):
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):
-    """Loads local torch checkpoints as mapped files, everything else as Lightning does.
+    """Loads local checkpoints, files and distributed directories, without their tensors; all else as Lightning does.
 
     Files that cannot be mapped (the format of torch < 1.6, compressed, remote) are loaded the ordinary way, with one
     warning that says what it costs.

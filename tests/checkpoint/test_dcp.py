@@ -248,6 +248,49 @@ class TestSameAsTorch:
         assert run_fresh(program).result == []
 
 
+class TestMeta:
+    """What Lightning puts beside the shards."""
+
+    @staticmethod
+    def load(path: Path, state: dict[str, Any], meta: dict[str, Any]) -> tuple[dict[str, Any], MappedCheckpoint]:
+        save_dcp(state, path)
+        torch.save(meta, path / "meta.pt")
+        ours, mapped = load_mapped(path)
+        assert [key for key, _ in tensors_of(ours)] == [tensor.path for tensor in mapped.index]
+        return ours, mapped
+
+    def test_of_a_trainer(self, tmp_path: Path) -> None:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
+        state = {"model": {"a.b": torch.ones(3)}, "optimizer_0": optimizer.state_dict()}
+        state["optimizer_1"] = {"state": {"a.b": {"step": torch.tensor(2.0)}}, "param_groups": [{"params": ["a.b"]}]}
+        meta = {"pytorch-lightning_version": "2.6", "loops": {"x": 1}, "callbacks": {"average": torch.arange(4.0)}}
+        ours, mapped = self.load(tmp_path / "dcp", state, meta)
+        assert list(ours) == ["state_dict", "optimizer_states", "pytorch-lightning_version", "loops", "callbacks"]
+        assert ours["optimizer_states"][0] == optimizer.state_dict()
+        assert ours["optimizer_states"][1]["state"]["a.b"]["step"] == 2
+        assert list(ours["state_dict"]) == ["a.b"]
+        average = ours["callbacks"]["average"]
+        assert type(average) is torch.Tensor
+        assert mapped.holds(average)
+        (piece,) = mapped.locate(average)  # type: ignore[misc]
+        assert mapped.index["callbacks.average"].file_range[0] == piece.offset
+        assert mapped.source.place(piece.offset)[0] == str(tmp_path / "dcp" / "meta.pt")
+        mapped.detach()
+        assert torch.equal(average, torch.arange(4.0))
+
+    def test_of_a_trainer_without_optimizers(self, tmp_path: Path) -> None:
+        meta: dict[str, Any] = {"pytorch-lightning_version": "2.6"}
+        weights, _ = self.load(tmp_path / "weights", {"state_dict": {"a": torch.ones(3)}}, meta)
+        assert "optimizer_states" not in weights
+        none, _ = self.load(tmp_path / "none", {"model": {"a": torch.ones(3)}}, {**meta, "lr_schedulers": []})
+        assert none["optimizer_states"] == []
+
+    def test_of_others(self, tmp_path: Path) -> None:
+        """Fabric: the names are its user's."""
+        ours, _ = self.load(tmp_path / "dcp", {"model": {"a": torch.ones(3)}, "optimizer_0": {"x": 1}}, {"step": 3})
+        assert list(ours) == ["model", "optimizer_0", "step"]
+
+
 class TestStreaming:
     def test_values_arrive_and_nothing_is_read(self, several: Path) -> None:
         expected = read_by_torch(several)
