@@ -19,6 +19,7 @@ from lightning_memload.errors import (
     InsufficientMemoryError,
     MemloadError,
     MetaTensorError,
+    OptimizerMismatchError,
 )
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "MemoryMonitor",
     "MemoryPeaks",
     "MetaTensorError",
+    "OptimizerMismatchError",
     "RestoreReport",
     "StreamingCheckpointIO",
     "WeightsSource",

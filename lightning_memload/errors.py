@@ -6,6 +6,8 @@ working. The values a caller may want to act on are fields of the exception, not
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = [
     "CheckpointFormatError",
     "CheckpointReadError",
@@ -16,6 +18,8 @@ __all__ = [
     "InsufficientMemoryError",
     "MemloadError",
     "MetaTensorError",
+    "OptimizerMismatchError",
+    "listed",
 ]
 
 
@@ -156,3 +160,24 @@ class MetaTensorError(MemloadError, RuntimeError):
         super().__init__(message)
         self.names = names
         self.module_class = module_class
+
+
+class OptimizerMismatchError(MemloadError, ValueError):
+    """A checkpoint that keeps optimizer states by name has other names than the optimizer's parameters.
+
+    Attributes:
+        missing: Parameters of the optimizer that the checkpoint has no place for.
+        unexpected: Parameters of the checkpoint that the optimizer does not update.
+    """
+
+    def __init__(self, message: str, *, missing: tuple[str, ...], unexpected: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.missing = missing
+        self.unexpected = unexpected
+
+
+def listed(names: Iterable[object], most: int = 10) -> str:
+    """Names as messages list them: the first ones, and how many more there are."""
+    known = [str(name) for name in names]
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return ", ".join(known[:most]) + more

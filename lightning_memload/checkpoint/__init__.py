@@ -18,7 +18,7 @@ from lightning_memload.checkpoint.mapped import (
     span_bytes,
 )
 from lightning_memload.checkpoint.mapping import FileMapping
-from lightning_memload.checkpoint.source import ByteSource, FileSet, LocalFile
+from lightning_memload.checkpoint.source import ByteSource, FilePart, FileSet, LocalFile
 
 __all__ = [
     "ByteSource",
@@ -27,6 +27,7 @@ __all__ = [
     "ChunkInfo",
     "ChunkedTensor",
     "FileMapping",
+    "FilePart",
     "FilePiece",
     "FileSet",
     "FileSpan",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any, Protocol
 
+from lightning_memload.checkpoint.dcp import DcpDirectory
 from lightning_memload.checkpoint.index import Checkpoint
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
@@ -60,7 +61,7 @@ class CheckpointFormat(Protocol):
         ...
 
 
-FORMATS: tuple[CheckpointFormat, ...] = (TorchZip(), Safetensors(), TensorDirectory())
+FORMATS: tuple[CheckpointFormat, ...] = (TorchZip(), Safetensors(), TensorDirectory(), DcpDirectory())
 
 
 def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
@@ -94,7 +95,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Args:
         path: A checkpoint of any known format: a file of ``torch.save`` (torch >= 1.6), such as a Lightning ``.ckpt``
             or a bare state dict; a ``.safetensors`` file, a directory of such files, or the
-            ``.safetensors.index.json`` that lists them; a directory of ``save_directory``.
+            ``.safetensors.index.json`` that lists them; a directory of ``save_directory`` or of
+            ``torch.distributed.checkpoint``.
 
     Returns:
         The index.

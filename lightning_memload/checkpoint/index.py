@@ -140,6 +140,11 @@ class TensorInfo:
         return self.numel * self.dtype.itemsize
 
     @property
+    def storages(self) -> tuple[StorageInfo, ...]:
+        """The bytes underneath, those of every part."""
+        return tuple(chunk.storage for chunk in self.chunks) or (self.storage,)
+
+    @property
     def file_range(self) -> tuple[int, int]:
         """First byte and one past the last byte that the tensor's elements span, in the run of all files."""
         start = self.storage.offset + self.storage_offset * self.dtype.itemsize

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from lightning_memload.checkpoint.source import FileSet
 from lightning_memload.errors import CheckpointFormatError, CheckpointReadError
 
 __all__ = ["ChunkedTensor", "FilePiece", "MappedCheckpoint", "UnmappableCheckpoint", "span_bytes"]
+
+# Of a chunked tensor that somebody touches, read at a time.
+_READ_BLOCK_BYTES = 16 << 20
 
 
 class UnmappableCheckpoint(CheckpointFormatError):
@@ -65,7 +69,7 @@ class MappedCheckpoint:
         self.index = index
         self.source = source
         self.mapping = mapping
-        self._chunked: weakref.WeakSet[ChunkedTensor] = weakref.WeakSet()
+        self._chunked: weakref.WeakSet[_Values] = weakref.WeakSet()
 
     @classmethod
     def unmapped(cls, path: str | os.PathLike[str]) -> MappedCheckpoint:
@@ -75,9 +79,14 @@ class MappedCheckpoint:
 
     def chunked_tensor(self, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[ChunkInfo]) -> ChunkedTensor:
         """A tensor that the checkpoint holds in several parts. No byte is read."""
-        tensor = ChunkedTensor(shape, dtype, chunks, self.source)
-        self._chunked.add(tensor)
-        return tensor
+        values = _Values(shape, dtype, chunks, self.source)
+        self._chunked.add(values)
+        return ChunkedTensor(values)
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether tensors lie in several places, so that none of the files' pages can be their memory."""
+        return bool(self._chunked)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's memory is the checkpoint's, written to or not."""
@@ -133,7 +142,7 @@ class MappedCheckpoint:
     @property
     def referenced_bytes(self) -> int:
         """Bytes under tensors that are still alive."""
-        chunked = sum(tensor.nbytes for tensor in self._chunked if not tensor.is_read)
+        chunked = sum(values.nbytes for values in self._chunked if values.memory is None)
         return chunked + (self.mapping.referenced_bytes if self.mapping is not None else 0)
 
     def detach(self) -> int:
@@ -146,84 +155,144 @@ class MappedCheckpoint:
             CheckpointReadError: Reading a chunked tensor failed.
         """
         kept = 0
-        for tensor in list(self._chunked):
-            if not tensor.is_read:
-                kept += tensor.read().nbytes
+        for values in list(self._chunked):
+            if values.memory is None:
+                kept += values.read().nbytes
         kept += self.mapping.detach() if self.mapping is not None else 0
         self.source.close()
         return kept
 
 
-class ChunkedTensor(torch.Tensor):
-    """A CPU tensor whose values lie in several places of the files, until somebody uses them.
+class _Values:
+    """What a chunked tensor and its detached twins share: the parts in the files, or the values in memory."""
 
-    Any operation reads the whole tensor into ordinary memory first, and all later ones see that memory. What only asks
-    for shape, dtype or device reads nothing.
+    __slots__ = ("__weakref__", "_lock", "dtype", "memory", "pieces", "shape", "source")
 
-    Args:
-        shape: Sizes.
-        dtype: Element type.
-        chunks: The parts, which cover the tensor without overlap.
-        source: The files.
-    """
-
-    source: FileSet
-    pieces: tuple[FilePiece, ...]
-    _memory: torch.Tensor | None
-
-    @staticmethod
-    def __new__(
-        cls, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[ChunkInfo], source: FileSet
-    ) -> ChunkedTensor:
-        """Makes the tensor; ``__init__`` comes too late for a tensor."""
-        cpu = torch.device("cpu")
-        self: ChunkedTensor = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=cpu)
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[ChunkInfo], source: FileSet) -> None:
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
         self.source = source
         self.pieces = tuple(
             FilePiece(c.storage.offset + c.storage_offset * dtype.itemsize, c.stride, c.starts, c.shape)
             for c in chunks
             if math.prod(c.shape)
         )
-        self._memory = None
+        self.memory: torch.Tensor | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        # Two threads that read twice would each write to a tensor of their own. An ordinary tensor in any context:
+        # one of inference mode could not be written to later, and none must land on a default device.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self.memory is None:
+                values = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+                for piece in self.pieces:
+                    self._read_piece(piece, piece.within(values))
+                self.memory = values
+            return self.memory
+
+    def _read_piece(self, piece: FilePiece, destination: torch.Tensor) -> None:
+        length, row_bytes = (piece.shape[0], piece.stride[0] * self.dtype.itemsize) if piece.shape else (1, 0)
+        if row_bytes and piece.stride[0] >= span_elements(piece.shape[1:], piece.stride[1:]):
+            rows = max(1, _READ_BLOCK_BYTES // row_bytes)
+        else:
+            rows = length  # They interlock in the file, so that none can be read without the others.
+        for start in range(0, length, rows):
+            part = destination[start : start + rows] if piece.shape else destination
+            data = bytearray(span_elements(part.shape, piece.stride) * self.dtype.itemsize)
+            _read_into(self.source, memoryview(data), piece.offset + start * row_bytes)
+            part.copy_(torch.frombuffer(data, dtype=self.dtype).as_strided(part.shape, piece.stride))
+
+
+class ChunkedTensor(torch.Tensor):
+    """A CPU tensor whose values lie in several places of the files, until somebody uses them.
+
+    Any operation reads the whole tensor into ordinary memory first, and all later ones see that memory: those on this
+    object and on what ``detach()`` or ``.data`` made of it. What only asks for shape, dtype or device reads nothing.
+
+    Args:
+        values: Where the values are.
+    """
+
+    _held: _Values
+
+    @staticmethod
+    def __new__(cls, values: _Values) -> ChunkedTensor:
+        """Makes the tensor; ``__init__`` comes too late for a tensor."""
+        cpu = torch.device("cpu")
+        self: ChunkedTensor = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype, device=cpu)
+        self._held = values
         return self
 
     def __init__(self, *_: Any) -> None:
         pass
 
     @property
+    def source(self) -> FileSet:
+        """The files."""
+        return self._held.source
+
+    @property
+    def pieces(self) -> tuple[FilePiece, ...]:
+        """The parts, which cover the tensor without overlap."""
+        return self._held.pieces
+
+    @property
     def is_read(self) -> bool:
         """Whether the values are in memory, so that they may differ from the file's."""
-        return self._memory is not None
+        return self._held.memory is not None
 
     def read(self) -> torch.Tensor:
         """The values as an ordinary tensor: read from the files at first, the same tensor ever after.
 
+        Checksums are not compared.
+
         Raises:
             CheckpointReadError: Reading failed.
+
+        Peak memory: the tensor, and 16 MiB, or the largest part where its rows interlock in the file.
         """
-        if self._memory is None:
-            values = torch.empty(self.shape, dtype=self.dtype)
-            for piece in self.pieces:
-                nbytes = span_elements(piece.shape, piece.stride) * self.dtype.itemsize
-                data = bytearray(nbytes)
-                _read_into(self.source, memoryview(data), piece.offset)
-                part = torch.frombuffer(data, dtype=self.dtype).as_strided(piece.shape, piece.stride)
-                piece.within(values).copy_(part)
-            self._memory = values
-        return self._memory
+        return self._held.read()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0]._held)
         args, kwargs = tree_map_only(ChunkedTensor, ChunkedTensor.read, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     # What the documentation of __torch_dispatch__ prescribes; else torch would make results instances of this class.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
+    # These go to the memory without an operation, and this object has none.
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        """As for any tensor."""
+        return self.read().numpy(*args, **kwargs)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.read().__array__(*args, **kwargs)
+
+    def tolist(self) -> Any:
+        """As for any tensor."""
+        return self.read().tolist()
+
+    def data_ptr(self) -> int:
+        """As for any tensor."""
+        return self.read().data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """As for any tensor."""
+        return self.read().untyped_storage()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        return self.read().clone()
+        copy = memo[id(self)] = self.read().clone()
+        return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.read().__reduce_ex__(protocol)

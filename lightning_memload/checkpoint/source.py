@@ -14,7 +14,7 @@ from typing import Protocol
 
 from lightning_memload.checkpoint.index import lay_out
 
-__all__ = ["ByteSource", "FileSet", "LocalFile"]
+__all__ = ["ByteSource", "FilePart", "FileSet", "LocalFile"]
 
 # More than this many files are opened anew for every read: a process may often have no more than 1024 open.
 _MAX_OPEN_FILES = 64
@@ -166,7 +166,7 @@ class LocalFile:
                 nbytes -= len(chunk)
                 offset += len(chunk)
         finally:
-            if descriptor != self._fd:
+            if self._reopens:
                 os.close(descriptor)
         return b"".join(chunks)
 
@@ -186,6 +186,43 @@ class LocalFile:
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             self.close()
+
+
+class FilePart:
+    """A stretch of a file that is read like a file of its own.
+
+    Its first and last bytes are read once: formats describe themselves there, in a dozen small reads.
+
+    Args:
+        file: The file. It stays open.
+        name: What messages call the part.
+        start: Its first byte.
+        nbytes: Its length. All of it must lie in the file.
+    """
+
+    # A record of one tensor in torch's layout is described by fewer than these.
+    _EDGE_BYTES = 1024
+
+    def __init__(self, file: LocalFile, name: str, start: int, nbytes: int) -> None:
+        self.name = name
+        self.start = start
+        self.size_bytes = nbytes
+        self._file = file
+        if nbytes <= 2 * self._EDGE_BYTES:
+            self._head = self._tail = file.pread(nbytes, start)
+        else:
+            self._head = file.pread(self._EDGE_BYTES, start)
+            self._tail = file.pread(self._EDGE_BYTES, start + nbytes - self._EDGE_BYTES)
+        self._tail_start = nbytes - len(self._tail)
+
+    def pread(self, nbytes: int, offset: int) -> bytes:
+        """Reads exactly ``nbytes`` at ``offset`` from the part's start; fewer only at its end."""
+        end = min(offset + nbytes, self.size_bytes)
+        if end <= len(self._head):
+            return self._head[offset:end]
+        if offset >= self._tail_start:
+            return self._tail[offset - self._tail_start : end - self._tail_start]
+        return self._file.pread(end - offset, self.start + offset)
 
 
 def _state_of(descriptor: int) -> tuple[int, int, int, int]:

@@ -28,7 +28,7 @@ from lightning_memload.checkpoint.mapped import MappedCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.source import FileSet, LocalFile
 from lightning_memload.checkpoint.torch_pickle import walk_pickle
-from lightning_memload.checkpoint.torch_zip import load_onto, read_pickle
+from lightning_memload.checkpoint.torch_zip import load_onto, read_records
 from lightning_memload.errors import CheckpointFormatError, MemloadError
 
 __all__ = [
@@ -197,7 +197,7 @@ def _index_state(path: str, state_bytes: int, storages: Sequence[StorageFile]) -
         for storage, span in zip(storages, spans[1:], strict=True)
     }
     with LocalFile(state) as file:
-        pickled, records = read_pickle(file)
+        records, pickled = read_records(file)
     tensors, found = walk_pickle(state, pickled, records, elsewhere)
     return Checkpoint(path, TensorDirectory.name, spans, tensors, found), pickled
 

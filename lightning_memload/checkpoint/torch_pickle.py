@@ -7,11 +7,12 @@ memory are bounded by the size of the pickle, except that a dict key is hashed, 
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import pickle
 import reprlib
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from lightning_memload.checkpoint.index import KeyPath, StorageInfo, TensorInfo,
 from lightning_memload.checkpoint.mapped import UnmappableCheckpoint
 from lightning_memload.errors import CheckpointFormatError
 
-__all__ = ["STUB_BYTES", "Record", "walk_pickle"]
+__all__ = ["STUB_BYTES", "InertUnpickler", "Record", "read_structure", "walk_pickle"]
 
 # What a file holds of a storage whose bytes lie elsewhere: one element or more of every type.
 STUB_BYTES = 16
@@ -65,8 +66,29 @@ def walk_pickle(
         UnmappableCheckpoint: Its objects are nested too deeply.
     """
     walker = _StructureUnpickler(path, data, records, elsewhere)
-    try:
+    with _damage_reported(path):
         return tuple(_collect_tensors(path, walker.load())), tuple(walker.storages.values())
+
+
+def read_structure(path: str, data: bytes, records: Mapping[str, Record]) -> Any:
+    """The containers, numbers and strings of a pickle, with inert placeholders for everything else.
+
+    Args:
+        path: What to call the file in messages.
+        data: The pickle.
+        records: The entries of the file that it may refer to.
+
+    Raises:
+        CheckpointFormatError: The pickle is damaged or contradicts the records.
+    """
+    with _damage_reported(path):
+        return _StructureUnpickler(path, data, records).load()
+
+
+@contextlib.contextmanager
+def _damage_reported(path: str) -> Iterator[None]:
+    try:
+        yield
     except CheckpointFormatError:
         raise
     except Exception as error:  # a damaged or hostile pickle can fail in any way; none of its code has run
@@ -212,17 +234,25 @@ def _load_bytearray8(unpickler: Any) -> None:
     unpickler.append(bytearray(unpickler.read(nbytes)))
 
 
-class _StructureUnpickler(pickle._Unpickler):
-    """Rebuilds the containers of a checkpoint with placeholders for everything that is not one.
+class InertUnpickler(pickle._Unpickler):
+    """An unpickler whose memory is bounded by the size of the pickle; what a pickle may name is its ``find_class``.
 
-    The interpreted unpickler, as under torch's ``weights_only``: the one in C sizes its memo by the largest number in
-    the file, so that five bytes of a pickle can take all memory. It costs some 10 us a tensor.
+    The interpreted one, as under torch's ``weights_only``: the one in C sizes its memo by the largest number in the
+    file, so that five bytes of a pickle can take all memory. It costs some 10 us a tensor.
     """
 
     dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _load_bytearray8}
 
+
+class _StructureUnpickler(InertUnpickler):
+    """Rebuilds the containers of a checkpoint with placeholders for everything that is not one."""
+
     def __init__(
-        self, path: str, data: bytes, records: Mapping[str, Record], elsewhere: Mapping[str, StorageInfo]
+        self,
+        path: str,
+        data: bytes,
+        records: Mapping[str, Record],
+        elsewhere: Mapping[str, StorageInfo] = MappingProxyType({}),
     ) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._path = path

@@ -23,11 +23,11 @@ from zlib_ng import zlib_ng
 from lightning_memload.checkpoint.index import Checkpoint, StorageInfo, lay_out
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
-from lightning_memload.checkpoint.source import FileSet, LocalFile
+from lightning_memload.checkpoint.source import FilePart, FileSet, LocalFile
 from lightning_memload.checkpoint.torch_pickle import STUB_BYTES, Record, walk_pickle
 from lightning_memload.errors import CheckpointFormatError, InsufficientMemoryError, MemloadError
 
-__all__ = ["TorchZip", "is_zip", "load_onto", "read_index", "read_pickle"]
+__all__ = ["TorchZip", "is_zip", "load_onto", "read_index", "read_records"]
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -88,7 +88,7 @@ def read_index(file: LocalFile) -> Checkpoint:
         CheckpointFormatError: The file is truncated, or its parts contradict one another.
         UnmappableCheckpoint: The records are compressed or of the other byte order.
     """
-    pickled, records = read_pickle(file)
+    records, pickled = read_records(file)
     tensors, storages = walk_pickle(file.name, pickled, records)
     return Checkpoint(
         path=file.name,
@@ -99,16 +99,27 @@ def read_index(file: LocalFile) -> Checkpoint:
     )
 
 
-def read_pickle(file: LocalFile) -> tuple[bytes, dict[str, Record]]:
-    """The pickle of a torch zip checkpoint, and every record that it may refer to.
+def read_records(file: LocalFile | FilePart) -> tuple[dict[str, Record], bytes]:
+    """Reads what describes the tensors of an archive.
 
     Args:
-        file: The open file.
+        file: The archive: a file, or a part of one.
+
+    Returns:
+        The records, with offsets from the start of the archive, by their name below its one top folder (``data.pkl``,
+        ``data/0``); and the pickle.
 
     Raises:
-        CheckpointFormatError: The file is truncated or damaged.
+        CheckpointFormatError: The archive is truncated or damaged.
         UnmappableCheckpoint: The records are compressed or of the other byte order.
     """
+    start = file.pread(len(_ZIP_MAGIC), 0)
+    if start != _ZIP_MAGIC:
+        raise CheckpointFormatError(
+            f"{file.name} is not what torch.save writes by default: it begins with {start!r}. It is damaged, or was "
+            "written by torch < 1.6 or with another serialization. Save it again with torch's defaults.",
+            path=file.name,
+        )
     records = _read_directory(file)
     order = records.get("byteorder")
     if order is not None and _read_small(file, order) != sys.byteorder.encode():
@@ -120,7 +131,7 @@ def read_pickle(file: LocalFile) -> tuple[bytes, dict[str, Record]]:
         raise CheckpointFormatError(
             f"{file.name} is a zip archive but holds no data.pkl, so torch.save did not write it.", path=file.name
         )
-    return _read_small(file, records["data.pkl"]), records
+    return records, _read_small(file, records["data.pkl"])
 
 
 def load_onto(
@@ -148,10 +159,36 @@ def load_onto(
         handover.end()
 
 
-def _read_directory(file: LocalFile) -> dict[str, Record]:
-    """Records by their name below the archive's one top folder (``data.pkl``, ``data/0``)."""
+class _Stream:
+    """What ``zipfile`` asks of a file that it only lists."""
+
+    def __init__(self, file: LocalFile | FilePart) -> None:
+        self._file = file
+        self._position = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size_bytes}[whence]
+        if start + offset < 0:
+            raise ValueError(f"byte {start + offset} is before the start")
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, nbytes: int = -1) -> bytes:
+        left = max(0, self._file.size_bytes - self._position)
+        data = self._file.pread(left if nbytes < 0 else min(nbytes, left), self._position)
+        self._position += len(data)
+        return data
+
+
+def _read_directory(file: LocalFile | FilePart) -> dict[str, Record]:
     try:
-        with open(file.name, "rb") as stream, zipfile.ZipFile(stream) as archive:
+        with zipfile.ZipFile(_Stream(file)) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, MemoryError) as error:
         raise CheckpointFormatError(
@@ -202,7 +239,7 @@ def _read_directory(file: LocalFile) -> dict[str, Record]:
     return records
 
 
-def _read_small(file: LocalFile, record: Record) -> bytes:
+def _read_small(file: LocalFile | FilePart, record: Record) -> bytes:
     data = file.pread(record.nbytes, record.offset)
     if record.crc32 is not None and zlib_ng.crc32(data) != record.crc32:
         raise CheckpointFormatError(

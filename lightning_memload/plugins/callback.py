@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_memload.errors import MetaTensorError
+from lightning_memload.errors import MetaTensorError, listed
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
 from lightning_memload.plugins.parts import Part, check_parts
 from lightning_memload.plugins.run import Mode, RestoreOptions, RestoreRun
@@ -279,8 +279,7 @@ def _meta_error(
     module: pl.LightningModule, path: str | None, parameters: list[str], buffers: list[str]
 ) -> MetaTensorError:
     names = (*parameters, *buffers)
-    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    where = f"{type(module).__name__} is still on the meta device: {listed}."
+    where = f"{type(module).__name__} is still on the meta device: {listed(names)}."
     if path is None:
         advice = (
             "Nothing gives it values, since no checkpoint is restored. Pass ckpt_path=..., or build the module without "

@@ -41,6 +41,7 @@ Mode = Literal["auto", "assign", "copy"]
 # Restores shorter than this show no bar.
 _BAR_DELAY_SECONDS = 1.0
 _TRUE_PRECISION_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+# In every checkpoint of a Trainer; Lightning cannot go on without it.
 # Worth a garbage collection before it is copied out of the file for good.
 _COLLECT_BYTES = 1 << 20
 
@@ -154,7 +155,7 @@ class RestoreRun:
 
     def _open_session(self, mapped: MappedCheckpoint) -> RestoreSession:
         assert self._ring is not None
-        self._mode, self._mode_reason = self._choose_mode()
+        self._mode, self._mode_reason = self._choose_mode(mapped)
         self._session = RestoreSession(
             mapped,
             device=self._device,
@@ -182,10 +183,11 @@ class RestoreRun:
         self._begin_phase("optimizers")
         if self._session is None:
             return
+        parameters = dict(self._module.named_parameters(remove_duplicate=False))
         for number, optimizer in enumerate(optimizers):
             if hasattr(optimizer, "register_load_state_dict_pre_hook"):
                 name = f"optimizer_states[{number}]"
-                self._optimizers.append(OptimizerRestore(optimizer, self._session, name=name))
+                self._optimizers.append(OptimizerRestore(optimizer, self._session, name=name, parameters=parameters))
 
     def finish(self) -> RestoreReport | None:
         """Ends the restore. Every rank must call it.
@@ -246,9 +248,16 @@ class RestoreRun:
 
     # --------------------------------------------------------------------------------------------------------------
 
-    def _choose_mode(self) -> tuple[Mode, str]:
+    def _choose_mode(self, mapped: MappedCheckpoint) -> tuple[Mode, str]:
         wanted = self._options.mode
         on_cpu = self._device.type == "cpu"
+        if on_cpu and mapped.is_chunked:
+            if wanted == "assign":
+                rank_zero_warn(
+                    "MemoryEfficientRestore(mode='assign') needs tensors that lie in a file as they are, and "
+                    f"{self.path} holds them in parts. The weights are copied."
+                )
+            return "copy", "the checkpoint holds its tensors in parts"
         if wanted == "assign" and not on_cpu:
             rank_zero_warn(
                 f"MemoryEfficientRestore(mode='assign') needs a CPU target: parameters on {self._device} cannot be a "
@@ -287,7 +296,7 @@ class RestoreRun:
         ):
             return None
         parts = ("state_dict", "optimizer_states") if self._stage == "fit" else ("state_dict",)
-        storages = {t.storage.key: t.storage.nbytes for t in mapped.index if t.path[0] in parts}
+        storages = {s.key: s.nbytes for t in mapped.index if t.path[0] in parts for s in t.storages}
         bar = self._bar = tqdm(
             desc="Restoring checkpoint",
             total=sum(storages.values()),

@@ -6,15 +6,21 @@ back. Torch's conversion is then a no-op, so each state exists once, on its devi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from lightning_memload.checkpoint import ChunkedTensor
+from lightning_memload.errors import OptimizerMismatchError, listed
 from lightning_memload.restore.session import Move, RestoreSession
 
 __all__ = ["OptimizerRestore", "mapped_bytes"]
+
+# What torch.compile and activation checkpointing put into the names of a module, and no strategy saves.
+_WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 class OptimizerRestore:
@@ -24,19 +30,34 @@ class OptimizerRestore:
         optimizer: Any optimizer with torch's ``register_load_state_dict_pre_hook``.
         session: The restore.
         name: What to call it in messages, for example ``optimizer_states[0]``.
+        parameters: The module's parameters by name, for checkpoints that keep the states under these names, as
+            distributed ones do.
+
+    Raises:
+        OptimizerMismatchError: (from ``load_state_dict``) The checkpoint's names are not those of the parameters that
+            the optimizer updates.
 
     Peak memory: the states, once, on their device, and the session's staging ring.
     """
 
-    def __init__(self, optimizer: Optimizer, session: RestoreSession, *, name: str = "optimizer") -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        session: RestoreSession,
+        *,
+        name: str = "optimizer",
+        parameters: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self._session: RestoreSession | None = session
         self._name = name
+        self._parameters = parameters or {}
         self._handle = optimizer.register_load_state_dict_pre_hook(self._before_load)
 
     def remove(self) -> None:
         """Removes the hook. Removing twice is fine."""
         self._handle.remove()
         self._session = None
+        self._parameters = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerRestore:
         # An optimizer that is copied during the restore takes the hook along; it ends with this one's.
@@ -49,9 +70,10 @@ class OptimizerRestore:
         session = self._session
         if session is None:
             return None
+        state_dict = _in_live_order(state_dict, optimizer, self._parameters, self._name)
         saved_groups = state_dict.get("param_groups", [])
         if [len(group["params"]) for group in saved_groups] != [len(g["params"]) for g in optimizer.param_groups]:
-            return None  # torch refuses this; no byte need be read for that
+            return state_dict  # torch refuses this; no byte need be read for that
         parameters: dict[Any, tuple[torch.Tensor, dict[str, Any]]] = {}
         for saved, group in zip(saved_groups, optimizer.param_groups, strict=True):
             for number, parameter in zip(saved["params"], group["params"], strict=True):
@@ -71,6 +93,44 @@ class OptimizerRestore:
         return {**state_dict, "state": {number: _fill(value, filled) for number, value in state.items()}}
 
 
+def _in_live_order(
+    state_dict: dict[str, Any], optimizer: Optimizer, parameters: Mapping[str, torch.Tensor], name: str
+) -> dict[str, Any]:
+    """Puts the names of saved parameters in the order of the live ones, which is all that torch goes by.
+
+    Returns:
+        The state dict, as it is unless its groups list parameters by name.
+    """
+    saved_groups = state_dict.get("param_groups", [])
+    saved_ids = [saved for group in saved_groups for saved in group["params"]]
+    if not parameters or not saved_ids or not all(isinstance(saved, str) for saved in saved_ids):
+        return state_dict
+    if len(saved_groups) != len(optimizer.param_groups):
+        return state_dict  # torch refuses this
+    live = {_WRAPPERS.sub("", full_name): parameter for full_name, parameter in parameters.items()}
+    groups = []
+    for number, (saved, group) in enumerate(zip(saved_groups, optimizer.param_groups, strict=True)):
+        names = {id(live[saved_name]): saved_name for saved_name in saved["params"] if saved_name in live}
+        ids = {id(parameter) for parameter in group["params"]}
+        surplus = [saved_name for saved_name in saved["params"] if id(live.get(saved_name)) not in ids]
+        lacking = [live_name for live_name, p in live.items() if id(p) in ids and id(p) not in names]
+        unnamed = len(ids - {id(parameter) for parameter in live.values()})
+        if surplus or lacking or unnamed:
+            raise OptimizerMismatchError(
+                f"{name}.param_groups[{number}] of the checkpoint is for {len(saved['params'])} parameters by name, "
+                f"the optimizer's is for {len(group['params'])}. "
+                + (f"Not among the optimizer's: {listed(surplus)}. " if surplus else "")
+                + (f"Missing from the checkpoint's: {listed(lacking)}. " if lacking else "")
+                + (f"{unnamed} of the optimizer's are no parameters of the module. " if unnamed else "")
+                + "Configure the optimizer as it was when the checkpoint was saved, or rename the states in "
+                "on_load_checkpoint.",
+                missing=tuple(lacking),
+                unexpected=tuple(surplus),
+            )
+        groups.append({**saved, "params": [names[id(parameter)] for parameter in group["params"]]})
+    return {**state_dict, "param_groups": groups}
+
+
 class _Planned:
     """Stands for one state tensor until its memory is allocated."""
 
@@ -87,9 +147,13 @@ class _Planned:
         return self.value.numel() * self.dtype.itemsize
 
     def allocate(self) -> Move:
-        empty = torch.empty_like(
-            self.value.detach(), device=self.device, dtype=self.dtype, memory_format=torch.preserve_format
-        )
+        if isinstance(self.value, ChunkedTensor):
+            # Any operation, empty_like too, would read it.
+            empty = torch.empty(self.value.shape, device=self.device, dtype=self.dtype)
+        else:
+            empty = torch.empty_like(
+                self.value.detach(), device=self.device, dtype=self.dtype, memory_format=torch.preserve_format
+            )
         return Move(self.name, self.value, empty)
 
 

@@ -91,7 +91,8 @@ class RestoreSession:
         self._ends: dict[int, int] = {}
         names: dict[str, str] = {}
         for tensor in checkpoint.index:
-            names.setdefault(tensor.storage.key, tensor.name)
+            for storage in tensor.storages:
+                names.setdefault(storage.key, tensor.name)
         self._records = [
             Record(names.get(storage.key, storage.key), storage.offset, storage.nbytes, storage.crc32)
             for storage in checkpoint.index.storages

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
-from lightning_memload.checkpoint import span_bytes
+from lightning_memload.checkpoint import ChunkedTensor, span_bytes
 from lightning_memload.restore.meta import empty_on, materialize, replace_data
 from lightning_memload.restore.session import Move, RestoreSession
 
@@ -159,7 +159,7 @@ class WeightsRestore:
         tensor, value = target.tensor, target.value
         if not self._assign or device.type != "cpu" or value.dtype != self._final_dtype(target):
             return False
-        if tensor.stride() != value.stride():
+        if isinstance(value, ChunkedTensor) or tensor.stride() != value.stride():
             return False
         return tensor.is_meta or (tensor.is_cpu and not self._keep_memory and not sharing.shares(tensor))
 
@@ -230,7 +230,9 @@ def _find_targets(module: nn.Module, state_dict: dict[str, Any], prefix: str) ->
         buffers = ((name, buffer) for name, buffer in child._buffers.items() if name not in skipped)
         for name, tensor in (*child._parameters.items(), *buffers):
             value = state_dict.get(child_prefix + name)
-            if _is_plain(tensor) and _is_plain(value) and tensor.shape == value.shape:
+            if not isinstance(value, ChunkedTensor) and not _is_plain(value):
+                continue
+            if _is_plain(tensor) and tensor.shape == value.shape:
                 yield _Target(child_prefix + name, tensor, value)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import io
 import os
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -142,3 +143,13 @@ def save_sparse(path: Path, sizes: Mapping[str, int]) -> None:
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(state, path)
     assert os.stat(path).st_blocks * 512 < 64 << 20
+
+
+def save_dcp(state: dict[str, Any], path: Path) -> None:
+    """A directory of ``torch.distributed.checkpoint``, written by this one process."""
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        # That there is only one process.
+        warnings.simplefilter("ignore")
+        dcp.save(state, checkpoint_id=path)

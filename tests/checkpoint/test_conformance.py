@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from lightning_memload.checkpoint import (
     Checkpoint,
     CheckpointFormat,
+    ChunkedTensor,
     ChunkInfo,
     FilePiece,
     MappedCheckpoint,
@@ -50,7 +51,7 @@ from lightning_memload.transfer import (
     choose_layout,
     transfer,
 )
-from tests.checkpoint.files import ALL_DTYPES, as_bytes, from_file, layouts, of_dtype, tensors_of
+from tests.checkpoint.files import ALL_DTYPES, as_bytes, from_file, layouts, of_dtype, save_dcp, tensors_of
 from tests.fresh_process import run_fresh
 
 pytestmark = [
@@ -69,6 +70,11 @@ def write_torch(folder: Path, state: Mapping[str, Any]) -> Path:
 
 def write_directory(folder: Path, state: Mapping[str, Any]) -> Path:
     save_directory(state, folder / "last")
+    return folder / "last"
+
+
+def write_dcp(folder: Path, state: Mapping[str, Any]) -> Path:
+    save_dcp(dict(state), folder / "last")
     return folder / "last"
 
 
@@ -127,7 +133,7 @@ class Writer:
     def adapt(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """As much of a state as the format carries."""
         if self.nested:
-            return dict(state)
+            return dict(state) if self.strided else _by_themselves(state)
         named = {format_path(path): tensor.detach() for path, tensor in tensors_of(state)}
         return {
             name: tensor if self.strided else tensor.clone(memory_format=torch.contiguous_format)
@@ -135,10 +141,20 @@ class Writer:
         }
 
 
+def _by_themselves(value: Any) -> Any:
+    """The same with every tensor contiguous and in memory of its own."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone(memory_format=torch.contiguous_format)
+    if isinstance(value, dict):
+        return {key: _by_themselves(item) for key, item in value.items()}
+    return [_by_themselves(item) for item in value] if isinstance(value, list) else value
+
+
 LACKED_BY_SAFETENSORS = frozenset({torch.complex128, torch.complex32})
 WRITERS = [
     Writer("torch", "torch", write_torch, nested=True, strided=True, checksums=True),
     Writer("directory", "tensor_directory", write_directory, nested=True, strided=True, checksums=True),
+    Writer("dcp", "dcp", write_dcp, nested=True, checksums=True),
     Writer("safetensors", "safetensors", write_safetensors, lacks=LACKED_BY_SAFETENSORS),
     Writer("shards", "safetensors", write_shards, lacks=LACKED_BY_SAFETENSORS),
     Writer("shards-by-index", "safetensors", write_shards_to_open_by_index, lacks=LACKED_BY_SAFETENSORS),
@@ -281,7 +297,7 @@ def check_load(checkpoint_format: CheckpointFormat, case: Case) -> None:
             if math.prod(part.shape)
         ]
         if not info.chunks:
-            assert type(tensor) is type(expected)
+            assert type(tensor) in (type(expected), ChunkedTensor)
             assert tensor.stride() == expected.stride()
     # Last: whatever a format reads late, it reads when somebody looks.
     assert {path: as_bytes(tensor) for path, tensor in tensors.items()} == {

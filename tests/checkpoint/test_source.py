@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lightning_memload.checkpoint import ByteSource, LocalFile
+from lightning_memload.checkpoint import ByteSource, FilePart, LocalFile
 
 PAGE = mmap.PAGESIZE
 SIZE = 24 << 20
@@ -144,6 +144,25 @@ class TestReading:
             assert source.pread(1000, 77) == path.read_bytes()[77:1077]
             assert source.pread(1000, SIZE - 10) == path.read_bytes()[-10:]
             assert source.pread(10, SIZE + 5) == b""
+
+    @pytest.mark.parametrize("nbytes", [0, 5, 1024, 2048, 2049, 100_000])
+    def test_part(self, nbytes: int, path: Path) -> None:
+        expected = path.read_bytes()[777 : 777 + nbytes]
+        with LocalFile(path) as file:
+            part = FilePart(file, "part", 777, nbytes)
+            assert (part.name, part.size_bytes) == ("part", nbytes)
+            for start in (0, 3, 1023, 1024, nbytes // 2, max(0, nbytes - 1024), nbytes, nbytes + 9):
+                for length in (0, 1, 1000, 1025, 1 << 62):
+                    assert part.pread(length, start) == expected[start : start + length]
+
+    def test_pread_of_a_file_that_is_not_kept_open(self, path: Path) -> None:
+        before = len(os.listdir("/proc/self/fd"))
+        file = LocalFile(path, keep_open=False)
+        assert file.pread(100, 50) == path.read_bytes()[50:150]
+        assert len(os.listdir("/proc/self/fd")) == before
+        path.write_bytes(b"another")
+        with pytest.raises(OSError, match="changed or replaced"):
+            file.pread(1, 0)
 
     def test_closing_twice_and_forgetting_to(self, path: Path) -> None:
         before = len(os.listdir("/proc/self/fd"))

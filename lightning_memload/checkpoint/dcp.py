@@ -1,0 +1,386 @@
+"""A directory of ``torch.distributed.checkpoint``, as Lightning's FSDP and ModelParallel strategies save it.
+
+``.metadata`` says which stretch of which file is which part of which tensor, and each stretch is a small archive of
+``torch.save``. So every tensor's bytes are known, with their CRC-32, and the tensors can stay in the files: chunked
+ones, since a part begins at any byte. The object is put together as it was saved; a checkpoint of a Trainer becomes the
+ordinary one, with ``state_dict``, ``optimizer_states`` and all that is in ``meta.pt``. Optimizer states stay under the
+names of their parameters, as the strategies save them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lightning_memload.checkpoint.dcp_metadata import METADATA_NAME, Entry, Metadata, SavedTensor, read_metadata
+from lightning_memload.checkpoint.index import Checkpoint, ChunkInfo, KeyPath, StorageInfo, TensorInfo
+from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
+from lightning_memload.checkpoint.source import FilePart, FileSet, LocalFile
+from lightning_memload.checkpoint.torch_pickle import read_structure, walk_pickle
+from lightning_memload.checkpoint.torch_zip import TorchZip, read_index, read_records
+from lightning_memload.errors import CheckpointFormatError, listed
+
+__all__ = ["DcpDirectory"]
+
+_EXTRA_NAME = "meta.pt"
+_SUFFIX = ".distcp"
+# Lightning writes it into every checkpoint of a Trainer and demands it when it loads one.
+_VERSION_KEY = "pytorch-lightning_version"
+# Lists lose their empty containers when they are flattened. More holes than this are nobody's list.
+_MAX_HOLES = 100_000
+
+
+class DcpDirectory:
+    """What ``torch.distributed.checkpoint.save`` writes, with the ``meta.pt`` that Lightning puts beside it."""
+
+    name = "dcp"
+
+    def recognizes(self, path: str) -> bool:
+        """Whether the directory holds the metadata, or files, of a distributed checkpoint."""
+        if not os.path.isdir(path):
+            return False
+        return os.path.isfile(os.path.join(path, METADATA_NAME)) or any(
+            name.endswith(_SUFFIX) for name in os.listdir(path)
+        )
+
+    def read_index(self, path: str) -> Checkpoint:
+        """Indexes the directory.
+
+        Raises:
+            CheckpointFormatError: A file is missing, truncated or damaged, or the parts of a tensor do not cover it.
+        """
+        directory = _Directory(path)
+        directory.source.close()
+        return directory.index
+
+    def load(self, path: str, *, weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:
+        """Loads the object; the tensors stay in the files.
+
+        Raises:
+            pickle.UnpicklingError: ``weights_only`` forbids what the checkpoint holds beside tensors; torch's message.
+
+        Peak memory: the index and what the checkpoint holds beside tensors.
+        """
+        directory = _Directory(path)
+        try:
+            return directory.load(weights_only)
+        except BaseException:
+            directory.source.close()
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor in its place in the saved object."""
+
+    info: TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class _Object:
+    """Any other object in its place, not loaded."""
+
+    part: FilePart
+    tensors: tuple[TensorInfo, ...]
+    storages: tuple[StorageInfo, ...]
+    pickled: bytes
+
+
+class _Positions(dict[int, Any]):
+    """A list that is being put together in any order."""
+
+
+class _Directory:
+    """One directory, read and checked: its files, the index, and the saved object with placeholders for its leaves."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        metadata_path = os.path.join(path, METADATA_NAME)
+        if not os.path.isfile(metadata_path):
+            of_ranks = sorted(name for name in os.listdir(path) if name.endswith(METADATA_NAME))
+            if of_ranks:
+                raise CheckpointFormatError(
+                    f"{path} holds the metadata of each rank by itself ({listed(of_ranks)}), since it was saved with "
+                    f"use_collectives=False, and no {METADATA_NAME} of all. Save it with use_collectives=True.",
+                    path=path,
+                )
+            raise CheckpointFormatError(
+                f"{path} holds {_SUFFIX} files but no {METADATA_NAME}, which torch.distributed.checkpoint writes last: "
+                "the save was not finished, or the file was left behind in a copy. Copy it again, or resume from "
+                "another checkpoint.",
+                path=path,
+            )
+        metadata = read_metadata(metadata_path)
+        self.source = FileSet(_find_files(path, metadata))
+        try:
+            with _convertible(path):
+                self._files = {os.path.basename(file.name): file for file in self.source.files}
+                self._starts = {os.path.basename(span.path): span.start for span in self.source.spans}
+                self._extra = read_index(self._files[_EXTRA_NAME]) if _EXTRA_NAME in self._files else None
+                self._walked: dict[Any, tuple[tuple[TensorInfo, ...], tuple[StorageInfo, ...]]] = {}
+                leaves = {name: self._read_item(name, item) for name, item in metadata.items.items()}
+                self._root = self._restore_structure(metadata, leaves)
+                self.index = self._make_index()
+        except BaseException:
+            self.source.close()
+            raise
+
+    def load(self, weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:
+        extra: Any = {}
+        mapping = None
+        if self._extra is not None:
+            with _convertible(self._path):
+                extra, mapped = TorchZip().load(self._extra.path, weights_only=weights_only)
+            # It is the first of the files, so its offsets are those of all of them.
+            mapping = mapped.mapping
+        checkpoint = MappedCheckpoint(self.index, self.source, mapping)
+
+        def load_leaf(leaf: _Tensor | _Object) -> Any:
+            if isinstance(leaf, _Tensor):
+                info = leaf.info
+                return checkpoint.chunked_tensor(info.shape, info.dtype, info.chunks or (_only_chunk(info),))
+            data = io.BytesIO(leaf.part.pread(leaf.part.size_bytes, 0))
+            return torch.load(data, map_location="cpu", weights_only=weights_only)
+
+        loaded = _map_leaves(self._root, load_leaf)
+        return {**loaded, **extra}, checkpoint
+
+    # Entries --------------------------------------------------------------------------------------------------------
+
+    def _read_item(self, name: str, item: SavedTensor | Entry) -> _Tensor | _Object:
+        if isinstance(item, Entry):
+            return self._read_entry(name, item)
+        chunks = []
+        for part in item.parts:
+            entry = self._read_entry(name, part.entry)
+            found = entry.tensors[0] if len(entry.tensors) == 1 and entry.tensors[0].path == () else None
+            if found is None or (found.dtype, found.shape) != (item.dtype, part.shape):
+                holds = f"{found.dtype} of shape {found.shape}" if found is not None else "no single tensor"
+                raise CheckpointFormatError(
+                    f"{entry.part.name}: the part at {part.starts} of {name} is {item.dtype} of shape {part.shape} in "
+                    f"{METADATA_NAME}, but what lies there is {holds}. The files belong to different checkpoints, or "
+                    "are damaged. Resume from another checkpoint.",
+                    path=self._files[part.entry.file].name,
+                )
+            if found.nbytes > found.storage.nbytes or b"conj" in entry.pickled or b"neg" in entry.pickled:
+                # torch writes neither the one nor, but for conjugate views, the other.
+                raise CheckpointFormatError(
+                    f"{entry.part.name}: the part at {part.starts} of {name} is a view ({found.nbytes} bytes of a "
+                    f"storage of {found.storage.nbytes}, perhaps conjugate), whose bytes are not its values. Save "
+                    "tensor.resolve_conj().contiguous() instead.",
+                    path=self._files[part.entry.file].name,
+                )
+            chunks.append(ChunkInfo(part.starts, part.shape, found.stride, found.storage_offset, found.storage))
+        first = chunks[0]
+        info = TensorInfo(
+            (), item.dtype, item.shape, first.stride, first.storage_offset, first.storage,
+            chunks=tuple(chunks) if len(chunks) > 1 else (),
+        )  # fmt: skip
+        return _Tensor(info)
+
+    def _read_entry(self, name: str, entry: Entry) -> _Object:
+        """Indexes one entry, itself a small archive. Runs none of its code."""
+        file = self._files[entry.file]
+        part = FilePart(file, f"{file.name}, the entry of {name} at byte {entry.offset}", entry.offset, entry.nbytes)
+        try:
+            records, pickled = read_records(part)
+            # Equal parts of equal tensors have equal pickles, and walking one takes longer than all the rest.
+            same = (pickled, tuple((key, record.nbytes) for key, record in records.items()))
+            if same not in self._walked:
+                self._walked[same] = walk_pickle(part.name, pickled, records)
+        except CheckpointFormatError as error:
+            error.path = file.name
+            raise
+        tensors, storages = self._walked[same]
+        start = self._starts[entry.file] + entry.offset
+        placed: dict[str, StorageInfo] = {}
+        for storage in storages:
+            record = records[f"data/{storage.key}"]
+            crc32 = record.crc32 if storage.nbytes == record.nbytes else None
+            key = f"{entry.file}:{entry.offset}/{storage.key}"
+            placed[storage.key] = StorageInfo(key, start + record.offset, storage.nbytes, crc32, storage.location)
+        moved = tuple(replace(tensor, storage=placed[tensor.storage.key]) for tensor in tensors)
+        return _Object(part, moved, tuple(placed.values()), pickled)
+
+    # The saved object -----------------------------------------------------------------------------------------------
+
+    def _restore_structure(self, metadata: Metadata, leaves: dict[str, _Tensor | _Object]) -> dict[Any, Any]:
+        root: dict[Any, Any] = {}
+        for name, leaf in leaves.items():
+            self._place(root, name, metadata.paths[name], leaf)
+        self._holes = 0
+        settled: dict[Any, Any] = self._settle(root)
+        if self._extra is not None:
+            extra = self._read_extra_structure()
+            if _VERSION_KEY in extra:
+                _rename_for_trainer(settled, extra)
+        return settled
+
+    def _place(self, root: dict[Any, Any], name: str, path: KeyPath, leaf: _Tensor | _Object) -> None:
+        node: Any = root
+        for depth, key in enumerate(path):
+            last = depth + 1 == len(path)
+            child: Any = leaf if last else _Positions() if isinstance(path[depth + 1], int) else {}
+            found = node.setdefault(key, child)
+            if type(found) is not type(child) or (last and found is not leaf):
+                raise CheckpointFormatError(
+                    f"{os.path.join(self._path, METADATA_NAME)} is damaged: the keys {path} that lead to {name} lead "
+                    "to something else as well. Resume from another checkpoint.",
+                    path=os.path.join(self._path, METADATA_NAME),
+                )
+            node = found
+
+    def _settle(self, node: Any) -> Any:
+        """Lists for positions, and an optimizer's states under the ids that it saved."""
+        if isinstance(node, _Positions):
+            length = max(node) + 1
+            self._holes += length - len(node)
+            if self._holes > _MAX_HOLES:
+                raise CheckpointFormatError(
+                    f"{os.path.join(self._path, METADATA_NAME)} is damaged: it describes lists with more than "
+                    f"{_MAX_HOLES} positions that hold nothing. Resume from another checkpoint.",
+                    path=os.path.join(self._path, METADATA_NAME),
+                )
+            return [self._settle(node.get(position)) for position in range(length)]
+        if not isinstance(node, dict):
+            return node
+        settled = {key: self._settle(value) for key, value in node.items()}
+        groups = settled.get("param_groups")
+        if isinstance(groups, list) and all(isinstance(group, dict) and "params" in group for group in groups):
+            # Flattening makes strings of an optimizer's numbers, and loses a state that is empty.
+            numbers = {str(number): number for group in groups for number in self._read_numbers(group["params"])}
+            settled["state"] = {numbers.get(key, key): value for key, value in settled.get("state", {}).items()}
+        return settled
+
+    def _read_numbers(self, leaf: Any) -> Iterable[int]:
+        ids = self._read_plain(leaf.part, leaf.pickled) if isinstance(leaf, _Object) else None
+        return [number for number in ids if type(number) is int] if isinstance(ids, list) else []
+
+    def _read_plain(self, part: FilePart, pickled: bytes) -> Any:
+        return read_structure(part.name, pickled, read_records(part)[0])
+
+    def _read_extra_structure(self) -> Any:
+        file = self._files[_EXTRA_NAME]
+        records, pickled = read_records(file)
+        extra = read_structure(file.name, pickled, records)
+        if not isinstance(extra, dict):
+            raise CheckpointFormatError(
+                f"{file.name} holds a {type(extra).__name__}, where Lightning puts a dict.", path=file.name
+            )
+        return extra
+
+    def _make_index(self) -> Checkpoint:
+        tensors: list[TensorInfo] = []
+        storages: list[StorageInfo] = []
+        for path, leaf in _leaves(self._root):
+            if isinstance(leaf, _Tensor):
+                tensors.append(replace(leaf.info, path=path))
+                storages.extend(leaf.info.storages)
+            else:
+                tensors.extend(replace(tensor, path=path + tensor.path) for tensor in leaf.tensors)
+                storages.extend(leaf.storages)
+        if self._extra is not None:
+            # What meta.pt holds takes the place of what is called the same.
+            names = {tensor.path[:1] for tensor in self._extra.tensors}
+            tensors = [tensor for tensor in tensors if tensor.path[:1] not in names]
+            tensors.extend(self._extra.tensors)
+            storages.extend(self._extra.storages)
+        return Checkpoint(self._path, DcpDirectory.name, self.source.spans, tuple(tensors), tuple(storages))
+
+
+@contextlib.contextmanager
+def _convertible(path: str) -> Iterator[None]:
+    """Nothing loads a directory the ordinary way, so what cannot stay in the files must be converted first."""
+    try:
+        yield
+    except UnmappableCheckpoint as reason:
+        raise CheckpointFormatError(
+            f"{reason} Where it was saved, make one file of {path} with Lightning's consolidate_checkpoint, or with "
+            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save, and load that.",
+            path=reason.path,
+        ) from reason
+
+
+def _find_files(path: str, metadata: Metadata) -> list[LocalFile]:
+    """Opens the files, ``meta.pt`` first.
+
+    Raises:
+        CheckpointFormatError: Files are missing, are no files, or end before what they must hold.
+    """
+    ends: dict[str, int] = {}
+    for entry in metadata.entries:
+        ends[entry.file] = max(ends.get(entry.file, 0), entry.offset + entry.nbytes)
+    names = sorted(ends)
+    missing = [name for name in names if not os.path.exists(os.path.join(path, name))]
+    if missing:
+        raise CheckpointFormatError(
+            f"{path} lacks {len(missing)} of the {len(names)} files that its {METADATA_NAME} names: "
+            f"{listed(missing)}. Every rank wrote its own; if they wrote to disks of several machines, copy all of "
+            "them into one directory.",
+            path=path,
+        )
+    short = []
+    for name in names:
+        status = os.stat(os.path.join(path, name))
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointFormatError(
+                f"{os.path.join(path, name)} is no regular file. Resume from another checkpoint.", path=path
+            )
+        if status.st_size < ends[name]:
+            short.append(f"{name} (data through byte {ends[name]}, but the file is only {status.st_size} bytes)")
+    if short:
+        raise CheckpointFormatError(
+            f"{path} is truncated: {METADATA_NAME} declares more data than {len(short)} of its files hold: "
+            f"{listed(short)}. Compare with the sizes of the originals, copy them again, or resume from another "
+            "checkpoint.",
+            path=path,
+        )
+    if os.path.isfile(os.path.join(path, _EXTRA_NAME)) and _EXTRA_NAME not in ends:
+        names.insert(0, _EXTRA_NAME)
+    return [LocalFile(os.path.join(path, name), keep_open=len(names) <= 64) for name in names]
+
+
+def _rename_for_trainer(root: dict[Any, Any], extra: dict[Any, Any]) -> None:
+    """Gives what Lightning's strategies renamed when they saved its name in an ordinary checkpoint again."""
+    if "state_dict" not in root:
+        # FSDPStrategy; ModelParallelStrategy leaves the name.
+        weights = root.pop("model", {})
+        rest = dict(root)
+        root.clear()
+        root.update(state_dict=weights, **rest)
+    optimizers: list[Any] = []
+    while f"optimizer_{len(optimizers)}" in root:
+        optimizers.append(root.pop(f"optimizer_{len(optimizers)}"))
+    # A checkpoint without optimizers leaves no trace of the empty list; one of weights only has no schedulers either.
+    if optimizers or "lr_schedulers" in extra:
+        root["optimizer_states"] = optimizers
+
+
+def _map_leaves(node: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(node, dict):
+        return {key: _map_leaves(value, function) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_map_leaves(value, function) for value in node]
+    return None if node is None else function(node)
+
+
+def _leaves(node: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, _Tensor | _Object]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, (*path, key))
+    elif isinstance(node, list):
+        for position, value in enumerate(node):
+            yield from _leaves(value, (*path, position))
+    elif node is not None:
+        yield path, node
+
+
+def _only_chunk(info: TensorInfo) -> ChunkInfo:
+    return ChunkInfo((0,) * len(info.shape), info.shape, info.stride, info.storage_offset, info.storage)

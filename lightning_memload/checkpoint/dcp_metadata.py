@@ -1,0 +1,354 @@
+"""What the ``.metadata`` of a distributed checkpoint says, read without running any of it.
+
+``torch.distributed.checkpoint`` pickles its own records there and reads them back with plain ``pickle``, which runs
+whatever the file names. Here the records become inert ones, everything else is refused, and every number is checked
+before anybody relies on it: the parts of a tensor cover it exactly once, and each lies somewhere. Nothing of
+``torch.distributed`` is imported, so it works on a torch that was built without it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import operator
+import os
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_memload.checkpoint.index import KeyPath
+from lightning_memload.checkpoint.torch_pickle import InertUnpickler
+from lightning_memload.errors import CheckpointFormatError, listed
+
+__all__ = ["METADATA_NAME", "Entry", "Metadata", "Part", "SavedTensor", "read_metadata"]
+
+METADATA_NAME = ".metadata"
+# More than torch's tensors can have: sizes and element counts are 64-bit signed integers there.
+_TOO_LARGE = 1 << 63
+_MAX_DIMENSIONS = 64
+# Deeper than anybody nests a state dict. What builds it recurses.
+_MAX_DEPTH = 100
+# Where the records of torch's own planners and writers live. Instances become inert, whatever their class.
+_RECORD_MODULES = ("torch.distributed", "torch.serialization", "pathlib")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A stretch of a file of the directory that holds one saved object.
+
+    Attributes:
+        file: Name of the file within the directory.
+        offset: Its first byte.
+        nbytes: Its length.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a tensor.
+
+    Attributes:
+        starts: Position of its first element in the tensor, for every dimension.
+        shape: Its sizes.
+        entry: Where it lies.
+    """
+
+    starts: tuple[int, ...]
+    shape: tuple[int, ...]
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """One tensor of the checkpoint, and the parts that cover it without overlap."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """What the checkpoint holds.
+
+    Attributes:
+        items: A tensor, or the place of any other object, by its flat name.
+        paths: Keys and positions from the root of the saved object to each item.
+    """
+
+    items: dict[str, SavedTensor | Entry]
+    paths: dict[str, KeyPath]
+
+    @property
+    def entries(self) -> Iterable[Entry]:
+        """Every entry."""
+        for item in self.items.values():
+            if isinstance(item, Entry):
+                yield item
+            else:
+                yield from (part.entry for part in item.parts)
+
+
+def read_metadata(path: str) -> Metadata:
+    """Reads and checks a ``.metadata`` file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it says.
+
+    Raises:
+        CheckpointFormatError: It is damaged, contradicts itself, or names what no such file holds.
+
+    Peak memory: a few times the file, which has some hundred bytes for each part of a tensor.
+    """
+    with open(path, "rb") as file:
+        data = file.read()
+    unpickler = _MetadataUnpickler(data)
+    try:
+        return _Reader(path, unpickler.load()).read()
+    except CheckpointFormatError:
+        raise
+    except _ForeignGlobal as error:
+        raise CheckpointFormatError(
+            f"{path} names {error}, which the metadata of torch.distributed.checkpoint does not hold. torch would "
+            "import and run it, here nothing was run. Do not load this checkpoint with torch unless you trust whoever "
+            "made it.",
+            path=path,
+        ) from error
+    except Exception as error:  # a damaged or hostile pickle can fail in any way; none of its code has run
+        raise CheckpointFormatError(
+            f"{path} cannot be read ({type(error).__name__}: {error}). It has {len(data)} bytes and is truncated or "
+            "damaged. Copy it again, or resume from another checkpoint.",
+            path=path,
+        ) from error
+
+
+class _ForeignGlobal(Exception):
+    """A pickle names a class or function that has no place in it."""
+
+
+class _Inert:
+    """An instance of any class that the pickle names: its arguments and its state, and no behaviour."""
+
+    args: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *args: Any) -> _Inert:
+        self = super().__new__(cls)
+        self.args, self.state = args, None
+        return self
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _MetadataUnpickler(InertUnpickler):
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+        self._classes: dict[tuple[str, str], type[_Inert]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch", "Size"):
+            return tuple
+        # Not getattr: torch imports some of its modules when they are asked for.
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+            return vars(torch)[name]
+        if (module, name) in (("collections", "OrderedDict"), ("builtins", "dict")):
+            return dict
+        if not any(module == known or module.startswith(f"{known}.") for known in _RECORD_MODULES):
+            raise _ForeignGlobal(f"{reprlib.repr(module)}.{reprlib.repr(name)}".replace("'", ""))
+        if (module, name) not in self._classes:
+            self._classes[module, name] = type(name, (_Inert,), {})
+        return self._classes[module, name]
+
+    def persistent_load(self, saved_id: Any) -> Any:
+        raise _ForeignGlobal(f"an object outside itself, {reprlib.repr(saved_id)}")
+
+
+class _Reader:
+    """Turns the inert records of one file into ours, and checks them."""
+
+    def __init__(self, path: str, root: Any) -> None:
+        self._path = path
+        self._root = root
+
+    def read(self) -> Metadata:
+        saved = self._mapping(self._field(self._root, "Metadata", "state_dict_metadata"), "state_dict_metadata")
+        places = self._read_places()
+        items: dict[str, SavedTensor | Entry] = {}
+        missing: list[str] = []
+        for name, item in saved.items():
+            if not isinstance(name, str):
+                raise self._damaged(f"an item is called {reprlib.repr(name)}, which is no string")
+            kind = type(item).__name__ if isinstance(item, _Inert) else None
+            found: SavedTensor | Entry | None
+            if kind == "TensorStorageMetadata":
+                found = self._read_tensor(name, item, places, missing)
+            elif kind == "BytesStorageMetadata":
+                found = places.get((name, None))
+                if found is None:
+                    missing.append(name)
+            else:
+                raise self._damaged(f"{name} is described by {reprlib.repr(item)}")
+            if found is not None:
+                items[name] = found
+        if missing:
+            raise CheckpointFormatError(
+                f"{self._path} does not say where {len(missing)} of its parts lie: {listed(missing)}. The save was not "
+                "finished, or the file is damaged. Resume from another checkpoint.",
+                path=self._path,
+            )
+        return Metadata(items, self._read_paths(items))
+
+    def _read_places(self) -> dict[tuple[str, tuple[int, ...] | None], Entry]:
+        places: dict[tuple[str, tuple[int, ...] | None], Entry] = {}
+        stored = self._mapping(self._field(self._root, "Metadata", "storage_data"), "storage_data")
+        for key, info in stored.items():
+            name = self._field(key, "MetadataIndex", "fqn")
+            starts = self._field(key, "MetadataIndex", "offset", None)
+            if not isinstance(name, str):
+                raise self._damaged(f"an entry belongs to {reprlib.repr(name)}, which is no string")
+            if starts is not None:
+                starts = self._integers(starts, f"the offset of an entry of {name}")
+            file = self._field(info, "_StorageInfo", "relative_path")
+            offset, nbytes = self._field(info, "_StorageInfo", "offset"), self._field(info, "_StorageInfo", "length")
+            transforms = self._field(info, "_StorageInfo", "transform_descriptors", None)
+            if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", "..") or "\0" in file:
+                raise self._damaged(f"{name} is said to lie in {reprlib.repr(file)}, which is no file of the directory")
+            self._integers((offset, nbytes), f"offset and length of {name} in {file}")
+            if transforms:
+                raise CheckpointFormatError(
+                    f"{self._path}: {name} was written through {reprlib.repr(transforms)}, so its bytes are not in "
+                    f"{file} as they are. Save without such extensions, or convert the checkpoint with "
+                    "torch.distributed.checkpoint.format_utils.dcp_to_torch_save.",
+                    path=self._path,
+                )
+            places[name, starts] = Entry(file, offset, nbytes)
+        return places
+
+    def _read_tensor(
+        self, name: str, item: Any, places: Mapping[tuple[str, Any], Entry], missing: list[str]
+    ) -> SavedTensor | None:
+        shape = self._integers(self._field(item, "TensorStorageMetadata", "size"), f"the shape of {name}")
+        dtype = self._read_dtype(name, self._field(item, "TensorStorageMetadata", "properties"))
+        if math.prod(size or 1 for size in shape) * dtype.itemsize >= _TOO_LARGE:
+            raise self._damaged(f"{name} has the absurd shape {shape}")
+        chunks = self._field(item, "TensorStorageMetadata", "chunks")
+        if not isinstance(chunks, list):
+            raise self._damaged(f"the chunks of {name} are {reprlib.repr(chunks)}")
+        parts: dict[tuple[int, ...], Part] = {}
+        absent = False
+        for chunk in chunks:
+            starts = self._integers(self._field(chunk, "ChunkStorageMetadata", "offsets"), f"a chunk of {name}")
+            sizes = self._integers(self._field(chunk, "ChunkStorageMetadata", "sizes"), f"a chunk of {name}")
+            ends = [start + size for start, size in zip(starts, sizes, strict=False)]
+            if not len(starts) == len(sizes) == len(shape) or any(map(operator.gt, ends, shape)):
+                raise self._damaged(
+                    f"a chunk of {name} at {starts} of sizes {sizes} does not lie within the tensor's shape {shape}"
+                )
+            entry = places.get((name, starts))
+            if entry is None:
+                missing.append(f"{name} at {starts}")
+                absent = True
+                continue
+            if parts.setdefault(starts, Part(starts, sizes, entry)).shape != sizes:
+                raise self._damaged(f"two chunks of {name} begin at {starts}")
+        if absent:
+            return None
+        full = [part for part in parts.values() if math.prod(part.shape)]
+        overlap = _find_overlap(full)
+        if overlap is not None:
+            first, second = overlap
+            raise self._damaged(
+                f"two chunks of {name} overlap, the one at {first.starts} of sizes {first.shape} and the one at "
+                f"{second.starts} of sizes {second.shape}"
+            )
+        held, numel = sum(math.prod(part.shape) for part in full), math.prod(shape)
+        if held != numel or not parts:
+            raise self._damaged(
+                f"its chunks hold {held} of the {numel} elements of {name}, whose shape is {shape}: a rank's part is "
+                "missing"
+            )
+        return SavedTensor(dtype, shape, tuple(full) or (next(iter(parts.values())),))
+
+    def _read_dtype(self, name: str, properties: Any) -> torch.dtype:
+        state = properties.state if isinstance(properties, _Inert) else None
+        dtype = state[0] if isinstance(state, tuple) and state else None
+        if isinstance(state, dict):
+            dtype = state.get("dtype")
+        if not isinstance(dtype, torch.dtype):
+            raise self._damaged(f"the element type of {name} is {reprlib.repr(dtype)}")
+        return dtype
+
+    def _read_paths(self, items: Iterable[str]) -> dict[str, KeyPath]:
+        planner_data = self._field(self._root, "Metadata", "planner_data", None)
+        known = self._mapping(planner_data, "planner_data") if planner_data is not None else {}
+        paths: dict[str, KeyPath] = {}
+        for name in items:
+            # Without planner data the state dict was saved as flat as its names are.
+            path = known.get(name, (name,))
+            sound = isinstance(path, tuple) and 0 < len(path) <= _MAX_DEPTH and type(path[0]) is str
+            if not sound or not all(type(key) is str or (type(key) is int and key >= 0) for key in path):
+                raise self._damaged(f"the keys that lead to {name} are {reprlib.repr(path)}")
+            paths[name] = path
+        return paths
+
+    def _field(self, record: Any, kind: str, field: str, *default: Any) -> Any:
+        if type(record).__name__ != kind or not isinstance(record, _Inert) or not isinstance(record.state, dict):
+            raise self._damaged(f"it holds {reprlib.repr(record)} where torch writes a {kind}")
+        if field not in record.state and not default:
+            raise self._damaged(f"a {kind} lacks its {field}")
+        return record.state.get(field, *default)
+
+    def _mapping(self, value: Any, what: str) -> dict[Any, Any]:
+        if not isinstance(value, dict):
+            raise self._damaged(f"its {what} is {reprlib.repr(value)}, not a dict")
+        return value
+
+    def _integers(self, values: Any, what: str) -> tuple[int, ...]:
+        sound = isinstance(values, tuple) and len(values) <= _MAX_DIMENSIONS
+        if not sound or not all(type(v) is int and 0 <= v < _TOO_LARGE for v in values):
+            raise self._damaged(f"{what} is {reprlib.repr(values)}, where sizes are expected")
+        return tuple(values)
+
+    def _damaged(self, what: str) -> CheckpointFormatError:
+        return CheckpointFormatError(
+            f"{self._path} is damaged: {what}. Resume from another checkpoint.", path=self._path
+        )
+
+
+def _find_overlap(parts: Sequence[Part]) -> tuple[Part, Part] | None:
+    """Two parts that have an element in common, if there are any. No part is empty.
+
+    Sweeps along the dimension that is cut most often, so that few parts are alive at a time: sharded tensors have as
+    many parts as there are ranks.
+    """
+    if len(parts) < 2:
+        return None
+    axis = max(range(len(parts[0].starts)), key=lambda d: len({part.starts[d] for part in parts}), default=None)
+    if axis is None:
+        return parts[0], parts[1]
+    alive: list[Part] = []
+    for part in sorted(parts, key=lambda p: p.starts[axis]):
+        alive = [other for other in alive if other.starts[axis] + other.shape[axis] > part.starts[axis]]
+        for other in alive:
+            if all(map(_meet, part.starts, part.shape, other.starts, other.shape)):
+                return other, part
+        alive.append(part)
+    return None
+
+
+def _meet(start: int, size: int, other_start: int, other_size: int) -> bool:
+    return start < other_start + other_size and other_start < start + size
