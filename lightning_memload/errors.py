@@ -176,8 +176,8 @@ class OptimizerMismatchError(MemloadError, ValueError):
         self.unexpected = unexpected
 
 
-def listed(names: Iterable[object], most: int = 10) -> str:
-    """Names as messages list them: the first ones, and how many more there are."""
-    known = [str(name) for name in names]
-    more = f" and {len(known) - most} more" if len(known) > most else ""
-    return ", ".join(known[:most]) + more
+def listed(items: Iterable[object], *, separator: str = ", ", most: int = 10) -> str:
+    """Items as messages list them: the first ones, and how many more there are."""
+    shown = [str(item) for item in items]
+    more = f"{separator}and {len(shown) - most} more" if len(shown) > most else ""
+    return separator.join(shown[:most]) + more

@@ -23,7 +23,7 @@ from lightning_memload.checkpoint.index import Checkpoint, StorageInfo, TensorIn
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.source import FileSet, LocalFile
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.errors import CheckpointFormatError, listed
 
 __all__ = ["MAX_HEADER_BYTES", "Safetensors"]
 
@@ -35,7 +35,6 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 # torch counts elements and bytes in signed 64-bit integers.
 _LIMIT = 1 << 63
 _MAX_DIGITS = 20
-_MAX_LISTED = 10
 
 _DTYPE_NAMES = {
     "BOOL": "bool",
@@ -455,5 +454,4 @@ def _no_constant(name: str) -> Any:
 
 def _listed(items: list[str], show: Any = _SHORT.repr) -> str:
     """The first ten, for a message that has already said how many there are."""
-    shown = ", ".join(show(item) for item in items[:_MAX_LISTED]) or "none"
-    return shown + (f" and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else "")
+    return listed(map(show, items)) or "none"

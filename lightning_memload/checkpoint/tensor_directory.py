@@ -29,7 +29,7 @@ from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.source import FileSet, LocalFile
 from lightning_memload.checkpoint.torch_pickle import walk_pickle
 from lightning_memload.checkpoint.torch_zip import load_onto, read_records
-from lightning_memload.errors import CheckpointFormatError, MemloadError
+from lightning_memload.errors import CheckpointFormatError, MemloadError, listed
 
 __all__ = [
     "MANIFEST_FILE",
@@ -52,7 +52,6 @@ _HEAD = f'{{"format": "{_FORMAT}",'.encode()
 # A million tensors take some 200 MiB. What is longer would fill the memory of whoever parses it.
 _MAX_MANIFEST_BYTES = 1 << 30
 _MAX_KEY_DIGITS = 9
-_MAX_NAMED = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +112,7 @@ class TensorDirectory:
             )
         unused = {storage.key for storage in manifest.storages}.difference(storage.key for storage in index.storages)
         if unused:
-            raise _damaged(path, f"it lists storages that {STATE_FILE} does not refer to: {_some(sorted(unused))}.")
+            raise _damaged(path, f"it lists storages that {STATE_FILE} does not refer to: {listed(sorted(unused))}.")
         _check_description(path, manifest.tensors, index.tensors)
         return index
 
@@ -326,7 +325,7 @@ def _check_files(path: str, manifest: _Manifest) -> None:
             change = "truncated" if actual < nbytes else "too long"
             wrong.append(f"{name} is {change}: it has {actual} bytes instead of {nbytes}")
     if missing or wrong:
-        missed = [f"{len(missing)} of {len(expected)} files are missing ({_some(missing)})"] if missing else []
+        missed = [f"{len(missing)} of {len(expected)} files are missing ({listed(missing)})"] if missing else []
         raise _damaged_files(path, missed + wrong)
 
 
@@ -342,15 +341,11 @@ def _replaced(path: str) -> CheckpointFormatError:
 
 def _damaged_files(path: str, problems: Sequence[str]) -> CheckpointFormatError:
     return CheckpointFormatError(
-        f"{path} is damaged: {_some(problems, '; ')}. Copy the directory again, or resume from another checkpoint.",
+        f"{path} is damaged: {listed(problems, separator='; ')}. Copy the directory again, or resume from another "
+        "checkpoint.",
         path=path,
     )
 
 
 def _damaged(path: str, problem: str) -> CheckpointFormatError:
     return CheckpointFormatError(f"{os.path.join(path, MANIFEST_FILE)} is damaged: {problem}", path=path)
-
-
-def _some(items: Sequence[str], separator: str = ", ") -> str:
-    more = f"{separator}and {len(items) - _MAX_NAMED} more" if len(items) > _MAX_NAMED else ""
-    return separator.join(items[:_MAX_NAMED]) + more

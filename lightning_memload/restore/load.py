@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_memload.checkpoint import MappedCheckpoint, UnmappableCheckpoint, load_mapped
-from lightning_memload.errors import CheckpointFormatError, IncompatibleWeightsError, MetaTensorError
+from lightning_memload.errors import CheckpointFormatError, IncompatibleWeightsError, MetaTensorError, listed
 from lightning_memload.restore.meta import meta_names
 from lightning_memload.restore.session import RestoreSession
 from lightning_memload.restore.weights import WeightsRestore
@@ -32,7 +32,6 @@ __all__ = ["LoadOptions", "WeightsSource", "find_state_dict", "load_weights", "o
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module", "params", "weights")
 T = TypeVar("T")
 
-_MAX_LISTED = 10
 _MIB = 2**20
 
 
@@ -244,7 +243,7 @@ class WeightsSource:
         if parameters or buffers:
             names = (*parameters, *buffers)
             raise MetaTensorError(
-                f"{path} gives no values for {_listed(names)}, which stay on the meta device. Build the module under "
+                f"{path} gives no values for {listed(names)}, which stay on the meta device. Build the module under "
                 "meta_init(), which keeps buffers real, or give what is missing values first.",
                 names=names,
             )
@@ -289,7 +288,7 @@ def find_state_dict(loaded: Any, path: str | os.PathLike[str], key: str | None =
         found = found if not rest and _is_state_dict(found) else None
     if found is None:
         what = f"No state dict is at {key!r}" if key is not None else "No state dict is found"
-        has = _listed(tuple(map(repr, loaded))) if isinstance(loaded, Mapping) else f"a {type(loaded).__name__}"
+        has = listed(tuple(map(repr, loaded))) if isinstance(loaded, Mapping) else f"a {type(loaded).__name__}"
         raise CheckpointFormatError(
             f"{what} in {os.fspath(path)}, whose top level has {has}. Say with key= where the names and tensors are.",
             path=os.fspath(path),
@@ -419,11 +418,11 @@ def _incompatible(
         shapes = [
             f"{name} has shape {ours} in the module and {theirs} on disk" for name, (theirs, ours) in mismatched.items()
         ]
-        lines.append(f"  {_listed(shapes)}")
+        lines.append(f"  {listed(shapes)}")
     if missing:
-        lines.append(f"  {len(missing)} missing: {_listed(missing)}")
+        lines.append(f"  {len(missing)} missing: {listed(missing)}")
     if unexpected:
-        lines.append(f"  {len(unexpected)} unexpected: {_listed(unexpected)}")
+        lines.append(f"  {len(unexpected)} unexpected: {listed(unexpected)}")
     done = "Other weights were loaded." if changed else "Nothing was changed."
     lines.append(f"{done} Use rename= or strip_prefix= for other names, exclude= for new layers, or strict=False.")
     return IncompatibleWeightsError(
@@ -451,9 +450,3 @@ def _prefixes(key: str) -> Iterator[str]:
 def _device_of(module: nn.Module) -> torch.device:
     first = next((parameter.device for parameter in module.parameters()), None)
     return torch.device("cpu") if first is None or first.type == "meta" else first
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + more

@@ -31,7 +31,7 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
-from lightning_memload.errors import MetaTensorError
+from lightning_memload.errors import MetaTensorError, listed
 
 __all__ = ["materialize", "meta_init", "meta_names", "replace_data"]
 
@@ -295,11 +295,10 @@ class _Construction(TorchFunctionMode):
                     if origin is not None:
                         found.append((name, module, origin))
         if found:
-            parts = ", ".join(f"{type(module).__name__}.{name} (from {origin})" for name, module, origin in found[:10])
-            more = f" and {len(found) - 10} more" if len(found) > 10 else ""
+            parts = listed(f"{type(module).__name__}.{name} (from {origin})" for name, module, origin in found)
             owner = type(found[0][1])
             raise MetaTensorError(
-                f"No checkpoint holds {parts}{more}, computed from parameters that have no values under meta_init. "
+                f"No checkpoint holds {parts}, computed from parameters that have no values under meta_init. "
                 f"{_advice(owner)}",
                 names=tuple(dict.fromkeys(str(origin) for *_, origin in found)),
                 module_class=owner,
