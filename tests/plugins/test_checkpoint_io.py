@@ -63,6 +63,12 @@ def test_given_one_is_used(make: type[StreamingCheckpointIO], path: Path) -> Non
         assert io.saved == 1
 
 
+needs_reusable_async = pytest.mark.skipif(
+    not TRUSTED, reason="the AsyncCheckpointIO of Lightning 2.5 saves nothing more after its first teardown"
+)
+
+
+@needs_reusable_async
 @pytest.mark.parametrize("inner", [None, StreamingCheckpointIO])
 def test_wrapping_one_keeps_wrapping(inner: Any, path: Path) -> None:
     given = inner() if inner else None
@@ -77,7 +83,7 @@ def test_wrapping_one_keeps_wrapping(inner: Any, path: Path) -> None:
     assert [loss.item() for loss in module.losses] == [loss.item() for loss in stock_like.losses]
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("wrapped", [False, pytest.param(True, marks=needs_reusable_async)])
 @pytest.mark.parametrize("make", [Own, TorchCheckpointIO])
 def test_another_one_is_respected_with_a_warning(make: type[TorchCheckpointIO], wrapped: bool, path: Path) -> None:
     io = make()

@@ -189,6 +189,7 @@ class Custom:
     value = 3
 
 
+@pytest.mark.skipif(not TRUSTED, reason="Lightning 2.5 has no such argument")
 @pytest.mark.parametrize("weights_only", [True, False, None])
 @pytest.mark.parametrize("meta", [False, True])
 def test_weights_only_is_passed_on(weights_only: bool | None, meta: bool, path: Path) -> None:

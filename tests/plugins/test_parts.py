@@ -120,7 +120,7 @@ class TestRestore:
             for part, key in (("weights", "state_dict"), ("optimizer", "optimizer_states"))
             if part in parts
         )
-        assert wanted <= seen["report"].total.bytes_read <= 3 * wanted  # small tensors lie far apart
+        assert wanted <= seen["report"].total.bytes_read <= wanted + 4096  # what lies between small tensors
 
     def test_an_optimizer_that_is_left_behind_is_not_read(self, tmp_path: Path) -> None:
         class Wide(Scheduled):
@@ -399,8 +399,11 @@ class TestLoadFromCheckpoint:
         monkeypatch.setattr(
             RestoreSession, "close", lambda self, **kwargs: read.append(self.stats.bytes_read) or close(self, **kwargs)
         )
+        trainer = make_trainer(path.parent, max_steps=2)
+        trainer.fit(Configured(width=100))  # farther from one another than what is read over
+        trainer.save_checkpoint(path)
         load_from_checkpoint(Configured, path)
-        assert read[0] <= bytes_of(path, "state_dict") + 8 * 256
+        assert read[0] <= bytes_of(path, "state_dict") + 4096
 
     def test_a_bare_state_dict(self, path: Path) -> None:
         class Bare(Configured):

@@ -12,46 +12,54 @@ from torch import nn
 
 from tests.restore.building import raw, same_on_meta
 
+# Neither is installed but for development.
+transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+
 TOKENS = torch.tensor([[1, 5, 9, 2], [3, 3, 7, 30]])
 
 
 def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=2, n_head=2))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=2, n_head=2)
+    )
 
 
 def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, max_position_embeddings=16)  # fmt: skip
-    return LlamaForCausalLM(config)
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+    )
+    return transformers.LlamaForCausalLM(config)
 
 
 def t5() -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
-    return T5ForConditionalGeneration(config)
+    config = transformers.T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    return transformers.T5ForConditionalGeneration(config)
 
 
 def bert() -> nn.Module:
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(vocab_size=32, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-                        max_position_embeddings=16)  # fmt: skip
-    return BertForMaskedLM(config)
+    config = transformers.BertConfig(
+        vocab_size=32,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+    )
+    return transformers.BertForMaskedLM(config)
 
 
 def lora() -> nn.Module:
     """Adapters whose one half is drawn, the other zero; the model around them is frozen."""
-    from peft import LoraConfig, get_peft_model
-
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5.23 for a name that it has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return get_peft_model(gpt2(), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+        return peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
 
 
 @pytest.mark.parametrize(
