@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO, open_checkpoint, save_directory
+from lightning_memload import (
+    MemoryEfficientRestore,
+    StreamingCheckpointIO,
+    load_from_checkpoint,
+    load_weights,
+    meta_init,
+    open_checkpoint,
+    save_directory,
+)
 from lightning_memload.checkpoint import UnmappableCheckpoint
-from tests.plugins.harness import Case, TinyModule, adamw, assert_same, resume, write_checkpoint
+from tests.checkpoint.files import save_dcp
+from tests.plugins.harness import (
+    TRUSTED,
+    Case,
+    TinyModule,
+    adamw,
+    assert_same,
+    make_trainer,
+    resume,
+    write_checkpoint,
+)
 
 
 def test_what_a_directory_cannot_do_is_said(tmp_path: Path) -> None:
@@ -33,3 +55,76 @@ def test_directory_of_tensors(tmp_path: Path) -> None:
     # The weights and the optimizer's states, all of them streamed and verified.
     assert report.total.bytes_read >= report.bytes_verified == open_checkpoint(tmp_path / "directory").nbytes
     assert report.bytes_copied_ordinarily == 0
+
+
+def in_torch_file(weights: dict[str, torch.Tensor], folder: Path) -> Path:
+    torch.save(weights, folder / "weights.pth")
+    return folder / "weights.pth"
+
+
+def in_legacy_file(weights: dict[str, torch.Tensor], folder: Path) -> Path:
+    torch.save(weights, folder / "legacy.pth", _use_new_zipfile_serialization=False)
+    return folder / "legacy.pth"
+
+
+def in_safetensors(weights: dict[str, torch.Tensor], folder: Path) -> Path:
+    save_file(weights, folder / "weights")  # no suffix: the content tells
+    return folder / "weights"
+
+
+def in_shards(weights: dict[str, torch.Tensor], folder: Path) -> Path:
+    names = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(weights)}
+    for shard in set(names.values()):
+        save_file({name: value for name, value in weights.items() if names[name] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    return folder
+
+
+def in_directory(weights: dict[str, torch.Tensor], folder: Path) -> Path:
+    save_directory({"state_dict": weights}, folder / "directory")
+    return folder / "directory"
+
+
+def in_dcp(weights: dict[str, torch.Tensor], folder: Path) -> Path:
+    save_dcp({"model": weights}, folder / "dcp")
+    return folder / "dcp"
+
+
+class Evaluated(TinyModule):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.loss(*batch)
+
+
+class AtStart(L.Callback):
+    """Keeps the weights that training starts with."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+
+@pytest.mark.filterwarnings("ignore:.*It is loaded the ordinary way")
+@pytest.mark.parametrize("write", [in_torch_file, in_legacy_file, in_safetensors, in_shards, in_directory, in_dcp])
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("way", ["fit", "validate", "weights_from", "load_weights", "load_from_checkpoint"])
+def test_weights_from_every_format(way: str, meta: bool, write: Any, tmp_path: Path) -> None:
+    """The README's table, row by row."""
+    torch.manual_seed(6)
+    weights = dict(TinyModule().state_dict())
+    path = write(weights, tmp_path)
+    with meta_init(meta):
+        module = Evaluated()
+    start = AtStart()
+    if way == "fit":
+        trainer = make_trainer(tmp_path, [MemoryEfficientRestore(restore=["weights"]), start], max_steps=1)
+        trainer.fit(module, ckpt_path=path, **TRUSTED)
+    elif way == "validate":
+        trainer = make_trainer(tmp_path, [MemoryEfficientRestore()])
+        trainer.validate(module, module.train_dataloader(), ckpt_path=path, verbose=False, **TRUSTED)
+    elif way == "weights_from":
+        make_trainer(tmp_path, [MemoryEfficientRestore(weights_from=path), start], max_steps=1).fit(module)
+    elif way == "load_weights":
+        load_weights(module, path)
+    else:
+        module = load_from_checkpoint(Evaluated, path)
+    got = start.weights if hasattr(start, "weights") else dict(module.state_dict())
+    assert_same(weights, got, "weights")
