@@ -285,7 +285,6 @@ def compare_ways(args: argparse.Namespace) -> bool:
     print("Anonymous host memory in MiB, from the call into the Trainer (the model is built) until the first batch.")
     print("On the CPU AdamW's states, 2 W, stay after a resume. What only the restore needed is on top.\n")
     print(cost_table({task: outcomes[task].cost for task in TASKS if task != "train"}))
-    print("\nWith the callback, a CPU evaluates on the file's own pages: the first batch reads them, not the restore.")
     print("\nStock and with the callback, bit for bit:\n")
     same = [report_equality(way, outcomes[f"{way}-stock"], outcomes[f"{way}-callback"]) for way in ("fit", "validate")]
     if all(same) and not args.keep:
