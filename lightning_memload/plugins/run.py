@@ -296,7 +296,9 @@ class RestoreRun:
         ):
             return None
         parts = ("state_dict", "optimizer_states") if self._stage == "fit" else ("state_dict",)
-        storages = {s.key: s.nbytes for t in mapped.index if t.path[0] in parts for s in t.storages}
+        # A file of weights alone has no such parts.
+        restored = [tensor for tensor in mapped.index if tensor.path[0] in parts] or mapped.index
+        storages = {storage.key: storage.nbytes for tensor in restored for storage in tensor.storages}
         bar = self._bar = tqdm(
             desc="Restoring checkpoint",
             total=sum(storages.values()),

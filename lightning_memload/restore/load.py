@@ -73,7 +73,8 @@ def load_weights(
         strip_prefix: Taken off the keys that start with it, before ``rename``.
         rename: Regular expressions and what to put for them, applied to every key in their order with ``re.sub``.
         include: Regular expressions, one or several. Only keys of the module in which one is found are loaded, and
-            asked for by ``strict``. Empty: all.
+            asked for by ``strict``. Empty: all. What is left out of a module on meta is initialised, which takes its
+            memory too.
         exclude: Regular expressions. Keys of the module in which one is found are left out, likewise.
         dtype: Floating-point type that the module shall have. ``None``: what it has.
         weights_only: Passed to ``torch.load`` where the format holds pickled objects.
