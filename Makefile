@@ -27,6 +27,10 @@ test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
 demo: $(INSTALLED) ## Train, save and resume a small GPT, stock and with the callback, side by side
 	@$(BIN)/python examples/resume_pretraining.py
 
+.PHONY: finetune
+finetune: $(INSTALLED) ## Finetune a model larger than the memory that the process may use (needs root for the limit)
+	@$(BIN)/python examples/finetune_low_ram.py
+
 .PHONY: lint
 lint: $(INSTALLED) ## Check style and formatting
 	@$(BIN)/ruff check .

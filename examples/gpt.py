@@ -104,11 +104,15 @@ class GPT(L.LightningModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map int64 tokens (batch, length) to logits (batch, length, vocabulary)."""
+        return self.head(self.features(tokens))
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """Map int64 tokens (batch, length) to what the head sees of them (batch, length, width)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        return self.norm(x)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the cross entropy of every next token."""

@@ -1,0 +1,376 @@
+"""Finetune a model that is larger than the memory the process may use.
+
+A first process trains the GPT of the other example for a few steps and exports its weights as the Hugging Face Hub has
+them: sharded safetensors with an index. Finetuning gives this body a new head, which learns by heart which files of
+Python's standard library a few pieces of text are from, while the body stays frozen. Two ways to load it:
+
+- stock: build the model, read the shards, ``load_state_dict``;
+- with the callback: build under ``meta_init``, ``MemoryEfficientRestore(weights_from=WeightsSource(...))``. On a GPU
+  the weights stream there through 128 MiB of host memory. On a CPU the frozen body *is* the file's pages, which the
+  kernel drops and reads again as it likes (``mode="assign"``).
+
+Both run in fresh processes, first as they are, which tells what they need, then in a control group that gives them the
+memory that the callback needs and little more. The exit status is 0 only if both ways trained alike, the body is the
+pretrained one bit for bit, and under the limit (if one can be set) stock was killed and the callback trained the same.
+
+    python examples/finetune_low_ram.py
+    python examples/finetune_low_ram.py --size gpt2-xl --accelerator gpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import memory_limit
+import torch
+from gpt import GPT, SIZES, Sequences, StandardLibrary
+from resume_pretraining import HARMLESS_WARNINGS, UNKNOWN, Losses, mib, quiet_construction, weight_bytes
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_memload import MemoryEfficientRestore, MemoryMonitor, WeightsSource, meta_init
+
+WAYS = ("stock", "callback")
+TASKS = {"pretrain": "pretrain and export", "stock": "stock", "callback": "with the callback"}
+
+FIGURES_IN_MIB = (
+    "anonymous_peak_bytes",
+    "file_backed_peak_bytes",
+    "storage_read_bytes",
+    "cuda_allocated_peak_bytes",
+)
+FIGURES = ("seconds", "required_bytes", *FIGURES_IN_MIB)
+
+PREFIX = "transformer."  # What the names of an exported body begin with, as those of a GPT-2 on the Hub do.
+NUM_SHARDS = 4
+NUM_CLASSES = 4
+SEQUENCE_LENGTH = 32
+SPEED_BYTES = 128 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a process leaves for the comparison.
+
+    Attributes:
+        weight_bytes: All parameters of the model.
+        losses: Of each training step.
+        body: Name -> data type, shape and SHA-256 of every parameter of the body, as it is after the training.
+        cost: ``FIGURES`` from before the model is built until the training has ended; ``None`` where unknown.
+    """
+
+    weight_bytes: int
+    losses: list[float]
+    body: dict[str, str]
+    cost: dict[str, Any]
+
+
+class Finetuning(L.LightningModule):
+    """A frozen GPT under a new linear layer that says which file a piece of text is from.
+
+    Args:
+        size: A key of ``SIZES``.
+    """
+
+    def __init__(self, size: str) -> None:
+        super().__init__()
+        self.body = GPT(size).requires_grad_(False)
+        self.head = Head(self.body.config.width, NUM_CLASSES)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the cross entropy of the classes."""
+        tokens, labels = batch
+        return F.cross_entropy(self.head(self.body.features(tokens).mean(1)), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW, for the head only."""
+        return torch.optim.AdamW(self.head.parameters(), lr=0.001)
+
+    def cpu(self) -> Finetuning:
+        """Stay there: at the end of a fit Lightning (2.6) moves all of the model into the host's memory."""
+        return self
+
+
+class Head(nn.Linear):
+    """A linear layer that begins at zero, so that it begins alike however many random numbers were drawn before."""
+
+    def reset_parameters(self) -> None:
+        """Fill with zeros. The callback calls this, since the pretrained weights have no values for the head."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+def pieces_of_largest_files() -> list[tuple[Tensor, int]]:
+    """Return one piece of each of the largest files of the standard library, and the number of its file."""
+    by_size = sorted(Path(os.__file__).parent.glob("*.py"), key=lambda path: path.stat().st_size)
+    files = [Sequences(path.read_bytes(), SEQUENCE_LENGTH) for path in by_size[-NUM_CLASSES:]]
+    return [(file[len(file) // 2][:SEQUENCE_LENGTH], label) for label, file in enumerate(files)]
+
+
+def main() -> int:
+    """Run one task in this process if told so, otherwise all of them in fresh ones; return the exit status."""
+    args = parse_arguments()
+    if args.task:
+        for message in HARMLESS_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        outcome = pretrain(args) if args.task == "pretrain" else finetune(args)
+        outcome_path(args, args.task).write_text(json.dumps(asdict(outcome)))
+        return 0
+    return 0 if compare_ways(args) else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    summary, _, _ = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument("--size", choices=SIZES, default="gpt2-medium", help="of the model (default: %(default)s)")
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--pretraining-steps", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=6, help="of the finetuning (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/finetune_low_ram"), help="default: ./%(default)s")
+    parser.add_argument("--keep", action="store_true", help="keep the exported weights")
+    parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def weights_folder(args: argparse.Namespace) -> Path:
+    return args.out / "pretrained"
+
+
+def outcome_path(args: argparse.Namespace, task: str) -> Path:
+    return args.out / f"{task}.json"
+
+
+# ------------------------------------------------------------------------------------------------ one task, one process
+
+
+def pretrain(args: argparse.Namespace) -> Outcome:
+    """Train a GPT from scratch and export it."""
+    L.seed_everything(1, verbose=False)
+    model, losses = GPT(args.size), Losses()
+    trainer = build_trainer(args, [losses], args.pretraining_steps)
+    trainer.fit(model, datamodule=StandardLibrary(sequence_length=SEQUENCE_LENGTH, batch_size=1))
+    export(model, weights_folder(args))
+    return Outcome(weight_bytes(model), losses.values, digests(model), {})
+
+
+def export(model: GPT, folder: Path) -> None:
+    """Write the weights as sharded safetensors with an index. The head is the token embedding, and is left out."""
+    folder.mkdir(parents=True)
+    state = {PREFIX + name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
+    total_bytes = sum(tensor.nbytes for tensor in state.values())
+    shards: list[dict[str, Tensor]] = [{} for _ in range(NUM_SHARDS)]
+    begin = 0
+    for name, tensor in state.items():
+        shards[begin * NUM_SHARDS // total_bytes][name] = tensor
+        begin += tensor.nbytes
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{NUM_SHARDS:05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def finetune(args: argparse.Namespace) -> Outcome:
+    """Train a new head on the pretrained body, which comes there stock or with the callback."""
+    losses = Losses()
+    callbacks: list[L.Callback] = [losses]
+    if args.task == "callback":
+        source = WeightsSource(weights_folder(args), strip_prefix=PREFIX, rename={"^": "body."}, exclude=r"^head\.")
+        mode = "assign" if args.accelerator == "cpu" else "copy"
+        callbacks.append(MemoryEfficientRestore(mode, weights_from=source))
+    trainer = build_trainer(args, callbacks, args.steps)
+    torch.zeros(1, device=trainer.strategy.root_device)  # What the device's own context takes is no part of the cost.
+    with MemoryMonitor(trainer.strategy.root_device) as monitor:
+        with meta_init(args.task == "callback"):
+            model = Finetuning(args.size)
+        if args.task == "stock":
+            load_stock(model.body, weights_folder(args))
+        trainer.fit(model, DataLoader(pieces_of_largest_files(), batch_size=NUM_CLASSES))
+    cost = {figure: getattr(monitor.peaks, figure) for figure in FIGURES}
+    return Outcome(weight_bytes(model), losses.values, digests(model.body), cost)
+
+
+def load_stock(body: GPT, folder: Path) -> None:
+    """Load the shards with safetensors' own function, which maps them, one after the other."""
+    found = set()
+    for shard in sorted(folder.glob("*.safetensors")):
+        state = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(shard).items()}
+        body.load_state_dict(state, strict=False)
+        found |= state.keys()
+    assert found == body.state_dict().keys() - {"head.weight"}
+
+
+def digests(body: GPT) -> dict[str, str]:
+    """Return what every parameter is, without a copy of a whole one in host memory."""
+    found = {}
+    for name, parameter in body.named_parameters():
+        sha = hashlib.sha256()
+        for part in parameter.detach().flatten().split(1 << 20):
+            sha.update(part.cpu().numpy())
+        found[name] = f"{parameter.dtype} {tuple(parameter.shape)} {sha.hexdigest()}"
+    return found
+
+
+def build_trainer(args: argparse.Namespace, callbacks: list[L.Callback], max_steps: int) -> L.Trainer:
+    with quiet_construction():
+        trainer = L.Trainer(
+            accelerator=args.accelerator,
+            devices=1,
+            max_steps=max_steps,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            deterministic=True,
+        )
+    # With deterministic algorithms torch also fills whatever it allocates, which no ordinary run pays for.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    return trainer
+
+
+# ------------------------------------------------------------------------------------------------- all tasks, compared
+
+
+def compare_ways(args: argparse.Namespace) -> bool:
+    """Run every task in a fresh process, print what each took, and return whether all is as promised."""
+    began = time.monotonic()
+    args.out = args.out / time.strftime("%Y%m%d-%H%M%S")
+    args.out.mkdir(parents=True)
+    pretrained = run_in_fresh_process("pretrain", args)
+    unlimited = {way: run_in_fresh_process(way, args) for way in WAYS}
+    limited: dict[str, Outcome | None] = {}
+    limit_bytes, obstacle = choose_limit(unlimited)
+    if limit_bytes is not None:
+        limited = {way: run_under_limit(way, args, limit_bytes) for way in WAYS}
+
+    print(f"\nGPT {args.size!r} under a new head, {args.steps} steps on the {args.accelerator}.", end=" ")
+    print(f"Pretrained weights: {mib(pretrained.weight_bytes)} MiB, in {NUM_SHARDS} shards of safetensors.")
+    print("Peaks of host memory in MiB, from before the model is built until the training has ended. Its anonymous")
+    print("part has to be there; file-backed pages the kernel can drop, and read from the disk again.\n")
+    print(cost_table(unlimited, limited, limit_bytes) + "\n")
+    if limit_bytes is None:
+        print(f"No memory limit is set, so all of it is only measured: {obstacle}.\n")
+    else:
+        print(f"The limit is {limit_bytes / pretrained.weight_bytes:.0%} of the weights alone.\n")
+    promises = check_promises(pretrained, unlimited, limited)
+    for promise, kept in promises.items():
+        print(f"  {'yes' if kept else 'NO':<3}  {promise}")
+    all_kept = all(promises.values())
+    if all_kept and not args.keep:
+        shutil.rmtree(weights_folder(args))
+    print(f"\nAll of it took {time.monotonic() - began:.0f} s.")
+    return all_kept
+
+
+def run_in_fresh_process(task: str, args: argparse.Namespace) -> Outcome:
+    """Run ``task`` in a new Python, so that its memory is nobody else's, and return what it wrote down."""
+    print(f"\n{TASKS[task]}:", flush=True)
+    return read_outcome(task, args, subprocess.run(command_of(task, args)).returncode)
+
+
+def run_under_limit(task: str, args: argparse.Namespace, limit_bytes: int) -> Outcome | None:
+    """Run ``task`` with no more memory than that, and return what it wrote down, ``None`` if it was killed."""
+    print(f"\n{TASKS[task]}, with {mib(limit_bytes)} MiB of memory:", flush=True)
+    # Pages that are in memory already would be nobody's in there, and the limit none.
+    drop_pages(weights_folder(args))
+    status = memory_limit.run_limited(command_of(task, args), limit_bytes)
+    if status == -signal.SIGKILL:
+        print("killed by the kernel, out of memory")
+        return None
+    return read_outcome(task, args, status)
+
+
+def command_of(task: str, args: argparse.Namespace) -> list[str]:
+    options = {**vars(args), "task": task}
+    return [sys.executable, __file__, *(f"--{n.replace('_', '-')}={v}" for n, v in options.items() if n != "keep")]
+
+
+def read_outcome(task: str, args: argparse.Namespace, status: int) -> Outcome:
+    if status != 0:
+        sys.exit(f"{TASKS[task]}: ended with exit status {status}. Its files: {args.out}")
+    outcome = Outcome(**json.loads(outcome_path(args, task).read_text()))
+    print(f"losses {' '.join(f'{loss:.4f}' for loss in outcome.losses)}")
+    return outcome
+
+
+def choose_limit(unlimited: Mapping[str, Outcome]) -> tuple[int | None, str | None]:
+    """Return a limit between what the two ways need, or why there is none.
+
+    It is what the callback needs and an eighth of the difference; where that is little, as much as the first half of
+    the difference allows, since a process with only just enough memory waits for the pages of its own code. Of stock
+    the anonymous memory counts only: everything else the kernel may be able to take away before it kills.
+    """
+    ours, stock = unlimited["callback"].cost["required_bytes"], unlimited["stock"].cost["anonymous_peak_bytes"]
+    obstacle = memory_limit.obstacle()
+    if obstacle is not None or ours is None or stock is None:
+        return None, obstacle or "this system does not tell what a process needs"
+    difference = stock - ours
+    if difference <= 0:
+        return None, "a model of this size is too small to tell what it takes from what Python takes"
+    return ours + max(difference // 8, min(difference // 2, SPEED_BYTES)), None
+
+
+def drop_pages(folder: Path) -> None:
+    """Drop the shards from the page cache."""
+    for shard in folder.glob("*.safetensors"):
+        with shard.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def check_promises(
+    pretrained: Outcome, unlimited: Mapping[str, Outcome], limited: Mapping[str, Outcome | None]
+) -> dict[str, bool]:
+    """Return what was promised, and whether it was kept."""
+    finished = [outcome for outcome in (*unlimited.values(), *limited.values()) if outcome is not None]
+    losses = finished[0].losses
+    promises = {
+        "every body is the pretrained one, bit for bit": all(outcome.body == pretrained.body for outcome in finished),
+        "every training had the same losses, which fell": losses[-1] < losses[0]
+        and all(outcome.losses == losses for outcome in finished),
+    }
+    if limited:
+        promises["under the limit stock was killed"] = limited["stock"] is None
+        promises["under the limit the callback trained"] = limited["callback"] is not None
+    return promises
+
+
+def cost_table(unlimited: Mapping[str, Outcome], limited: Mapping[str, Outcome | None], limit_bytes: int | None) -> str:
+    """Return one line for each process, under a line with the names of the columns."""
+    rows = [("", "limit", "ended", "seconds", "anonymous", "file-backed", "from disk", "GPU")]
+    for outcomes, limit in ((unlimited, None), (limited, limit_bytes)):
+        for way, outcome in outcomes.items():
+            cells = [TASKS[way], "none" if limit is None else mib(limit)]
+            if outcome is None:
+                cells += ["killed", *[UNKNOWN] * 5]
+            else:
+                cells += ["trained", f"{outcome.cost['seconds']:.1f}"]
+                cells += [mib(outcome.cost[figure]) for figure in FIGURES_IN_MIB]
+            rows.append(tuple(cells))
+    columns = [column for column in zip(*rows, strict=True) if any(cell != UNKNOWN for cell in column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    lines = [[f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:])] for row in zip(*columns, strict=True)]
+    return "\n".join("   ".join(line) for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""Train, resume and finetune from YAML, with ``LightningCLI`` and the callback in the configuration.
+
+LightningCLI itself reads the checkpoint once, for its hyperparameters; the switch before it makes that a look at mapped
+pages (torch 2.7 or newer) instead of a copy of the whole file in memory.
+
+    cd examples/lightning_cli
+    python train.py fit --config config.yaml
+    python train.py fit --config config.yaml --ckpt_path runs/last.ckpt --trainer.max_epochs 4
+    python train.py fit --config finetune.yaml
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.utils.serialization
+from lightning.pytorch.cli import LightningCLI
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Classifier(L.LightningModule):
+    """A body of linear layers under a head.
+
+    Args:
+        width: Of the body.
+        num_classes: Of the head.
+        learning_rate: Of AdamW.
+    """
+
+    def __init__(self, width: int = 1024, num_classes: int = 10, learning_rate: float = 1e-3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.body = nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        self.head = nn.Linear(width, num_classes)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Return the cross entropy of the classes."""
+        inputs, labels = batch
+        loss = F.cross_entropy(self.head(self.body(inputs)), labels % self.head.out_features)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW."""
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams["learning_rate"])
+
+
+class Quadrants(L.LightningDataModule):
+    """Random points; a point's class is made of the signs of its first coordinates.
+
+    Args:
+        num_samples: In an epoch.
+    """
+
+    def __init__(self, num_samples: int = 1024) -> None:
+        super().__init__()
+        self.num_samples = num_samples
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The same points for everybody."""
+        points = torch.randn(self.num_samples, 32, generator=torch.Generator().manual_seed(0))
+        labels = (points[:, :3] > 0).long() @ torch.tensor([4, 2, 1])
+        return DataLoader(TensorDataset(points, labels), batch_size=64, shuffle=True)
+
+
+if __name__ == "__main__":
+    torch.utils.serialization.config.load.mmap = True
+    LightningCLI(Classifier, Quadrants, seed_everything_default=1)
