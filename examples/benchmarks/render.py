@@ -12,11 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import weight_loading
 from resume import GIB, VARIANTS, number
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = ROOT / "README.md"
 RESULTS = Path(__file__).resolve().parent / "results"
+# What a weight loading table names of its versions.
+SOFTWARE = ("torch", *weight_loading.PACKAGES)
 START, END = "<!-- results: examples/benchmarks/render.py -->", "<!-- end of results -->"
 
 
@@ -36,16 +39,18 @@ def with_results(text: str) -> str:
 
 def render(result: dict[str, Any]) -> str:
     """Return one result as a Markdown table with its machine, versions and command."""
-    machine, versions = result["machine"], result["versions"]
-    place = machine["gpu"] or "CPU only"
-    memory = number(machine["memory_bytes"], GIB)
+    return {"resume": render_resume, "weight-loading": render_weight_loading}[result["benchmark"]](result)
+
+
+def render_resume(result: dict[str, Any]) -> str:
+    """Return a table of what resuming cost."""
+    versions = result["versions"]
     stock = result["variants"]["stock"]
     size = f"{result['checkpoint_bytes'] / 1e9:.2f} GB"
     software = f"torch {versions['torch']}, Lightning {versions['lightning']}"
     lines = [
         f"**{result['size']} with AdamW, a checkpoint of {size} in a warm page cache.** "
-        f"{place}, {machine['cpus']} cores, "
-        f"{memory} GiB of memory, {software}; median of {stock['repetitions']}. All ways gave the same bits: "
+        f"{place(result)}, {software}; median of {stock['repetitions']}. All ways gave the same bits: "
         f"{'yes' if result['equal'] else 'no'}.",
         "",
         "| | `fit()` to training, s | times faster | host memory above start, GiB | GPU peak, GiB |",
@@ -62,6 +67,47 @@ def render(result: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines.extend(["", f"`{result['command']}`"])
     return "\n".join(lines)
+
+
+def render_weight_loading(result: dict[str, Any]) -> str:
+    """Return a table of what loading weights cost, and how this project compares with the fastest peer."""
+    software = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if name in SOFTWARE)
+    size = f"{result['weights_bytes'] / 1e9:.2f} GB"
+    repetitions = max(row["repetitions"] for row in result["rows"].values())
+    columns = weight_loading.COLUMNS
+    lines = [
+        f"**Weights of {result['size']} with an untied head, {size} in a {result['page_cache']} page cache, onto "
+        f"{'the CPU' if result['device'] == 'cpu' else 'the GPU'}.** {place(result)}, load average "
+        f"{result['load_average']:.1f}, {software}; median of {repetitions}. Memory above the start, until every "
+        "weight has been read once.",
+        "",
+        f"| | reads | {' | '.join(columns)} | right |",
+        f"|---|---|{'---:|' * len(columns)}---|",
+        *(f"| {' | '.join(weight_loading.cells(result, name))} |" for name in result["rows"]),
+        "",
+    ]
+    if against := result["against_peer"]:
+        ours, peer = (result["rows"][against[name]] for name in ("ours", "fastest_peer"))
+        host = "host_anonymous_peak_bytes", "host_rss_peak_bytes"
+        anonymous, rss = (f"{number(ours[name], GIB)} against {number(peer[name], GIB)} GiB" for name in host)
+        lines.append(
+            f"From safetensors until the weights are read once, {against['ours']} is {against['times_as_fast']:.2f} "
+            f"times as fast as the fastest peer, {against['fastest_peer']}, with {anonymous} of anonymous memory and "
+            f"{rss} of RSS."
+        )
+    if result["not_run"]:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in result["not_run"].items())
+        lines.append(f"Not run: {reasons}.")
+    lines.extend(["", f"`{result['command']}`"])
+    return "\n".join(lines)
+
+
+def place(result: dict[str, Any]) -> str:
+    """Describe where a result comes from."""
+    machine = result["machine"]
+    return (
+        f"{machine['gpu'] or 'CPU only'}, {machine['cpus']} cores, {number(machine['memory_bytes'], GIB)} GiB of memory"
+    )
 
 
 if __name__ == "__main__":
