@@ -166,20 +166,24 @@ class RestoreSession:
                     stacklevel=2,
                 )
 
-    def pages_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """A tensor of its own on the file's pages, with the values, strides and dtype of one in the checkpoint.
+    def pages_of(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """For each tensor of the checkpoint one of its own on the file's pages, with its values, strides and dtype.
 
-        The pages are mapped once more: whoever writes to the tensor of the checkpoint does not write to this one. It
+        The pages are mapped once more: whoever writes to a tensor of the checkpoint does not write to this one. It
         outlives the session.
 
         Returns:
             ``None`` where there is no such range of the file: for a tensor that somebody wrote to, that lies in several
             parts, or whose bytes another tensor was given already.
         """
-        pieces = self.checkpoint.locate(tensor)
-        if pieces is None or len(pieces) > 1:
-            return None
-        start, end = pieces[0].offset, pieces[0].offset + span_bytes(tensor)
+        located = self.checkpoint.locate_all(tensors)
+        return [
+            self._give_pages(tensor, pieces[0].offset) if pieces is not None and len(pieces) == 1 else None
+            for tensor, pieces in zip(tensors, located, strict=True)
+        ]
+
+    def _give_pages(self, tensor: torch.Tensor, start: int) -> torch.Tensor | None:
+        end = start + span_bytes(tensor)
         position = bisect_left(self._given, start)
         before, after = self._given[position - 1 : position], self._given[position : position + 1]
         if any(self._ends[other] > start for other in before) or any(other < end for other in after):

@@ -115,7 +115,7 @@ class WeightsRestore:
         sharing = _Sharing(self._root, [targets[-1] for targets in by_tensor.values()])
         stream: list[_Target] = []
         fresh: list[_Target] = []
-        assign: dict[str, torch.Tensor] = {}
+        assignable: list[_Target] = []
         for targets in by_tensor.values():
             target = targets[-1]
             if sharing.overlaps(target):
@@ -124,14 +124,17 @@ class WeightsRestore:
                 # A value that somebody made: torch copies it, into memory that has to exist.
                 if target.tensor.is_meta:
                     fresh.append(target)
-            elif self._may_assign(target, session.device, sharing) and (
-                (pages := session.pages_of(target.value)) is not None
-            ):
-                assign[target.key] = pages
+            elif self._may_assign(target, session.device, sharing):
+                assignable.append(target)
             else:
                 stream.append(target)
-                if target.tensor.device != session.device:
-                    fresh.append(target)
+        assign: dict[str, torch.Tensor] = {}
+        for target, pages in zip(assignable, session.pages_of([t.value for t in assignable]), strict=True):
+            if pages is None:
+                stream.append(target)
+            else:
+                assign[target.key] = pages
+        fresh.extend(target for target in stream if target.tensor.device != session.device)
         if not (stream or fresh or assign):
             return
         needed = self._later_bytes()
