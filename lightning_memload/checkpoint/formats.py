@@ -1,7 +1,8 @@
 """The formats that a checkpoint may have, behind one protocol and one registry.
 
-A format is told by its content, never by a suffix. Each can do two things: index a checkpoint without reading tensor
-data or running code from it, and load it as an ordinary object whose tensors still lie in its files.
+A format is told by its content, never by a suffix. Each can do three things: index a checkpoint without reading tensor
+data or running code from it, load it as an ordinary object whose tensors still lie in its files, and list all of its
+bytes, sound or not, for whoever verifies them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 from typing import Any, Protocol
 
 from lightning_memload.checkpoint.index import Checkpoint
+from lightning_memload.checkpoint.inventory import Inventory
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.safetensors import Safetensors
@@ -21,7 +23,7 @@ __all__ = ["FORMATS", "CheckpointFormat", "find_format", "load_mapped", "open_ch
 
 
 class CheckpointFormat(Protocol):
-    """What one format can do. Two readings of the same bytes, so two methods; writing is no part of it."""
+    """What one format can do. Three readings of the same bytes, so three methods; writing is no part of it."""
 
     @property
     def name(self) -> str:
@@ -56,6 +58,17 @@ class CheckpointFormat(Protocol):
         Raises:
             CheckpointFormatError: It is truncated or damaged.
             UnmappableCheckpoint: It is sound but its tensors cannot stay in the files.
+        """
+        ...
+
+    def take_inventory(self, path: str) -> Inventory:
+        """Lists what a checkpoint that was recognised consists of, and all that is wrong with it.
+
+        Damage is no error here: it is in the inventory. No tensor data is read, no code from the files is run.
+
+        Raises:
+            UnmappableCheckpoint: Its bytes are not there as they were checksummed: compressed.
+            OSError: Reading failed.
         """
         ...
 
