@@ -81,7 +81,7 @@ def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
 
     Raises:
         FileNotFoundError: There is nothing at this path.
-        CheckpointFormatError: It is a directory of no known format.
+        CheckpointFormatError: It is a directory of no known format, or a file that ``torch.load`` does not know either.
         UnmappableCheckpoint: It is a file of no known format, which ``torch.load`` may know all the same.
     """
     name = os.fspath(path)
@@ -92,11 +92,26 @@ def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
     known = ", ".join(candidate.name for candidate in FORMATS)
     if os.path.isdir(name):
         raise CheckpointFormatError(f"{name} is a directory, but no checkpoint of a known format ({known}).", path=name)
+    if not _may_be_legacy(name):
+        raise CheckpointFormatError(
+            f"{name} ({os.path.getsize(name)} bytes) has none of the known formats ({known}), and does not start like "
+            "a file of torch < 1.6 either: it is damaged, truncated, or no checkpoint at all.",
+            path=name,
+        )
     raise UnmappableCheckpoint(
         f"{name} has none of the known formats ({known}): either it is a file of torch < 1.6 or "
         "_use_new_zipfile_serialization=False, or no checkpoint at all. Load it with torch.load and save it again.",
         path=name,
     )
+
+
+def _may_be_legacy(name: str) -> bool:
+    """Whether a file starts as one of torch < 1.6: with a pickle of protocol 2 or later, or as a tar (torch 0.1)."""
+    if not os.path.isfile(name):
+        return False
+    with open(name, "rb") as file:
+        start = file.read(512)
+    return start[:1] == b"\x80" or start[257:262] == b"ustar"
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -88,7 +88,7 @@ def check_entry(file: LocalFile, entry: zipfile.ZipInfo, data_offset: int) -> Da
     where = entry.header_offset
     if local == listed and flags & _FLAG_DESCRIPTOR:
         where = data_offset + entry.compress_size
-        local = _read_descriptor(file, where, is_large=entry.file_size >= _MAX_UINT32)
+        local = _read_descriptor(file, where, is_large=max(entry.file_size, entry.header_offset) >= _MAX_UINT32)
         listed = {"magic": _DESCRIPTOR_MAGIC, "CRC-32": entry.CRC}
         listed |= {"packed size": entry.compress_size, "size": entry.file_size}
     for word, here in local.items():

@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_memload import CheckpointFormatError, VerifyReport, save_directory, verify_checkpoint
-from lightning_memload.checkpoint import FileSet, load_mapped
+from lightning_memload import CheckpointFormatError, VerifyReport, open_checkpoint, save_directory, verify_checkpoint
+from lightning_memload.checkpoint import FileSet, LocalFile, load_mapped
 from lightning_memload.checkpoint.formats import FORMATS
+from lightning_memload.checkpoint.torch_zip import read_zip_inventory
 from lightning_memload.transfer import verify as verify_module
-from tests.checkpoint.files import as_bytes, save_bytes, tensors_of, write_zip
+from tests.checkpoint.files import as_bytes, save_bytes, save_sparse, tensors_of, write_zip
 from tests.fresh_process import run_fresh
 
 # One for each byte, in turn.
@@ -191,6 +192,23 @@ class TestTorch:
     def test_the_other_byte_order_is_verified_too(self, tmp_path: Path) -> None:
         report = verify_checkpoint(write_zip(tmp_path / "big", b"\x80\x02N.", byteorder=b"big"))
         assert report.is_verified
+
+    def test_records_beyond_four_gibibytes(self, tmp_path: Path) -> None:
+        """Whose descriptors are longer, however small they are."""
+        path = tmp_path / "sparse.pt"
+        save_sparse(path, {"small": 10, "large": (1 << 32) + 5, "beyond": 10})
+        index = open_checkpoint(path)
+        assert index["beyond"].storage.offset > 1 << 32
+        with LocalFile(path) as file:
+            _, damage = read_zip_inventory(file)
+        assert damage == []
+        with open(path, "r+b") as changed:
+            changed.seek(index["beyond"].storage.offset + 10 + 8)
+            changed.write(b"\xff")
+        with LocalFile(path) as file:
+            _, damage = read_zip_inventory(file)
+        (item,) = damage
+        assert "packed size 10" in item.problem
 
     def test_a_pickle_that_contradicts_its_records(self, tmp_path: Path) -> None:
         write_zip(tmp_path / "odd", b"\x80\x02K\x07Q.")
