@@ -106,12 +106,12 @@ def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
 
 
 def _may_be_legacy(name: str) -> bool:
-    """Whether a file starts as one of torch < 1.6: with a pickle of protocol 2 or later, or as a tar (torch 0.1)."""
+    """Whether a file starts as one of torch < 1.6: with a pickle, of its magic number if it is old, or a tar."""
     if not os.path.isfile(name):
         return False
     with open(name, "rb") as file:
         start = file.read(512)
-    return start[:1] == b"\x80" or start[257:262] == b"ustar"
+    return start.startswith((b"\x80", b"L119547037146038801333356")) or start[257:262] == b"ustar"
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

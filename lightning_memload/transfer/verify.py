@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -166,7 +167,8 @@ class _Verification:
 
     def _place(self, offset: int) -> tuple[str, int]:
         """The file at an offset of the inventory, and the position within it."""
-        span = next(span for span in reversed(self._inventory.files) if span.start <= offset)
+        files = self._inventory.files
+        span = files[bisect_right(files, offset, key=lambda file: file.start) - 1]
         return span.path, offset - span.start
 
     def read_all(self, progress: Callable[[int, int], None] | None) -> None:
