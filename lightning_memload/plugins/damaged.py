@@ -36,8 +36,8 @@ def name_intact_sibling(exception: BaseException, path: str, *, advise_option: b
         return
     try:
         siblings = find_siblings(path, timeout_seconds=_SEARCH_SECONDS)
-    except OSError:
-        return
+    except Exception:
+        return  # what went wrong first is what the user must see
     folder = os.path.dirname(path) or "."
     if siblings.intact is not None:
         exception.intact_sibling = siblings.intact
