@@ -39,6 +39,7 @@ __all__ = [
     "OptimizerMismatchError",
     "RestoreReport",
     "StreamingCheckpointIO",
+    "VerifyReport",
     "WeightsSource",
     "__version__",
     "load_from_checkpoint",
@@ -46,6 +47,7 @@ __all__ = [
     "meta_init",
     "open_checkpoint",
     "save_directory",
+    "verify_checkpoint",
 ]
 
 __version__ = "0.1.0"
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from lightning_memload.report import RestoreReport
     from lightning_memload.restore import WeightsSource, load_weights, meta_init
     from lightning_memload.save import save_directory
+    from lightning_memload.transfer import VerifyReport, verify_checkpoint
 else:
     # Only at run time: a type checker that sees a module-level __getattr__ accepts every misspelt name.
     _HOMES = {
@@ -66,12 +69,14 @@ else:
         "MemoryPeaks": "lightning_memload.memory",
         "RestoreReport": "lightning_memload.report",
         "StreamingCheckpointIO": "lightning_memload.plugins",
+        "VerifyReport": "lightning_memload.transfer",
         "WeightsSource": "lightning_memload.restore",
         "load_from_checkpoint": "lightning_memload.plugins",
         "load_weights": "lightning_memload.restore",
         "meta_init": "lightning_memload.restore",
         "open_checkpoint": "lightning_memload.checkpoint",
         "save_directory": "lightning_memload.save",
+        "verify_checkpoint": "lightning_memload.transfer",
     }
 
     def __getattr__(name: str) -> object:

@@ -32,11 +32,13 @@ class CheckpointFormatError(MemloadError, ValueError):
 
     Attributes:
         path: The file.
+        intact_sibling: Another checkpoint in its directory that is intact, ``None`` if none is known.
     """
 
     def __init__(self, message: str, *, path: str) -> None:
         super().__init__(message)
         self.path = path
+        self.intact_sibling: str | None = None
 
 
 class CheckpointReadError(MemloadError, OSError):
@@ -46,6 +48,7 @@ class CheckpointReadError(MemloadError, OSError):
         path: The file.
         key: The tensor whose bytes were being read, ``None`` when no tensor is known.
         offset: Where in the file, in bytes.
+        intact_sibling: Another checkpoint in its directory that is intact, ``None`` if none is known.
     """
 
     def __init__(self, message: str, *, path: str, key: str | None, offset: int, errno: int | None = None) -> None:
@@ -54,6 +57,7 @@ class CheckpointReadError(MemloadError, OSError):
         self.key = key
         self.offset = offset
         self.errno = errno
+        self.intact_sibling: str | None = None
 
 
 class ChecksumError(CheckpointReadError):

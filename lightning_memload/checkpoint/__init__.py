@@ -1,6 +1,6 @@
 """From disk to index: which bytes of a file are which tensor, and the file's object with its tensors left there."""
 
-from lightning_memload.checkpoint.formats import CheckpointFormat, load_mapped, open_checkpoint
+from lightning_memload.checkpoint.formats import CheckpointFormat, find_format, load_mapped, open_checkpoint
 from lightning_memload.checkpoint.index import (
     Checkpoint,
     ChunkInfo,
@@ -10,6 +10,7 @@ from lightning_memload.checkpoint.index import (
     lay_out,
     span_elements,
 )
+from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
 from lightning_memload.checkpoint.mapped import (
     ChunkedTensor,
     FilePiece,
@@ -26,16 +27,20 @@ __all__ = [
     "CheckpointFormat",
     "ChunkInfo",
     "ChunkedTensor",
+    "Damage",
     "FileMapping",
     "FilePart",
     "FilePiece",
     "FileSet",
     "FileSpan",
+    "Inventory",
     "LocalFile",
     "MappedCheckpoint",
+    "Section",
     "StorageInfo",
     "TensorInfo",
     "UnmappableCheckpoint",
+    "find_format",
     "lay_out",
     "load_mapped",
     "open_checkpoint",

@@ -21,10 +21,11 @@ import torch
 
 from lightning_memload.checkpoint.dcp_metadata import METADATA_NAME, Entry, Metadata, SavedTensor, read_metadata
 from lightning_memload.checkpoint.index import Checkpoint, ChunkInfo, KeyPath, StorageInfo, TensorInfo
+from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.source import FilePart, FileSet, LocalFile
 from lightning_memload.checkpoint.torch_pickle import read_structure, walk_pickle
-from lightning_memload.checkpoint.torch_zip import TorchZip, read_index, read_records
+from lightning_memload.checkpoint.torch_zip import TorchZip, name_sections, read_index, read_records, read_zip_inventory
 from lightning_memload.errors import CheckpointFormatError, listed
 
 __all__ = ["DcpDirectory"]
@@ -75,6 +76,20 @@ class DcpDirectory:
             directory.source.close()
             raise
 
+    def take_inventory(self, path: str) -> Inventory:
+        """Every record of every entry, see :class:`CheckpointFormat`. The metadata itself carries no checksum.
+
+        Entries that contradict the metadata leave nothing to list: then only the first of them is told.
+        """
+        try:
+            directory = _Directory(path)
+        except UnmappableCheckpoint:
+            raise
+        except CheckpointFormatError as error:
+            return Inventory(path, self.name, (), (), (Damage(error.path, str(error)),))
+        with contextlib.closing(directory.source):
+            return directory.take_inventory()
+
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
@@ -117,7 +132,7 @@ class _Directory:
                 "another checkpoint.",
                 path=path,
             )
-        metadata = read_metadata(metadata_path)
+        self._metadata = metadata = read_metadata(metadata_path)
         self.source = FileSet(_find_files(path, metadata))
         try:
             with _convertible(path):
@@ -151,6 +166,30 @@ class _Directory:
 
         loaded = _map_leaves(self._root, load_leaf)
         return {**loaded, **extra}, checkpoint
+
+    def take_inventory(self) -> Inventory:
+        """Lists the records of all entries, which are sound as far as they describe tensors."""
+        entries: dict[tuple[str, int], Entry] = {}
+        for item in self._metadata.items.values():
+            for entry in [item] if isinstance(item, Entry) else [part.entry for part in item.parts]:
+                entries[entry.file, entry.offset] = entry
+        parts: list[tuple[LocalFile | FilePart, int]] = []
+        for entry in entries.values():
+            file = self._files[entry.file]
+            name = f"{file.name}, the entry at byte {entry.offset}"
+            part = FilePart(file, name, entry.offset, entry.nbytes)
+            parts.append((part, self._starts[entry.file] + entry.offset))
+        if _EXTRA_NAME in self._files:
+            parts.append((self._files[_EXTRA_NAME], self._starts[_EXTRA_NAME]))
+        sections: list[Section] = []
+        damage: list[Damage] = []
+        for archive, start in parts:
+            found, problems = read_zip_inventory(archive, start)
+            sections += found
+            damage += problems
+        names = name_sections(self.index)
+        named = tuple(replace(section, key=names.get(section.offset, section.key)) for section in sections)
+        return Inventory(self._path, DcpDirectory.name, self.index.files, named, tuple(damage))
 
     # Entries --------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """The formats that a checkpoint may have, behind one protocol and one registry.
 
-A format is told by its content, never by a suffix. Each can do two things: index a checkpoint without reading tensor
-data or running code from it, and load it as an ordinary object whose tensors still lie in its files.
+A format is told by its content, never by a suffix. Each can do three things: index a checkpoint without reading tensor
+data or running code from it, load it as an ordinary object whose tensors still lie in its files, and list all of its
+bytes, sound or not, for whoever verifies them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 
 from lightning_memload.checkpoint.dcp import DcpDirectory
 from lightning_memload.checkpoint.index import Checkpoint
+from lightning_memload.checkpoint.inventory import Inventory
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.safetensors import Safetensors
@@ -22,7 +24,7 @@ __all__ = ["FORMATS", "CheckpointFormat", "find_format", "load_mapped", "open_ch
 
 
 class CheckpointFormat(Protocol):
-    """What one format can do. Two readings of the same bytes, so two methods; writing is no part of it."""
+    """What one format can do. Three readings of the same bytes, so three methods; writing is no part of it."""
 
     @property
     def name(self) -> str:
@@ -60,6 +62,17 @@ class CheckpointFormat(Protocol):
         """
         ...
 
+    def take_inventory(self, path: str) -> Inventory:
+        """Lists what a checkpoint that was recognised consists of, and all that is wrong with it.
+
+        Damage is no error here: it is in the inventory. No tensor data is read, no code from the files is run.
+
+        Raises:
+            UnmappableCheckpoint: Its bytes are not there as they were checksummed: compressed.
+            OSError: Reading failed.
+        """
+        ...
+
 
 FORMATS: tuple[CheckpointFormat, ...] = (TorchZip(), Safetensors(), TensorDirectory(), DcpDirectory())
 
@@ -69,7 +82,7 @@ def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
 
     Raises:
         FileNotFoundError: There is nothing at this path.
-        CheckpointFormatError: It is a directory of no known format.
+        CheckpointFormatError: It is a directory of no known format, or a file that ``torch.load`` does not know either.
         UnmappableCheckpoint: It is a file of no known format, which ``torch.load`` may know all the same.
     """
     name = os.fspath(path)
@@ -80,11 +93,26 @@ def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
     known = ", ".join(candidate.name for candidate in FORMATS)
     if os.path.isdir(name):
         raise CheckpointFormatError(f"{name} is a directory, but no checkpoint of a known format ({known}).", path=name)
+    if not _may_be_legacy(name):
+        raise CheckpointFormatError(
+            f"{name} ({os.path.getsize(name)} bytes) has none of the known formats ({known}), and does not start like "
+            "a file of torch < 1.6 either: it is damaged, truncated, or no checkpoint at all.",
+            path=name,
+        )
     raise UnmappableCheckpoint(
         f"{name} has none of the known formats ({known}): either it is a file of torch < 1.6 or "
         "_use_new_zipfile_serialization=False, or no checkpoint at all. Load it with torch.load and save it again.",
         path=name,
     )
+
+
+def _may_be_legacy(name: str) -> bool:
+    """Whether a file starts as one of torch < 1.6: with a pickle, of its magic number if it is old, or a tar."""
+    if not os.path.isfile(name):
+        return False
+    with open(name, "rb") as file:
+        start = file.read(512)
+    return start.startswith((b"\x80", b"L119547037146038801333356")) or start[257:262] == b"ustar"
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

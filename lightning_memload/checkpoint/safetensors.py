@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from lightning_memload.checkpoint.index import Checkpoint, StorageInfo, TensorInfo
+from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.source import FileSet, LocalFile
@@ -110,6 +111,36 @@ class Safetensors:
             raise
         state = {info.storage.key: _mapped_tensor(info, mapping) for info in index}
         return state, MappedCheckpoint(index, source, mapping)
+
+    def take_inventory(self, path: str) -> Inventory:
+        """The tensors and the headers, none of which has a checksum, see :class:`CheckpointFormat`."""
+        sections: list[Section] = []
+        damage: list[Damage] = []
+        try:
+            files, weight_map = _find_files(path)
+        except CheckpointFormatError as error:
+            return Inventory(path, self.name, (), (), (Damage(path, str(error)),))
+        source = FileSet(files)
+        try:
+            for file, span in zip(source.files, source.spans, strict=True):
+                try:
+                    tensors, _ = _read_header(file, span.start)
+                except CheckpointFormatError as error:
+                    damage.append(Damage(file.name, str(error)))
+                    continue
+                sections += [Section(t.name, t.storage.offset, t.storage.nbytes, None) for t in tensors]
+                header_bytes = span.nbytes - sum(tensor.storage.nbytes for tensor in tensors)
+                sections.append(Section("the header", span.start, header_bytes, None))
+            if not damage:
+                try:
+                    _read_index(path, source, weight_map)
+                except UnmappableCheckpoint:
+                    pass  # Nobody asks here whether the tensors can be used as they lie.
+                except CheckpointFormatError as error:
+                    damage.append(Damage(path, str(error)))
+        finally:
+            source.close()
+        return Inventory(path, self.name, source.spans, tuple(sections), tuple(damage))
 
 
 def _mapped_tensor(info: TensorInfo, mapping: FileMapping) -> torch.Tensor:

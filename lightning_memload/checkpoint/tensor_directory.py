@@ -18,17 +18,24 @@ import re
 import reprlib
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from zlib_ng import zlib_ng
 
 from lightning_memload.checkpoint.index import Checkpoint, StorageInfo, TensorInfo, lay_out
-from lightning_memload.checkpoint.mapped import MappedCheckpoint
+from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
+from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.source import FileSet, LocalFile
 from lightning_memload.checkpoint.torch_pickle import walk_pickle
-from lightning_memload.checkpoint.torch_zip import load_onto, read_records
+from lightning_memload.checkpoint.torch_zip import (
+    load_onto,
+    name_sections,
+    pickle_is_sound,
+    read_records,
+    read_zip_inventory,
+)
 from lightning_memload.errors import CheckpointFormatError, MemloadError, listed
 
 __all__ = [
@@ -49,8 +56,8 @@ _FORMAT = "lightning_memload.tensor_directory"
 _VERSION = 1
 # The name stands at the very beginning, so that a directory is told without parsing anything.
 _HEAD = f'{{"format": "{_FORMAT}",'.encode()
-# A million tensors take some 200 MiB. What is longer would fill the memory of whoever parses it.
-_MAX_MANIFEST_BYTES = 1 << 30
+# A million tensors take some 200 MiB. Parsed, a hostile one takes up to thirty times its length.
+_MAX_MANIFEST_BYTES = 256 << 20
 _MAX_KEY_DIGITS = 9
 
 
@@ -144,6 +151,42 @@ class TensorDirectory:
         finally:
             os.close(directory)
         return loaded, MappedCheckpoint(index, source, mapping)
+
+    def take_inventory(self, path: str) -> Inventory:
+        """Every storage, and every record of ``state.pt``, see :class:`CheckpointFormat`."""
+        try:
+            manifest = _read_manifest(path)
+        except CheckpointFormatError as error:
+            return Inventory(path, self.name, (), (), (Damage(os.path.join(path, MANIFEST_FILE), str(error)),))
+        damage = _file_damage(path, manifest)
+        wrong = {problem.path for problem in damage}
+        expected = [(os.path.join(path, STATE_FILE), manifest.state_bytes)]
+        expected += [(os.path.join(path, storage_file(s.key)), s.nbytes) for s in manifest.storages]
+        sound = [file for file in expected if file[0] not in wrong and os.path.join(path, TENSORS_FOLDER) not in wrong]
+        files = lay_out(sound)
+        places = {file.path: file.start for file in files}
+        sections = []
+        for storage in manifest.storages:
+            name = os.path.join(path, storage_file(storage.key))
+            if name in places:
+                sections.append(Section(storage_file(storage.key), places[name], storage.nbytes, storage.crc32))
+        state = os.path.join(path, STATE_FILE)
+        names: dict[int, str] = {}
+        if state in places:
+            with LocalFile(state) as file:
+                of_state, problems = read_zip_inventory(file, places[state])
+                sections += of_state
+                damage += problems
+                readable = not damage and pickle_is_sound(file, of_state, places[state])
+            if readable:
+                try:
+                    names = name_sections(self.read_index(path))
+                except UnmappableCheckpoint:
+                    pass  # Nobody asks here whether the tensors can be used as they lie.
+                except CheckpointFormatError as error:
+                    damage.append(Damage(path, str(error)))
+        named = tuple(replace(section, key=names.get(section.offset, section.key)) for section in sections)
+        return Inventory(path, self.name, files, named, tuple(damage))
 
 
 def make_manifest(path: str, storages: Sequence[StorageFile]) -> bytes:
@@ -307,26 +350,35 @@ def _check_description(path: str, described: list[Any], tensors: Sequence[Tensor
 
 def _check_files(path: str, manifest: _Manifest) -> None:
     """Raises unless every file is there, regular, and as long as the manifest says."""
-    missing: list[str] = []
-    wrong: list[str] = []
+    damage = _file_damage(path, manifest)
+    missing = [os.path.relpath(item.path, path) for item in damage if item.actual is None and item.expected is not None]
+    wrong = [item.problem for item in damage if item.actual is not None or item.expected is None]
+    if damage:
+        missed = [f"{len(missing)} of {len(manifest.storages) + 1} files are missing ({listed(missing)})"]
+        raise _damaged_files(path, (missed if missing else []) + wrong)
+
+
+def _file_damage(path: str, manifest: _Manifest) -> list[Damage]:
+    """Every file that is not there, not regular, or not as long as the manifest says."""
+    damage: list[Damage] = []
     folder = os.path.join(path, TENSORS_FOLDER)
     if os.path.islink(folder):
-        raise _damaged_files(path, [f"{TENSORS_FOLDER} is a link"])
+        return [Damage(folder, f"{TENSORS_FOLDER} is a link")]
     expected = [(STATE_FILE, manifest.state_bytes), *((storage_file(s.key), s.nbytes) for s in manifest.storages)]
     for name, nbytes in expected:
+        file = os.path.join(path, name)
         try:
-            actual = _regular_file_size(os.path.join(path, name))
+            actual = _regular_file_size(file)
         except (FileNotFoundError, NotADirectoryError):
-            missing.append(name)
+            damage.append(Damage(file, f"{name} is missing", expected=nbytes))
             continue
         if actual is None:
-            wrong.append(f"{name} is no regular file")
+            damage.append(Damage(file, f"{name} is no regular file"))
         elif actual != nbytes:
             change = "truncated" if actual < nbytes else "too long"
-            wrong.append(f"{name} is {change}: it has {actual} bytes instead of {nbytes}")
-    if missing or wrong:
-        missed = [f"{len(missing)} of {len(expected)} files are missing ({listed(missing)})"] if missing else []
-        raise _damaged_files(path, missed + wrong)
+            problem = f"{name} is {change}: it has {actual} bytes instead of {nbytes}"
+            damage.append(Damage(file, problem, expected=nbytes, actual=actual))
+    return damage
 
 
 def _regular_file_size(name: str) -> int | None:

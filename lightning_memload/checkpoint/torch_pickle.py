@@ -314,6 +314,12 @@ class _StructureUnpickler(InertUnpickler):
                     f"{nbytes} bytes instead of the {STUB_BYTES} of a stub.",
                     path=self._path,
                 )
+            if location != self._elsewhere[key].location:
+                raise CheckpointFormatError(
+                    f"{self._path} is damaged: its pickle has storage {key!r} on {reprlib.repr(location)}, but the "
+                    f"manifest on {reprlib.repr(self._elsewhere[key].location)}.",
+                    path=self._path,
+                )
             return self._elsewhere[key]
         crc32 = record.crc32 if nbytes == record.nbytes else None
         return StorageInfo(key=key, offset=record.offset, nbytes=nbytes, crc32=crc32, location=location)

@@ -14,22 +14,37 @@ import os
 import struct
 import sys
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from zlib_ng import zlib_ng
 
 from lightning_memload.checkpoint.index import Checkpoint, StorageInfo, lay_out
+from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.source import FilePart, FileSet, LocalFile
 from lightning_memload.checkpoint.torch_pickle import STUB_BYTES, Record, walk_pickle
+from lightning_memload.checkpoint.zip_frame import check_end, check_entry, read_entries
 from lightning_memload.errors import CheckpointFormatError, InsufficientMemoryError, MemloadError
 
-__all__ = ["TorchZip", "is_zip", "load_onto", "read_index", "read_records"]
+__all__ = [
+    "TorchZip",
+    "is_zip",
+    "load_onto",
+    "name_sections",
+    "pickle_is_sound",
+    "read_index",
+    "read_records",
+    "read_zip_inventory",
+]
 
 _ZIP_MAGIC = b"PK\x03\x04"
+# Reading a pickle takes time and memory in proportion to it: some 10 us and 100 bytes for each tensor.
+_MAX_PICKLE_BYTES = 2 << 30
+_MAX_ORDER_BYTES = 64
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -64,6 +79,26 @@ class TorchZip:
             raise
         loaded = load_onto(mapping, index, path, weights_only=weights_only)
         return loaded, MappedCheckpoint(index, source, mapping)
+
+    def take_inventory(self, path: str) -> Inventory:
+        """Every record of the file, the pickle and the small ones too, see :class:`CheckpointFormat`.
+
+        Raises:
+            UnmappableCheckpoint: The records are compressed.
+        """
+        with LocalFile(path) as file:
+            files = lay_out([(path, file.size_bytes)])
+            sections, damage = read_zip_inventory(file)
+            names: dict[int, str] = {}
+            if not damage and pickle_is_sound(file, sections):
+                try:
+                    names = name_sections(read_index(file))
+                except UnmappableCheckpoint:
+                    pass  # Nobody asks here whether the tensors can be used as they lie.
+                except CheckpointFormatError as error:
+                    damage.append(Damage(path, str(error)))
+        named = tuple(replace(section, key=names.get(section.offset, section.key)) for section in sections)
+        return Inventory(path, self.name, files, named, tuple(damage))
 
 
 def is_zip(path: str | os.PathLike[str]) -> bool:
@@ -122,7 +157,7 @@ def read_records(file: LocalFile | FilePart) -> tuple[dict[str, Record], bytes]:
         )
     records = _read_directory(file)
     order = records.get("byteorder")
-    if order is not None and _read_small(file, order) != sys.byteorder.encode():
+    if order is not None and (order.nbytes > _MAX_ORDER_BYTES or _read_small(file, order) != sys.byteorder.encode()):
         raise UnmappableCheckpoint(
             f"{file.name} was saved on a machine of the other byte order; its tensors must be byte-swapped to be used.",
             path=file.name,
@@ -130,6 +165,12 @@ def read_records(file: LocalFile | FilePart) -> tuple[dict[str, Record], bytes]:
     if "data.pkl" not in records:
         raise CheckpointFormatError(
             f"{file.name} is a zip archive but holds no data.pkl, so torch.save did not write it.", path=file.name
+        )
+    if records["data.pkl"].nbytes > _MAX_PICKLE_BYTES:
+        raise UnmappableCheckpoint(
+            f"{file.name} holds {records['data.pkl'].nbytes} bytes of pickled objects beside its tensors; more than "
+            f"{_MAX_PICKLE_BYTES} are not read.",
+            path=file.name,
         )
     return records, _read_small(file, records["data.pkl"])
 
@@ -159,37 +200,74 @@ def load_onto(
         handover.end()
 
 
-class _Stream:
-    """What ``zipfile`` asks of a file that it only lists."""
+def pickle_is_sound(file: LocalFile | FilePart, sections: Sequence[Section], start: int = 0) -> bool:
+    """Whether the records that an index is made from have their checksums. If not, verifying these records tells."""
+    for section in sections:
+        if section.key.partition("/")[2] in ("data.pkl", "byteorder") and section.nbytes <= _MAX_PICKLE_BYTES:
+            data = file.pread(section.nbytes, section.offset - start)
+            if section.crc32 is not None and zlib_ng.crc32(data) != section.crc32:
+                return False
+    return True
 
-    def __init__(self, file: LocalFile | FilePart) -> None:
-        self._file = file
-        self._position = 0
 
-    def seekable(self) -> bool:
-        return True
+def name_sections(index: Checkpoint) -> dict[int, str]:
+    """The name of a tensor for the offset of each storage that has one."""
+    names: dict[int, str] = {}
+    for tensor in index:
+        if tensor.storage.nbytes:
+            names.setdefault(tensor.storage.offset, tensor.name)
+    return names
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size_bytes}[whence]
-        if start + offset < 0:
-            raise ValueError(f"byte {start + offset} is before the start")
-        self._position = start + offset
-        return self._position
 
-    def tell(self) -> int:
-        return self._position
+def read_zip_inventory(file: LocalFile | FilePart, start: int = 0) -> tuple[list[Section], list[Damage]]:
+    """Every record of a torch zip file that can be read, and what is wrong with the others.
 
-    def read(self, nbytes: int = -1) -> bytes:
-        left = max(0, self._file.size_bytes - self._position)
-        data = self._file.pread(left if nbytes < 0 else min(nbytes, left), self._position)
-        self._position += len(data)
-        return data
+    Args:
+        file: The open file.
+        start: Its place in the run of all files.
+
+    Raises:
+        UnmappableCheckpoint: The records are compressed.
+        OSError: Reading failed.
+    """
+    try:
+        entries = _read_entries(file)
+    except CheckpointFormatError as error:
+        return [], [Damage(file.name, str(error))]
+    sections: list[Section] = []
+    damage: list[Damage] = []
+    for entry in entries:
+        try:
+            record = _locate(file, entry)
+        except UnmappableCheckpoint:
+            raise
+        except CheckpointFormatError as error:
+            damage.append(Damage(file.name, str(error), key=entry.filename, offset=entry.header_offset))
+            continue
+        problem = check_entry(file, entry, record.offset)
+        damage += [problem] if problem is not None else []
+        sections.append(Section(entry.filename, start + record.offset, record.nbytes, record.crc32))
+    return sections, damage + check_end(file, entries)
 
 
 def _read_directory(file: LocalFile | FilePart) -> dict[str, Record]:
+    """Records by their name below the archive's one top folder (``data.pkl``, ``data/0``)."""
+    records: dict[str, Record] = {}
+    for entry in _read_entries(file):
+        name = entry.filename.partition("/")[2]
+        if name in records:
+            raise CheckpointFormatError(
+                f"{file.name} holds record {name!r} twice, so which one is meant cannot be told. The file is damaged.",
+                path=file.name,
+            )
+        records[name] = _locate(file, entry)
+    _require_apart(file, records)
+    return records
+
+
+def _read_entries(file: LocalFile | FilePart) -> list[zipfile.ZipInfo]:
     try:
-        with zipfile.ZipFile(_Stream(file)) as archive:
-            entries = archive.infolist()
+        return read_entries(file)
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, MemoryError) as error:
         raise CheckpointFormatError(
             f"{file.name} starts like a torch checkpoint, but the directory at its end cannot be read ({error}): the "
@@ -197,46 +275,54 @@ def _read_directory(file: LocalFile | FilePart) -> dict[str, Record]:
             "copy it again, or resume from another checkpoint.",
             path=file.name,
         ) from error
-    records: dict[str, Record] = {}
-    for entry in entries:
-        name = entry.filename.partition("/")[2]
-        if name in records:
+
+
+def _locate(file: LocalFile | FilePart, entry: zipfile.ZipInfo) -> Record:
+    """Where the data of a record is."""
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise UnmappableCheckpoint(
+            f"{file.name} holds its record {entry.filename!r} compressed, so its tensors are not in the file as "
+            "they are.",
+            path=file.name,
+        )
+    in_file = 0 <= entry.header_offset < file.size_bytes
+    header = file.pread(_LOCAL_HEADER.size, entry.header_offset) if in_file else b""
+    if len(header) < _LOCAL_HEADER.size or not header.startswith(_ZIP_MAGIC):
+        raise CheckpointFormatError(
+            f"{file.name}: the directory places record {entry.filename!r} at byte {entry.header_offset}, but no "
+            "record starts there. The file is damaged.",
+            path=file.name,
+        )
+    _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+    offset = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+    if entry.compress_size != entry.file_size:
+        raise CheckpointFormatError(
+            f"{file.name}: record {entry.filename!r} is stored as it is, but the directory gives it "
+            f"{entry.file_size} bytes and {entry.compress_size} in the file. The file is damaged.",
+            path=file.name,
+        )
+    if offset + entry.file_size > file.size_bytes:
+        raise CheckpointFormatError(
+            f"{file.name} is truncated: record {entry.filename!r} ends at byte {offset + entry.file_size}, but "
+            f"the file is only {file.size_bytes} bytes.",
+            path=file.name,
+        )
+    # torch.serialization.set_crc32_options(False) and skip_data() leave the field zero. A record whose true
+    # CRC-32 is zero (one in four billion) then goes unverified, which is better than a false alarm.
+    return Record(offset, entry.file_size, entry.CRC or None)
+
+
+def _require_apart(file: LocalFile | FilePart, records: dict[str, Record]) -> None:
+    """Raises if records overlap: a small file could else stand for a hundred thousand times its size."""
+    end, before = 0, ""
+    for name, record in sorted(records.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if record.offset < end:
             raise CheckpointFormatError(
-                f"{file.name} holds record {name!r} twice, so which one is meant cannot be told. The file is damaged.",
+                f"{file.name}: record {name!r} begins at byte {record.offset}, but record {before!r} ends at byte "
+                f"{end}. The file is damaged, or made to mislead.",
                 path=file.name,
             )
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise UnmappableCheckpoint(
-                f"{file.name} holds its record {entry.filename!r} compressed, so its tensors are not in the file as "
-                "they are.",
-                path=file.name,
-            )
-        in_file = 0 <= entry.header_offset < file.size_bytes
-        header = file.pread(_LOCAL_HEADER.size, entry.header_offset) if in_file else b""
-        if len(header) < _LOCAL_HEADER.size or not header.startswith(_ZIP_MAGIC):
-            raise CheckpointFormatError(
-                f"{file.name}: the directory places record {entry.filename!r} at byte {entry.header_offset}, but no "
-                "record starts there. The file is damaged.",
-                path=file.name,
-            )
-        _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-        offset = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-        if entry.compress_size != entry.file_size:
-            raise CheckpointFormatError(
-                f"{file.name}: record {entry.filename!r} is stored as it is, but the directory gives it "
-                f"{entry.file_size} bytes and {entry.compress_size} in the file. The file is damaged.",
-                path=file.name,
-            )
-        if offset + entry.file_size > file.size_bytes:
-            raise CheckpointFormatError(
-                f"{file.name} is truncated: record {entry.filename!r} ends at byte {offset + entry.file_size}, but "
-                f"the file is only {file.size_bytes} bytes.",
-                path=file.name,
-            )
-        # torch.serialization.set_crc32_options(False) and skip_data() leave the field zero. A record whose true
-        # CRC-32 is zero (one in four billion) then goes unverified, which is better than a false alarm.
-        records[name] = Record(offset, entry.file_size, entry.CRC or None)
-    return records
+        end, before = record.offset + record.nbytes, name
 
 
 def _read_small(file: LocalFile | FilePart, record: Record) -> bytes:

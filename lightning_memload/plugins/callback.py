@@ -19,8 +19,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_memload.errors import MetaTensorError, listed
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
+from lightning_memload.plugins.damaged import OnCorrupt, name_intact_sibling
 from lightning_memload.plugins.parts import Part, check_parts
 from lightning_memload.plugins.run import Mode, RestoreOptions, RestoreRun
+from lightning_memload.plugins.teardown import keep_strategy_on_device
 from lightning_memload.report import RestoreReport
 from lightning_memload.restore import WeightsSource, meta_names
 
@@ -57,6 +59,11 @@ class MemoryEfficientRestore(pl.Callback):
         weights_from: A checkpoint of any format whose weights, and nothing else of it, ``fit`` starts from: for
             finetuning. A path, or a :class:`WeightsSource` that also renames and leaves out. Loaded once for each
             module, and not when ``ckpt_path`` is given, so one configuration starts a finetuning and resumes it.
+        on_corrupt: What to do when the file of ``ckpt_path`` is damaged. ``"raise"``: the error names the newest
+            checkpoint in the same directory that is intact. ``"previous"``: that one is restored instead, with a
+            warning; the file is verified completely before anything is restored, which reads it once more.
+        keep_on_device: Leave the module and the optimizer states where they are when ``fit`` ends. Lightning moves
+            them to host memory then, which takes as much of it as the training took of the device's.
 
     Attributes:
         report: The figures of the last restore, ``None`` before the first.
@@ -80,6 +87,8 @@ class MemoryEfficientRestore(pl.Callback):
         progress_bar: bool = True,
         restore: Collection[Part] | None = None,
         weights_from: str | Path | WeightsSource | None = None,
+        on_corrupt: OnCorrupt = "raise",
+        keep_on_device: bool = False,
     ) -> None:
         super().__init__()
         if mode not in get_args(Mode):
@@ -88,6 +97,10 @@ class MemoryEfficientRestore(pl.Callback):
             raise ValueError(f"host_budget_mib must be at least 1 (MiB), got {host_budget_mib}.")
         if num_threads is not None and num_threads < 1:
             raise ValueError(f"num_threads must be at least 1, or None to choose, got {num_threads}.")
+        if on_corrupt not in get_args(OnCorrupt):
+            raise ValueError(
+                f"on_corrupt must be one of {', '.join(map(repr, get_args(OnCorrupt)))}, got {on_corrupt!r}."
+            )
         self._options = RestoreOptions(
             mode=mode,
             host_budget_bytes=host_budget_mib * _MIB,
@@ -96,7 +109,9 @@ class MemoryEfficientRestore(pl.Callback):
             check_fit=check_fit,
             progress_bar=progress_bar,
             parts=check_parts(restore),
+            replaces_damaged=on_corrupt == "previous",
         )
+        self._keep_on_device = keep_on_device
         self._weights_from = WeightsSource(weights_from) if isinstance(weights_from, (str, Path)) else weights_from
         self._has_weights: weakref.ref[pl.LightningModule] | None = None
         self._log = log
@@ -110,6 +125,10 @@ class MemoryEfficientRestore(pl.Callback):
         """Installs the CheckpointIO. Nothing has been read yet, and nothing is if there is no checkpoint."""
         self._abort()
         io = _install_io(trainer)
+        if io is None and self._options.replaces_damaged:
+            rank_zero_warn("MemoryEfficientRestore(on_corrupt='previous') is ignored: it does not load the checkpoint.")
+        if self._keep_on_device:
+            keep_strategy_on_device(trainer.strategy)
         self._run = RestoreRun(self._options, trainer, pl_module, stage, streams=io is not None)
         if io is not None:
             self._undo.append(io.observe(self._run))
@@ -144,9 +163,12 @@ class MemoryEfficientRestore(pl.Callback):
         self._finish(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Whatever failed, no hook stays and no memory."""
+        """Whatever failed, no hook stays and no memory. Of a damaged checkpoint the error says what to take instead."""
+        restoring = self._run is not None and self._run.path == str(trainer.ckpt_path)
         self._abort()
         _let_teardown_pass(pl_module)
+        if restoring and trainer.is_global_zero:
+            name_intact_sibling(exception, str(trainer.ckpt_path), advise_option=not self._options.replaces_damaged)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Ends a restore after which nothing was left to train or to evaluate."""

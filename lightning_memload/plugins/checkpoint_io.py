@@ -33,8 +33,12 @@ _STOCK_WEIGHTS_ONLY = None if _STOCK_TAKES_WEIGHTS_ONLY else False
 class LoadObserver(Protocol):
     """Who is told when a checkpoint is loaded."""
 
-    def on_load_start(self, path: str) -> None:
-        """Called before anything is read."""
+    def on_load_start(self, path: str) -> str:
+        """Called before anything is read.
+
+        Returns:
+            The path to load: this one, or another one in its place. On every rank the same.
+        """
         ...
 
     def on_load_end(self, path: str, checkpoint: Any, mapped: MappedCheckpoint | None) -> None:
@@ -147,7 +151,10 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         if not filesystem.exists(local_path):
             raise FileNotFoundError(f"Checkpoint file not found: {path}")
         for observer in self._observers:
-            observer.on_load_start(str(path))
+            chosen = observer.on_load_start(str(path))
+            if chosen != str(path):
+                path = chosen
+                filesystem, local_path = url_to_fs(chosen)
         checkpoint: Any
         mapped: MappedCheckpoint | None = None
         try:

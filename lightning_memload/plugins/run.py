@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.memory import MemoryMonitor
+from lightning_memload.plugins.damaged import choose_intact
 from lightning_memload.plugins.parts import take_parts
 from lightning_memload.plugins.rank_maxima import reduce_maxima
 from lightning_memload.report import MEMORY_FIGURES, PhaseReport, RestoreReport
@@ -57,6 +58,7 @@ class RestoreOptions:
     check_fit: bool
     progress_bar: bool
     parts: frozenset[str] | None = None
+    replaces_damaged: bool = False
 
 
 class RestoreRun:
@@ -98,11 +100,14 @@ class RestoreRun:
 
     # What the CheckpointIO tells us ---------------------------------------------------------------------------------
 
-    def on_load_start(self, path: str) -> None:
-        """Starts the clock."""
+    def on_load_start(self, path: str) -> str:
+        """Starts the clock, and chooses another checkpoint if this one is damaged and that is wanted."""
         if self.path is not None or path != str(self._trainer.ckpt_path):
-            return  # a user's hook loads another checkpoint by itself
+            return path  # a user's hook loads another checkpoint by itself
         self._begin(path)
+        if self._options.replaces_damaged:
+            self.path = choose_intact(path, self._trainer)
+        return self.path or path
 
     def load_weights(self, source: WeightsSource) -> None:
         """Streams the weights of a checkpoint into the module, without a resume.

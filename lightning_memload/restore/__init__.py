@@ -11,6 +11,7 @@ from lightning_memload.restore.load import (
 from lightning_memload.restore.meta import materialize, meta_init, meta_names
 from lightning_memload.restore.optimizer import OptimizerRestore, mapped_bytes
 from lightning_memload.restore.session import Move, RestoreSession
+from lightning_memload.restore.siblings import Siblings, find_siblings
 from lightning_memload.restore.weights import WeightsRestore
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "Move",
     "OptimizerRestore",
     "RestoreSession",
+    "Siblings",
     "WeightsRestore",
     "WeightsSource",
+    "find_siblings",
     "find_state_dict",
     "load_weights",
     "mapped_bytes",

@@ -9,6 +9,7 @@ from lightning_memload.transfer.engine import (
     transfer,
 )
 from lightning_memload.transfer.staging import MIN_BUDGET_BYTES, LazyRing, RingLayout, StagingRing, choose_layout
+from lightning_memload.transfer.verify import VerifyReport, verify_checkpoint
 
 __all__ = [
     "MIN_BUDGET_BYTES",
@@ -18,8 +19,10 @@ __all__ = [
     "StagingRing",
     "TensorCopy",
     "TransferStats",
+    "VerifyReport",
     "available_cpus",
     "choose_layout",
     "default_threads",
     "transfer",
+    "verify_checkpoint",
 ]

@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from zlib_ng import zlib_ng
 
 from lightning_memload.checkpoint import ByteSource, span_elements
 from lightning_memload.errors import CheckpointReadError, ChecksumError
+from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.plan import Check, Piece, Range, Read, Segment, plan_checks, plan_reads, split_strided
 from lightning_memload.transfer.staging import StagingRing
 
@@ -204,7 +204,8 @@ class _Transfer:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._bytes_read = 0
-        self._checksums = _Checksums(source, self._records, jobs)
+        self._bytes_verified = 0
+        self._checksums = PartialChecksums([record.nbytes for record in self._records])
 
     def _plan(self, block_bytes: int) -> list[_Job]:
         ranges = []
@@ -244,7 +245,7 @@ class _Transfer:
                 self._stream.synchronize()
         return TransferStats(
             bytes_read=self._bytes_read,
-            bytes_verified=self._checksums.bytes_verified,
+            bytes_verified=self._bytes_verified,
             seconds=time.perf_counter() - started,
             num_threads=self._num_threads,
             staging_bytes=self._ring.nbytes if self._ring else 0,
@@ -278,6 +279,25 @@ class _Transfer:
             if self._on_progress is not None:
                 self._on_progress(nbytes)
 
+    def _verify(self, check: Check, parts: Sequence[memoryview]) -> None:
+        actual = self._checksums.update(check.record, check.record_start, parts)
+        if actual is None:
+            return
+        record = self._records[check.record]
+        with self._lock:
+            self._bytes_verified += record.nbytes
+        if actual != record.crc32:
+            path, position = self._source.place(record.offset)
+            raise ChecksumError(
+                f"{path} is damaged: the {record.nbytes} bytes of {record.name} at byte {position} have CRC-32 "
+                f"{actual:#010x}, but the file records {record.crc32:#010x}. Resume from another checkpoint.",
+                path=path,
+                key=record.name,
+                offset=position,
+                expected=record.crc32,
+                actual=actual,
+            )
+
     # Straight into CPU memory ---------------------------------------------------------------------------------------
 
     def _direct(self, job: _Job) -> None:
@@ -297,7 +317,7 @@ class _Transfer:
                 position = end
         self._read([part for _, part in parts], job.read.offset)
         for check in job.checks:
-            self._checksums.update(check, _cut(parts, check.start, check.nbytes))
+            self._verify(check, _cut(parts, check.start, check.nbytes))
         for segment in again:
             # Bytes that an earlier target of this read has too: a tie or a view.
             target_start = 0
@@ -322,7 +342,7 @@ class _Transfer:
         staged = slot.view[: read.nbytes]
         self._read([staged], read.offset)
         for check in job.checks:
-            self._checksums.update(check, [staged[check.start : check.start + check.nbytes]])
+            self._verify(check, [staged[check.start : check.start + check.nbytes]])
         if job.piece is not None:
             slot.rearrange(self._copies[read.segments[0].target], job.piece, read.nbytes)
         else:
@@ -416,47 +436,6 @@ class _Slot:
         piece_values = values.view(copy.dtype).as_strided(piece.shape, copy.stride)
         index = tuple(slice(start, start + size) for start, size in zip(piece.starts, piece.shape, strict=True))
         copy.destination[index].copy_(piece_values)
-
-
-class _Checksums:
-    """Collects the partial CRC-32s of records that several threads read in any order."""
-
-    def __init__(self, source: ByteSource, records: Sequence[Record], jobs: Sequence[_Job]) -> None:
-        self._source = source
-        self._records = records
-        self._lock = threading.Lock()
-        self._parts: dict[int, list[tuple[int, int, int]]] = {}
-        self._missing = {check.record: records[check.record].nbytes for job in jobs for check in job.checks}
-        self.bytes_verified = 0
-
-    def update(self, check: Check, parts: Sequence[memoryview]) -> None:
-        crc = 0
-        for part in parts:
-            crc = zlib_ng.crc32(part, crc)
-        with self._lock:
-            found = self._parts.setdefault(check.record, [])
-            found.append((check.record_start, check.nbytes, crc))
-            self._missing[check.record] -= check.nbytes
-            if self._missing[check.record]:
-                return
-            del self._parts[check.record]
-            record = self._records[check.record]
-            self.bytes_verified += record.nbytes
-        found.sort()
-        _, _, actual = found[0]
-        for _, nbytes, crc in found[1:]:
-            actual = zlib_ng.crc32_combine(actual, crc, nbytes)
-        if actual != record.crc32:
-            path, position = self._source.place(record.offset)
-            raise ChecksumError(
-                f"{path} is damaged: the {record.nbytes} bytes of {record.name} at byte {position} have CRC-32 "
-                f"{actual:#010x}, but the file records {record.crc32:#010x}. Resume from another checkpoint.",
-                path=path,
-                key=record.name,
-                offset=position,
-                expected=record.crc32,
-                actual=actual,
-            )
 
 
 def _is_raw(copy: TensorCopy) -> bool:

@@ -270,8 +270,9 @@ class TestNoCodeRuns:
 
 
 class TestNotMappable:
-    def test_legacy_format(self, path: Path) -> None:
-        torch.save(nested(), path, _use_new_zipfile_serialization=False)
+    @pytest.mark.parametrize("protocol", [1, 2, 4])
+    def test_legacy_format(self, path: Path, protocol: int) -> None:
+        torch.save(nested(), path, _use_new_zipfile_serialization=False, pickle_protocol=protocol)
         with pytest.raises(UnmappableCheckpoint, match="none of the known formats"):
             open_checkpoint(path)
 
@@ -307,6 +308,8 @@ class TestNotMappable:
         with pytest.raises(CheckpointFormatError, match="checkpoint") as caught:
             open_checkpoint(path)
         assert caught.value.path == str(path)
+        # Nor is it one that the ordinary way would read.
+        assert not isinstance(caught.value, UnmappableCheckpoint)
 
     def test_a_zip_of_something_else(self, path: Path) -> None:
         with zipfile.ZipFile(path, "w") as archive:

@@ -129,8 +129,9 @@ def test_observer_is_removed_once(path: Path) -> None:
     calls: list[str] = []
 
     class Observer:
-        def on_load_start(self, path: str) -> None:
+        def on_load_start(self, path: str) -> str:
             calls.append("start")
+            return path
 
         def on_load_end(self, path: str, checkpoint: Any, mapped: Any) -> None:
             assert mapped is not None

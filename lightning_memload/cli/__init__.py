@@ -1,0 +1,51 @@
+"""The command line: ``python -m lightning_memload VERB``, one file for each verb.
+
+Needs no Lightning and no GPU, runs no code from a checkpoint, and reads no more of it than the verb says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from lightning_memload.cli import inspect, verify
+from lightning_memload.errors import MemloadError
+
+__all__ = ["main"]
+
+_VERBS = {"inspect": inspect, "verify": verify}
+_NOT_ANSWERED = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Args:
+        arguments: Words of the command line behind the program's name. ``None``: those of this process.
+
+    Returns:
+        The exit status: 0 for what the verb calls good, 2 when the question could not be answered (no such file, no
+        checkpoint, wrong usage), others as the verb says.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lightning-memload", description="Look at checkpoints of PyTorch Lightning without loading them."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in _VERBS.items():
+        help_text, _, details = (verb.__doc__ or "").partition("\n\n")
+        verb_parser = verbs.add_parser(
+            name, help=help_text, description=f"{help_text}\n\n{details}", formatter_class=argparse.RawTextHelpFormatter
+        )
+        verb.add_arguments(verb_parser)
+    parsed = parser.parse_args(arguments)
+    try:
+        return int(_VERBS[parsed.verb].run(parsed))
+    except (MemloadError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            # Whoever reads has seen enough (head). Python would complain once more when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"lightning-memload {parsed.verb}: {error}", file=sys.stderr)
+        return _NOT_ANSWERED

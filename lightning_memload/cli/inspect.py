@@ -1,0 +1,82 @@
+"""List the tensors of a checkpoint: name, shape, dtype, bytes and ties.
+
+Reads no tensor and runs no code from the file, so it is safe and quick for files of any size and origin.
+
+Exit status: 0; 2 if there is no checkpoint at this path, or it is damaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from lightning_memload.checkpoint import Checkpoint, open_checkpoint
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of the verb."""
+    parser.add_argument("path", metavar="PATH", help="a checkpoint: a file or a directory")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the list; returns the exit status that the module's docstring lists.
+
+    Raises:
+        CheckpointFormatError: It is no checkpoint, or damaged.
+        OSError: It cannot be read.
+    """
+    index = open_checkpoint(arguments.path)
+    print(json.dumps(_as_dict(index)) if arguments.json else _as_table(index))
+    return 0
+
+
+def _as_table(index: Checkpoint) -> str:
+    first = {group[0].storage.key: group[0].name for group in index.ties}
+    rows = []
+    for tensor in index:
+        owner = first.get(tensor.storage.key) if tensor.numel else None
+        note = f"shares the storage of {_printable(owner)}" if owner not in (None, tensor.name) else ""
+        shape = "x".join(map(str, tensor.shape)) or "scalar"
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        rows.append((_printable(tensor.name), shape, dtype, f"{tensor.nbytes:,}", note))
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(4)]
+    lines = [
+        f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {dtype:<{widths[2]}}  {nbytes:>{widths[3]}}  {note}".rstrip()
+        for name, shape, dtype, nbytes, note in rows
+    ]
+    files = f"{len(index.files)} files" if len(index.files) != 1 else "1 file"
+    lines.append(
+        f"{index.path} ({index.format}): {len(index)} tensors, {index.nbytes:,} bytes in {len(index.storages)} "
+        f"storages; {files} of {index.file_size:,} bytes; {len(index.ties)} ties"
+    )
+    return "\n".join(lines)
+
+
+def _as_dict(index: Checkpoint) -> dict[str, object]:
+    tensors = [
+        {
+            "name": tensor.name,
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "nbytes": tensor.nbytes,
+            "storage": tensor.storage.key,
+        }
+        for tensor in index
+    ]
+    return {
+        "path": index.path,
+        "format": index.format,
+        "file_bytes": index.file_size,
+        "tensor_bytes": index.nbytes,
+        "tensors": tensors,
+        "ties": [[tensor.name for tensor in group] for group in index.ties],
+        "metadata": dict(index.metadata),
+    }
+
+
+def _printable(name: str | None) -> str:
+    """A name on one line: a hostile file may put control codes of the terminal in it."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in name or "")

@@ -1,0 +1,50 @@
+"""Compare every checksum of checkpoints, and list all damage.
+
+Exit status: 0 every byte of every checkpoint has its checksum; 1 something is damaged; 2 something is no checkpoint,
+or cannot be read; 3 nothing wrong was found, but the checkpoint holds bytes without a checksum (safetensors).
+Of several, the first of 1, 2, 3 that applies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lightning_memload.errors import MemloadError
+from lightning_memload.transfer import verify_checkpoint
+
+__all__ = ["add_arguments", "run"]
+
+_VERIFIED, _DAMAGED, _NOT_ANSWERED, _WITHOUT_CHECKSUM = 0, 1, 2, 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of the verb."""
+    parser.add_argument("path", nargs="+", metavar="PATH", help="a checkpoint: a file or a directory")
+    parser.add_argument("--threads", type=_positive, help="threads that read (default: one for each CPU, 8 at most)")
+    parser.add_argument("--quiet", action="store_true", help="print damage only, and show no bar")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Verifies and prints; returns the exit status that the module's docstring lists."""
+    statuses = set()
+    for path in arguments.path:
+        try:
+            report = verify_checkpoint(
+                path, num_threads=arguments.threads, progress=not arguments.quiet and sys.stderr.isatty()
+            )
+        except (MemloadError, OSError) as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            statuses.add(_NOT_ANSWERED)
+            continue
+        if report.is_damaged or not arguments.quiet:
+            print(report)
+        statuses.add(_DAMAGED if report.is_damaged else _VERIFIED if report.is_verified else _WITHOUT_CHECKSUM)
+    return next((status for status in (_DAMAGED, _NOT_ANSWERED, _WITHOUT_CHECKSUM) if status in statuses), _VERIFIED)
+
+
+def _positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number

@@ -1,0 +1,125 @@
+"""The command line: what it prints, its exit status, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lightning_memload
+from lightning_memload.cli import main
+from tests.checkpoint.files import save_sparse, storage_pickle, tensor_pickle, write_zip
+from tests.fresh_process import run_fresh
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tied = torch.ones(6, 4)
+    torch.save({"state_dict": {"weight": tied, "tied": tied, "scalar": torch.tensor(3)}}, tmp_path / "sound.ckpt")
+    data = bytearray((tmp_path / "sound.ckpt").read_bytes())
+    data[lightning_memload.open_checkpoint(tmp_path / "sound.ckpt").storages[0].offset] ^= 1
+    (tmp_path / "damaged.ckpt").write_bytes(data)
+    save_file({"weight": torch.ones(3)}, tmp_path / "plain.safetensors")
+    (tmp_path / "text.ckpt").write_text("hello")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("names", "status"),
+    [
+        (["sound.ckpt"], 0),
+        (["plain.safetensors"], 3),
+        (["text.ckpt"], 2),
+        (["absent.ckpt"], 2),
+        (["damaged.ckpt"], 1),
+        (["sound.ckpt", "plain.safetensors"], 3),
+        (["plain.safetensors", "text.ckpt"], 2),
+        (["text.ckpt", "damaged.ckpt", "sound.ckpt"], 1),
+    ],
+)
+def test_status_of_verify(names: list[str], status: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", *(str(folder / name) for name in names)]) == status
+    shown = capsys.readouterr()
+    assert all(name in shown.out + shown.err for name in names)
+
+
+def test_verify_prints(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["verify", "--threads", "2", str(folder / "sound.ckpt"), str(folder / "damaged.ckpt")])
+    shown = capsys.readouterr().out
+    assert "sound.ckpt (torch): verified. 0.00 MiB in " in shown
+    assert "damaged, 1 problems" in shown
+    assert "96 bytes of state_dict.weight at byte" in shown
+    main(["verify", "--quiet", str(folder / "sound.ckpt"), str(folder / "plain.safetensors")])
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("words", [[], ["verify"], ["inspect"], ["verify", "x", "--threads", "0"], ["lose"]])
+def test_wrong_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "usage: lightning-memload" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["inspect", "verify"])
+def test_help_tells_the_exit_status(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    assert "Exit status: 0" in capsys.readouterr().out
+
+
+def test_inspect_prints(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(folder / "sound.ckpt")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:-1]] == [
+        ["state_dict.weight", "6x4", "float32", "96"],
+        ["state_dict.tied", "6x4", "float32", "96", "shares", "the", "storage", "of", "state_dict.weight"],
+        ["state_dict.scalar", "scalar", "int64", "8"],
+    ]
+    assert "(torch): 3 tensors, 104 bytes in 2 storages; 1 file of " in lines[-1]
+    assert main(["inspect", "--json", str(folder / "sound.ckpt")]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["ties"] == [["state_dict.weight", "state_dict.tied"]]
+    assert content["tensors"][2]["dtype"] == "int64"
+    assert content["tensor_bytes"] == 104
+    assert main(["inspect", str(folder / "text.ckpt")]) == 2
+    assert "none of the known formats" in capsys.readouterr().err
+
+
+def test_inspect_prints_no_control_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = b"X\x05\x00\x00\x00\x1b[2Jx"
+    write_zip(tmp_path / "odd", b"\x80\x02}" + key + tensor_pickle(storage_pickle()) + b"s.", {"0": bytes(16)})
+    assert main(["inspect", str(tmp_path / "odd")]) == 0
+    assert r"\x1b[2Jx" in capsys.readouterr().out
+
+
+def test_inspect_reads_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_sparse(tmp_path / "large.ckpt", {"weight": 40 << 30})
+    assert main(["inspect", str(tmp_path / "large.ckpt")]) == 0
+    assert "42,949,672,960" in capsys.readouterr().out
+
+
+def test_as_a_program(folder: Path) -> None:
+    command = [sys.executable, "-W", "error", "-m", "lightning_memload", "verify", "damaged.ckpt"]
+    root = str(Path(lightning_memload.__file__).parent.parent)
+    done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "damaged.ckpt (torch): damaged" in done.stdout
+
+
+def test_lightning_is_not_imported(folder: Path) -> None:
+    program = """
+import sys
+from lightning_memload.cli import main
+main(["verify", ARGS["path"]])
+main(["inspect", ARGS["path"]])
+RESULT = [name for name in ("lightning", "pytorch_lightning", "lightning_fabric") if name in sys.modules]
+"""
+    assert run_fresh(program, path=folder / "sound.ckpt").result == []
