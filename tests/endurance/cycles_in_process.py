@@ -22,7 +22,7 @@ from tests.fresh_process import run_fresh
 
 __all__ = ["MARGIN_BYTES", "STATE_BYTES", "cycle", "cycle_in_one_process", "run_cycles", "training_bytes"]
 
-NUM_LAYERS = 6
+NUM_LAYERS = 8
 WIDTH = 2048
 # Weights and biases, and two states of AdamW for each.
 STATE_BYTES = 3 * NUM_LAYERS * (WIDTH * WIDTH + WIDTH) * 4

