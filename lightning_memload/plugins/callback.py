@@ -115,8 +115,12 @@ class MemoryEfficientRestore(pl.Callback):
         self._asynchronous_save = asynchronous_save
         self._io: StreamingCheckpointIO | None = None
         self._saves: SaveLog | None = None
-        self._forget_saves: Callable[[], Any] = lambda: None
-        self._forget_loads: Callable[[], Any] = lambda: None
+        self._forget_saves: Callable[[], Any] | None = None
+        self._forget_loads: Callable[[], Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy belongs to another Trainer, and so to other saves."""
+        return {**self.__dict__, "_io": None, "_saves": None, "_forget_saves": None, "_forget_loads": None}
 
     # Lightning's hooks ----------------------------------------------------------------------------------------------
 
@@ -224,7 +228,8 @@ class MemoryEfficientRestore(pl.Callback):
         )
 
     def _observe_saves(self, trainer: pl.Trainer, io: StreamingCheckpointIO | None) -> None:
-        self._forget_saves()
+        if self._forget_saves is not None:
+            self._forget_saves()
         self._saves = SaveLog(trainer) if io is not None and self._log else None
         if io is not None and self._saves is not None:
             self._forget_saves = io.observe_saves(self._saves.add)
@@ -242,7 +247,8 @@ class MemoryEfficientRestore(pl.Callback):
             self._io.wait_until_written()
 
     def _end_steps(self) -> None:
-        self._forget_loads()
+        if self._forget_loads is not None:
+            self._forget_loads()
         if self._io is not None:
             self._io.end_steps()
 

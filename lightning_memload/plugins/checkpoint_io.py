@@ -100,11 +100,12 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         """Registers who is told the figures of every save that succeeds, in the thread in which it ends.
 
         Saves are measured only if somebody is: host memory is sampled every 5 ms meanwhile, and the process' VmHWM is
-        reset, see :class:`MemoryMonitor`.
+        reset, see :class:`MemoryMonitor`. The thread that registers counts as the one that trains.
 
         Returns:
             A function that removes it again; calling it twice is fine.
         """
+        self._training_thread = threading.get_ident()
         return _register(self._save_observers, observer)
 
     def begin_steps(self, changed_in_steps: Callable[[], Iterable[torch.Tensor]]) -> None:
@@ -167,16 +168,18 @@ class StreamingCheckpointIO(TorchCheckpointIO):
             return
         filesystem, target = url_to_fs(str(path))
         filesystem.makedirs(os.path.dirname(path), exist_ok=True)
-        measuring = _Measuring(checkpoint, tuple(self._save_observers))
+        in_training_thread = self._training_thread in (None, threading.get_ident())
+        measuring = _Measuring(checkpoint, tuple(self._save_observers), blocks=in_training_thread)
         try:
             if not isinstance(filesystem, LocalFileSystem):
                 with filesystem.transaction, filesystem.open(target, "wb") as file:
                     stats = write_torch(checkpoint, file, name=str(path), host_budget_bytes=self._host_budget_bytes)
-                self._end_save(measuring, stats)
+                self._end_save(measuring, stats, stats.seconds)
                 return
             save = plan_torch_save(checkpoint, target, host_budget_bytes=self._host_budget_bytes)
             if not self.asynchronous:
-                self._end_save(measuring, save.run())
+                stats = save.run()
+                self._end_save(measuring, stats, stats.seconds)
                 return
         except BaseException:
             measuring.stop()
@@ -194,9 +197,9 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         trains_here = threading.get_ident() == self._training_thread
         self._background = BackgroundSave(save, self._changed_in_steps() if trains_here else (), on_end=end)
 
-    def _end_save(self, measuring: _Measuring, stats: SaveStats, blocked_seconds: float | None = None) -> None:
+    def _end_save(self, measuring: _Measuring, stats: SaveStats, blocked_seconds: float) -> None:
         self.last_save = stats
-        measuring.report(stats, stats.seconds if blocked_seconds is None else blocked_seconds)
+        measuring.report(stats, blocked_seconds)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Removes a checkpoint. While a save is going on, that is put off until it has succeeded.
@@ -283,10 +286,11 @@ class StreamingCheckpointIO(TorchCheckpointIO):
 class _Measuring:
     """Measures one save from now on, if anybody wants to know."""
 
-    def __init__(self, checkpoint: Any, observers: tuple[SaveObserver, ...]) -> None:
+    def __init__(self, checkpoint: Any, observers: tuple[SaveObserver, ...], *, blocks: bool) -> None:
         step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
         self._global_step = step if isinstance(step, int) else None
         self._observers = observers
+        self._blocks = blocks
         self._monitor = MemoryMonitor()
         if observers:
             self._monitor.start()
@@ -294,7 +298,9 @@ class _Measuring:
     def report(self, stats: SaveStats, blocked_seconds: float) -> None:
         self.stop()
         for observer in self._observers:
-            observer(SaveReport(stats, self._monitor.peaks, blocked_seconds, self._global_step))
+            observer(
+                SaveReport(stats, self._monitor.peaks, blocked_seconds if self._blocks else None, self._global_step)
+            )
 
     def stop(self) -> None:
         if self._monitor.is_running:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import queue
 import threading
+from collections import deque
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -23,21 +23,21 @@ class SaveLog:
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer: pl.Trainer | None = trainer
         self._thread = threading.get_ident()
-        self._reports: queue.SimpleQueue[SaveReport] = queue.SimpleQueue()
+        self._reports: deque[SaveReport] = deque()
 
     def add(self, report: SaveReport) -> None:
         """Takes the figures of a save, in any thread."""
         rank_zero_info(report.line())
         if self._trainer is None:
             return
-        self._reports.put(report)
+        self._reports.append(report)
         if threading.get_ident() == self._thread:
             self.flush()
 
     def flush(self) -> None:
         """Logs what has come. Loggers know nothing of threads, so only the one that made this object may call it."""
-        while self._trainer is not None and not self._reports.empty():
-            report = self._reports.get()
+        while self._trainer is not None and self._reports:
+            report = self._reports.popleft()
             for logger in self._trainer.loggers:
                 logger.log_metrics(report.scalars(), step=report.global_step)
 

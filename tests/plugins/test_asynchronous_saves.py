@@ -293,15 +293,17 @@ def test_every_save_is_logged_once_at_its_step(tmp_path: Path, way: str, caplog:
         train(tmp_path, callbacks, max_epochs=1, logger=logger, plugins=plugins)
     assert [step for step, _ in logger.saves] == list(range(1, 9))
     for number, (_, figures) in enumerate(logger.saves):
+        # How long training waited for a thread of Lightning's is not ours to know.
+        blocked = figures.pop("memload/save_blocked_seconds", None)
+        assert (blocked is None) is (way == "Lightning's")
+        assert blocked is None or 0 < blocked <= figures["memload/save_seconds"]
         assert figures.keys() == {
             "memload/save_seconds",
-            "memload/save_blocked_seconds",
             "memload/save_gib",
             "memload/save_gib_per_second",
             "memload/save_host_anonymous_above_start_gib",
         }
         assert figures["memload/save_gib"] * 2**30 == (tmp_path / f"{number}.ckpt").stat().st_size
-        assert 0 < figures["memload/save_blocked_seconds"] <= figures["memload/save_seconds"]
     lines = [record.message for record in caplog.records if record.message.startswith("Saved ")]
     assert len(lines) == 8
     assert f"Saved {tmp_path}/0.ckpt: 0.00 GiB in 0." in lines[0]
