@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_memload.errors import MetaTensorError
-from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
+from lightning_memload.plugins.checkpoint_io import SaveFormat, StreamingCheckpointIO
 from lightning_memload.plugins.parts import Part, check_parts
 from lightning_memload.plugins.run import Mode, RestoreOptions, RestoreRun
 from lightning_memload.plugins.saves import SaveLog
@@ -65,6 +65,7 @@ class MemoryEfficientRestore(pl.Callback):
         asynchronous_save: Let training go on while a local checkpoint is written, without a copy of the model; see
             ``StreamingCheckpointIO.save_checkpoint`` for what is guaranteed. List this callback before others that
             change weights when validation or training ends, so that it waits first.
+        save_format: ``"torch"`` or ``"directory"``, see ``StreamingCheckpointIO``, if this callback installs it.
 
     Attributes:
         report: The figures of the last restore, ``None`` before the first.
@@ -89,6 +90,7 @@ class MemoryEfficientRestore(pl.Callback):
         restore: Collection[Part] | None = None,
         weights_from: str | Path | WeightsSource | None = None,
         asynchronous_save: bool = False,
+        save_format: SaveFormat = "torch",
     ) -> None:
         super().__init__()
         if mode not in get_args(Mode):
@@ -112,7 +114,10 @@ class MemoryEfficientRestore(pl.Callback):
         self.report: RestoreReport | None = None
         self._run: RestoreRun | None = None
         self._undo: list[Callable[[], Any]] = []
+        if save_format not in get_args(SaveFormat):
+            raise ValueError(f"save_format must be one of {get_args(SaveFormat)}, got {save_format!r}.")
         self._asynchronous_save = asynchronous_save
+        self._save_format = save_format
         self._io: StreamingCheckpointIO | None = None
         self._saves: SaveLog | None = None
         self._forget_saves: Callable[[], Any] | None = None
@@ -133,6 +138,11 @@ class MemoryEfficientRestore(pl.Callback):
                 "MemoryEfficientRestore(asynchronous_save=True) is left out: how to save is up to the CheckpointIO "
                 "that the Trainer was given, or to its strategy. Leave that plugin out, or give "
                 "StreamingCheckpointIO(asynchronous=True), not within Lightning's AsyncCheckpointIO."
+            )
+        if self._save_format != "torch" and (io is None or io.format != self._save_format):
+            rank_zero_warn(
+                f"MemoryEfficientRestore(save_format={self._save_format!r}) is left out: how to save is up to the "
+                "CheckpointIO that the Trainer was given, or to its strategy. Give StreamingCheckpointIO(format=...)."
             )
         self._observe_saves(trainer, io)
         self._run = RestoreRun(self._options, trainer, pl_module, stage, streams=io is not None)
@@ -225,6 +235,7 @@ class MemoryEfficientRestore(pl.Callback):
         return StreamingCheckpointIO(
             host_budget_mib=self._options.host_budget_bytes // _MIB,
             asynchronous=self._asynchronous_save and not wrapped,
+            format=self._save_format,
         )
 
     def _observe_saves(self, trainer: pl.Trainer, io: StreamingCheckpointIO | None) -> None:

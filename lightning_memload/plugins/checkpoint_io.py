@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from fsspec.core import url_to_fs
@@ -24,9 +24,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_memload.checkpoint import MappedCheckpoint, UnmappableCheckpoint, load_mapped
 from lightning_memload.memory import MemoryMonitor
 from lightning_memload.report import SaveReport
-from lightning_memload.save import BackgroundSave, Save, SaveStats, plan_torch_save, write_torch
+from lightning_memload.save import BackgroundSave, Save, SaveStats, plan_directory_save, plan_torch_save, write_torch
 
-__all__ = ["LoadObserver", "SaveObserver", "StreamingCheckpointIO"]
+__all__ = ["LoadObserver", "SaveFormat", "SaveObserver", "StreamingCheckpointIO"]
+
+SaveFormat = Literal["torch", "directory"]
+_PLANS = {"torch": plan_torch_save, "directory": plan_directory_save}
 
 # Lightning 2.6 added the argument and passes None on to torch; Lightning 2.5 always loaded with False.
 _STOCK_TAKES_WEIGHTS_ONLY = "weights_only" in inspect.signature(TorchCheckpointIO.load_checkpoint).parameters
@@ -61,21 +64,28 @@ class StreamingCheckpointIO(TorchCheckpointIO):
             At least 1.
         asynchronous: Let training go on while the disk takes a local checkpoint, without a copy of the model anywhere:
             see :meth:`save_checkpoint`. Not within Lightning's ``AsyncCheckpointIO``, which does copy it.
+        format: ``"torch"`` saves ordinary files, ``"directory"`` what ``save_directory`` writes, on local disks only.
+            Both are loaded, whatever this says.
 
     Attributes:
+        asynchronous: As given.
+        format: As given.
         last_save: What the last save that ended in this process cost, ``None`` before the first.
 
     Raises:
-        ValueError: The budget is below 1 MiB.
+        ValueError: The budget is below 1 MiB, or there is no such format.
 
     Example:
         >>> trainer = L.Trainer(plugins=[AsyncCheckpointIO(StreamingCheckpointIO())])
     """
 
-    def __init__(self, *, host_budget_mib: int = 128, asynchronous: bool = False) -> None:
+    def __init__(self, *, host_budget_mib: int = 128, asynchronous: bool = False, format: SaveFormat = "torch") -> None:
         super().__init__()
         if host_budget_mib < 1:
             raise ValueError(f"host_budget_mib must be at least 1, got {host_budget_mib}.")
+        if format not in get_args(SaveFormat):
+            raise ValueError(f"format must be one of {', '.join(map(repr, get_args(SaveFormat)))}, got {format!r}.")
+        self.format = format
         self.last_save: SaveStats | None = None
         self.asynchronous = asynchronous
         self._background: BackgroundSave | None = None
@@ -155,6 +165,8 @@ class StreamingCheckpointIO(TorchCheckpointIO):
 
         Raises:
             TypeError: ``storage_options`` were given.
+            ValueError: The format is a directory, and the place is remote or not on Linux.
+            FileExistsError: Likewise, and there is something else than a checkpoint directory at ``path``.
             CheckpointWriteError: There is not enough space, or writing failed; what was there before is untouched. Also
                 if that happened to the save before this one, in the background; then nothing is saved now.
             Exception: Whatever pickling the checkpoint, or a remote file system, raises.
@@ -163,10 +175,15 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         file also what its file system buffers.
         """
         self.teardown()
-        if storage_options is not None or sys.platform != "linux":
+        if storage_options is not None or (sys.platform != "linux" and self.format == "torch"):
             super().save_checkpoint(checkpoint, str(path), storage_options)
             return
         filesystem, target = url_to_fs(str(path))
+        if self.format != "torch" and (sys.platform != "linux" or not isinstance(filesystem, LocalFileSystem)):
+            raise ValueError(
+                f"StreamingCheckpointIO(format={self.format!r}) saves to local disks on Linux only, and was given "
+                f"{path}. Use format='torch'."
+            )
         filesystem.makedirs(os.path.dirname(path), exist_ok=True)
         in_training_thread = self._training_thread in (None, threading.get_ident())
         measuring = _Measuring(checkpoint, tuple(self._save_observers), blocks=in_training_thread)
@@ -176,7 +193,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
                     stats = write_torch(checkpoint, file, name=str(path), host_budget_bytes=self._host_budget_bytes)
                 self._end_save(measuring, stats, stats.seconds)
                 return
-            save = plan_torch_save(checkpoint, target, host_budget_bytes=self._host_budget_bytes)
+            save = _PLANS[self.format](checkpoint, target, host_budget_bytes=self._host_budget_bytes)
             if not self.asynchronous:
                 stats = save.run()
                 self._end_save(measuring, stats, stats.seconds)
