@@ -12,19 +12,22 @@ from typing import Any, get_args
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_memload.errors import MetaTensorError, listed
-from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
+from lightning_memload.plugins.checkpoint_io import SaveFormat, StreamingCheckpointIO
 from lightning_memload.plugins.damaged import OnCorrupt, name_intact_sibling
 from lightning_memload.plugins.parts import Part, check_parts
 from lightning_memload.plugins.run import Mode, RestoreOptions, RestoreRun
+from lightning_memload.plugins.saves import SaveLog
 from lightning_memload.plugins.teardown import keep_strategy_on_device
 from lightning_memload.report import RestoreReport
 from lightning_memload.restore import WeightsSource, meta_names
+from lightning_memload.save import tensors_of_optimizers
 
 __all__ = ["MemoryEfficientRestore"]
 
@@ -46,12 +49,14 @@ class MemoryEfficientRestore(pl.Callback):
             pages: nothing is read until it is used and the kernel can take it back; the first write to a page makes it
             ordinary memory, checksums are not compared, and the file must not be truncated in place while the model
             lives (replacing it by a new file is fine). ``"auto"`` assigns for evaluation on the CPU, else copies.
-        host_budget_mib: The most host memory for staging, in MiB, per process. Hard.
+        host_budget_mib: The most host memory for staging, in MiB, per process. Hard. For saves likewise, if the
+            CheckpointIO is installed by this callback.
         num_threads: Threads that read. ``None``: up to 12 for a GPU and 4 for the CPU, shared between the processes of
             a host.
         verify: Compare the CRC-32 that the file records for every tensor, on the way.
         check_fit: Compare needed with free memory of device and host before the first byte, and refuse what cannot fit.
-        log: Print a table of what the restore cost, and log it as ``memload/...`` to every logger of the Trainer.
+        log: Print a table of what the restore cost, and log it as ``memload/...`` to every logger of the Trainer; a
+            line for each save, and ``memload/save_...``. Measuring a save costs some 20 ms.
         progress_bar: Show a bar for restores of more than a second, if the Trainer shows bars.
         restore: What ``fit`` takes of the checkpoint: any of ``"weights"``, ``"optimizer"`` (with learning rate
             schedulers and the precision plugin's state), ``"loops"`` (epoch, step, progress) and ``"callbacks"``. What
@@ -64,6 +69,10 @@ class MemoryEfficientRestore(pl.Callback):
             warning; the file is verified completely before anything is restored, which reads it once more.
         keep_on_device: Leave the module and the optimizer states where they are when ``fit`` ends. Lightning moves
             them to host memory then, which takes as much of it as the training took of the device's.
+        asynchronous_save: Let training go on while a local checkpoint is written, without a copy of the model; see
+            ``StreamingCheckpointIO.save_checkpoint`` for what is guaranteed. List this callback before others that
+            change weights when validation or training ends, so that it waits first.
+        save_format: ``"torch"`` or ``"directory"``, see ``StreamingCheckpointIO``, if this callback installs it.
 
     Attributes:
         report: The figures of the last restore, ``None`` before the first.
@@ -89,6 +98,8 @@ class MemoryEfficientRestore(pl.Callback):
         weights_from: str | Path | WeightsSource | None = None,
         on_corrupt: OnCorrupt = "raise",
         keep_on_device: bool = False,
+        asynchronous_save: bool = False,
+        save_format: SaveFormat = "torch",
     ) -> None:
         super().__init__()
         if mode not in get_args(Mode):
@@ -118,13 +129,38 @@ class MemoryEfficientRestore(pl.Callback):
         self.report: RestoreReport | None = None
         self._run: RestoreRun | None = None
         self._undo: list[Callable[[], Any]] = []
+        if save_format not in get_args(SaveFormat):
+            raise ValueError(f"save_format must be one of {get_args(SaveFormat)}, got {save_format!r}.")
+        self._asynchronous_save = asynchronous_save
+        self._save_format = save_format
+        self._io: StreamingCheckpointIO | None = None
+        self._saves: SaveLog | None = None
+        self._forget_saves: Callable[[], Any] | None = None
+        self._forget_loads: Callable[[], Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy belongs to another Trainer, and so to other saves and another module."""
+        own = ("_io", "_saves", "_forget_saves", "_forget_loads", "_has_weights")
+        return {**self.__dict__, **dict.fromkeys(own)}
 
     # Lightning's hooks ----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Installs the CheckpointIO. Nothing has been read yet, and nothing is if there is no checkpoint."""
         self._abort()
-        io = _install_io(trainer)
+        io = self._io = _install_io(trainer, self._make_io)
+        if self._asynchronous_save and (io is None or not io.asynchronous):
+            rank_zero_warn(
+                "MemoryEfficientRestore(asynchronous_save=True) is left out: how to save is up to the CheckpointIO "
+                "that the Trainer was given, or to its strategy. Leave that plugin out, or give "
+                "StreamingCheckpointIO(asynchronous=True), not within Lightning's AsyncCheckpointIO."
+            )
+        if self._save_format != "torch" and (io is None or io.format != self._save_format):
+            rank_zero_warn(
+                f"MemoryEfficientRestore(save_format={self._save_format!r}) is left out: how to save is up to the "
+                "CheckpointIO that the Trainer was given, or to its strategy. Give StreamingCheckpointIO(format=...)."
+            )
+        self._observe_saves(trainer, io)
         if io is None and self._options.replaces_damaged:
             rank_zero_warn("MemoryEfficientRestore(on_corrupt='previous') is ignored: it does not load the checkpoint.")
         if self._keep_on_device:
@@ -147,12 +183,29 @@ class MemoryEfficientRestore(pl.Callback):
         self._finish(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Everything is restored."""
+        """Everything is restored, and from here on only steps change what optimizers have."""
         self._finish(trainer)
+        if self._io is not None and self._io.asynchronous and not _averages_weights(trainer):
+            self._io.begin_steps(lambda: tensors_of_optimizers(trainer.optimizers, pl_module.buffers()))
+            gate = _Gate(self._io.wait_until_written)
+            hook = pl_module.register_load_state_dict_pre_hook(gate)  # type: ignore[no-untyped-call]
+            self._forget_loads = hook.remove
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs what has been saved meanwhile."""
+        self._flush_saves()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Anybody may change the weights now."""
+        self._end_steps()
+        self._flush_saves()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Everything is restored."""
+        """Everything is restored; during validation others may put averaged weights in place of these."""
         self._finish(trainer)
+        self._wait_until_written()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything is restored."""
@@ -165,14 +218,25 @@ class MemoryEfficientRestore(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Whatever failed, no hook stays and no memory. Of a damaged checkpoint the error says what to take instead."""
         restoring = self._run is not None and self._run.path == str(trainer.ckpt_path)
+        self._end_steps()
+        self._close_saves()
         self._abort()
         _let_teardown_pass(pl_module)
         if restoring and trainer.is_global_zero:
             name_intact_sibling(exception, str(trainer.ckpt_path), advise_option=not self._options.replaces_damaged)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Ends a restore after which nothing was left to train or to evaluate."""
+        """Ends a restore after which nothing was left to train or to evaluate, and tells of the last save."""
         self._finish(trainer)
+        self._end_steps()
+        if self._io is not None and self._log:
+            # Lightning does so when the loggers have ended. An error waits until then, but for one that it would lose:
+            # its AsyncCheckpointIO tells the IO within nothing.
+            if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+                trainer.strategy.checkpoint_io.teardown()
+                self._io.teardown()
+            self._io.wait()
+        self._close_saves()
 
     # --------------------------------------------------------------------------------------------------------------
 
@@ -189,6 +253,38 @@ class MemoryEfficientRestore(pl.Callback):
             )
         run.load_weights(source)
         self._has_weights = weakref.ref(pl_module)
+
+    def _make_io(self, *, wrapped: bool) -> StreamingCheckpointIO:
+        return StreamingCheckpointIO(
+            host_budget_mib=self._options.host_budget_bytes // _MIB,
+            asynchronous=self._asynchronous_save and not wrapped,
+            format=self._save_format,
+        )
+
+    def _observe_saves(self, trainer: pl.Trainer, io: StreamingCheckpointIO | None) -> None:
+        if self._forget_saves is not None:
+            self._forget_saves()
+        self._saves = SaveLog(trainer) if io is not None and self._log else None
+        if io is not None and self._saves is not None:
+            self._forget_saves = io.observe_saves(self._saves.add)
+
+    def _flush_saves(self) -> None:
+        if self._saves is not None:
+            self._saves.flush()
+
+    def _close_saves(self) -> None:
+        if self._saves is not None:
+            self._saves.close()
+
+    def _wait_until_written(self) -> None:
+        if self._io is not None:
+            self._io.wait_until_written()
+
+    def _end_steps(self) -> None:
+        if self._forget_loads is not None:
+            self._forget_loads()
+        if self._io is not None:
+            self._io.end_steps()
 
     def _finish(self, trainer: pl.Trainer) -> None:
         run = self._take_run()
@@ -215,8 +311,33 @@ class MemoryEfficientRestore(pl.Callback):
         return run
 
 
-def _install_io(trainer: pl.Trainer) -> StreamingCheckpointIO | None:
+class _Gate:
+    """Waits before a module loads a state. In a copy or a pickle of the module there is nothing to wait for."""
+
+    def __init__(self, wait: Callable[[], object] | None = None) -> None:
+        self._wait = wait
+
+    def __call__(self, *_: object) -> None:
+        if self._wait is not None:
+            self._wait()
+
+    def __reduce__(self) -> Any:
+        return _Gate, ()
+
+
+def _averages_weights(trainer: pl.Trainer) -> bool:
+    """Whether one of Lightning's callbacks exchanges weights in place between steps, uncounted by torch."""
+    names = {"WeightAveraging", "StochasticWeightAveraging"}
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return any(names & {kind.__name__ for kind in type(callback).__mro__} for callback in callbacks)
+
+
+def _install_io(trainer: pl.Trainer, make: Callable[..., StreamingCheckpointIO]) -> StreamingCheckpointIO | None:
     """Makes the Trainer load through a ``StreamingCheckpointIO`` unless the user chose another way.
+
+    Args:
+        trainer: The Trainer.
+        make: Makes the IO; ``wrapped`` tells whether it is for another one around it.
 
     Returns:
         The IO that loads, ``None`` if loading is not ours, which a warning explains.
@@ -232,10 +353,10 @@ def _install_io(trainer: pl.Trainer) -> StreamingCheckpointIO | None:
     # and does not tell afterwards whether the user gave it. The connector knows what the user gave.
     io = strategy._checkpoint_io
     if io is None or (type(io) is TorchCheckpointIO and trainer._accelerator_connector.checkpoint_io is None):
-        io = strategy.checkpoint_io = StreamingCheckpointIO()
+        io = strategy.checkpoint_io = make(wrapped=False)
     while isinstance(io, _WrappingCheckpointIO):
         if io.checkpoint_io is None:
-            io.checkpoint_io = StreamingCheckpointIO()
+            io.checkpoint_io = make(wrapped=True)
         io = io.checkpoint_io
     if isinstance(io, StreamingCheckpointIO):
         return io

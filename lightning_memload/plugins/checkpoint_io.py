@@ -11,8 +11,9 @@ import contextlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, Protocol
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from fsspec.core import url_to_fs
@@ -21,9 +22,14 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_memload.checkpoint import MappedCheckpoint, UnmappableCheckpoint, load_mapped
-from lightning_memload.save import SaveStats, save_torch, write_torch
+from lightning_memload.memory import MemoryMonitor
+from lightning_memload.report import SaveReport
+from lightning_memload.save import BackgroundSave, Save, SaveStats, plan_directory_save, plan_torch_save, write_torch
 
-__all__ = ["LoadObserver", "StreamingCheckpointIO"]
+__all__ = ["LoadObserver", "SaveFormat", "SaveObserver", "StreamingCheckpointIO"]
+
+SaveFormat = Literal["torch", "directory"]
+_PLANS = {"torch": plan_torch_save, "directory": plan_directory_save}
 
 # Lightning 2.6 added the argument and passes None on to torch; Lightning 2.5 always loaded with False.
 _STOCK_TAKES_WEIGHTS_ONLY = "weights_only" in inspect.signature(TorchCheckpointIO.load_checkpoint).parameters
@@ -46,6 +52,9 @@ class LoadObserver(Protocol):
         ...
 
 
+SaveObserver = Callable[[SaveReport], object]
+
+
 class StreamingCheckpointIO(TorchCheckpointIO):
     """Loads local checkpoints of every known format as mapped files, everything else as Lightning does.
 
@@ -57,22 +66,36 @@ class StreamingCheckpointIO(TorchCheckpointIO):
     Args:
         host_budget_mib: The most host memory, in MiB, for tensors on their way from a device to a file that is saved.
             At least 1.
+        asynchronous: Let training go on while the disk takes a local checkpoint, without a copy of the model anywhere:
+            see :meth:`save_checkpoint`. Not within Lightning's ``AsyncCheckpointIO``, which does copy it.
+        format: ``"torch"`` saves ordinary files, ``"directory"`` what ``save_directory`` writes, on local disks only.
+            Both are loaded, whatever this says.
 
     Attributes:
-        last_save: What the last save of this process cost, ``None`` before the first.
+        asynchronous: As given.
+        format: As given.
+        last_save: What the last save that ended in this process cost, ``None`` before the first.
 
     Raises:
-        ValueError: The budget is below 1 MiB.
+        ValueError: The budget is below 1 MiB, or there is no such format.
 
     Example:
         >>> trainer = L.Trainer(plugins=[AsyncCheckpointIO(StreamingCheckpointIO())])
     """
 
-    def __init__(self, *, host_budget_mib: int = 128) -> None:
+    def __init__(self, *, host_budget_mib: int = 128, asynchronous: bool = False, format: SaveFormat = "torch") -> None:
         super().__init__()
         if host_budget_mib < 1:
             raise ValueError(f"host_budget_mib must be at least 1, got {host_budget_mib}.")
+        if format not in get_args(SaveFormat):
+            raise ValueError(f"format must be one of {', '.join(map(repr, get_args(SaveFormat)))}, got {format!r}.")
+        self.format = format
         self.last_save: SaveStats | None = None
+        self.asynchronous = asynchronous
+        self._background: BackgroundSave | None = None
+        self._changed_in_steps: Callable[[], Iterable[torch.Tensor]] = tuple
+        self._training_thread: int | None = None
+        self._save_observers: list[SaveObserver] = []
         self._host_budget_bytes = host_budget_mib << 20
         self._observers: list[LoadObserver] = []
 
@@ -85,13 +108,43 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         Returns:
             A function that removes it again; calling it twice is fine.
         """
-        self._observers.append(observer)
+        return _register(self._observers, observer)
 
-        def remove() -> None:
-            if observer in self._observers:
-                self._observers.remove(observer)
+    def observe_saves(self, observer: SaveObserver) -> Callable[[], None]:
+        """Registers who is told the figures of every save that succeeds, in the thread in which it ends.
 
-        return remove
+        Saves are measured only if somebody is: host memory is sampled every 5 ms meanwhile, and the process' VmHWM is
+        reset, see :class:`MemoryMonitor`. The thread that registers counts as the one that trains.
+
+        Returns:
+            A function that removes it again; calling it twice is fine.
+        """
+        self._training_thread = threading.get_ident()
+        return _register(self._save_observers, observer)
+
+    def begin_steps(self, changed_in_steps: Callable[[], Iterable[torch.Tensor]]) -> None:
+        """Lets saves in the background rely on tensors that nothing but an optimizer's step changes, until told else.
+
+        Args:
+            changed_in_steps: Gives these tensors, asked at each save.
+        """
+        self._changed_in_steps = changed_in_steps
+        self._training_thread = threading.get_ident()
+
+    def end_steps(self) -> None:
+        """Ends what :meth:`begin_steps` began. When it returns, every tensor may be changed."""
+        self._changed_in_steps = tuple
+        self.wait_until_written()
+
+    def wait_until_written(self) -> None:
+        """Returns when no tensor is needed any more for a save in the background. Raises nothing."""
+        if self._background is not None:
+            self._background.wait_until_written()
+
+    def wait(self) -> None:
+        """Returns when no save is going on in the background. Raises nothing: :meth:`teardown` does."""
+        if self._background is not None:
+            self._background.wait()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -100,6 +153,15 @@ class StreamingCheckpointIO(TorchCheckpointIO):
 
         A remote file is written in order, through fsspec, in a transaction of the file system as Lightning does it.
 
+        With ``asynchronous=True`` a local checkpoint holds, bit for bit, the state at the time of the call, and gets
+        its name later. Within ``fit`` with ``MemoryEfficientRestore``, parameters and optimizer states are written
+        while the next batch runs forward and backward, which only reads them; before an optimizer's step changes them
+        the step waits. Everything else is written when this returns. Without that callback, and outside of training,
+        all is, and only the disk is not waited for. The next save, load, removal of a checkpoint, and the end of the
+        process keep their order with it. A parameter that code of yours changes in place between this call and the next
+        step makes the save fail instead of tearing it, unless it is changed through ``.data``, which torch does not
+        count.
+
         Args:
             checkpoint: What to save.
             path: Path or URL. Missing directories are made.
@@ -107,22 +169,83 @@ class StreamingCheckpointIO(TorchCheckpointIO):
 
         Raises:
             TypeError: ``storage_options`` were given.
-            CheckpointWriteError: There is not enough space, or writing failed; what was there before is untouched.
+            ValueError: The format is a directory, and the place is remote or not on Linux.
+            FileExistsError: Likewise, and there is something else than a checkpoint directory at ``path``.
+            CheckpointWriteError: There is not enough space, or writing failed; what was there before is untouched. Also
+                if that happened to the save before this one, in the background; then nothing is saved now.
             Exception: Whatever pickling the checkpoint, or a remote file system, raises.
 
         Peak memory: ``host_budget_mib`` if tensors are on devices, and the pickle, which holds no tensors; for a remote
         file also what its file system buffers.
         """
-        if storage_options is not None or sys.platform != "linux":
+        self.teardown()
+        if storage_options is not None or (sys.platform != "linux" and self.format == "torch"):
             super().save_checkpoint(checkpoint, str(path), storage_options)
             return
         filesystem, target = url_to_fs(str(path))
+        if self.format != "torch" and (sys.platform != "linux" or not isinstance(filesystem, LocalFileSystem)):
+            raise ValueError(
+                f"StreamingCheckpointIO(format={self.format!r}) saves to local disks on Linux only, and was given "
+                f"{path}. Use format='torch'."
+            )
         filesystem.makedirs(os.path.dirname(path), exist_ok=True)
-        if isinstance(filesystem, LocalFileSystem):
-            self.last_save = save_torch(checkpoint, target, host_budget_bytes=self._host_budget_bytes)
+        in_training_thread = self._training_thread in (None, threading.get_ident())
+        measuring = _Measuring(checkpoint, tuple(self._save_observers), blocks=in_training_thread)
+        try:
+            if not isinstance(filesystem, LocalFileSystem):
+                with filesystem.transaction, filesystem.open(target, "wb") as file:
+                    stats = write_torch(checkpoint, file, name=str(path), host_budget_bytes=self._host_budget_bytes)
+                self._end_save(measuring, stats, stats.seconds)
+                return
+            save = _PLANS[self.format](checkpoint, target, host_budget_bytes=self._host_budget_bytes)
+            if not self.asynchronous:
+                stats = save.run()
+                self._end_save(measuring, stats, stats.seconds)
+                return
+        except BaseException:
+            measuring.stop()
+            raise
+        self._save_in_background(save, measuring)
+
+    def _save_in_background(self, save: Save, measuring: _Measuring) -> None:
+        def end(background: BackgroundSave, stats: SaveStats | None) -> None:
+            if stats is None:
+                measuring.stop()
+            else:
+                self._end_save(measuring, stats, stats.pickle_seconds + background.blocked_seconds)
+
+        # Lightning's AsyncCheckpointIO saves copies from a thread of its own; there is nothing to wait for.
+        trains_here = threading.get_ident() == self._training_thread
+        self._background = BackgroundSave(save, self._changed_in_steps() if trains_here else (), on_end=end)
+
+    def _end_save(self, measuring: _Measuring, stats: SaveStats, blocked_seconds: float) -> None:
+        self.last_save = stats
+        measuring.report(stats, blocked_seconds)
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Removes a checkpoint. While a save is going on, that is put off until it has succeeded.
+
+        So the last good checkpoint never goes before the next one is on the disk.
+
+        Raises:
+            CheckpointWriteError: The save before this failed; nothing is removed.
+            OSError: It cannot be removed.
+        """
+        remove = super().remove_checkpoint
+        if self._background is not None and self._background.afterwards(lambda: remove(str(path))):
             return
-        with filesystem.transaction, filesystem.open(target, "wb") as file:
-            self.last_save = write_torch(checkpoint, file, name=str(path), host_budget_bytes=self._host_budget_bytes)
+        self.teardown()
+        remove(str(path))
+
+    def teardown(self) -> None:
+        """Waits for a save in the background.
+
+        Raises:
+            CheckpointWriteError: It failed.
+        """
+        background, self._background = self._background, None
+        if background is not None:
+            background.result()
 
     def load_checkpoint(
         self,
@@ -142,11 +265,13 @@ class StreamingCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: There is no such file.
+            CheckpointWriteError: A save in the background failed.
             CheckpointFormatError: The file is truncated or damaged, or it is a directory that cannot be mapped.
             pickle.UnpicklingError: ``weights_only`` forbids what the file holds.
 
         Peak memory: that of the checkpoint without its tensors.
         """
+        self.teardown()
         filesystem, local_path = url_to_fs(str(path))
         if not filesystem.exists(local_path):
             raise FileNotFoundError(f"Checkpoint file not found: {path}")
@@ -180,6 +305,40 @@ class StreamingCheckpointIO(TorchCheckpointIO):
             options["map_location"] = map_location
         with _without_mmap():
             return super().load_checkpoint(path, **options)
+
+
+class _Measuring:
+    """Measures one save from now on, if anybody wants to know."""
+
+    def __init__(self, checkpoint: Any, observers: tuple[SaveObserver, ...], *, blocks: bool) -> None:
+        step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
+        self._global_step = step if isinstance(step, int) else None
+        self._observers = observers
+        self._blocks = blocks
+        self._monitor = MemoryMonitor()
+        if observers:
+            self._monitor.start()
+
+    def report(self, stats: SaveStats, blocked_seconds: float) -> None:
+        self.stop()
+        for observer in self._observers:
+            observer(
+                SaveReport(stats, self._monitor.peaks, blocked_seconds if self._blocks else None, self._global_step)
+            )
+
+    def stop(self) -> None:
+        if self._monitor.is_running:
+            self._monitor.stop()
+
+
+def _register(observers: list[Any], observer: Any) -> Callable[[], None]:
+    observers.append(observer)
+
+    def remove() -> None:
+        if observer in observers:
+            observers.remove(observer)
+
+    return remove
 
 
 def _without_mmap() -> contextlib.AbstractContextManager[Any]:

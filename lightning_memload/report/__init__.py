@@ -1,5 +1,6 @@
-"""What a restore cost, for people and for loggers."""
+"""What a restore or a save cost, for people and for loggers."""
 
 from lightning_memload.report.report import MEMORY_FIGURES, PhaseReport, RankMaximum, RestoreReport
+from lightning_memload.report.saves import SaveReport
 
-__all__ = ["MEMORY_FIGURES", "PhaseReport", "RankMaximum", "RestoreReport"]
+__all__ = ["MEMORY_FIGURES", "PhaseReport", "RankMaximum", "RestoreReport", "SaveReport"]

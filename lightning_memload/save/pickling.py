@@ -26,7 +26,7 @@ _PROTOCOL = 2
 _WINDOW_ALIGNMENT_BYTES = 64
 
 
-class UnstreamableError(Exception):
+class UnstreamableError(NotImplementedError):
     """The object holds a storage whose bytes cannot be taken from memory; ``torch.save`` has to decide what to do."""
 
 
@@ -57,13 +57,14 @@ class Pickled:
     stretches: tuple[Stretch, ...]
 
 
-def pickle_object(obj: object) -> Pickled:
+def pickle_object(obj: object, *, stub_bytes: int | None = None) -> Pickled:
     """Pickles an object as ``torch.save`` does, its storages apart.
 
     An object with a tensor that spans only a part of its storage is pickled twice.
 
     Args:
         obj: Anything that ``torch.save`` takes.
+        stub_bytes: What the pickle says that every storage has which is not empty; ``None``: what it has.
 
     Returns:
         The pickle and the stretches. They refer to the tensors' own memory.
@@ -74,12 +75,12 @@ def pickle_object(obj: object) -> Pickled:
 
     Peak memory: that of the pickle, twice.
     """
-    whole = _Pickler({})
+    whole = _Pickler({}, stub_bytes)
     pickled = whole.pickle(obj)
     windows = whole.windows()
     if windows:
         # ``whole`` keeps its storages alive, so no new one can take the identity of one of them.
-        narrowed = _Pickler(windows)
+        narrowed = _Pickler(windows, stub_bytes)
         smaller = narrowed.pickle(obj)
         # An object whose parts differ from one pickling to the next is saved whole, as torch does.
         if narrowed.fits():
@@ -112,12 +113,14 @@ class _Pickler(pickle.Pickler):
 
     Args:
         windows: First byte and one past the last to save of a storage, by its identity. Others are saved whole.
+        stub_bytes: See :func:`pickle_object`.
     """
 
-    def __init__(self, windows: Mapping[int, tuple[int, int]]) -> None:
+    def __init__(self, windows: Mapping[int, tuple[int, int]], stub_bytes: int | None) -> None:
         self._stream = io.BytesIO()
         super().__init__(self._stream, protocol=_PROTOCOL)
         self._windows = windows
+        self._stub_bytes = stub_bytes
         self._uses: dict[int, _Use] = {}
         self._dtypes: dict[int, torch.dtype] = {}
 
@@ -206,6 +209,8 @@ class _Pickler(pickle.Pickler):
         window = self._windows.get(untyped._cdata)
         if window is not None:
             numel = (window[1] - window[0]) // dtype.itemsize
+        if numel and self._stub_bytes is not None:
+            numel = self._stub_bytes // dtype.itemsize
         return use, ("storage", kind, use.key, torch.serialization.location_tag(untyped), numel)
 
     def _use_of(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> _Use:

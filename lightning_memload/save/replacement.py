@@ -1,84 +1,101 @@
-"""A file that takes the place of another in one step, or leaves nothing behind.
+"""A file or a directory that takes the place of another in one step, or leaves nothing behind.
 
-The new content goes to a temporary file in the same directory and is renamed when it is complete, so that at every
-moment a reader finds the old file or the new one, whole. A writer holds a lock on its temporary file as long as it
-lives; what a killed writer left is told by the lock being free, and removed by the next one.
+The new content goes to a temporary sibling that gets the name when it is complete, so that at every moment a reader
+finds the old one or the new one, whole. A writer holds a lock on its temporary sibling as long as it lives; what a
+killed writer left is told by the lock being free, and removed by the next one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
 import secrets
+import shutil
 import sys
 import time
+from collections.abc import Iterator
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Replacement", "remove_leftovers"]
+__all__ = ["Replacement", "put_back", "remove_leftovers", "sync"]
 
 _NAME = re.compile(r"\.memload-(?P<boot>[0-9a-f]{8})-[0-9a-f]{16}\.tmp")
 _NUM_TRIES = 100
-# On some network file systems a lock is seen on its own machine only. From another one, a file that nobody has written
-# to for so long counts as left.
+# On some network file systems a lock is seen on its own machine only. From another one, what nobody has written to for
+# so long counts as left.
 _FOREIGN_LEFTOVER_SECONDS = 3600.0
+# From linux/fs.h and linux/fcntl.h; the standard library names neither.
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
 
 
 class Replacement:
-    """A temporary file, open for writing, that is to replace ``path``.
+    """A temporary file, open for writing, or a temporary directory, that is to replace ``path``.
 
-    It has the permission bits of a file that ``open`` creates. Use as a context manager: leaving it removes the
-    temporary file unless :meth:`commit` has put it in its place. Leftovers in the directory are removed first.
+    It has the permission bits of what ``open`` or ``mkdir`` creates. Use as a context manager: leaving it removes the
+    temporary sibling unless :meth:`commit` has put it in its place. Leftovers beside it are removed first.
+
+    A directory takes the place of another by one atomic exchange where Linux and the file system know it (ext4, xfs,
+    btrfs, tmpfs, overlay). Elsewhere the old one is renamed away first: a process that is killed right then leaves
+    nothing at ``path``, the old directory complete under ``.<name>.<digits>.previous`` beside it, and the next
+    replacement puts it back.
 
     Args:
         path: What to replace, or to create. A symbolic link is replaced itself, not what it points to.
+        is_directory: Make a directory.
 
     Attributes:
         path: The same.
-        descriptor: Of the temporary file.
-        is_committed: Whether the file has its place.
+        temporary_path: Where the content goes.
+        descriptor: Of the temporary sibling.
+        is_committed: Whether it has its place.
 
     Raises:
-        IsADirectoryError: ``path`` is a directory.
+        IsADirectoryError: A file is to replace a directory.
         OSError: There is no directory to write to, or writing to it is not allowed.
     """
 
-    def __init__(self, path: str) -> None:
-        if os.path.isdir(path) and not os.path.islink(path):
+    def __init__(self, path: str, *, is_directory: bool = False) -> None:
+        if not is_directory and os.path.isdir(path) and not os.path.islink(path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         self.path = path
         self.is_committed = False
-        self._directory = os.path.dirname(path) or "."
-        remove_leftovers(self._directory)
-        self._temporary_path, self.descriptor = _create(self._directory)
+        self._is_directory = is_directory
+        self._parent = os.path.dirname(path) or "."
+        remove_leftovers(self._parent)
+        self.temporary_path, self.descriptor = _create(self._parent, is_directory=is_directory)
 
     def commit(self, *, durable: bool) -> None:
-        """Puts the file in its place.
+        """Puts it in its place.
 
         Args:
-            durable: Return only when content and name are on the disk, so that they survive a power failure. Without,
-                the two reach the disk when the kernel finds time, the name possibly first.
+            durable: Return only when content and name are on the disk, so that they survive a power failure; of a
+                directory the caller has synced the contents. Without, all reach the disk when the kernel finds time,
+                the name possibly first.
 
         Raises:
             OSError: The disk failed, or ``path`` cannot be replaced.
         """
         if durable:
             os.fsync(self.descriptor)
-        os.replace(self._temporary_path, self.path)
+        if self._is_directory:
+            _put_in_place(self.temporary_path, self.path)
+        else:
+            os.replace(self.temporary_path, self.path)
         self.is_committed = True
         if durable:
-            _sync_directory(self._directory)
+            _sync_directory(self._parent)
 
     def close(self) -> None:
-        """Closes the file, and removes it unless it was committed. Closing twice is fine."""
+        """Removes what has the temporary name: ours, or the old directory after an exchange. Twice is fine."""
         if self.descriptor < 0:
             return
-        if not self.is_committed:
-            with contextlib.suppress(OSError):
-                os.unlink(self._temporary_path)
+        with contextlib.suppress(OSError):
+            _remove(self.temporary_path)
         os.close(self.descriptor)
         self.descriptor = -1
 
@@ -90,7 +107,7 @@ class Replacement:
 
 
 def remove_leftovers(directory: str) -> None:
-    """Removes the temporary files of writers that are dead. Those of live writers stay, and whatever is in doubt.
+    """Removes what writers that are dead left behind. That of live writers stays, and whatever is in doubt.
 
     Raises nothing: a directory that can be written to but not listed is no reason not to save.
     """
@@ -102,33 +119,104 @@ def remove_leftovers(directory: str) -> None:
             _remove_if_left(path, is_foreign=boot != _boot())
 
 
-def _create(directory: str) -> tuple[str, int]:
-    """Creates and locks a temporary file."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+def put_back(path: str) -> None:
+    """Gives back its name to a directory that a killed writer had renamed away, unless something else has it now."""
+    parent, name = os.path.split(path)
+    with contextlib.suppress(OSError), os.scandir(parent or ".") as entries:
+        for entry in list(entries):
+            if not re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{12}}\.previous", entry.name):
+                continue
+            with contextlib.suppress(OSError), _locked(entry.path):
+                if os.path.lexists(path):
+                    _remove(entry.path)
+                else:
+                    os.rename(entry.path, path)
+
+
+def sync(path: str) -> None:
+    """Returns when a file or directory is on the disk.
+
+    Raises:
+        OSError: The disk failed.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _create(parent: str, *, is_directory: bool) -> tuple[str, int]:
+    """Creates and locks a temporary file or directory."""
+    flags = os.O_RDONLY | os.O_DIRECTORY if is_directory else os.O_RDWR | os.O_CREAT | os.O_EXCL
     for _ in range(_NUM_TRIES):
-        path = os.path.join(directory, f".memload-{_boot()}-{secrets.token_hex(8)}.tmp")
-        descriptor = os.open(path, flags, 0o666)
+        path = os.path.join(parent, f".memload-{_boot()}-{secrets.token_hex(8)}.tmp")
+        if is_directory:
+            os.mkdir(path)
+        try:
+            descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            if not is_directory or not os.path.isdir(parent):
+                raise
+            continue  # taken for a leftover
         # Not every file system has locks. There nobody gets one, and nothing is removed.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         # Somebody may have taken it for a leftover, and locked it to remove it, before we did.
-        if os.fstat(descriptor).st_nlink:
+        if _is_at(descriptor, path):
             return path, descriptor
         os.close(descriptor)
-    raise OSError(errno.EBUSY, f"temporary files in {directory} are removed as fast as they are made")
+    raise OSError(errno.EBUSY, f"temporary files in {parent} are removed as fast as they are made")
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[int]:
+    """Holds the lock of an abandoned file or directory; yields its descriptor.
+
+    Raises:
+        OSError: A live writer holds it, there are no locks here, or it is a link.
+    """
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, os.O_RDWR | flags)  # some network file systems lock only what is open for writing
+    except IsADirectoryError:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | flags)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _remove_if_left(path: str, *, is_foreign: bool) -> None:
-    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        status = os.fstat(descriptor)
-        if is_foreign and time.time() - status.st_mtime < _FOREIGN_LEFTOVER_SECONDS:
+    with _locked(path) as descriptor:
+        if is_foreign and time.time() - _last_change(path) < _FOREIGN_LEFTOVER_SECONDS:
             return
-        if os.path.samestat(status, os.lstat(path)):
-            os.unlink(path)
-    finally:
-        os.close(descriptor)
+        if _is_at(descriptor, path):
+            _remove(path)
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        os.unlink(path)
+
+
+def _is_at(descriptor: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _last_change(path: str) -> float:
+    """When a file, or a directory or anything directly in it, was written to."""
+    changed = os.lstat(path).st_mtime
+    if os.path.isdir(path):
+        with os.scandir(path) as entries:
+            changed = max([changed, *(entry.stat(follow_symlinks=False).st_mtime for entry in entries)])
+    return changed
 
 
 def _boot() -> str:
@@ -142,14 +230,51 @@ def _boot() -> str:
 
 def _sync_directory(directory: str) -> None:
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+        sync(directory)
     except PermissionError:
         return  # it can be written to, but not read: then nobody but the kernel can sync it
-    try:
-        os.fsync(descriptor)
     except OSError as error:
         # Some file systems have no such thing.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
-    finally:
-        os.close(descriptor)
+
+
+def _put_in_place(folder: str, target: str) -> None:
+    """Gives the new directory the target's name, and the old one, if there is one, that of the new."""
+    try:
+        os.rename(folder, target)  # the name is free, or an empty directory has it
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not _exchange(folder, target):
+            _replace_in_two_steps(folder, target)
+
+
+def _exchange(first: str, second: str) -> bool:
+    """Exchanges two names in one step (``renameat2``, Linux); ``False`` where that cannot be done."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    if call(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code), second)
+
+
+def _replace_in_two_steps(folder: str, target: str) -> None:
+    parent, name = os.path.split(target)
+    previous = os.path.join(parent, f".{name}.{secrets.token_hex(6)}.previous")
+    with contextlib.ExitStack() as stack:
+        # Else another writer would take it for what a killed one left.
+        with contextlib.suppress(OSError):
+            stack.enter_context(_locked(target))
+        os.rename(target, previous)
+        try:
+            os.rename(folder, target)
+        except BaseException:
+            os.rename(previous, target)
+            raise
+        _sync_directory(parent)
+        _remove(previous)

@@ -1,70 +1,47 @@
 """Saving an object as ``torch.save`` does, with host memory bounded by a budget, in one step that others can see.
 
 The file is an ordinary torch checkpoint for every reader. Bytes go from the tensors to the file, in host memory from
-where they lie and from devices through the staging ring; the only copy of anything is the ring. Not promised: a
-snapshot. Tensors that change while they are saved are saved with some bytes of before and some of after.
+where they lie and from devices through the staging ring; the only copy of anything is the ring.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import sys
-import time
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import IO
 
 import torch
 from zlib_ng import zlib_ng
 
-from lightning_memload.errors import CheckpointWriteError
-from lightning_memload.save.layout import ALIGNMENT_BYTES, data_descriptor, directory, lay_out, local_header
+from lightning_memload.save.layout import (
+    ALIGNMENT_BYTES,
+    Entry,
+    Piece,
+    data_descriptor,
+    directory,
+    lay_out,
+    local_header,
+)
 from lightning_memload.save.pickling import Pickled, Stretch, UnstreamableError, pickle_object
 from lightning_memload.save.replacement import Replacement
-from lightning_memload.save.writing import Content, LocalSink, Sink, StreamSink, write_records
-from lightning_memload.transfer import MIN_BUDGET_BYTES, StagingRing, available_cpus, choose_layout
+from lightning_memload.save.saving import (
+    DEFAULT_BUDGET_BYTES,
+    Clock,
+    Order,
+    Plan,
+    Save,
+    SaveStats,
+    default_save_threads,
+    stats_of,
+)
+from lightning_memload.save.writing import Content, LocalSink, Records, Sink, StreamSink
 
-__all__ = ["SaveStats", "save_torch", "write_torch"]
+__all__ = ["Archive", "plan_torch_save", "save_torch", "write_torch"]
 
-DEFAULT_BUDGET_BYTES = 128 << 20
-# A file takes one writer at a time on most file systems: more threads than it takes to copy and sum up meanwhile only
-# wait for one another.
-_MAX_THREADS = 4
 # What torch.save calls the archive that it writes to a buffer.
 _ARCHIVE = "archive"
-
-
-@dataclass(frozen=True, slots=True)
-class SaveStats:
-    """What a save did.
-
-    Attributes:
-        path: The file, or what the caller calls it.
-        bytes_written: Size of the file.
-        tensor_bytes: Bytes of storages in it.
-        num_storages: Storages in it.
-        seconds: Wall time of everything.
-        pickle_seconds: Part of it until the pickle and the plan were there.
-        write_seconds: Part of it in which bytes were brought and written.
-        commit_seconds: Part of it for the disk to take them, and for the file to get its name.
-        num_threads: Threads that wrote.
-        staging_bytes: Host memory of the staging ring, 0 when no byte went through it.
-        streamed: Whether the bytes were streamed; ``False`` when ``torch.save`` wrote the file.
-    """
-
-    path: str
-    bytes_written: int
-    tensor_bytes: int
-    num_storages: int
-    seconds: float
-    pickle_seconds: float
-    write_seconds: float
-    commit_seconds: float
-    num_threads: int
-    staging_bytes: int
-    streamed: bool
 
 
 def save_torch(
@@ -98,31 +75,23 @@ def save_torch(
 
     Peak memory: the budget if tensors are on devices, else nothing; and the pickle, which holds no tensors.
     """
-    path = os.fspath(path)
-    if num_threads is None:
-        num_threads = min(_MAX_THREADS, available_cpus())
-    clock = _Clock()
-    archive = _archive_of(obj, path, host_budget_bytes, num_threads)
-    clock.lap()
-    replacement: Replacement | None = None
-    try:
-        with Replacement(path) as replacement:
-            if archive is None:
-                with os.fdopen(os.dup(replacement.descriptor), "wb") as file:
-                    torch.save(obj, file)
-            else:
-                _check_space(path, archive.nbytes)
-                archive.write(LocalSink(replacement.descriptor, start_writeback=durable))
-            bytes_written = os.fstat(replacement.descriptor).st_size
-            clock.lap()
-            replacement.commit(durable=durable)
-    except OSError as error:
-        if isinstance(error, CheckpointWriteError):
-            raise
-        needed_bytes = archive.nbytes if archive is not None else None
-        is_committed = replacement is not None and replacement.is_committed
-        raise _failure(path, needed_bytes, error, is_committed=is_committed) from error
-    return _stats(path, archive, bytes_written, clock)
+    return plan_torch_save(
+        obj, path, host_budget_bytes=host_budget_bytes, num_threads=num_threads, durable=durable
+    ).run()
+
+
+def plan_torch_save(
+    obj: object,
+    path: str | os.PathLike[str],
+    *,
+    host_budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    num_threads: int | None = None,
+    durable: bool = True,
+) -> Save:
+    """Does the first part of :func:`save_torch`, all that concerns more of the object than its tensors' memory."""
+    name = os.fspath(path)
+    threads = default_save_threads() if num_threads is None else num_threads
+    return Save(name, lambda: _plan(obj, name, host_budget_bytes, threads), durable=durable)
 
 
 def write_torch(obj: object, file: IO[bytes], *, name: str, host_budget_bytes: int = DEFAULT_BUDGET_BYTES) -> SaveStats:
@@ -141,55 +110,68 @@ def write_torch(obj: object, file: IO[bytes], *, name: str, host_budget_bytes: i
         ValueError: The budget is below 512 KiB.
         Exception: Whatever pickling the object or the file raises.
     """
-    clock = _Clock()
-    archive = _archive_of(obj, name, host_budget_bytes, num_threads=1)
+    clock = Clock()
+    plan = _plan(obj, name, host_budget_bytes, num_threads=1)
     clock.lap()
-    if archive is None:
-        torch.save(obj, file)
+    if isinstance(plan, Archive):
+        plan.write_to(StreamSink(file))
+        bytes_written = plan.nbytes
     else:
-        archive.write(StreamSink(file))
+        torch.save(obj, file)
+        bytes_written = file.tell()
     clock.lap()
-    return _stats(name, archive, file.tell() if archive is None else archive.nbytes, clock)
+    clock.lap()
+    return stats_of(name, plan, bytes_written, clock)
 
 
-class _Archive:
-    """A checkpoint that is to be written: every byte but the checksums is known."""
+class Archive:
+    """A torch zip file that is to be written: every byte but the checksums is known.
 
-    def __init__(self, pickled: Pickled, host_budget_bytes: int, num_threads: int) -> None:
+    Args:
+        pickled: The pickle, and the storages it names.
+        contents: What the file holds of each storage.
+        host_budget_bytes: See :class:`Records`.
+        num_threads: Likewise.
+    """
+
+    is_directory = False
+    streamed = True
+
+    def __init__(self, pickled: Pickled, contents: Sequence[Content], host_budget_bytes: int, num_threads: int) -> None:
         self.stretches = pickled.stretches
         records: list[tuple[str, Content]] = [
             ("data.pkl", pickled.data),
             (".format_version", b"1"),
             (".storage_alignment", str(ALIGNMENT_BYTES).encode()),
             ("byteorder", sys.byteorder.encode()),
-            *((f"data/{key}", stretch) for key, stretch in enumerate(pickled.stretches)),
+            *((f"data/{key}", content) for key, content in enumerate(contents)),
             ("version", b"3\n"),
         ]
-        self._contents = [content for _, content in records]
-        sizes = [content.nbytes if isinstance(content, Stretch) else len(content) for content in self._contents]
+        self._records = Records([content for _, content in records], host_budget_bytes, num_threads)
         names = [f"{_ARCHIVE}/{name}" for name, _ in records]
-        self._entries = lay_out(zip(names, sizes, strict=True))
+        self._entries = lay_out(zip(names, self._records.sizes, strict=True))
         # Its value comes from the other records' checksums, its size and place do not.
         (self._identity,) = lay_out([(f"{_ARCHIVE}/.data/serialization_id", 40)], start=self._entries[-1].end)
-        device_bytes = sum(s.nbytes for s in self.stretches if not s.is_in_host_memory)
-        # A small checkpoint needs no more buffers than it has bytes.
-        budget_bytes = min(host_budget_bytes, max(device_bytes, num_threads * MIN_BUDGET_BYTES))
-        layout = choose_layout(budget_bytes, num_threads)
-        self._layout = layout if device_bytes else None
-        self._pinned = any(s.storage.device.type == "cuda" for s in self.stretches)
-        self.num_threads = layout.num_threads if device_bytes else num_threads
-        self.staging_bytes = layout.nbytes if device_bytes else 0
-        self.nbytes = self._identity.end + len(self._end([0] * len(records), 0))
+        self.num_threads = self._records.num_threads
+        self.staging_bytes = self._records.staging_bytes
+        self.nbytes: int = self._identity.end + len(self._end([0] * len(records), 0))
 
-    def write(self, sink: Sink) -> None:
-        """Writes it from its first byte to its last.
+    def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
+        """Writes it to a temporary file, see :class:`Plan`."""
+        self.write_to(LocalSink(place.descriptor, start_writeback=durable), order)
+        return self.nbytes
+
+    def write_to(self, sink: Sink, order: Order | None = None) -> None:
+        """Writes it; without an order from its first byte to its last if there is one thread.
 
         Raises:
             OSError: The sink's.
         """
-        with contextlib.ExitStack() as stack:
-            ring = stack.enter_context(StagingRing(self._layout, pinned=self._pinned)) if self._layout else None
-            crc32s = write_records(sink, self._entries, self._contents, ring, num_threads=self.num_threads)
+        crc32s = self._records.write(
+            _Entries(sink, self._entries),
+            first=order.first if order else None,
+            on_first=order.on_first if order else None,
+        )
         # Like torch's: from the names, and from the checksums. It identifies the content and is never compared.
         names = zlib_ng.crc32("".join(entry.name for entry in self._entries).encode())
         content = zlib_ng.crc32(b"".join(crc32.to_bytes(4, "little") for crc32 in crc32s))
@@ -203,83 +185,71 @@ class _Archive:
         ]
         sink.write(tail, self._identity.header_offset)
 
+    def finish(self, place: Replacement, *, durable: bool) -> None:
+        """Nothing is left to do."""
+
     def _end(self, crc32s: list[int], identity_crc32: int) -> bytes:
         return directory([*self._entries, self._identity], [*crc32s, identity_crc32])
 
 
-@dataclass(slots=True)
-class _Clock:
-    """Times at the start and after each phase."""
+class _ByTorch:
+    """What only ``torch.save`` can write."""
 
-    times: list[float] = field(default_factory=lambda: [time.perf_counter()])
+    is_directory = streamed = False
+    num_threads, staging_bytes = 1, 0
+    stretches: tuple[Stretch, ...] = ()
+    nbytes: int | None = None
 
-    def lap(self) -> None:
-        self.times.append(time.perf_counter())
+    def __init__(self, obj: object) -> None:
+        self._obj = obj
+
+    def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
+        """Writes it to a temporary file, see :class:`Plan`."""
+        with os.fdopen(os.dup(place.descriptor), "wb") as file:
+            torch.save(self._obj, file)
+        return os.fstat(place.descriptor).st_size
+
+    def finish(self, place: Replacement, *, durable: bool) -> None:
+        """Nothing is left to do."""
 
 
-def _archive_of(obj: object, name: str, host_budget_bytes: int, num_threads: int) -> _Archive | None:
-    """Plans the archive; ``None`` says that only ``torch.save`` can write it."""
-    choose_layout(host_budget_bytes, num_threads)  # raises for options that cannot be met
+class _Entries:
+    """The entries of an archive as a target."""
+
+    def __init__(self, sink: Sink, entries: Sequence[Entry]) -> None:
+        self._sink = sink
+        self._entries = entries
+
+    def write(self, pieces: Sequence[Piece], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
+        """Writes data with what stands around it in a zip."""
+        first = self._entries[pieces[0].record]
+        offset = first.data_offset + pieces[0].start if pieces[0].start else first.header_offset
+        buffers: list[bytes | memoryview] = []
+        late: tuple[bytes, int] | None = None
+        for piece, view, crc32 in zip(pieces, data, crc32s, strict=True):
+            entry = self._entries[piece.record]
+            if not piece.start:
+                buffers.append(local_header(entry))
+            buffers.append(view)
+            if crc32 is None:
+                continue
+            if piece.start + piece.nbytes == entry.nbytes:
+                buffers.append(data_descriptor(entry, crc32))
+            else:  # another thread has already written the end of this record
+                late = data_descriptor(entry, crc32), entry.data_end
+        self._sink.write(buffers, offset)
+        if late is not None:
+            self._sink.write([late[0]], late[1])
+
+
+def _plan(obj: object, name: str, host_budget_bytes: int, num_threads: int) -> Plan:
     try:
-        return _Archive(pickle_object(obj), host_budget_bytes, num_threads)
+        pickled = pickle_object(obj)
     except UnstreamableError as reason:
         warnings.warn(
             f"{name} is written by torch.save, one whole tensor after the other and without a bound on host memory: "
             f"{reason}.",
-            stacklevel=3,
+            stacklevel=2,
         )
-        return None
-
-
-def _stats(path: str, archive: _Archive | None, bytes_written: int, clock: _Clock) -> SaveStats:
-    clock.lap()
-    started, pickled, written, ended = clock.times
-    stretches = archive.stretches if archive is not None else ()
-    return SaveStats(
-        path=path,
-        bytes_written=bytes_written,
-        tensor_bytes=sum(stretch.nbytes for stretch in stretches),
-        num_storages=len(stretches),
-        seconds=ended - started,
-        pickle_seconds=pickled - started,
-        write_seconds=written - pickled,
-        commit_seconds=ended - written,
-        num_threads=archive.num_threads if archive is not None else 1,
-        staging_bytes=archive.staging_bytes if archive is not None else 0,
-        streamed=archive is not None,
-    )
-
-
-def _check_space(path: str, needed_bytes: int) -> None:
-    free_bytes = _free_bytes(path)
-    if free_bytes is not None and free_bytes < needed_bytes:
-        raise _failure(path, needed_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-
-
-def _failure(
-    path: str, needed_bytes: int | None, error: OSError, *, is_committed: bool = False
-) -> CheckpointWriteError:
-    free_bytes = _free_bytes(path)
-    sizes = "" if needed_bytes is None else f" It takes {needed_bytes} bytes"
-    if sizes and free_bytes is not None:
-        sizes += f", and {free_bytes} are free in {os.path.dirname(path) or '.'}"
-    outcome = "It has its place, but may not survive a power failure" if is_committed else "What was there is untouched"
-    return CheckpointWriteError(
-        f"{path} could not be saved: {error.strerror or error}.{sizes and sizes + '.'} {outcome}.",
-        path=path,
-        needed_bytes=needed_bytes,
-        free_bytes=free_bytes,
-        errno=error.errno,
-    )
-
-
-def _free_bytes(path: str) -> int | None:
-    """What this process may still write beside ``path``; ``None`` if nobody knows."""
-    try:
-        status = os.statvfs(os.path.dirname(path) or ".")
-    except OSError:
-        return None
-    # Some file systems (FUSE, object stores) count nothing.
-    if not status.f_blocks:
-        return None
-    return status.f_frsize * (status.f_bfree if os.geteuid() == 0 else status.f_bavail)
+        return _ByTorch(obj)
+    return Archive(pickled, pickled.stretches, host_budget_bytes, num_threads)

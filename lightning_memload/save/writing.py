@@ -1,8 +1,8 @@
-"""Writes the records of an archive: the threads that bring bytes from memory, of any device, to where they belong.
+"""Writes records: the threads that bring bytes from memory, of any device, to where they belong.
 
-Each thread takes the next write in file order. Host memory is written from where it lies; what lies on a device comes
+Each thread takes the next write in order. Host memory is written from where it lies; what lies on a device comes
 through staging buffers, so that the copies of one thread run while another writes. Checksums are taken on the way.
-What this does not know: pickles, temporary files, Lightning.
+What this does not know: pickles, archives, temporary files, Lightning.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ctypes
 import os
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import IO, Protocol
@@ -19,11 +19,11 @@ from typing import IO, Protocol
 import torch
 from zlib_ng import zlib_ng
 
-from lightning_memload.save.layout import Entry, Piece, data_descriptor, local_header, plan_writes
+from lightning_memload.save.layout import Piece, plan_writes
 from lightning_memload.save.pickling import Stretch
-from lightning_memload.transfer import StagingRing
+from lightning_memload.transfer import MIN_BUDGET_BYTES, RingLayout, StagingRing, choose_layout
 
-__all__ = ["LocalSink", "Sink", "StreamSink", "write_records"]
+__all__ = ["Content", "LocalSink", "Records", "Sink", "StreamSink", "Target", "memory_of"]
 
 # A checksum of host memory leaves in the core's cache what is written next.
 _DIRECT_BLOCK_BYTES = 1 << 20
@@ -34,7 +34,7 @@ Content = bytes | Stretch
 
 
 class Sink(Protocol):
-    """Where the bytes of an archive go."""
+    """Where the bytes of a file go."""
 
     def write(self, buffers: Sequence[bytes | memoryview], offset: int) -> None:
         """Writes all buffers, one after the other, from ``offset`` on.
@@ -94,71 +94,133 @@ class StreamSink:
             self._position += len(buffer)
 
 
-def write_records(
-    sink: Sink,
-    entries: Sequence[Entry],
-    contents: Sequence[Content],
-    ring: StagingRing | None,
-    *,
-    num_threads: int,
-) -> list[int]:
-    """Writes all records: headers, data and checksums.
+class Target(Protocol):
+    """Where records go: one after the other into an archive, each into a file of its own."""
 
-    Returns when all bytes are handed to the sink. On failure some have been, others not; all threads have ended.
+    def write(self, pieces: Sequence[Piece], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
+        """Writes the pieces of one write. Called by several threads at once.
+
+        Args:
+            pieces: Neighbours in the order of the records.
+            data: The bytes of each.
+            crc32s: The CRC-32 of each piece's record, if this was the last piece of it to come; else ``None``.
+
+        Raises:
+            OSError: Not all could be written.
+        """
+        ...
+
+
+class Records:
+    """Records that are to be written, and the threads and buffers for it.
 
     Args:
-        sink: Where to. With one thread its writes follow one another without a gap.
-        entries: The places of the records, one behind the other.
-        contents: The data of each.
-        ring: Buffers for what does not lie in host memory; ``None`` if all does.
-        num_threads: Threads to write with; with a ring, at most those of its layout.
+        contents: The data of each, which must stay as they are until they have been written.
+        host_budget_bytes: The most host memory for what lies on devices.
+        num_threads: The most threads to write with. With one, writes follow one another in the order of the records.
 
-    Returns:
-        The CRC-32 of each record.
+    Attributes:
+        sizes: Bytes of each record.
+        num_threads: Threads that write.
+        staging_bytes: Host memory for what lies on devices, 0 if nothing does.
 
     Raises:
-        OSError: The sink's.
-
-    Peak memory: the ring, and the headers that are being written.
+        ValueError: The budget is below 512 KiB, or there is no thread.
     """
-    return _Writing(sink, entries, contents, ring).run(num_threads)
+
+    def __init__(self, contents: Sequence[Content], host_budget_bytes: int, num_threads: int) -> None:
+        choose_layout(host_budget_bytes, num_threads)  # raises for options that cannot be met
+        self._contents = contents
+        self.sizes = [content.nbytes if isinstance(content, Stretch) else len(content) for content in contents]
+        on_devices = [c for c in contents if isinstance(c, Stretch) and not c.is_in_host_memory]
+        self._layout: RingLayout | None = None
+        if any(stretch.nbytes for stretch in on_devices):
+            # A small checkpoint needs no more buffers than it has bytes.
+            device_bytes = max(sum(stretch.nbytes for stretch in on_devices), num_threads * MIN_BUDGET_BYTES)
+            self._layout = choose_layout(min(host_budget_bytes, device_bytes), num_threads)
+        devices = {stretch.storage.device for stretch in on_devices if stretch.storage.device.type == "cuda"}
+        # The values may still be in the making on the stream of this thread; another one may write them.
+        self._made = {device: torch.cuda.current_stream(device).record_event() for device in devices}
+        self.num_threads = self._layout.num_threads if self._layout else num_threads
+        self.staging_bytes = self._layout.nbytes if self._layout else 0
+
+    def write(
+        self,
+        target: Target,
+        *,
+        first: Callable[[Stretch], bool] | None = None,
+        on_first: Callable[[], object] | None = None,
+    ) -> list[int]:
+        """Writes all of them.
+
+        Returns when all bytes are handed to the target. On failure some have been, others not; all threads have ended.
+
+        Args:
+            target: Where to.
+            first: What to write before all else.
+            on_first: Called once, by any thread, when that is written and nothing more is needed of the interpreter
+                that it refuses while it ends: all threads have started.
+
+        Returns:
+            The CRC-32 of each record.
+
+        Raises:
+            OSError: The target's.
+
+        Peak memory: ``staging_bytes``.
+        """
+        with ExitStack() as stack:
+            pinned = bool(self._made)
+            ring = stack.enter_context(StagingRing(self._layout, pinned=pinned)) if self._layout else None
+            return _Writing(target, self._contents, self.sizes, ring, self._made, first, on_first).run(self.num_threads)
 
 
 class _Writing:
     def __init__(
         self,
-        sink: Sink,
-        entries: Sequence[Entry],
+        target: Target,
         contents: Sequence[Content],
+        sizes: Sequence[int],
         ring: StagingRing | None,
+        made: Mapping[torch.device, torch.cuda.Event],
+        first: Callable[[Stretch], bool] | None,
+        on_first: Callable[[], object] | None,
     ) -> None:
-        self._sink = sink
-        self._entries = entries
+        self._target = target
         self._contents = contents
+        self._sizes = sizes
         block_bytes = ring.layout.block_bytes if ring else _DIRECT_BLOCK_BYTES
-        self._writes = plan_writes([e.nbytes for e in entries], block_bytes=block_bytes, max_pieces=_MAX_PIECES)
-        self._next = iter(self._writes)
+        writes = plan_writes(sizes, block_bytes=block_bytes, max_pieces=_MAX_PIECES)
+        self._num_first = 1  # one more, for the threads to have started
+        self._on_first = on_first
+        if first is not None:
+            urgent = [isinstance(content, Stretch) and first(content) for content in contents]
+            later = [not any(urgent[piece.record] for piece in pieces) for pieces in writes]
+            self._num_first += later.count(False)
+            writes = [pieces for _, pieces in sorted(zip(later, writes, strict=True), key=lambda pair: pair[0])]
+        self._num_writes = len(writes)
+        self._next = enumerate(writes, start=1)
         self._buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         for buffer in ring.tensors if ring else ():
             self._buffers.put(buffer)
-        devices = {c.storage.device for c in contents if isinstance(c, Stretch)}
-        self._streams = {device: torch.cuda.Stream(device) for device in devices if device.type == "cuda"}
+        self._streams = {device: torch.cuda.Stream(device) for device in made}
+        for device, stream in self._streams.items():
+            stream.wait_event(made[device])
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._crc32s = [0] * len(entries)
+        self._crc32s = [0] * len(contents)
         # Of records that are cut: start, length and CRC-32 of the pieces so far, and the bytes that are missing.
         self._parts: dict[int, list[tuple[int, int, int]]] = {}
-        self._missing = [entry.nbytes for entry in entries]
+        self._missing = list(sizes)
 
     def run(self, num_threads: int) -> list[int]:
-        for device, stream in self._streams.items():
-            # The values may still be in the making.
-            stream.wait_stream(torch.cuda.current_stream(device))
-        num_threads = max(1, min(num_threads, len(self._writes)))
+        num_threads = max(1, min(num_threads, self._num_writes))
+        num_first = self._num_first
         try:
             with ThreadPoolExecutor(num_threads, thread_name_prefix="memload-save") as pool:
-                futures = [pool.submit(self._work) for _ in range(num_threads)]
+                futures = [pool.submit(self._work, num_first) for _ in range(num_threads)]
                 try:
+                    self._finish_first()
                     for future in futures:
                         future.result()
                 finally:
@@ -169,16 +231,30 @@ class _Writing:
                 stream.synchronize()
         return self._crc32s
 
-    def _work(self) -> None:
+    def _work(self, num_first: int) -> None:
         try:
-            while (pieces := self._next_write()) is not None:
+            while (write := self._next_write()) is not None:
+                number, pieces = write
                 with ExitStack() as stack:
-                    self._write(pieces, self._bring(pieces, stack))
+                    data = self._bring(pieces, stack)
+                    crc32s = [
+                        self._sum_up(piece, zlib_ng.crc32(view)) for piece, view in zip(pieces, data, strict=True)
+                    ]
+                    self._target.write(pieces, data, crc32s)
+                if number < num_first:
+                    self._finish_first()
         except BaseException:
             self._stop.set()
             raise
 
-    def _next_write(self) -> tuple[Piece, ...] | None:
+    def _finish_first(self) -> None:
+        with self._lock:
+            self._num_first -= 1
+            if self._num_first or self._on_first is None:
+                return
+        self._on_first()
+
+    def _next_write(self) -> tuple[int, tuple[Piece, ...]] | None:
         with self._lock:
             return None if self._stop.is_set() else next(self._next, None)
 
@@ -193,7 +269,7 @@ class _Writing:
             if isinstance(content, bytes):
                 found.append(memoryview(content)[piece.start : piece.start + piece.nbytes])
             elif content.is_in_host_memory:
-                found.append(_memory(content.storage.data_ptr() + content.start + piece.start, piece.nbytes))
+                found.append(memory_of(content.storage.data_ptr() + content.start + piece.start, piece.nbytes))
             elif not piece.nbytes:
                 found.append(memoryview(b""))
             else:
@@ -203,7 +279,7 @@ class _Writing:
                 staged = buffer[used : used + piece.nbytes]
                 self._copy(content, piece, staged)
                 devices.add(content.storage.device)
-                found.append(_memory(staged.data_ptr(), piece.nbytes))
+                found.append(memory_of(staged.data_ptr(), piece.nbytes))
                 used += piece.nbytes
         for device in devices:
             if device in self._streams:
@@ -219,50 +295,28 @@ class _Writing:
         with torch.cuda.stream(self._streams.get(device)):
             staged.copy_(values, non_blocking=device in self._streams)
 
-    def _write(self, pieces: tuple[Piece, ...], data: Sequence[memoryview]) -> None:
-        first = self._entries[pieces[0].record]
-        offset = first.data_offset + pieces[0].start if pieces[0].start else first.header_offset
-        buffers: list[bytes | memoryview] = []
-        late: Entry | None = None
-        for piece, view in zip(pieces, data, strict=True):
-            entry = self._entries[piece.record]
-            is_last = piece.start + piece.nbytes == entry.nbytes
-            if not piece.start:
-                buffers.append(local_header(entry))
-            buffers.append(view)
-            if not self._sum_up(piece, zlib_ng.crc32(view)):
-                continue
-            if is_last:
-                buffers.append(data_descriptor(entry, self._crc32s[piece.record]))
-            else:
-                late = entry  # another thread has already written the end of this record
-                late_crc32 = self._crc32s[piece.record]
-        self._sink.write(buffers, offset)
-        if late is not None:
-            self._sink.write([data_descriptor(late, late_crc32)], late.data_end)
-
-    def _sum_up(self, piece: Piece, crc32: int) -> bool:
-        """Takes in the checksum of a piece; tells whether that of its record is known now."""
-        nbytes = self._entries[piece.record].nbytes
-        if piece.nbytes == nbytes:
+    def _sum_up(self, piece: Piece, crc32: int) -> int | None:
+        """Takes in the checksum of a piece; returns that of its record if all of it has come."""
+        if piece.nbytes == self._sizes[piece.record]:
             self._crc32s[piece.record] = crc32
-            return True
+            return crc32
         with self._lock:
             parts = self._parts.setdefault(piece.record, [])
             parts.append((piece.start, piece.nbytes, crc32))
             self._missing[piece.record] -= piece.nbytes
             if self._missing[piece.record]:
-                return False
+                return None
             del self._parts[piece.record]
         parts.sort()
         _, _, whole = parts[0]
         for _, length, part in parts[1:]:
             whole = zlib_ng.crc32_combine(whole, part, length)
         self._crc32s[piece.record] = whole
-        return True
+        return whole
 
 
-def _memory(address: int, nbytes: int) -> memoryview:
+def memory_of(address: int, nbytes: int) -> memoryview:
+    """The bytes at an address, valid as long as their owner."""
     if not nbytes:
         return memoryview(b"")
     return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")

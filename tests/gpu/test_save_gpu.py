@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import json
@@ -21,7 +22,13 @@ from torch.utils.data import DataLoader
 from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO, open_checkpoint, save_directory
 from lightning_memload.checkpoint import load_mapped
 from lightning_memload.memory import MemoryMonitor
-from lightning_memload.save import save_torch, write_torch
+from lightning_memload.save import (
+    BackgroundSave,
+    plan_torch_save,
+    save_torch,
+    tensors_of_optimizers,
+    write_torch,
+)
 from tests.checkpoint.files import ALL_DTYPES, as_bytes, layouts, of_dtype, tensors_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
@@ -191,6 +198,76 @@ def test_what_is_saved_on_the_gpu_resumes_stock_and_ours(tmp_path: Path, make: A
         losses.append(module.losses)
     assert len(losses[0]) == 5
     assert losses[0] == losses[1] == losses[2]
+
+
+class SaveOften(L.Callback):
+    """Saves after every batch, and keeps a copy of what was saved."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.states: list[Any] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"{len(self.states)}.ckpt")
+        optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
+        self.states.append(copy.deepcopy((dict(pl_module.state_dict()), optimizers)))
+
+
+def test_asynchronous_saves_hold_the_state_of_the_call(tmp_path: Path) -> None:
+    """Steps that run on the GPU right after each save do not reach into its file, and training is as without."""
+    _, stock = fit(tmp_path, [], [], 8)
+    saver = SaveOften(tmp_path)
+    _, ours = fit(tmp_path, [], [MemoryEfficientRestore(asynchronous_save=True, host_budget_mib=1), saver], 8)
+    assert ours.losses == stock.losses
+    assert len(saver.states) == 8
+    for number, expected in enumerate(saver.states):
+        saved = torch.load(tmp_path / f"{number}.ckpt", weights_only=False)
+        found = (dict(saved["state_dict"]), saved["optimizer_states"])
+        for (path, theirs), (_, mine) in zip(tensors_of(expected), tensors_of(found), strict=True):
+            assert as_bytes(mine.cpu()) == as_bytes(theirs.cpu()), (number, path)
+
+
+def test_a_step_waits_for_the_copies_and_not_for_the_disk(tmp_path: Path) -> None:
+    """512 MiB through 8 MiB: a step right behind the save changes nothing in the file, and the GPU holds no copy."""
+    weight = nn.Parameter(torch.ones(128 * MIB, device="cuda"))
+    weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    plan = plan_torch_save({"weight": weight.detach()}, tmp_path / "file.pt", host_budget_bytes=8 * MIB)
+    save = BackgroundSave(plan, tensors_of_optimizers([optimizer]))
+    optimizer.step()
+    assert torch.cuda.max_memory_allocated() - before <= MIB
+    save.result()
+    assert (torch.load(tmp_path / "file.pt", map_location="cpu")["weight"] == 1).all()
+    assert (weight == 0.5).all()
+
+
+def test_a_background_save_waits_for_the_stream_of_its_caller(tmp_path: Path) -> None:
+    """Another thread writes, whose current stream knows nothing of what is queued here."""
+    value = torch.zeros(16 * MIB, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(2_000_000_000)  # about a second
+        value.fill_(7)
+        BackgroundSave(plan_torch_save({"value": value}, tmp_path / "file.pt")).result()
+    assert (torch.load(tmp_path / "file.pt", map_location="cpu")["value"] == 7).all()
+
+
+def test_directory_is_the_same_through_any_ring(tmp_path: Path) -> None:
+    obj = everything()
+    for num_threads, budget_bytes in ((1, MIB), (4, 128 * MIB)):
+        stats = save_directory(
+            obj, tmp_path / "folder", num_threads=num_threads, host_budget_bytes=budget_bytes, durable=False
+        )
+        assert 0 < stats.staging_bytes <= budget_bytes
+        loaded, _ = load_mapped(tmp_path / "folder", weights_only=True)
+        dense = {name: value for name, value in obj.items() if name != "sparse"}
+        for (path, theirs), (_, mine) in zip(
+            tensors_of(dense), tensors_of({name: loaded[name] for name in dense}), strict=True
+        ):
+            assert as_bytes(mine) == as_bytes(theirs.cpu()), path
 
 
 def test_directory(tmp_path: Path) -> None:

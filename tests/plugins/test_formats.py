@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,39 @@ def test_weights_from_every_format(way: str, meta: bool, write: Any, tmp_path: P
         module = load_from_checkpoint(Evaluated, path)
     got = start.weights if hasattr(start, "weights") else dict(module.state_dict())
     assert_same(weights, got, "weights")
+
+
+@pytest.mark.parametrize("asynchronous_save", [False, True])
+def test_a_run_that_saves_directories_resumes_from_them(tmp_path: Path, asynchronous_save: bool) -> None:
+    case = Case(lambda: TinyModule(adamw))
+    file = write_checkpoint(case, tmp_path)
+    options = {"save_format": "directory", "asynchronous_save": asynchronous_save}
+    directory = write_checkpoint(replace(case, callbacks=lambda: [MemoryEfficientRestore(**options)]), tmp_path / "run")
+    assert directory.is_dir()
+    stock_module, stock = resume(case, file, tmp_path, None)
+    module, ours = resume(case, directory, tmp_path, MemoryEfficientRestore(mode="copy"))
+    assert_same(stock.restored, ours.restored, "restored")
+    assert_same(stock_module.losses, module.losses, "losses")
+    io = StreamingCheckpointIO(format="directory")
+    io.save_checkpoint({"a": 1}, directory)
+    assert io.load_checkpoint(directory) == {"a": 1}
+    io.remove_checkpoint(directory)
+    assert not directory.exists()
+
+
+def test_directories_are_local(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"format='directory'\) saves to local disks .* memory://folder/x"):
+        StreamingCheckpointIO(format="directory").save_checkpoint({}, "memory://folder/x")
+    for make in (lambda: StreamingCheckpointIO(format="zip"), lambda: MemoryEfficientRestore(save_format="zip")):
+        with pytest.raises(ValueError, match=r"format must be one of .*'torch', 'directory'.*, got 'zip'"):
+            make()
+
+
+def test_a_format_that_is_left_out_warns(tmp_path: Path) -> None:
+    case = Case(
+        lambda: TinyModule(adamw),
+        plugins=lambda: [StreamingCheckpointIO()],
+        callbacks=lambda: [MemoryEfficientRestore(save_format="directory")],
+    )
+    with pytest.warns(UserWarning, match=r"save_format='directory'\) is left out"):
+        assert write_checkpoint(case, tmp_path).is_file()

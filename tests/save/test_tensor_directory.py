@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 
 from lightning_memload.checkpoint import load_mapped, open_checkpoint
 from lightning_memload.errors import CheckpointFormatError
-from lightning_memload.save import save_directory
+from lightning_memload.save import replacement, save_directory
 from lightning_memload.save import tensor_directory as writer
+from lightning_memload.save.pickling import Stretch
 from tests.fresh_process import run_fresh
 
 
@@ -47,7 +49,7 @@ class TestWhatIsWritten:
              "nothing": large[9:9], "scalar": torch.arange(1000)[999]},
             path,
         )  # fmt: skip
-        assert data_files(path) == {"00000.bin": 796, "00001.bin": 144, "00003.bin": 16}
+        assert data_files(path) == {"00000.bin": 812, "00001.bin": 144, "00002.bin": 64}
         loaded, _ = load_mapped(path, weights_only=True)
         assert loaded["view"].tolist() == large[500:600].tolist()
         assert loaded["other"].tolist() == large[550:700:2].tolist()
@@ -58,11 +60,11 @@ class TestWhatIsWritten:
 
     def test_views_of_several_widths(self, path: Path) -> None:
         """Types without a storage class of their own may share one; what is cut off must suit them all."""
-        raw = torch.arange(200, dtype=torch.uint8)
-        saved = {"narrow": raw[50:150].view(torch.uint16), "wide": raw[56:152].view(torch.uint64)}
+        raw = torch.arange(250, dtype=torch.uint8)
+        saved = {"narrow": raw[100:200].view(torch.uint16), "wide": raw[104:200].view(torch.uint64)}
         save_directory(saved, path)
         loaded, _ = load_mapped(path, weights_only=True)
-        assert data_files(path) == {"00000.bin": 152 - 48}
+        assert data_files(path) == {"00000.bin": 200 - 64}
         assert all(
             torch.equal(loaded[name].view(torch.uint8), value.view(torch.uint8)) for name, value in saved.items()
         )
@@ -70,9 +72,11 @@ class TestWhatIsWritten:
     def test_pieces_through_the_staging_buffer(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """As from a device, on any machine: tests/gpu has the real thing."""
         weight = torch.randn((9 << 18) + 1)
+        saved = {"weight": weight, "view": weight[5 << 18 : 6 << 18], "small": torch.ones(3)}
         with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "is_cpu", False)
-            save_directory({"weight": weight, "view": weight[5 << 18 : 6 << 18], "small": torch.ones(3)}, path)
+            patch.setattr(Stretch, "is_in_host_memory", property(lambda self: False))
+            stats = save_directory(saved, path, host_budget_bytes=4 << 20, num_threads=3)
+        assert 0 < stats.staging_bytes <= 4 << 20
         loaded, _ = load_mapped(path, weights_only=True)
         assert torch.equal(loaded["weight"], weight)
         assert torch.equal(loaded["view"], weight[5 << 18 : 6 << 18])
@@ -82,7 +86,7 @@ class TestWhatIsWritten:
         save_directory({"made": Making(), "weight": torch.ones(3)}, path)
         loaded, _ = load_mapped(path, weights_only=False)
         assert loaded["made"].tensor.tolist() == [0, 1, 2, 3, 4]
-        assert len(data_files(path)) == 1  # the weight's
+        assert len(data_files(path)) == 2
 
     def test_a_tensor_whose_memory_was_taken_away(self, path: Path) -> None:
         tensor = torch.ones(50)
@@ -98,7 +102,7 @@ class TestWhatIsWritten:
 
         def note(descriptor: int) -> None:
             name = os.readlink(f"/proc/self/fd/{descriptor}")
-            synced.append("/".join(part for part in Path(name).parts[-2:] if "partial" not in part))
+            synced.append("/".join(part for part in Path(name).parts[-2:] if not part.endswith(".tmp")))
             assert path.exists() == (name == str(path.parent))
             original(descriptor)
 
@@ -137,7 +141,7 @@ for write in (lambda: save_directory(state, ARGS["path"]), by_bytes):
     RESULT.append(monitor.peaks.anonymous_peak_bytes - start)
 """
     ours, naive = run_fresh(program, path=path).result
-    assert ours <= (4 << 20) + (16 << 20)
+    assert ours <= 16 << 20
     assert naive >= 300 << 20
     assert sum(data_files(path).values()) == 300 << 20
 
@@ -160,6 +164,7 @@ class TestReplacing:
         program = """
 import os, shutil, signal, warnings
 from lightning_memload.save import save_directory
+from lightning_memload.save import replacement
 from lightning_memload.save import tensor_directory as writer
 from tests.save.test_tensor_directory import of_step, step_of
 from pathlib import Path
@@ -176,8 +181,8 @@ def half_removed(folder, **kwargs):
     os.unlink(os.path.join(folder, "state.pt"))
     die()
 patches = [
-    (writer, "_write_storage", die), (writer, "make_manifest", die), (writer, "_put_in_place", die),
-    (writer, "_exchange", after(writer._exchange)), (shutil, "rmtree", die), (shutil, "rmtree", half_removed),
+    (writer._Files, "write", die), (writer, "make_manifest", die), (replacement, "_put_in_place", die),
+    (replacement, "_exchange", after(replacement._exchange)), (shutil, "rmtree", die), (shutil, "rmtree", half_removed),
 ]
 RESULT = []
 for module, name, replacement in patches:
@@ -218,24 +223,25 @@ for module, name, replacement in patches:
         assert os.listdir(path.parent) == [path.name]
 
     def test_a_directory_that_another_writer_sweeps_at_once(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        original, removed = writer._lock, []
+        flock, removed = fcntl.flock, []
 
-        def swept(folder: str, stack: Any) -> bool | None:
-            if folder.endswith("partial") and not removed:
-                removed.append(folder)
-                os.rmdir(folder)
-            return original(folder, stack)
+        def swept(descriptor: int, operation: int) -> None:
+            if not removed:
+                removed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+                os.rmdir(removed[0])
+            flock(descriptor, operation)
 
-        monkeypatch.setattr(writer, "_lock", swept)
+        monkeypatch.setattr(fcntl, "flock", swept)
         save_directory(of_step(1), path)
-        assert len(removed) == 1
+        assert removed[0].endswith(".tmp")
         assert step_of(path) == 1
 
     def test_neighbours_are_not_ours(self, path: Path) -> None:
-        others = [f".{path.name}.0123456789ab.partial.txt", ".other.0123456789ab.partial", f".{path.name}.xyz.partial"]
+        leftover = f".memload-{replacement._boot()}-0123456789abcdef.tmp"
+        others = [f"{leftover}.txt", ".other.0123456789ab.previous", f".{path.name}.xyz.previous"]
         for name in others:
             (path.parent / name).mkdir()
-        (path.parent / f".{path.name}.0123456789ab.partial").symlink_to(path.parent / others[0])
+        (path.parent / leftover).symlink_to(path.parent / others[0])
         save_directory(of_step(1), path)
         assert len(os.listdir(path.parent)) == 5
 
@@ -270,7 +276,7 @@ class TestWithoutExchange:
 
     @pytest.fixture(autouse=True)
     def refusing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(writer, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(replacement, "_exchange", lambda first, second: False)
 
     def test_old_for_new(self, path: Path) -> None:
         for step in range(3):
@@ -283,7 +289,7 @@ class TestWithoutExchange:
         original = os.rename
 
         def refuse(source: str, target: str) -> None:
-            if source.endswith("partial") and not os.path.exists(target):
+            if source.endswith(".tmp") and not os.path.exists(target):
                 raise OSError(5, "Input/output error")
             original(source, target)
 
@@ -308,9 +314,9 @@ def test_without_locks_nothing_is_swept(path: Path, monkeypatch: pytest.MonkeyPa
     def refuse(*args: Any) -> None:
         raise OSError(37, "No locks available")
 
-    leftover = path.parent / f".{path.name}.0123456789ab.partial"
+    leftover = path.parent / f".memload-{replacement._boot()}-0123456789abcdef.tmp"
     leftover.mkdir()
-    monkeypatch.setattr(writer.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     save_directory(of_step(1), path)
     assert step_of(path) == 1
     assert leftover.exists()

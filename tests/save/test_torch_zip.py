@@ -229,7 +229,7 @@ def test_impossible_options_are_refused(tmp_path: Path, options: dict[str, int])
 def test_without_space_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file.pt"
     save_torch({"old": 1}, path)
-    monkeypatch.setattr("lightning_memload.save.torch_zip._free_bytes", lambda path: 12345)
+    monkeypatch.setattr("lightning_memload.save.saving._free_bytes", lambda path: 12345)
     with pytest.raises(
         CheckpointWriteError, match=r"file\.pt could not be saved.* takes \d+ bytes, and 12345"
     ) as caught:
@@ -288,7 +288,7 @@ def small_disk(path: Path, nbytes: int) -> Iterator[Path]:
 @pytest.mark.parametrize("asks", [True, False])
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, asks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not asks:  # the disk fills up while it is written to
-        monkeypatch.setattr("lightning_memload.save.torch_zip._free_bytes", lambda path: None)
+        monkeypatch.setattr("lightning_memload.save.saving._free_bytes", lambda path: None)
     with small_disk(tmp_path / "disk", 8 * MIB) as disk:
         path = disk / "file.pt"
         save_torch({"old": torch.ones(MIB)}, path)

@@ -1,0 +1,346 @@
+"""A save in the background holds the state of the call, whatever happens next; what goes wrong is told.
+
+The disk is slow at will: what may be written late is held back by an event, not by time.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_memload import CheckpointWriteError
+from lightning_memload.save import BackgroundSave, plan_directory_save, plan_torch_save, tensors_of_optimizers, writing
+from lightning_memload.save.writing import Records
+from tests.fresh_process import run_fresh
+
+BLOCK_BYTES = 1024
+
+
+class Disk:
+    """Writes of a whole block wait for the event ``goes_on``."""
+
+    def __init__(self) -> None:
+        self.goes_on = threading.Event()
+        self.failure: OSError | None = None
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = writing.LocalSink.write
+
+        def write(sink: Any, buffers: Sequence[Any], offset: int) -> None:
+            if any(len(buffer) == BLOCK_BYTES for buffer in buffers):
+                assert self.goes_on.wait(60)
+                if self.failure is not None:
+                    raise self.failure
+            original(sink, buffers, offset)
+
+        monkeypatch.setattr(writing, "_DIRECT_BLOCK_BYTES", BLOCK_BYTES)
+        monkeypatch.setattr(writing.LocalSink, "write", write)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    disk = Disk()
+    disk.install(monkeypatch)
+    yield disk
+    disk.goes_on.set()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    torch.save({"old": 1}, tmp_path / "file.pt")
+    return tmp_path / "file.pt"
+
+
+def make_optimizer(kind: Callable[..., torch.optim.Optimizer] = torch.optim.SGD) -> tuple[torch.Tensor, Any]:
+    weight = torch.nn.Parameter(torch.arange(5000.0))
+    return weight, kind([weight], lr=0.5)
+
+
+def begin(path: Path, weight: torch.Tensor, optimizer: Any, **more: Any) -> BackgroundSave:
+    plan = plan_torch_save({"weight": weight.detach(), **more}, path)
+    return BackgroundSave(plan, tensors_of_optimizers([optimizer]))
+
+
+def step(weight: torch.Tensor, optimizer: Any, seen: list[float], closure: bool = False) -> None:
+    """A step; what the first weight is when forward runs goes to ``seen``."""
+
+    def backward() -> Any:
+        seen.append(weight[1].item())
+        weight.grad = torch.ones_like(weight)
+        return weight.sum()
+
+    if not closure:
+        backward()
+    optimizer.step(**({"closure": backward} if closure else {}))
+
+
+def open_when_waited_for(save: BackgroundSave, disk: Disk, look: Callable[[], object]) -> None:
+    original = save._written.wait
+
+    def wait(timeout: float | None = None) -> bool:
+        look()
+        disk.goes_on.set()
+        return original(timeout)
+
+    save._written.wait = wait  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_step_waits_until_its_tensors_are_written(path: Path, disk: Disk, closure: bool) -> None:
+    weight, optimizer = make_optimizer()
+    buffer = torch.zeros(1500)
+    save = begin(path, weight, optimizer, buffer=buffer[:200])
+    assert torch.load(path) == {"old": 1}
+    buffer.fill_(9)  # no optimizer's, so it is written
+    before: list[float] = []
+    forwards: list[float] = []
+    open_when_waited_for(save, disk, lambda: before.append(weight[1].item()))
+    step(weight, optimizer, forwards, closure)
+    assert (before, forwards) == ([1.0], [1.0])
+    assert weight[1] == 0.5
+    assert save._written.is_set()
+    save.result()
+    loaded = torch.load(path)
+    assert torch.equal(loaded["weight"], torch.arange(5000.0))
+    assert not loaded["buffer"].any()
+    assert save.blocked_seconds > 0
+
+
+class Perturbing(torch.optim.SGD):
+    """Changes its parameters before it calls the closure, as sharpness-aware minimisation does."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].add_(1)
+        return super().step(closure)
+
+
+def test_an_optimizer_that_changes_before_the_closure_waits_before_it(path: Path, disk: Disk) -> None:
+    weight, optimizer = make_optimizer(Perturbing)
+    save = begin(path, weight, optimizer)
+    open_when_waited_for(save, disk, lambda: None)
+    step(weight, optimizer, [], closure=True)
+    save.result()
+    assert torch.equal(torch.load(path)["weight"], torch.arange(5000.0))
+
+
+def optimizers_of_torch() -> list[Any]:
+    kinds = [getattr(torch.optim, name) for name in dir(torch.optim)]
+    return sorted(
+        {kind for kind in kinds if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)}
+        - {torch.optim.Optimizer, torch.optim.SparseAdam},
+        key=lambda kind: kind.__name__,
+    )
+
+
+@pytest.mark.parametrize("kind", optimizers_of_torch())
+def test_torchs_own_call_the_closure_first(kind: Any) -> None:
+    """What the wait after the closure relies on."""
+    weight = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = kind([weight], lr=0.5)
+    versions: list[int] = []
+
+    def closure() -> torch.Tensor:
+        versions.append(weight._version)
+        weight.grad = torch.ones_like(weight)
+        return weight.sum()
+
+    before = weight._version
+    optimizer.step(closure=closure)
+    assert versions[0] == before < weight._version
+
+
+def test_any_optimizer_in_the_process_waits(path: Path, disk: Disk) -> None:
+    """One that nobody told us of may have the same parameters."""
+    weight, optimizer = make_optimizer()
+    save = begin(path, weight, optimizer)
+    open_when_waited_for(save, disk, lambda: None)
+    step(weight, torch.optim.SGD([weight], lr=0.5), [])
+    save.result()
+    assert torch.equal(torch.load(path)["weight"], torch.arange(5000.0))
+
+
+def test_without_owners_everything_is_written_at_once(path: Path, disk: Disk) -> None:
+    disk.goes_on.set()
+    weight = torch.arange(5000.0)
+    save = BackgroundSave(plan_torch_save({"weight": weight}, path))
+    weight.zero_()
+    save.result()
+    assert torch.equal(torch.load(path)["weight"], torch.arange(5000.0))
+
+
+def test_what_shares_memory_with_a_buffer_or_is_not_torchs_is_nobodys() -> None:
+    weight, optimizer = make_optimizer(torch.optim.Adam)
+    step(weight, optimizer, [])
+    assert len(tensors_of_optimizers([optimizer, object()])) == 4
+    assert len(tensors_of_optimizers([optimizer], buffers=[weight.detach()[5:]])) == 3
+
+
+def test_a_change_outside_a_step_is_no_checkpoint(path: Path, disk: Disk) -> None:
+    weight, optimizer = make_optimizer()
+    save = begin(path, weight, optimizer)
+    with torch.no_grad():
+        weight.clamp_(-1, 1)
+    disk.goes_on.set()
+    save.wait_until_written()
+    with pytest.raises(CheckpointWriteError, match=r"file\.pt could not be saved: 1 tensors .* outside an optimizer's"):
+        save.result()
+    save.result()  # told once
+    assert torch.load(path) == {"old": 1}
+    assert os.listdir(path.parent) == ["file.pt"]
+
+
+def test_a_full_disk_is_told_at_the_end(path: Path, disk: Disk) -> None:
+    weight, optimizer = make_optimizer()
+    disk.failure = OSError(28, "No space left on device")
+    save = begin(path, weight, optimizer)
+    disk.goes_on.set()
+    step(weight, optimizer, [])  # a step does not fail for it
+    save.wait()
+    assert save.has_failed
+    with pytest.raises(CheckpointWriteError, match=r"file\.pt could not be saved: No space left.*untouched"):
+        save.result()
+    assert torch.load(path) == {"old": 1}
+
+
+def test_what_fails_at_once_is_told_at_once(tmp_path: Path) -> None:
+    threads = threading.active_count()
+    with pytest.raises(CheckpointWriteError, match="could not be saved: No such file"):
+        BackgroundSave(plan_torch_save({"a": torch.ones(3)}, tmp_path / "missing" / "file.pt"))
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_actions_wait_for_success(path: Path, disk: Disk, fails: bool) -> None:
+    weight, optimizer = make_optimizer()
+    disk.failure = OSError(5, "Input/output error") if fails else None
+    save = begin(path, weight, optimizer)
+    done: list[bool] = []
+    assert save.afterwards(lambda: done.append("weight" in torch.load(path)))
+    assert not done
+    disk.goes_on.set()
+    save.wait()
+    assert done == ([] if fails else [True])
+    assert not save.afterwards(lambda: done.append(False))
+    if fails:
+        with pytest.raises(CheckpointWriteError):
+            save.result()
+
+
+def test_a_directory_in_the_background(tmp_path: Path, disk: Disk) -> None:
+    from lightning_memload.checkpoint import load_mapped
+
+    weight, optimizer = make_optimizer()
+    save = BackgroundSave(
+        plan_directory_save({"weight": weight.detach()}, tmp_path / "folder"), tensors_of_optimizers([optimizer])
+    )
+    open_when_waited_for(save, disk, lambda: None)
+    step(weight, optimizer, [])
+    save.result()
+    assert torch.equal(load_mapped(tmp_path / "folder")[0]["weight"], torch.arange(5000.0))
+
+
+def test_threads_descriptors_and_hooks_are_flat(path: Path) -> None:
+    from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+    def levels() -> tuple[int, int, int]:
+        return threading.active_count(), len(os.listdir("/proc/self/fd")), len(_global_optimizer_pre_hooks)
+
+    weight, optimizer = make_optimizer(torch.optim.Adam)
+    before = levels()
+    for _ in range(5):
+        save = begin(path, weight, optimizer)
+        step(weight, optimizer, [])
+        save.result()
+    assert levels() == before
+
+
+def test_the_order_of_writes() -> None:
+    """First what must be first, then the rest; told when the first part is done."""
+    contents = [torch.full((1 << 19,), float(number)).untyped_storage() for number in range(4)]
+    from lightning_memload.save.pickling import Stretch
+
+    stretches = [Stretch(storage, 0, storage.nbytes()) for storage in contents]
+    written: list[Any] = []
+
+    class Target:
+        def write(self, pieces: Any, data: Any, crc32s: Any) -> None:
+            written.extend(piece.record for piece in pieces)
+
+    records = Records(stretches, 1 << 20, 1)
+    told: list[int] = []
+    records.write(
+        Target(), first=lambda s: s in (stretches[1], stretches[3]), on_first=lambda: told.append(len(written))
+    )
+    assert written == [1, 1, 3, 3, 0, 0, 2, 2]
+    (count,) = told
+    assert count >= 4
+
+
+ENDING = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import torch
+from lightning_memload.save import BackgroundSave, plan_torch_save, tensors_of_optimizers
+weight = torch.nn.Parameter(torch.ones(10_000_000))
+optimizer = torch.optim.SGD([weight], lr=0.1)
+save = BackgroundSave(plan_torch_save({"weight": weight}, sys.argv[1]), tensors_of_optimizers([optimizer]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="saves in the background on Linux only")
+def test_the_end_of_the_process_waits(path: Path) -> None:
+    repository = str(Path(__file__).resolve().parents[2])
+    subprocess.run([sys.executable, "-c", ENDING, str(path), repository], check=True, timeout=120)
+    assert torch.load(path)["weight"].sum() == 10_000_000
+
+
+def test_an_error_that_nobody_heard_is_printed(path: Path) -> None:
+    repository = str(Path(__file__).resolve().parents[2])
+    program = ENDING.replace(
+        "weight = ", "import os\ndef fail(descriptor):\n    raise OSError(5, 'the disk')\nos.fsync = fail\nweight = "
+    )
+    command = [sys.executable, "-c", program, str(path), repository]
+    ended = subprocess.run(command, timeout=120, capture_output=True, text=True)
+    assert "file.pt could not be saved: the disk" in ended.stderr
+    assert torch.load(path) == {"old": 1}
+
+
+def test_a_forked_child_waits_for_nothing(tmp_path: Path) -> None:
+    program = """
+import os, threading
+import torch
+torch.set_num_threads(1)
+from lightning_memload.save import BackgroundSave, plan_torch_save, tensors_of_optimizers, writing
+goes_on = threading.Event()
+original = writing.LocalSink.write
+def write(sink, buffers, offset):
+    if any(len(buffer) > 100_000 for buffer in buffers):
+        goes_on.wait(60)
+    original(sink, buffers, offset)
+writing.LocalSink.write = write
+weight = torch.nn.Parameter(torch.ones(1_000_000))
+optimizer = torch.optim.SGD([weight], lr=0.5)
+plan = plan_torch_save({"weight": weight, "buffer": torch.ones(3)}, ARGS["path"])
+save = BackgroundSave(plan, tensors_of_optimizers([optimizer]))
+child = os.fork()
+if not child:
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    save.wait()
+    save.result()
+    os._exit(7)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+goes_on.set()
+save.result()
+RESULT = [code, torch.load(ARGS["path"])["weight"].sum().item()]
+"""
+    assert run_fresh(program, path=tmp_path / "file.pt").result == [7, 1_000_000]
