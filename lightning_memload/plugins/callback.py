@@ -15,7 +15,6 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_memload.errors import MetaTensorError, listed
@@ -169,9 +168,6 @@ class MemoryEfficientRestore(pl.Callback):
         if io is not None:
             self._undo.append(io.observe(self._run))
         self._undo.append(_guard_meta_module(trainer, pl_module, self._run, self._load_weights))
-        if not is_overridden("configure_model", pl_module):
-            # At once, so that callbacks that copy the module in their own setup copy these weights.
-            self._load_weights(trainer, pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The optimizers exist now, their states come next."""
@@ -390,7 +386,8 @@ def _guard_meta_module(
     move = strategy.model_to_device
 
     def model_to_device() -> None:
-        load_weights(trainer, module)  # of a module that configure_model has built
+        # Not in setup: whether there is a checkpoint, and what configure_model builds, is known only later.
+        load_weights(trainer, module)
         parameters, buffers = meta_names(module)
         if parameters or buffers:
             raise _meta_error(module, run.path, parameters, buffers)

@@ -70,6 +70,7 @@ def load_from_checkpoint(
     Raises:
         CheckpointFormatError: The file is damaged, or holds no weights.
         IncompatibleWeightsError: The weights do not fit, see :func:`load_weights`.
+        TypeError: An argument is neither one of these nor one of ``cls``.
         ValueError: ``strict`` contradicts the module's ``strict_loading``, or the file names code to build the module
             with that is not LightningCLI's.
 
@@ -136,6 +137,13 @@ def _build(cls: type[Module], checkpoint: dict[str, Any], overrides: dict[str, A
                 "trust it, import the module that defines the class first."
             )
     if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in signature.values()):
+        unknown = [] if whole in names or class_path is not None else sorted(set(overrides) - set(names))
+        if unknown:
+            # Lightning drops them in silence, a misspelt one and its own map_location alike.
+            raise TypeError(
+                f"load_from_checkpoint() and {cls.__name__}.__init__() take no {', '.join(unknown)}. The device is "
+                "given as device=; load_weights() takes a part of the weights, or other names."
+            )
         arguments = {name: value for name, value in arguments.items() if name in names}
     if instantiator is None:
         return cls(**arguments)

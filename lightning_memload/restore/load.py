@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ __all__ = ["LoadOptions", "WeightsSource", "find_state_dict", "load_weights", "o
 # Where training scripts put the weights of a checkpoint that holds more than weights.
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module", "params", "weights")
 T = TypeVar("T")
+
+# Ways of loading that can be foreseen: torch's own, and that of its batch norms, which add a counter if it is missing.
+_FORESEEN = (nn.Module._load_from_state_dict, nn.modules.batchnorm._NormBase._load_from_state_dict)
 
 _MIB = 2**20
 
@@ -210,8 +214,10 @@ class WeightsSource:
         """The wanted part of the state dict under the module's names, its tensors in the file, and the mapping."""
         wants = self._wants()
         loaded, mapped = open_any(self.path, self.weights_only)
-        renamed = rename_keys(find_state_dict(loaded, self.path, self.key), self.strip_prefix, self.rename)
-        return {name: value for name, value in renamed.items() if wants(name)}, mapped
+        state_dict = rename_keys(find_state_dict(loaded, self.path, self.key), self.strip_prefix, self.rename)
+        for name in [name for name in state_dict if not wants(name)]:
+            del state_dict[name]
+        return state_dict, mapped
 
     def stream(
         self,
@@ -234,6 +240,17 @@ class WeightsSource:
         restore = WeightsRestore(module, session, dtype=dtype, assign=assign, strict=False)
         try:
             keys: _IncompatibleKeys = module.load_state_dict(state_dict, strict=False)
+        except RuntimeError as error:
+            if not str(error).startswith("Error(s) in loading state_dict"):
+                raise
+            # Modules that load in their own way: what does not fit them is known only now.
+            raise IncompatibleWeightsError(
+                f"{path}: {error}\nOther weights were loaded.",
+                path=path,
+                missing_keys=(),
+                unexpected_keys=(),
+                mismatched_shapes={},
+            ) from error
         finally:
             restore.remove()
         missing = _without_ties(dict(_entries(module)), state_dict, filter(wants, keys.missing_keys))
@@ -299,8 +316,8 @@ def find_state_dict(loaded: Any, path: str | os.PathLike[str], key: str | None =
 
 def rename_keys(
     state_dict: Mapping[str, Any], strip_prefix: str = "", rename: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """A state dict under other names.
+) -> OrderedDict[str, Any]:
+    """A state dict under other names, with the versions of its modules (``_metadata``) under theirs.
 
     Args:
         state_dict: The state dict.
@@ -314,15 +331,25 @@ def rename_keys(
         pairs = [(re.compile(pattern), replacement) for pattern, replacement in (rename or {}).items()]
     except re.error as error:
         raise ValueError(f"rename: {error.pattern!r} is no regular expression: {error}.") from error
-    renamed: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    for old, value in state_dict.items():
-        name = old.removeprefix(strip_prefix)
+
+    def rename_one(name: str) -> str:
+        name = name.removeprefix(strip_prefix)
         for pattern, replacement in pairs:
             name = pattern.sub(replacement, name)
+        return name
+
+    renamed: OrderedDict[str, Any] = OrderedDict()
+    origin: dict[str, str] = {}
+    for old, value in state_dict.items():
+        name = rename_one(old)
         if name in renamed:
             raise ValueError(f"Renaming gives {origin[name]!r} and {old!r} the same name {name!r}.")
         renamed[name], origin[name] = value, old
+    metadata = getattr(state_dict, "_metadata", None)
+    if metadata is not None:
+        # Keyed by the paths of modules, which are keys without their last part.
+        paths = {path: rename_one(f"{path}.").removesuffix(".") if path else "" for path in metadata}
+        renamed._metadata = {new: metadata[path] for path, new in paths.items()}  # type: ignore[attr-defined]
     return renamed
 
 
@@ -365,7 +392,9 @@ def _compare(
         # torch takes a tensor of one element for a scalar, as old files have it.
         and not (expected[name].dim() == 0 and tuple(value.shape) == (1,))
     }
-    missing = _without_ties(expected, given, filter(wants, expected)) if strict else []
+    # Batch norms of old files have no such counter, and load all the same.
+    asked = [name for name in expected if wants(name) and not name.endswith("num_batches_tracked")]
+    missing = _without_ties(expected, given, asked) if strict else []
     unexpected = [name for name in given if name not in expected] if strict else []
     if missing or unexpected or mismatched:
         raise _incompatible(module, path, missing, unexpected, mismatched, changed=False)
@@ -400,7 +429,7 @@ def _own_ways(module: nn.Module) -> Iterator[str]:
         if (
             child._load_state_dict_pre_hooks
             or type(child).load_state_dict is not nn.Module.load_state_dict
-            or loads is not nn.Module._load_from_state_dict
+            or loads not in _FORESEEN
         ):
             yield prefix
 

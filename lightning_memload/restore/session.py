@@ -231,9 +231,11 @@ class RestoreSession:
 
 
 def _free(tensors: list[torch.Tensor]) -> None:
-    while tensors:
-        # Unlike the end of a Python object, a torch call gives the interpreter's lock away while the kernel works.
-        tensors.pop().set_()  # type: ignore[call-overload]
+    # A property of the thread. Within, tensors of inference mode can be changed as well as all others.
+    with torch.inference_mode():
+        while tensors:
+            # Unlike the end of a Python object, a torch call gives the interpreter's lock away while the kernel works.
+            tensors.pop().set_()  # type: ignore[call-overload]
 
 
 def _gib(nbytes: int) -> str:

@@ -225,7 +225,13 @@ def _end(tensor: torch.Tensor) -> int:
 
 def _find_targets(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> Iterator[_Target]:
     """The pairs of tensors that torch would copy, in torch's order: parents first, parameters before buffers."""
+    own_ways: tuple[str, ...] = ()
     for path, child in module.named_modules(remove_duplicate=False):
+        if path and not type(child)._load_from_state_dict.__module__.startswith("torch."):
+            # It may replace, rename or rearrange what it and its children get: they are met when their turn comes.
+            own_ways += (f"{path}.",)
+        if f"{path}.".startswith(own_ways):
+            continue
         child_prefix = f"{prefix}{path}." if path else prefix
         # torch 2.13 has no public name for non-persistent buffers; load_state_dict itself reads this set. Filling such
         # a buffer from a key that happens to exist would hide torch's "unexpected key".

@@ -242,6 +242,89 @@ class TestNames:
             load_weights(module, path)
 
 
+class Versioned(nn.Module):
+    """Converts what its first version saved, told by the version in the state dict, as torch documents it."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
+        if local_metadata.get("version", 1) < 2:
+            state_dict[prefix + "weight"] = -state_dict[prefix + "weight"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+class Transposes(nn.Module):
+    """Hands a view of what it gets on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(300, 300))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        state_dict[prefix + "weight"] = state_dict[prefix + "weight"].t()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class TestModulesWithWaysOfTheirOwn:
+    @pytest.mark.parametrize("prefix", ["", "model."])
+    @pytest.mark.parametrize("old", [False, True])
+    def test_versions_are_kept(self, path: Path, prefix: str, old: bool) -> None:
+        saved = nn.Sequential(Versioned())
+        with torch.no_grad():
+            saved[0].weight += 3
+        whole = nn.ModuleDict({"model": saved}) if prefix else saved
+        state = whole.state_dict()
+        torch.save({"state_dict": dict(state) if old else state}, path)
+        module = nn.Sequential(Versioned())
+        load_weights(module, path, strip_prefix=prefix)
+        assert module[0].weight.tolist() == [-3.0 if old else 3.0] * 3
+
+    @pytest.mark.parametrize("meta", [False, True])
+    @pytest.mark.parametrize("mode", ["copy", "assign"])
+    def test_a_view_of_the_value(self, path: Path, mode: Any, meta: bool) -> None:
+        saved = nn.Sequential(Transposes(), nn.Linear(2, 2))
+        with torch.no_grad():
+            saved[0].weight.normal_()
+        torch.save(saved.state_dict(), path)
+        with meta_init(meta):
+            module = nn.Sequential(Transposes(), nn.Linear(2, 2))
+        load_weights(module, path, mode=mode)
+        assert torch.equal(module[0].weight, saved[0].weight.t())
+        assert torch.equal(module[1].weight, saved[1].weight)
+
+    def test_batch_norms_are_foreseen(self, path: Path) -> None:
+        state = Net().state_dict()
+        torch.save({f"module.{name}": value for name, value in state.items()}, path)
+        module = Net()
+        before = frozen(module)
+        with pytest.raises(IncompatibleWeightsError, match="Nothing was changed") as caught:
+            load_weights(module, path)
+        assert {"body.2.weight", "body.2.running_mean"} <= set(caught.value.missing_keys)
+        state["body.2.weight"] = torch.ones(9)
+        torch.save(state, path)
+        with pytest.raises(IncompatibleWeightsError, match=r"body\.2\.weight has shape \(8,\) in the module"):
+            load_weights(module, path)
+        assert frozen(module) == before
+        # Files of torch < 0.4 have no such counter.
+        torch.save({name: value for name, value in Net().state_dict().items() if "num_batches" not in name}, path)
+        load_weights(module, path)
+
+    def test_what_fits_them_is_known_afterwards(self, path: Path) -> None:
+        torch.save({"0.weight": torch.ones(2, 2)}, path)
+        with pytest.raises(IncompatibleWeightsError, match=r"size mismatch for 0\.weight[\s\S]*Other weights"):
+            load_weights(nn.Sequential(Versioned()), path)
+
+
+def test_in_inference_mode(path: Path) -> None:
+    torch.save(Net().state_dict(), path)
+    with torch.inference_mode():
+        load_weights(Net(), path)
+
+
 class TestParts:
     def test_only_the_bytes_that_are_needed(self, path: Path, read: list[int]) -> None:
         class Large(nn.Module):
