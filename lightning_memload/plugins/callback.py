@@ -121,6 +121,8 @@ class MemoryEfficientRestore(pl.Callback):
             parts=check_parts(restore),
             replaces_damaged=on_corrupt == "previous",
         )
+        if weights_from is not None and not isinstance(weights_from, (str, Path, WeightsSource)):
+            raise ValueError(f"weights_from must be a path or a WeightsSource, got {weights_from!r}.")
         self._keep_on_device = keep_on_device
         self._weights_from = WeightsSource(weights_from) if isinstance(weights_from, (str, Path)) else weights_from
         self._has_weights: weakref.ref[pl.LightningModule] | None = None

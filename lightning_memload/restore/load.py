@@ -108,6 +108,8 @@ def load_weights(
         ...     model = GPT(config)
         >>> load_weights(model, "gpt.safetensors", device="cuda")
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
+        raise ValueError(f"dtype must be a floating-point type of torch, or None, got {dtype!r}.")
     weights = WeightsSource(os.fspath(path), key, strip_prefix, rename, include, exclude, strict, weights_only)
     target = _device_of(module) if device is None else torch.device(device)
     options = LoadOptions(target, mode, host_budget_mib, num_threads, verify, check_fit)
@@ -141,6 +143,10 @@ class LoadOptions:
             raise ValueError(f"host_budget_mib must be at least 1 (MiB), got {self.host_budget_mib}.")
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"num_threads must be at least 1, or None to choose, got {self.num_threads}.")
+        if self.device.type == "meta":
+            raise ValueError("device must be a place for values, got 'meta'.")
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {str(self.device)!r}, but torch finds no CUDA device here.")
         if self.assigns and self.device.type != "cpu":
             raise ValueError(f"mode='assign' needs the CPU: parameters on {self.device} cannot be a file's pages.")
 
@@ -210,6 +216,10 @@ class WeightsSource:
     strict: bool = True
     weights_only: bool | None = True
 
+    def __post_init__(self) -> None:
+        self._wants()
+        rename_keys({}, rename=self.rename)
+
     def open(self) -> tuple[dict[str, Any], MappedCheckpoint]:
         """The wanted part of the state dict under the module's names, its tensors in the file, and the mapping."""
         wants = self._wants()
@@ -217,6 +227,12 @@ class WeightsSource:
         state_dict = rename_keys(find_state_dict(loaded, self.path, self.key), self.strip_prefix, self.rename)
         for name in [name for name in state_dict if not wants(name)]:
             del state_dict[name]
+        if not state_dict:
+            raise CheckpointFormatError(
+                f"{os.fspath(self.path)} has no key that include={self.include!r} and exclude={self.exclude!r} leave, "
+                "after renaming. Both are searched for in the module's names.",
+                path=os.fspath(self.path),
+            )
         return state_dict, mapped
 
     def stream(
@@ -329,6 +345,8 @@ def rename_keys(
     """
     try:
         pairs = [(re.compile(pattern), replacement) for pattern, replacement in (rename or {}).items()]
+        for pattern, replacement in pairs:
+            re.compile(f"{pattern.pattern}|").sub(replacement, "")  # a replacement may be wrong as well
     except re.error as error:
         raise ValueError(f"rename: {error.pattern!r} is no regular expression: {error}.") from error
 

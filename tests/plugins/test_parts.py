@@ -308,6 +308,13 @@ class TestWeightsFrom:
         assert not torch.equal(copies.at_start["second.weight"], weights["second.weight"])
         assert copies.at_start["extra.weight"].std() > 0
 
+    @pytest.mark.parametrize("source", [{"path": "w.pt"}, 3])
+    def test_no_source(self, source: Any) -> None:
+        with pytest.raises(ValueError, match="weights_from must be a path or a WeightsSource"):
+            MemoryEfficientRestore(weights_from=source)
+        with pytest.raises(ValueError, match=r"exclude: '\(' is no regular expression"):
+            WeightsSource("w.pt", exclude="(")
+
     def test_a_failure_leaves_nothing_behind(self, tmp_path: Path) -> None:
         module = TinyModule(adamw)
         with pytest.raises(FileNotFoundError):

@@ -387,13 +387,30 @@ class TestFailures:
             ({"mode": "auto"}, "mode must be 'copy' or 'assign', got 'auto'"),
             ({"host_budget_mib": 0}, "host_budget_mib must be at least 1"),
             ({"num_threads": 0}, "num_threads must be at least 1"),
-            ({"mode": "assign", "device": "meta"}, "mode='assign' needs the CPU"),
+            ({"device": "meta"}, "device must be a place for values, got 'meta'"),
+            ({"mode": "assign", "device": "mps"}, "mode='assign' needs the CPU"),
+            ({"dtype": torch.int8}, r"dtype must be a floating-point type of torch, or None, got torch\.int8"),
+            ({"dtype": "bfloat16"}, "dtype must be a floating-point type of torch, or None, got 'bfloat16'"),
+            ({"rename": {"head": r"\9"}}, r"rename: '\\\\9' is no regular expression: invalid group reference 9"),
         ],
     )
     def test_arguments(self, path: Path, arguments: dict[str, Any], complaint: str) -> None:
         torch.save(Net().state_dict(), path)
+        module = Net()
+        before = frozen(module)
         with pytest.raises(ValueError, match=complaint):
-            load_weights(Net(), path, **arguments)
+            load_weights(module, path, **arguments)
+        assert frozen(module) == before
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+    def test_no_cuda_device(self, path: Path) -> None:
+        with pytest.raises(ValueError, match="device is 'cuda', but torch finds no CUDA device here"):
+            load_weights(Net(), path, device="cuda")
+
+    def test_a_selection_of_nothing(self, path: Path) -> None:
+        torch.save(Net().state_dict(), path)
+        with pytest.raises(CheckpointFormatError, match="has no key that include='nothing' and exclude"):
+            load_weights(Net(), path, include="nothing")
 
     def test_no_file(self, path: Path) -> None:
         with pytest.raises(FileNotFoundError):
