@@ -29,6 +29,7 @@ WIDTH = 2048
 STATE_BYTES = 3 * NUM_LAYERS * (WIDTH * WIDTH + WIDTH) * 4
 # Beside what training alone takes. At less than this the kernel has little room for page cache, and all becomes slow.
 MARGIN_BYTES = 128 << 20
+_M_MMAP_THRESHOLD = -3  # from malloc.h
 _KILL_AFTER_SECONDS = 0.05
 
 
@@ -68,6 +69,8 @@ def _fit(folder: str, path: Path | None, callback: Any, *, ours: bool) -> None:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    # Left to itself glibc raises this threshold, and keeps freed blocks of up to 32 MiB, now more and now fewer.
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 << 10)
     restore = [MemoryEfficientRestore(progress_bar=False)] if ours else []
     make_trainer(Path(folder), [*restore, callback], max_epochs=1).fit(_make_net(), ckpt_path=path, **TRUSTED)
 
@@ -211,8 +214,6 @@ def cycle_in_one_process(folder: str, num_cycles: int) -> list[dict[str, int]]:
         for thread in threading.enumerate():
             if thread.name.startswith("memload"):
                 thread.join()
-        # glibc keeps freed blocks of up to 32 MiB, now more and now fewer of them.
-        ctypes.CDLL(None).malloc_trim(0)
         found.append(_held())
     return found
 
