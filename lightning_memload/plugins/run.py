@@ -33,7 +33,7 @@ from lightning_memload.restore import (
     mapped_bytes,
     meta_names,
 )
-from lightning_memload.transfer import LazyRing, TransferStats, choose_layout, default_threads
+from lightning_memload.transfer import LazyRing, TransferStats, start_ring
 
 __all__ = ["Mode", "RestoreOptions", "RestoreRun"]
 
@@ -130,11 +130,9 @@ class RestoreRun:
         # 0.4 s, and find nothing.
         self._collects = gc.isenabled()
         gc.disable()
-        threads = self._options.num_threads or default_threads(self._device, self._trainer.num_devices)
-        on_cuda = self._device.type == "cuda"
-        self._ring = LazyRing(choose_layout(self._options.host_budget_bytes, threads), pinned=on_cuda)
-        if on_cuda:
-            self._ring.prepare()
+        self._ring = start_ring(
+            self._device, self._options.host_budget_bytes, self._options.num_threads, self._trainer.num_devices
+        )
 
     def on_load_end(self, path: str, checkpoint: Any, mapped: MappedCheckpoint | None) -> None:
         """Installs the streaming under the module."""

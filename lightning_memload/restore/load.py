@@ -25,7 +25,7 @@ from lightning_memload.errors import CheckpointFormatError, IncompatibleWeightsE
 from lightning_memload.restore.meta import meta_names
 from lightning_memload.restore.session import RestoreSession
 from lightning_memload.restore.weights import WeightsRestore
-from lightning_memload.transfer import LazyRing, choose_layout, default_threads
+from lightning_memload.transfer import start_ring
 
 __all__ = ["LoadOptions", "WeightsSource", "find_state_dict", "load_weights", "open_any", "rename_keys"]
 
@@ -167,11 +167,8 @@ class LoadOptions:
         device = self.device
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())  # as parameters say it
-        layout = choose_layout(self.host_budget_mib * _MIB, self.num_threads or default_threads(device))
-        ring = LazyRing(layout, pinned=device.type == "cuda")
+        ring = start_ring(device, self.host_budget_mib * _MIB, self.num_threads)
         try:
-            if device.type == "cuda":
-                ring.prepare()
             loaded, mapped = load()
             session = RestoreSession(
                 mapped, device=device, ring=ring, verify=self.verify, check_fit=self.check_fit, drop_behind=True

@@ -6,6 +6,7 @@ from lightning_memload.transfer.engine import (
     TransferStats,
     available_cpus,
     default_threads,
+    start_ring,
     transfer,
 )
 from lightning_memload.transfer.staging import MIN_BUDGET_BYTES, LazyRing, RingLayout, StagingRing, choose_layout
@@ -23,6 +24,7 @@ __all__ = [
     "available_cpus",
     "choose_layout",
     "default_threads",
+    "start_ring",
     "transfer",
     "verify_checkpoint",
 ]

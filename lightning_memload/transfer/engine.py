@@ -24,9 +24,9 @@ from lightning_memload.checkpoint import ByteSource, span_elements
 from lightning_memload.errors import CheckpointReadError, ChecksumError
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.plan import Check, Piece, Range, Read, Segment, plan_checks, plan_reads, split_strided
-from lightning_memload.transfer.staging import StagingRing
+from lightning_memload.transfer.staging import LazyRing, StagingRing, choose_layout
 
-__all__ = ["Record", "TensorCopy", "TransferStats", "available_cpus", "default_threads", "transfer"]
+__all__ = ["Record", "TensorCopy", "TransferStats", "available_cpus", "default_threads", "start_ring", "transfer"]
 
 # Into CPU memory a checksum is taken from what is still in the core's cache: 2 times the speed of 16 MiB.
 _DIRECT_BLOCK_BYTES = 1 << 20
@@ -108,6 +108,27 @@ def default_threads(device: torch.device, num_processes: int = 1) -> int:
     """
     most = _MAX_THREADS_CPU if device.type == "cpu" else _MAX_THREADS_DEVICE
     return max(1, min(most, available_cpus() // max(1, num_processes)))
+
+
+def start_ring(
+    device: torch.device, budget_bytes: int, num_threads: int | None = None, num_processes: int = 1
+) -> LazyRing:
+    """The staging ring for tensors on a device, which for CUDA is made and pinned from now on, beside the caller.
+
+    Args:
+        device: Where the tensors go.
+        budget_bytes: The most host memory for it.
+        num_threads: Threads to read with. ``None``: :func:`default_threads`.
+        num_processes: See :func:`default_threads`.
+
+    Raises:
+        ValueError: The budget is too small.
+    """
+    layout = choose_layout(budget_bytes, num_threads or default_threads(device, num_processes))
+    ring = LazyRing(layout, pinned=device.type == "cuda")
+    if device.type == "cuda":
+        ring.prepare()
+    return ring
 
 
 def transfer(
