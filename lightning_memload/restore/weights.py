@@ -70,7 +70,7 @@ class WeightsRestore:
         later_bytes: Callable[[], dict[torch.device, int]] = dict,
     ) -> None:
         self._session: RestoreSession | None = session
-        self._root = module
+        self._root: nn.Module | None = module
         self._dtype = dtype
         self._assign = assign
         self._keep_memory = keep_memory
@@ -89,7 +89,7 @@ class WeightsRestore:
             handle.remove()
         self._handles.clear()
         # A copy of the module may keep this object: nothing of the restore, or of the Trainer, may hang on it.
-        self._session = None
+        self._session = self._root = None
         self._later_bytes = dict
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightsRestore:
@@ -97,13 +97,13 @@ class WeightsRestore:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_session": None}  # One that is pickled takes a hook along that does nothing.
+        return {"_session": None, "_root": None}  # One that is pickled takes a hook along that does nothing.
 
     def _before_load(
         self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
     ) -> None:
-        session = self._session
-        if session is None:
+        session, root = self._session, self._root
+        if session is None or root is None:
             return
         by_tensor: dict[int, list[_Target]] = {}
         for target in _find_targets(module, state_dict, prefix):
@@ -112,7 +112,7 @@ class WeightsRestore:
         by_tensor = {key: targets for key, targets in by_tensor.items() if targets[-1].value is not targets[-1].tensor}
         if not by_tensor:
             return  # A parent's hook did it.
-        sharing = _Sharing(self._root, [targets[-1] for targets in by_tensor.values()])
+        sharing = _Sharing(root, [targets[-1] for targets in by_tensor.values()])
         stream: list[_Target] = []
         fresh: list[_Target] = []
         assignable: list[_Target] = []

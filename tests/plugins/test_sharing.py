@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +240,16 @@ class TestWhoseIO:
         trainer = make_trainer(tmp_path, [restore], max_steps=4, plugins=[TorchCheckpointIO()])
         with pytest.warns(UserWarning, match="was given TorchCheckpointIO through plugins="):
             trainer.fit(module, DataLoader(module.train_dataloader().dataset), ckpt_path=str(path), **TRUSTED)
+
+
+def test_a_copy_made_during_the_restore_does_not_keep_the_module(tmp_path: Path) -> None:
+    class Copies(Two):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            copies.append(copy.deepcopy(self.a))
+
+    copies: list[nn.Module] = []
+    path = save(Two(), tmp_path)
+    module = weakref.ref(run("fit", Copies(), path, tmp_path, MemoryEfficientRestore()))
+    gc.collect()
+    assert copies
+    assert module() is None
