@@ -45,6 +45,7 @@ __all__ = [
     "StorageFile",
     "TensorDirectory",
     "make_manifest",
+    "read_storage_files",
     "storage_file",
 ]
 
@@ -215,6 +216,16 @@ def make_manifest(path: str, storages: Sequence[StorageFile]) -> bytes:
         "]}\n",
     ]
     return "\n".join(lines).encode()
+
+
+def read_storage_files(path: str) -> tuple[StorageFile, ...]:
+    """The storages that have a file of their own, as the directory's manifest describes them.
+
+    Raises:
+        CheckpointFormatError: There is no manifest of this format, or it is damaged.
+        OSError: It cannot be read.
+    """
+    return _read_manifest(path).storages
 
 
 def _map(path: str, source: FileSet) -> FileMapping:

@@ -29,7 +29,6 @@ from lightning_memload.save import BackgroundSave, Save, SaveStats, plan_directo
 __all__ = ["LoadObserver", "SaveFormat", "SaveObserver", "StreamingCheckpointIO"]
 
 SaveFormat = Literal["torch", "directory"]
-_PLANS = {"torch": plan_torch_save, "directory": plan_directory_save}
 
 # Lightning 2.6 added the argument and passes None on to torch; Lightning 2.5 always loaded with False.
 _STOCK_TAKES_WEIGHTS_ONLY = "weights_only" in inspect.signature(TorchCheckpointIO.load_checkpoint).parameters
@@ -68,8 +67,9 @@ class StreamingCheckpointIO(TorchCheckpointIO):
             At least 1.
         asynchronous: Let training go on while the disk takes a local checkpoint, without a copy of the model anywhere:
             see :meth:`save_checkpoint`. Not within Lightning's ``AsyncCheckpointIO``, which does copy it.
-        format: ``"torch"`` saves ordinary files, ``"directory"`` what ``save_directory`` writes, on local disks only.
-            Both are loaded, whatever this says.
+        format: ``"torch"`` saves ordinary files, ``"directory"`` what ``save_directory`` writes, on local disks only:
+            of storages that have not changed since the checkpoint that was saved or loaded before, such as those of
+            frozen layers, the files are hard-linked instead of written. Both are loaded, whatever this says.
 
     Attributes:
         asynchronous: As given.
@@ -97,6 +97,8 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         self._training_thread: int | None = None
         self._save_observers: list[SaveObserver] = []
         self._host_budget_bytes = host_budget_mib << 20
+        # The checkpoint that was saved or loaded last: what has not changed since then need not be written again.
+        self._before: str | None = None
         self._observers: list[LoadObserver] = []
 
     def observe(self, observer: LoadObserver) -> Callable[[], None]:
@@ -197,7 +199,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
                     stats = write_torch(checkpoint, file, name=str(path), host_budget_bytes=self._host_budget_bytes)
                 self._end_save(measuring, stats, stats.seconds)
                 return
-            save = _PLANS[self.format](checkpoint, target, host_budget_bytes=self._host_budget_bytes)
+            save = self._plan(checkpoint, target)
             if not self.asynchronous:
                 stats = save.run()
                 self._end_save(measuring, stats, stats.seconds)
@@ -206,6 +208,13 @@ class StreamingCheckpointIO(TorchCheckpointIO):
             measuring.stop()
             raise
         self._save_in_background(save, measuring)
+
+    def _plan(self, checkpoint: dict[str, Any], target: str) -> Save:
+        if self.format == "torch":
+            return plan_torch_save(checkpoint, target, host_budget_bytes=self._host_budget_bytes)
+        return plan_directory_save(
+            checkpoint, target, host_budget_bytes=self._host_budget_bytes, link_unchanged_from=self._before
+        )
 
     def _save_in_background(self, save: Save, measuring: _Measuring) -> None:
         def end(background: BackgroundSave, stats: SaveStats | None) -> None:
@@ -219,7 +228,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         self._background = BackgroundSave(save, self._changed_in_steps() if trains_here else (), on_end=end)
 
     def _end_save(self, measuring: _Measuring, stats: SaveStats, blocked_seconds: float) -> None:
-        self.last_save = stats
+        self.last_save, self._before = stats, stats.path
         measuring.report(stats, blocked_seconds)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
@@ -288,6 +297,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
             if not isinstance(filesystem, LocalFileSystem):
                 raise UnmappableCheckpoint(f"{path} is not a local file.", path=str(path))
             checkpoint, mapped = load_mapped(local_path, weights_only=weights_only)
+            self._before = local_path
         except UnmappableCheckpoint as reason:
             if filesystem.isdir(local_path):
                 raise  # there is no ordinary way: torch.load knows files only

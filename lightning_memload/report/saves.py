@@ -40,6 +40,8 @@ class SaveReport:
         }
         if self.blocked_seconds is not None:
             scalars["memload/save_blocked_seconds"] = self.blocked_seconds
+        if stats.bytes_linked:
+            scalars["memload/save_linked_gib"] = stats.bytes_linked / _GIB
         if rise is not None:
             scalars["memload/save_host_anonymous_above_start_gib"] = rise / _GIB
         return scalars
@@ -49,6 +51,8 @@ class SaveReport:
         stats, rise = self.stats, self.peaks.anonymous_above_start_bytes
         speed = stats.bytes_written / max(stats.seconds, 1e-9) / 1e9
         line = f"Saved {stats.path}: {stats.bytes_written / _GIB:.2f} GiB in {stats.seconds:.2f} s, {speed:.1f} GB/s"
+        if stats.bytes_linked:
+            line += f", {stats.bytes_linked / _GIB:.2f} GiB unchanged and linked"
         if rise is not None:
             line += f", host anonymous +{rise / _GIB:.2f} GiB"
         if self.blocked_seconds is not None and self.blocked_seconds < stats.seconds:

@@ -34,6 +34,7 @@ class SaveStats:
     Attributes:
         path: The file or directory, or what the caller calls it.
         bytes_written: Size of what was written.
+        bytes_linked: Size of the files that were not, since they are hard links to the same of the checkpoint before.
         tensor_bytes: Bytes of storages in it.
         num_storages: Storages in it.
         seconds: Wall time of everything.
@@ -47,6 +48,7 @@ class SaveStats:
 
     path: str
     bytes_written: int
+    bytes_linked: int
     tensor_bytes: int
     num_storages: int
     seconds: float
@@ -80,6 +82,7 @@ class Plan(Protocol):
     streamed: bool
     num_threads: int
     staging_bytes: int
+    bytes_linked: int
 
     @property
     def stretches(self) -> Sequence[Stretch]:
@@ -88,7 +91,7 @@ class Plan(Protocol):
 
     @property
     def nbytes(self) -> int | None:
-        """The disk space it takes, ``None`` if nobody knows."""
+        """The disk space it takes at least, ``None`` if nobody knows."""
         ...
 
     def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
@@ -172,6 +175,7 @@ def stats_of(path: str, plan: Plan, bytes_written: int, clock: Clock) -> SaveSta
     return SaveStats(
         path=path,
         bytes_written=bytes_written,
+        bytes_linked=plan.bytes_linked,
         tensor_bytes=sum(stretch.nbytes for stretch in plan.stretches),
         num_storages=len(plan.stretches),
         seconds=ended - started,

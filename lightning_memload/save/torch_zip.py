@@ -136,6 +136,7 @@ class Archive:
 
     is_directory = False
     streamed = True
+    bytes_linked = 0
 
     def __init__(self, pickled: Pickled, contents: Sequence[Content], host_budget_bytes: int, num_threads: int) -> None:
         self.stretches = pickled.stretches
@@ -196,7 +197,7 @@ class _ByTorch:
     """What only ``torch.save`` can write."""
 
     is_directory = streamed = False
-    num_threads, staging_bytes = 1, 0
+    num_threads, staging_bytes, bytes_linked = 1, 0, 0
     stretches: tuple[Stretch, ...] = ()
     nbytes: int | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, async_plugin
 
-from lightning_memload import CheckpointWriteError, MemoryEfficientRestore, StreamingCheckpointIO
+from lightning_memload import CheckpointWriteError, MemoryEfficientRestore, StreamingCheckpointIO, open_checkpoint
+from lightning_memload.checkpoint import load_mapped
 from tests.plugins.harness import TRUSTED, TinyModule, adamw, assert_same, make_trainer
 
 CLONES = hasattr(async_plugin, "_clone_tensor")
@@ -180,3 +182,46 @@ def test_a_remote_checkpoint_that_fails_leaves_the_old_one(remote: str, monkeypa
         io.save_checkpoint({"new": torch.ones(3)}, f"{remote}/file.ckpt")
     monkeypatch.undo()
     assert TorchCheckpointIO().load_checkpoint(f"{remote}/file.ckpt") == {"old": 1}
+
+
+class FrozenBody(TinyModule):
+    """Only the second layer is trained."""
+
+    def __init__(self) -> None:
+        super().__init__(adamw)
+        self.first.requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        return adamw(self.second.parameters())
+
+
+def body_files(checkpoint: Path) -> list[int]:
+    index = open_checkpoint(checkpoint)
+    return [
+        os.stat(index.place(index[name].storage.offset)[0]).st_ino
+        for name in ("state_dict.first.weight", "state_dict.first.bias")
+    ]
+
+
+@pytest.mark.parametrize("asynchronous_save", [False, True])
+def test_a_frozen_body_is_written_once_in_a_run_and_its_resume(tmp_path: Path, asynchronous_save: bool) -> None:
+    def fit(max_epochs: int, ckpt_path: Path | None = None) -> FrozenBody:
+        saver = ModelCheckpoint(tmp_path / "run", filename="{epoch}", save_top_k=-1, save_last=True)
+        restore = MemoryEfficientRestore(save_format="directory", asynchronous_save=asynchronous_save)
+        trainer = make_trainer(tmp_path, [restore, saver], max_epochs=max_epochs, enable_checkpointing=True)
+        module = FrozenBody()
+        trainer.fit(module, ckpt_path=ckpt_path, **TRUSTED)
+        return module
+
+    torch.manual_seed(7)
+    fit(2)
+    module = fit(3, tmp_path / "run" / "last.ckpt")
+    checkpoints = [tmp_path / "run" / name for name in ("epoch=0.ckpt", "epoch=1.ckpt", "epoch=2.ckpt", "last.ckpt")]
+    assert len({tuple(body_files(checkpoint)) for checkpoint in checkpoints}) == 1
+    weights = [load_mapped(checkpoint, weights_only=False)[0]["state_dict"] for checkpoint in checkpoints]
+    assert not torch.equal(weights[0]["second.weight"], weights[1]["second.weight"])
+    assert_same(dict(weights[2]), dict(module.state_dict()), "last weights")
+    for checkpoint in checkpoints[:-1]:
+        shutil.rmtree(checkpoint)
+    resumed = fit(3, checkpoints[-1])
+    assert_same(dict(resumed.state_dict()), dict(module.state_dict()), "resumed")

@@ -181,7 +181,7 @@ def half_removed(folder, **kwargs):
     os.unlink(os.path.join(folder, "state.pt"))
     die()
 patches = [
-    (writer._Files, "write", die), (writer, "make_manifest", die), (replacement, "_put_in_place", die),
+    (writer.LinkingFiles, "write", die), (writer, "make_manifest", die), (replacement, "_put_in_place", die),
     (replacement, "_exchange", after(replacement._exchange)), (shutil, "rmtree", die), (shutil, "rmtree", half_removed),
 ]
 RESULT = []
