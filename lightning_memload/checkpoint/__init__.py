@@ -19,9 +19,11 @@ from lightning_memload.checkpoint.mapped import (
     span_bytes,
 )
 from lightning_memload.checkpoint.mapping import FileMapping
+from lightning_memload.checkpoint.safetensors import SAFETENSORS_DTYPES
 from lightning_memload.checkpoint.source import ByteSource, FilePart, FileSet, LocalFile
 
 __all__ = [
+    "SAFETENSORS_DTYPES",
     "ByteSource",
     "Checkpoint",
     "CheckpointFormat",

@@ -24,9 +24,10 @@ from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.source import FileSet, LocalFile
+from lightning_memload.checkpoint.tensor_directory import is_tensor_directory
 from lightning_memload.errors import CheckpointFormatError, listed
 
-__all__ = ["MAX_HEADER_BYTES", "Safetensors"]
+__all__ = ["MAX_HEADER_BYTES", "SAFETENSORS_DTYPES", "Safetensors"]
 
 # The format's own limit. It bounds what a lying length can make us read; an index of shards is held to it as well.
 MAX_HEADER_BYTES = 100_000_000
@@ -50,6 +51,8 @@ _DTYPE_NAMES = {
 _DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, attribute) for name, attribute in _DTYPE_NAMES.items() if hasattr(torch, attribute)
 }
+# The other way round, but for the type that packs two elements into one of torch's.
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in _DTYPES.items() if name != "F4"}
 
 _COPY_AGAIN = "The file is damaged, or safetensors did not write it: copy or download it again."
 
@@ -67,9 +70,14 @@ class Safetensors:
     name = "safetensors"
 
     def recognizes(self, path: str) -> bool:
-        """Whether the file starts with a header or is an index of shards, or the directory has such files."""
+        """Whether the file starts with a header or is an index of shards, or the directory has such files.
+
+        One with our own manifest is more than that, see :class:`TensorDirectory`.
+        """
         if os.path.isdir(path):
-            return any(name.endswith((_SUFFIX, _INDEX_SUFFIX)) for name in _visible_names(path))
+            return not is_tensor_directory(path) and any(
+                name.endswith((_SUFFIX, _INDEX_SUFFIX)) for name in _visible_names(path)
+            )
         if not os.path.isfile(path):
             return False
         return _is_shard_index(path) or _starts_like_header(_first_bytes(path))

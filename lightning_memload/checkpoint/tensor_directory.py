@@ -1,6 +1,7 @@
-"""The format of ``save_directory``: a directory with one file for each storage, and one for everything else.
+"""The format of ``save_directory``: a directory in which storages lie beside the file of everything else.
 
-- ``tensors/00017.bin``: the bytes of storage 17 and nothing else; tied tensors and views share it.
+- ``tensors/00017.bin``: the bytes of storage 17 and nothing else; tied tensors and views share it. Or instead
+  ``model.safetensors``: the weights, for every program that reads that format.
 - ``state.pt``: what ``torch.save`` writes, but for these storages it holds stubs of 16 bytes. So whatever torch can
   save can live here, as it was: ties, parameters, ``_metadata``, tensors within objects.
 - ``manifest.json``, written last: size and CRC-32 of each file, and path, dtype, shape, strides of each tensor.
@@ -18,7 +19,7 @@ import re
 import reprlib
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from zlib_ng import zlib_ng
@@ -42,8 +43,11 @@ __all__ = [
     "MANIFEST_FILE",
     "STATE_FILE",
     "TENSORS_FOLDER",
+    "WEIGHTS_FILE",
     "StorageFile",
     "TensorDirectory",
+    "WeightsLayout",
+    "is_tensor_directory",
     "make_manifest",
     "read_storage_files",
     "storage_file",
@@ -52,6 +56,7 @@ __all__ = [
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.pt"
 TENSORS_FOLDER = "tensors"
+WEIGHTS_FILE = "model.safetensors"
 
 _FORMAT = "lightning_memload.tensor_directory"
 _VERSION = 1
@@ -60,23 +65,45 @@ _HEAD = f'{{"format": "{_FORMAT}",'.encode()
 # A million tensors take some 200 MiB. Parsed, a hostile one takes up to thirty times its length.
 _MAX_MANIFEST_BYTES = 256 << 20
 _MAX_KEY_DIGITS = 9
+# The limit of safetensors, and the header's length before it.
+_MAX_HEADER_BYTES = 100_000_000 + 8
 
 
 @dataclass(frozen=True, slots=True)
 class StorageFile:
-    """One storage that has a file of its own, as the manifest describes it.
+    """One storage that lies beside ``state.pt``, as the manifest describes it.
 
     Attributes:
-        key: Its number in ``state.pt``, which gives the file its name.
-        nbytes: Size of the file, at least 1.
+        key: Its number in ``state.pt``, which gives a file of its own its name.
+        nbytes: Its size, at least 1.
         crc32: CRC-32 of its bytes.
         location: The device it was saved from, for example ``"cuda:0"``.
+        offset: Where it begins in ``model.safetensors``; ``None``: it has a file of its own.
     """
 
     key: str
     nbytes: int
     crc32: int
     location: str
+    offset: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsLayout:
+    """What ``model.safetensors`` holds that is no storage, as the manifest describes it.
+
+    Attributes:
+        nbytes: Size of the file.
+        header_bytes: Length of its header, from the first byte of the file.
+        header_crc32: CRC-32 of that.
+        copies: Weights whose storages are in ``state.pt`` too, since they are views or not contiguous: offset, size and
+            CRC-32 of each.
+    """
+
+    nbytes: int
+    header_bytes: int
+    header_crc32: int
+    copies: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +111,33 @@ class _Manifest:
     state_bytes: int
     pickle_crc32: int
     storages: tuple[StorageFile, ...]
+    weights: WeightsLayout | None
     tensors: list[Any]
+
+    def files(self) -> list[tuple[str, int]]:
+        """Every file but the manifest: its name and size."""
+        return _files(self.state_bytes, self.weights, self.storages)
 
 
 def storage_file(key: str) -> str:
-    """The file of a storage, relative to the directory."""
+    """The file of a storage that has one of its own, relative to the directory."""
     return f"{TENSORS_FOLDER}/{int(key):05}.bin"
+
+
+def is_tensor_directory(path: str) -> bool:
+    """Whether a directory has a manifest of this format, or one that is missing or damaged where the rest is there.
+
+    Weights beside a ``state.pt`` of whatever origin are no such directory unless there is a manifest.
+    """
+    manifest, state, folder, weights = (
+        os.path.join(path, name) for name in (MANIFEST_FILE, STATE_FILE, TENSORS_FOLDER, WEIGHTS_FILE)
+    )
+    described = os.path.isfile(manifest)  # a pipe would never answer
+    if described:
+        with open(manifest, "rb") as file:
+            if file.read(len(_HEAD)) == _HEAD:
+                return True
+    return os.path.isfile(state) and (os.path.isdir(folder) or (described and os.path.isfile(weights)))
 
 
 class TensorDirectory:
@@ -98,19 +146,16 @@ class TensorDirectory:
     name = "tensor_directory"
 
     def recognizes(self, path: str) -> bool:
-        """Whether the directory's manifest names this format, or is missing where the rest is there."""
-        manifest, state, folder = (os.path.join(path, name) for name in (MANIFEST_FILE, STATE_FILE, TENSORS_FOLDER))
-        if os.path.isfile(manifest):  # a pipe would never answer
-            with open(manifest, "rb") as file:
-                if file.read(len(_HEAD)) == _HEAD:
-                    return True
-        return os.path.isfile(state) and os.path.isdir(folder)
+        """See :func:`is_tensor_directory`."""
+        return is_tensor_directory(path)
 
     def read_index(self, path: str) -> Checkpoint:
         """Indexes the directory from its manifest and the pickle in ``state.pt``, of which nothing is run."""
         manifest = _read_manifest(path)
         _check_files(path, manifest)
-        index, pickled = _index_state(path, manifest.state_bytes, manifest.storages)
+        if manifest.weights is not None:
+            _check_header(path, manifest.weights)
+        index, pickled = _index_state(path, manifest.files(), manifest.storages)
         if zlib_ng.crc32(pickled) != manifest.pickle_crc32:
             raise CheckpointFormatError(
                 f"{path} is damaged: the pickle in its {STATE_FILE} has CRC-32 {zlib_ng.crc32(pickled):#010x}, but "
@@ -161,16 +206,15 @@ class TensorDirectory:
             return Inventory(path, self.name, (), (), (Damage(os.path.join(path, MANIFEST_FILE), str(error)),))
         damage = _file_damage(path, manifest)
         wrong = {problem.path for problem in damage}
-        expected = [(os.path.join(path, STATE_FILE), manifest.state_bytes)]
-        expected += [(os.path.join(path, storage_file(s.key)), s.nbytes) for s in manifest.storages]
+        expected = [(os.path.join(path, name), nbytes) for name, nbytes in manifest.files()]
         sound = [file for file in expected if file[0] not in wrong and os.path.join(path, TENSORS_FOLDER) not in wrong]
         files = lay_out(sound)
         places = {file.path: file.start for file in files}
         sections = []
-        for storage in manifest.storages:
-            name = os.path.join(path, storage_file(storage.key))
-            if name in places:
-                sections.append(Section(storage_file(storage.key), places[name], storage.nbytes, storage.crc32))
+        for name, key, offset, nbytes, crc32 in _stretches(manifest):
+            start = places.get(os.path.join(path, name))
+            if start is not None:
+                sections.append(Section(key, start + offset, nbytes, crc32))
         state = os.path.join(path, STATE_FILE)
         names: dict[int, str] = {}
         if state in places:
@@ -190,26 +234,29 @@ class TensorDirectory:
         return Inventory(path, self.name, files, named, tuple(damage))
 
 
-def make_manifest(path: str, storages: Sequence[StorageFile]) -> bytes:
+def make_manifest(path: str, storages: Sequence[StorageFile], weights: WeightsLayout | None = None) -> bytes:
     """The manifest of a directory whose other files are written.
 
     Args:
         path: The directory.
-        storages: The storages with a file of their own, in the order of their numbers.
+        storages: The storages that lie beside ``state.pt``, in the order of their numbers.
+        weights: Of ``model.safetensors``, if there is one.
 
     Raises:
         CheckpointFormatError: ``state.pt`` is not what was written.
     """
     state_bytes = os.path.getsize(os.path.join(path, STATE_FILE))
-    index, pickled = _index_state(path, state_bytes, storages)
+    index, pickled = _index_state(path, _files(state_bytes, weights, storages), storages)
     # One line for each storage and tensor: people and diffs read this too.
     lines = [
         _HEAD.decode(),
         f'"version": {_VERSION},',
         f'"state": {{"nbytes": {state_bytes}, "pickle_crc32": {zlib_ng.crc32(pickled)}}},',
+        *([] if weights is None else [f'"weights": {json.dumps(asdict(weights))},']),
         '"storages": [',
         ",\n".join(
-            json.dumps({"key": s.key, "nbytes": s.nbytes, "crc32": s.crc32, "location": s.location}) for s in storages
+            json.dumps({name: value for name, value in asdict(storage).items() if value is not None})
+            for storage in storages
         ),
         '],\n"tensors": [',
         ",\n".join(json.dumps(_describe(tensor)) for tensor in index.tensors),
@@ -240,15 +287,38 @@ def _map(path: str, source: FileSet) -> FileMapping:
         ) from error
 
 
-def _index_state(path: str, state_bytes: int, storages: Sequence[StorageFile]) -> tuple[Checkpoint, bytes]:
-    """The index, with the storages where their files are, and the pickle it was made from."""
+def _files(state_bytes: int, weights: WeightsLayout | None, storages: Sequence[StorageFile]) -> list[tuple[str, int]]:
+    """Name and size of each file, ``state.pt`` first."""
+    of_weights = [] if weights is None else [(WEIGHTS_FILE, weights.nbytes)]
+    own = [(storage_file(storage.key), storage.nbytes) for storage in storages if storage.offset is None]
+    return [(STATE_FILE, state_bytes), *of_weights, *own]
+
+
+def _stretches(manifest: _Manifest) -> list[tuple[str, str, int, int, int | None]]:
+    """Everything outside of ``state.pt``: its file, what to call it, its place there, its size and its CRC-32."""
+    found: list[tuple[str, str, int, int, int | None]] = []
+    weights = manifest.weights
+    if weights is not None:
+        found.append((WEIGHTS_FILE, f"the header of {WEIGHTS_FILE}", 0, weights.header_bytes, weights.header_crc32))
+        found += [(WEIGHTS_FILE, WEIGHTS_FILE, *copy) for copy in weights.copies]
+    for storage in manifest.storages:
+        name = storage_file(storage.key) if storage.offset is None else WEIGHTS_FILE
+        found.append((name, name, storage.offset or 0, storage.nbytes, storage.crc32))
+    return found
+
+
+def _index_state(
+    path: str, files: Sequence[tuple[str, int]], storages: Sequence[StorageFile]
+) -> tuple[Checkpoint, bytes]:
+    """The index, with the storages where they lie, and the pickle it was made from."""
     state = os.path.join(path, STATE_FILE)
-    files = [(state, state_bytes), *((os.path.join(path, storage_file(s.key)), s.nbytes) for s in storages)]
-    spans = lay_out(files)
-    elsewhere = {
-        storage.key: StorageInfo(storage.key, span.start, storage.nbytes, storage.crc32, storage.location)
-        for storage, span in zip(storages, spans[1:], strict=True)
-    }
+    spans = lay_out([(os.path.join(path, name), nbytes) for name, nbytes in files])
+    starts = {name: span.start for (name, _), span in zip(files, spans, strict=True)}
+    elsewhere = {}
+    for storage in storages:
+        own = storage.offset is None
+        offset = starts[storage_file(storage.key)] if own else starts[WEIGHTS_FILE] + (storage.offset or 0)
+        elsewhere[storage.key] = StorageInfo(storage.key, offset, storage.nbytes, storage.crc32, storage.location)
     with LocalFile(state) as file:
         records, pickled = read_records(file)
     tensors, found = walk_pickle(state, pickled, records, elsewhere)
@@ -304,7 +374,43 @@ def _read_manifest(path: str) -> _Manifest:
     if numbers != sorted(set(numbers)):
         raise _damaged(path, "its storages are not in the order of their numbers, each once.")
     state = _field(path, content, "state", dict)
-    return _Manifest(_count(path, state, "nbytes"), _crc32(path, state, "pickle_crc32"), storages, tensors)
+    weights = _weights(path, content, storages)
+    return _Manifest(_count(path, state, "nbytes"), _crc32(path, state, "pickle_crc32"), storages, weights, tensors)
+
+
+def _weights(path: str, content: Mapping[str, Any], storages: Sequence[StorageFile]) -> WeightsLayout | None:
+    """What is said of ``model.safetensors``; every byte of it is accounted for once."""
+    within = [(s.offset, s.nbytes) for s in storages if s.offset is not None]
+    if "weights" not in content:
+        if within:
+            raise _damaged(
+                path, f"it places {len(within)} storages in {WEIGHTS_FILE}, but does not describe that file."
+            )
+        return None
+    entry = _field(path, content, "weights", dict)
+    copies = []
+    for copy in _field(path, entry, "copies", list):
+        if not isinstance(copy, list) or len(copy) != 3:
+            raise _damaged(path, f"it describes a copy of a weight as {reprlib.repr(copy)}.")
+        numbers = dict(zip(("offset", "nbytes", "crc32"), copy, strict=True))
+        copies.append(
+            (_count(path, numbers, "offset"), _count(path, numbers, "nbytes"), _crc32(path, numbers, "crc32"))
+        )
+    weights = WeightsLayout(
+        _count(path, entry, "nbytes"), _count(path, entry, "header_bytes"), _crc32(path, entry, "header_crc32"),
+        tuple(copies),
+    )  # fmt: skip
+    if weights.header_bytes > _MAX_HEADER_BYTES:
+        raise _damaged(path, f"it gives the header of {WEIGHTS_FILE} {weights.header_bytes} bytes.")
+    end = 0
+    stretches = [(0, weights.header_bytes), *within, *((offset, nbytes) for offset, nbytes, _ in copies)]
+    for offset, nbytes in sorted(stretches):
+        if offset != end:
+            raise _damaged(path, f"what it places in {WEIGHTS_FILE} ends at byte {end} and goes on at {offset}.")
+        end += nbytes
+    if end != weights.nbytes:
+        raise _damaged(path, f"what it places in {WEIGHTS_FILE} ends at byte {end}, but gives it {weights.nbytes}.")
+    return weights
 
 
 def _storage(path: str, entry: Any) -> StorageFile:
@@ -317,7 +423,8 @@ def _storage(path: str, entry: Any) -> StorageFile:
     nbytes = _count(path, entry, "nbytes")
     if nbytes == 0:
         raise _damaged(path, f"it gives storage {key} 0 bytes; an empty storage has no file.")
-    return StorageFile(key, nbytes, _crc32(path, entry, "crc32"), _field(path, entry, "location", str))
+    offset = _count(path, entry, "offset") if "offset" in entry else None
+    return StorageFile(key, nbytes, _crc32(path, entry, "crc32"), _field(path, entry, "location", str), offset)
 
 
 def _field(path: str, entry: Mapping[str, Any], name: str, kind: type) -> Any:
@@ -365,8 +472,22 @@ def _check_files(path: str, manifest: _Manifest) -> None:
     missing = [os.path.relpath(item.path, path) for item in damage if item.actual is None and item.expected is not None]
     wrong = [item.problem for item in damage if item.actual is not None or item.expected is None]
     if damage:
-        missed = [f"{len(missing)} of {len(manifest.storages) + 1} files are missing ({listed(missing)})"]
+        missed = [f"{len(missing)} of {len(manifest.files())} files are missing ({listed(missing)})"]
         raise _damaged_files(path, (missed if missing else []) + wrong)
+
+
+def _check_header(path: str, weights: WeightsLayout) -> None:
+    """Raises unless ``model.safetensors`` has the header that was written together with the manifest."""
+    name = os.path.join(path, WEIGHTS_FILE)
+    with open(name, "rb") as file:
+        crc32 = zlib_ng.crc32(file.read(weights.header_bytes))
+    if crc32 != weights.header_crc32:
+        raise CheckpointFormatError(
+            f"{name} is damaged: its header has CRC-32 {crc32:#010x}, but {MANIFEST_FILE} records "
+            f"{weights.header_crc32:#010x}: they were not written together. Copy the directory again, or resume from "
+            "another checkpoint.",
+            path=path,
+        )
 
 
 def _file_damage(path: str, manifest: _Manifest) -> list[Damage]:
@@ -375,8 +496,7 @@ def _file_damage(path: str, manifest: _Manifest) -> list[Damage]:
     folder = os.path.join(path, TENSORS_FOLDER)
     if os.path.islink(folder):
         return [Damage(folder, f"{TENSORS_FOLDER} is a link")]
-    expected = [(STATE_FILE, manifest.state_bytes), *((storage_file(s.key), s.nbytes) for s in manifest.storages)]
-    for name, nbytes in expected:
+    for name, nbytes in manifest.files():
         file = os.path.join(path, name)
         try:
             actual = _regular_file_size(file)

@@ -71,7 +71,8 @@ class MemoryEfficientRestore(pl.Callback):
         asynchronous_save: Let training go on while a local checkpoint is written, without a copy of the model; see
             ``StreamingCheckpointIO.save_checkpoint`` for what is guaranteed. List this callback before others that
             change weights when validation or training ends, so that it waits first.
-        save_format: ``"torch"`` or ``"directory"``, see ``StreamingCheckpointIO``, if this callback installs it.
+        save_format: ``"torch"``, ``"directory"`` or ``"safetensors+state"``, see ``StreamingCheckpointIO``, if this
+            callback installs it.
 
     Attributes:
         report: The figures of the last restore, ``None`` before the first.

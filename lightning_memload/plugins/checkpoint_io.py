@@ -28,7 +28,7 @@ from lightning_memload.save import BackgroundSave, Save, SaveStats, plan_directo
 
 __all__ = ["LoadObserver", "SaveFormat", "SaveObserver", "StreamingCheckpointIO"]
 
-SaveFormat = Literal["torch", "directory"]
+SaveFormat = Literal["torch", "directory", "safetensors+state"]
 
 # Lightning 2.6 added the argument and passes None on to torch; Lightning 2.5 always loaded with False.
 _STOCK_TAKES_WEIGHTS_ONLY = "weights_only" in inspect.signature(TorchCheckpointIO.load_checkpoint).parameters
@@ -69,7 +69,8 @@ class StreamingCheckpointIO(TorchCheckpointIO):
             see :meth:`save_checkpoint`. Not within Lightning's ``AsyncCheckpointIO``, which does copy it.
         format: ``"torch"`` saves ordinary files, ``"directory"`` what ``save_directory`` writes, on local disks only:
             of storages that have not changed since the checkpoint that was saved or loaded before, such as those of
-            frozen layers, the files are hard-linked instead of written. Both are loaded, whatever this says.
+            frozen layers, the files are hard-linked instead of written. ``"safetensors+state"`` saves such directories
+            with the weights in one ``model.safetensors``. All are loaded, whatever this says.
 
     Attributes:
         asynchronous: As given.
@@ -213,7 +214,11 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         if self.format == "torch":
             return plan_torch_save(checkpoint, target, host_budget_bytes=self._host_budget_bytes)
         return plan_directory_save(
-            checkpoint, target, host_budget_bytes=self._host_budget_bytes, link_unchanged_from=self._before
+            checkpoint,
+            target,
+            host_budget_bytes=self._host_budget_bytes,
+            link_unchanged_from=self._before,
+            safetensors=self.format == "safetensors+state",
         )
 
     def _save_in_background(self, save: Save, measuring: _Measuring) -> None:

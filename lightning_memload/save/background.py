@@ -20,8 +20,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_memload.errors import CheckpointWriteError
-from lightning_memload.save.pickling import Stretch
-from lightning_memload.save.saving import Order, Save, SaveStats
+from lightning_memload.save.saving import Save, SaveStats
+from lightning_memload.save.writing import Order
 
 __all__ = ["BackgroundSave", "tensors_of_optimizers"]
 
@@ -159,8 +159,8 @@ class BackgroundSave:
             self._is_closed = True
             return None
 
-    def _must_be_first(self, stretch: Stretch) -> bool:
-        return stretch.storage._cdata not in self._may_wait
+    def _must_be_first(self, storage: torch.UntypedStorage) -> bool:
+        return storage._cdata not in self._may_wait
 
     def _end_writing(self) -> None:
         changed = sum(tensor._version != version for tensor, version in self._versions)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lightning_memload.checkpoint import span_elements
+from lightning_memload.checkpoint.torch_pickle import STUB_BYTES
 
 __all__ = ["Pickled", "Stretch", "UnstreamableError", "pickle_object"]
 
@@ -57,14 +58,15 @@ class Pickled:
     stretches: tuple[Stretch, ...]
 
 
-def pickle_object(obj: object, *, stub_bytes: int | None = None) -> Pickled:
+def pickle_object(obj: object, *, stubs: Callable[[torch.UntypedStorage], bool] = lambda storage: False) -> Pickled:
     """Pickles an object as ``torch.save`` does, its storages apart.
 
     An object with a tensor that spans only a part of its storage is pickled twice.
 
     Args:
         obj: Anything that ``torch.save`` takes.
-        stub_bytes: What the pickle says that every storage has which is not empty; ``None``: what it has.
+        stubs: Whether a storage's bytes will lie elsewhere: the pickle then gives it the size of a stub, unless it is
+            empty.
 
     Returns:
         The pickle and the stretches. They refer to the tensors' own memory.
@@ -75,12 +77,12 @@ def pickle_object(obj: object, *, stub_bytes: int | None = None) -> Pickled:
 
     Peak memory: that of the pickle, twice.
     """
-    whole = _Pickler({}, stub_bytes)
+    whole = _Pickler({}, stubs)
     pickled = whole.pickle(obj)
     windows = whole.windows()
     if windows:
         # ``whole`` keeps its storages alive, so no new one can take the identity of one of them.
-        narrowed = _Pickler(windows, stub_bytes)
+        narrowed = _Pickler(windows, stubs)
         smaller = narrowed.pickle(obj)
         # An object whose parts differ from one pickling to the next is saved whole, as torch does.
         if narrowed.fits():
@@ -113,14 +115,14 @@ class _Pickler(pickle.Pickler):
 
     Args:
         windows: First byte and one past the last to save of a storage, by its identity. Others are saved whole.
-        stub_bytes: See :func:`pickle_object`.
+        stubs: See :func:`pickle_object`.
     """
 
-    def __init__(self, windows: Mapping[int, tuple[int, int]], stub_bytes: int | None) -> None:
+    def __init__(self, windows: Mapping[int, tuple[int, int]], stubs: Callable[[torch.UntypedStorage], bool]) -> None:
         self._stream = io.BytesIO()
         super().__init__(self._stream, protocol=_PROTOCOL)
         self._windows = windows
-        self._stub_bytes = stub_bytes
+        self._stubs = stubs
         self._uses: dict[int, _Use] = {}
         self._dtypes: dict[int, torch.dtype] = {}
 
@@ -209,8 +211,8 @@ class _Pickler(pickle.Pickler):
         window = self._windows.get(untyped._cdata)
         if window is not None:
             numel = (window[1] - window[0]) // dtype.itemsize
-        if numel and self._stub_bytes is not None:
-            numel = self._stub_bytes // dtype.itemsize
+        if numel and self._stubs(untyped):
+            numel = STUB_BYTES // dtype.itemsize
         return use, ("storage", kind, use.key, torch.serialization.location_tag(untyped), numel)
 
     def _use_of(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> _Use:

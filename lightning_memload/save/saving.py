@@ -17,9 +17,10 @@ from typing import Protocol
 from lightning_memload.errors import CheckpointWriteError
 from lightning_memload.save.pickling import Stretch
 from lightning_memload.save.replacement import Replacement
+from lightning_memload.save.writing import Order
 from lightning_memload.transfer import available_cpus
 
-__all__ = ["DEFAULT_BUDGET_BYTES", "Clock", "Order", "Plan", "Save", "SaveStats", "default_save_threads", "stats_of"]
+__all__ = ["DEFAULT_BUDGET_BYTES", "Clock", "Plan", "Save", "SaveStats", "default_save_threads", "stats_of"]
 
 DEFAULT_BUDGET_BYTES = 128 << 20
 # A file takes one writer at a time on most file systems: more threads than it takes to copy and sum up meanwhile only
@@ -58,21 +59,6 @@ class SaveStats:
     num_threads: int
     staging_bytes: int
     streamed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What to write before all else, and who wants to know.
-
-    Attributes:
-        first: Whether a stretch is to be written first.
-        on_first: Called when all such are written, and no new thread is needed any more.
-        on_written: Called when all bytes are written; their memory may change from now on.
-    """
-
-    first: Callable[[Stretch], bool]
-    on_first: Callable[[], object]
-    on_written: Callable[[], object]
 
 
 class Plan(Protocol):

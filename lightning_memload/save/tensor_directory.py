@@ -8,26 +8,30 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 
 from lightning_memload.checkpoint.tensor_directory import (
     MANIFEST_FILE,
     STATE_FILE,
     TENSORS_FOLDER,
+    WEIGHTS_FILE,
     StorageFile,
     TensorDirectory,
+    WeightsLayout,
     make_manifest,
     read_storage_files,
     storage_file,
 )
 from lightning_memload.checkpoint.torch_pickle import STUB_BYTES
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.errors import CheckpointFormatError, listed
 from lightning_memload.save.linking import LinkingFiles
-from lightning_memload.save.pickling import pickle_object
+from lightning_memload.save.pickling import Stretch, pickle_object
 from lightning_memload.save.replacement import Replacement, put_back, sync
-from lightning_memload.save.saving import DEFAULT_BUDGET_BYTES, Order, Save, SaveStats, default_save_threads
+from lightning_memload.save.saving import DEFAULT_BUDGET_BYTES, Save, SaveStats, default_save_threads
 from lightning_memload.save.torch_zip import Archive
-from lightning_memload.save.writing import LocalSink, Records
+from lightning_memload.save.weights_file import RunTarget, WeightsFile, find_weights
+from lightning_memload.save.writing import LocalSink, Order, Records, Split, size_of
 
 __all__ = ["plan_directory_save", "save_directory"]
 
@@ -40,6 +44,7 @@ def save_directory(
     num_threads: int | None = None,
     durable: bool = True,
     link_unchanged_from: str | os.PathLike[str] | None = None,
+    safetensors: bool = False,
 ) -> SaveStats:
     """Saves an object as a directory with one file for each storage, or leaves what was there untouched.
 
@@ -58,6 +63,10 @@ def save_directory(
         link_unchanged_from: A directory of this format, such as the checkpoint before. Storages whose bytes it has in a
             file of the same number, compared byte for byte, are not written: that file gets a second name (a hard
             link). ``None``, or one that cannot be read or linked to: all are written.
+        safetensors: Save two files instead of one for each storage: ``model.safetensors`` with the weights, that is the
+            tensors of ``obj["state_dict"]``, or of ``obj`` if it has no such entry, and ``state.pt`` with everything
+            else. Weights that are views or not contiguous are in both: in order in the one, as they are in the other.
+            Nothing is linked.
 
     Returns:
         What it cost.
@@ -79,6 +88,7 @@ def save_directory(
         num_threads=num_threads,
         durable=durable,
         link_unchanged_from=link_unchanged_from,
+        safetensors=safetensors,
     ).run()
 
 
@@ -90,36 +100,40 @@ def plan_directory_save(
     num_threads: int | None = None,
     durable: bool = True,
     link_unchanged_from: str | os.PathLike[str] | None = None,
+    safetensors: bool = False,
 ) -> Save:
     """Does the first part of :func:`save_directory`, all that concerns more of the object than its tensors' memory."""
     target = os.path.realpath(path)
     _refuse_to_replace(target)
     put_back(target)
     threads = default_save_threads() if num_threads is None else num_threads
+    if safetensors:
+        return Save(target, lambda: _WithSafetensors(obj, host_budget_bytes, threads), durable=durable)
     old = {} if link_unchanged_from is None else _linkable_files(os.path.realpath(link_unchanged_from))
     return Save(target, lambda: _Directory(obj, host_budget_bytes, threads, old), durable=durable)
 
 
 class _Directory:
-    """A directory that is to be written, with links to old files where they have what is to be written."""
+    """A directory that is to be written, each storage in a file of its own or a link to an old one."""
 
     is_directory = streamed = True
 
     def __init__(
         self, obj: object, host_budget_bytes: int, num_threads: int, old_files: Mapping[tuple[str, int], str]
     ) -> None:
-        pickled = pickle_object(obj, stub_bytes=STUB_BYTES)
+        pickled = pickle_object(obj, stubs=lambda storage: True)
         self.stretches = pickled.stretches
-        stubs = [bytes(STUB_BYTES if stretch.nbytes else 0) for stretch in pickled.stretches]
-        self._state = Archive(pickled, stubs, host_budget_bytes, 1)
         self._keys = [key for key, stretch in enumerate(pickled.stretches) if stretch.nbytes]
-        self._records = Records([pickled.stretches[key] for key in self._keys], host_budget_bytes, num_threads)
-        self.num_threads = self._records.num_threads
-        self.staging_bytes = self._records.staging_bytes
-        sizes = self._records.sizes
-        self._old_names = [old_files.get((str(key), size)) for key, size in zip(self._keys, sizes, strict=True)]
-        linkable = sum(size for size, old_name in zip(sizes, self._old_names, strict=True) if old_name is not None)
-        self.nbytes = self._state.nbytes + sum(sizes) - linkable
+        own = [pickled.stretches[key] for key in self._keys]
+        self._state = Archive(pickled, [_stub(stretch) for stretch in pickled.stretches])
+        self._records = Records([*self._state.contents, *own], host_budget_bytes, num_threads)
+        self.num_threads, self.staging_bytes = self._records.num_threads, self._records.staging_bytes
+        self._old_names = [
+            old_files.get((str(key), stretch.nbytes)) for key, stretch in zip(self._keys, own, strict=True)
+        ]
+        self._nbytes = self._state.nbytes + sum(stretch.nbytes for stretch in own)
+        linkable = zip(own, self._old_names, strict=True)
+        self.nbytes = self._nbytes - sum(stretch.nbytes for stretch, old_name in linkable if old_name is not None)
         self.bytes_linked = 0
         self._storages: list[StorageFile] = []
 
@@ -127,30 +141,118 @@ class _Directory:
         """Writes all files but the manifest."""
         folder = place.temporary_path
         os.mkdir(os.path.join(folder, TENSORS_FOLDER))
-        names = [os.path.join(folder, storage_file(str(key))) for key in self._keys]
-        files = LinkingFiles(names, self._records.sizes, self._old_names, start_writeback=durable)
-        with contextlib.closing(files):
-            crc32s = self._records.write(
-                files, first=order.first if order else None, on_first=order.on_first if order else None
-            )
+        own = [self.stretches[key] for key in self._keys]
+        files = LinkingFiles(
+            [os.path.join(folder, storage_file(str(key))) for key in self._keys],
+            [stretch.nbytes for stretch in own],
+            self._old_names,
+            start_writeback=durable,
+        )
+        with open(os.path.join(folder, STATE_FILE), "xb") as state, contextlib.closing(files):
+            sink = LocalSink(state.fileno(), start_writeback=durable)
+            of_state = len(self._state.contents)
+            target = Split((of_state, self._state.target(sink)), (len(own), files))
+            crc32s = self._records.write(target, order)
+            self._state.write_end(sink, crc32s[:of_state])
         self.bytes_linked = files.bytes_linked
         self._storages = [
-            StorageFile(str(key), nbytes, crc32, str(self.stretches[key].storage.device))
-            for key, nbytes, crc32 in zip(self._keys, self._records.sizes, crc32s, strict=True)
+            StorageFile(str(key), stretch.nbytes, crc32, str(stretch.storage.device))
+            for key, stretch, crc32 in zip(self._keys, own, crc32s[of_state:], strict=True)
         ]
-        with open(os.path.join(folder, STATE_FILE), "xb") as file:
-            self._state.write_to(LocalSink(file.fileno()))
-        return self._state.nbytes + sum(self._records.sizes) - self.bytes_linked
+        return self._nbytes - self.bytes_linked
 
     def finish(self, place: Replacement, *, durable: bool) -> None:
         """Writes the manifest."""
-        folder = place.temporary_path
-        with open(os.path.join(folder, MANIFEST_FILE), "xb") as file:
-            file.write(make_manifest(folder, self._storages))
-        # All at the end: the disk then writes while the next files are being filled.
-        names = (*(storage_file(storage.key) for storage in self._storages), STATE_FILE, MANIFEST_FILE, TENSORS_FOLDER)
-        for name in names if durable else ():
-            sync(os.path.join(folder, name))
+        names = [*(storage_file(storage.key) for storage in self._storages), TENSORS_FOLDER, STATE_FILE]
+        _complete(place.temporary_path, names, self._storages, None, durable=durable)
+
+
+class _WithSafetensors:
+    """A directory that is to be written, with the weights in one file, everything else in another."""
+
+    is_directory = streamed = True
+    bytes_linked = 0
+
+    def __init__(self, obj: object, host_budget_bytes: int, num_threads: int) -> None:
+        weights = find_weights(obj)
+        self._weights = WeightsFile.of(weights, pickle_object(obj).stretches)
+        places = self._weights.places
+        pickled = pickle_object(obj, stubs=lambda storage: storage._cdata in places)
+        for stretch in pickled.stretches:
+            place = places.get(stretch.storage._cdata)
+            if place is not None and size_of(self._weights.contents[place]) != stretch.nbytes:
+                # An object that differs from one pickling to the next; its storages stay together.
+                places.clear()
+                pickled = pickle_object(obj)
+                break
+        self.stretches = pickled.stretches
+        within = [stretch.storage._cdata in places for stretch in pickled.stretches]
+        self._keys = [key for key, is_within in enumerate(within) if is_within]
+        self._state = Archive(
+            pickled,
+            [
+                _stub(stretch) if is_within else stretch
+                for stretch, is_within in zip(pickled.stretches, within, strict=True)
+            ],
+        )
+        self._records = Records([*self._state.contents, *self._weights.contents], host_budget_bytes, num_threads)
+        self.num_threads, self.staging_bytes = self._records.num_threads, self._records.staging_bytes
+        self.nbytes = self._state.nbytes + self._weights.nbytes
+        self._crc32s: list[int] = []
+        if self._weights.left_out:
+            warnings.warn(
+                f"safetensors cannot hold {listed(self._weights.left_out)}: no plain strided tensors of its dtypes. "
+                f"They are in {STATE_FILE} only, from where they are restored; {WEIGHTS_FILE} lacks them.",
+                stacklevel=2,
+            )
+
+    def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
+        """Writes both files."""
+        folder, weights, of_state = place.temporary_path, self._weights, len(self._state.contents)
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(os.path.join(folder, name), "xb")) for name in (STATE_FILE, WEIGHTS_FILE)]
+            state, beside = (LocalSink(file.fileno(), start_writeback=durable) for file in files)
+            target = Split(
+                (of_state, self._state.target(state)), (len(weights.contents), RunTarget(beside, weights.offsets))
+            )
+            crc32s = self._records.write(target, order)
+            self._state.write_end(state, crc32s[:of_state])
+        self._crc32s = crc32s[of_state:]
+        return self.nbytes
+
+    def finish(self, place: Replacement, *, durable: bool) -> None:
+        """Writes the manifest."""
+        weights, storages = self._weights, []
+        for key in self._keys:
+            storage = self.stretches[key].storage
+            number = weights.places[storage._cdata]
+            size, offset = size_of(weights.contents[number]), weights.offsets[number]
+            storages.append(StorageFile(str(key), size, self._crc32s[number], str(storage.device), offset))
+        shared = {0, *weights.places.values()}
+        copies = tuple(
+            (offset, size_of(content), crc32)
+            for number, (offset, content, crc32) in enumerate(
+                zip(weights.offsets, weights.contents, self._crc32s, strict=True)
+            )
+            if number not in shared
+        )
+        layout = WeightsLayout(weights.nbytes, size_of(weights.contents[0]), self._crc32s[0], copies)
+        _complete(place.temporary_path, [WEIGHTS_FILE, STATE_FILE], storages, layout, durable=durable)
+
+
+def _stub(stretch: Stretch) -> bytes:
+    return bytes(STUB_BYTES if stretch.nbytes else 0)
+
+
+def _complete(
+    folder: str, names: Sequence[str], storages: Sequence[StorageFile], weights: WeightsLayout | None, *, durable: bool
+) -> None:
+    """Writes the manifest, and brings it and the named files to the disk."""
+    with open(os.path.join(folder, MANIFEST_FILE), "xb") as file:
+        file.write(make_manifest(folder, storages, weights))
+    # All at the end: the disk then writes while the next files are being filled.
+    for name in (*names, MANIFEST_FILE) if durable else ():
+        sync(os.path.join(folder, name))
 
 
 def _linkable_files(path: str) -> dict[tuple[str, int], str]:
@@ -159,7 +261,11 @@ def _linkable_files(path: str) -> dict[tuple[str, int], str]:
         storages = read_storage_files(path)
     except (OSError, CheckpointFormatError):
         return {}
-    return {(storage.key, storage.nbytes): os.path.join(path, storage_file(storage.key)) for storage in storages}
+    return {
+        (storage.key, storage.nbytes): os.path.join(path, storage_file(storage.key))
+        for storage in storages
+        if storage.offset is None
+    }
 
 
 def _refuse_to_replace(target: str) -> None:

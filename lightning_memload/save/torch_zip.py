@@ -29,14 +29,13 @@ from lightning_memload.save.replacement import Replacement
 from lightning_memload.save.saving import (
     DEFAULT_BUDGET_BYTES,
     Clock,
-    Order,
     Plan,
     Save,
     SaveStats,
     default_save_threads,
     stats_of,
 )
-from lightning_memload.save.writing import Content, LocalSink, Records, Sink, StreamSink
+from lightning_memload.save.writing import Content, LocalSink, Order, Records, Sink, StreamSink, Target, size_of
 
 __all__ = ["Archive", "plan_torch_save", "save_torch", "write_torch"]
 
@@ -113,7 +112,7 @@ def write_torch(obj: object, file: IO[bytes], *, name: str, host_budget_bytes: i
     clock = Clock()
     plan = _plan(obj, name, host_budget_bytes, num_threads=1)
     clock.lap()
-    if isinstance(plan, Archive):
+    if isinstance(plan, _File):
         plan.write_to(StreamSink(file))
         bytes_written = plan.nbytes
     else:
@@ -129,50 +128,38 @@ class Archive:
 
     Args:
         pickled: The pickle, and the storages it names.
-        contents: What the file holds of each storage.
-        host_budget_bytes: See :class:`Records`.
-        num_threads: Likewise.
+        storages: What the file holds of each storage.
+
+    Attributes:
+        contents: Its records, but for one at the end that depends on the others.
+        nbytes: Size of the file.
     """
 
-    is_directory = False
-    streamed = True
-    bytes_linked = 0
-
-    def __init__(self, pickled: Pickled, contents: Sequence[Content], host_budget_bytes: int, num_threads: int) -> None:
-        self.stretches = pickled.stretches
+    def __init__(self, pickled: Pickled, storages: Sequence[Content]) -> None:
         records: list[tuple[str, Content]] = [
             ("data.pkl", pickled.data),
             (".format_version", b"1"),
             (".storage_alignment", str(ALIGNMENT_BYTES).encode()),
             ("byteorder", sys.byteorder.encode()),
-            *((f"data/{key}", content) for key, content in enumerate(contents)),
+            *((f"data/{key}", content) for key, content in enumerate(storages)),
             ("version", b"3\n"),
         ]
-        self._records = Records([content for _, content in records], host_budget_bytes, num_threads)
-        names = [f"{_ARCHIVE}/{name}" for name, _ in records]
-        self._entries = lay_out(zip(names, self._records.sizes, strict=True))
+        self.contents = [content for _, content in records]
+        self._entries = lay_out((f"{_ARCHIVE}/{name}", size_of(content)) for name, content in records)
         # Its value comes from the other records' checksums, its size and place do not.
         (self._identity,) = lay_out([(f"{_ARCHIVE}/.data/serialization_id", 40)], start=self._entries[-1].end)
-        self.num_threads = self._records.num_threads
-        self.staging_bytes = self._records.staging_bytes
         self.nbytes: int = self._identity.end + len(self._end([0] * len(records), 0))
 
-    def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
-        """Writes it to a temporary file, see :class:`Plan`."""
-        self.write_to(LocalSink(place.descriptor, start_writeback=durable), order)
-        return self.nbytes
+    def target(self, sink: Sink) -> Target:
+        """Where the contents go, for :class:`Records`."""
+        return _Entries(sink, self._entries)
 
-    def write_to(self, sink: Sink, order: Order | None = None) -> None:
-        """Writes it; without an order from its first byte to its last if there is one thread.
+    def write_end(self, sink: Sink, crc32s: Sequence[int]) -> None:
+        """Writes what follows the contents.
 
         Raises:
             OSError: The sink's.
         """
-        crc32s = self._records.write(
-            _Entries(sink, self._entries),
-            first=order.first if order else None,
-            on_first=order.on_first if order else None,
-        )
         # Like torch's: from the names, and from the checksums. It identifies the content and is never compared.
         names = zlib_ng.crc32("".join(entry.name for entry in self._entries).encode())
         content = zlib_ng.crc32(b"".join(crc32.to_bytes(4, "little") for crc32 in crc32s))
@@ -186,11 +173,40 @@ class Archive:
         ]
         sink.write(tail, self._identity.header_offset)
 
+    def _end(self, crc32s: Sequence[int], identity_crc32: int) -> bytes:
+        return directory([*self._entries, self._identity], [*crc32s, identity_crc32])
+
+
+class _File:
+    """A torch zip file with everything in it, see :class:`Plan`."""
+
+    is_directory = False
+    streamed = True
+    bytes_linked = 0
+
+    def __init__(self, pickled: Pickled, host_budget_bytes: int, num_threads: int) -> None:
+        self.stretches = pickled.stretches
+        self._archive = Archive(pickled, pickled.stretches)
+        self._records = Records(self._archive.contents, host_budget_bytes, num_threads)
+        self.num_threads = self._records.num_threads
+        self.staging_bytes = self._records.staging_bytes
+        self.nbytes: int = self._archive.nbytes
+
+    def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
+        """Writes it to a temporary file."""
+        self.write_to(LocalSink(place.descriptor, start_writeback=durable), order)
+        return self.nbytes
+
+    def write_to(self, sink: Sink, order: Order | None = None) -> None:
+        """Writes it; without an order from its first byte to its last if there is one thread.
+
+        Raises:
+            OSError: The sink's.
+        """
+        self._archive.write_end(sink, self._records.write(self._archive.target(sink), order))
+
     def finish(self, place: Replacement, *, durable: bool) -> None:
         """Nothing is left to do."""
-
-    def _end(self, crc32s: list[int], identity_crc32: int) -> bytes:
-        return directory([*self._entries, self._identity], [*crc32s, identity_crc32])
 
 
 class _ByTorch:
@@ -253,4 +269,4 @@ def _plan(obj: object, name: str, host_budget_bytes: int, num_threads: int) -> P
             stacklevel=2,
         )
         return _ByTorch(obj)
-    return Archive(pickled, pickled.stretches, host_budget_bytes, num_threads)
+    return _File(pickled, host_budget_bytes, num_threads)

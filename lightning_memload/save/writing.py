@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import IO, Protocol
 
 import torch
@@ -23,14 +25,80 @@ from lightning_memload.save.layout import Piece, plan_writes
 from lightning_memload.save.pickling import Stretch
 from lightning_memload.transfer import MIN_BUDGET_BYTES, RingLayout, StagingRing, choose_layout
 
-__all__ = ["Content", "LocalSink", "Records", "Sink", "StreamSink", "Target", "memory_of"]
+__all__ = [
+    "Content",
+    "Gathered",
+    "LocalSink",
+    "Order",
+    "Records",
+    "Sink",
+    "Split",
+    "StreamSink",
+    "Target",
+    "memory_of",
+    "size_of",
+]
 
 # A checksum of host memory leaves in the core's cache what is written next.
 _DIRECT_BLOCK_BYTES = 1 << 20
 # Header, data and descriptor of each; the kernel takes at most 1024 buffers in one pwritev (IOV_MAX).
 _MAX_PIECES = 1024 // 3
 
-Content = bytes | Stretch
+_GATHERED_ELEMENTS = 64 << 10
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Gathered:
+    """The elements of a tensor in their order, wherever they lie, as one run of bytes.
+
+    Brought piece by piece: a piece takes memory of its own on the tensor's device, and 512 KiB for positions.
+
+    Args:
+        tensor: Strided, with elements of 1, 2, 4 or 8 bytes.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._integers = tensor.detach().view(_INTEGERS[tensor.dtype.itemsize])
+        self.storage = tensor.untyped_storage()
+        self.nbytes = tensor.nbytes
+
+    @property
+    def is_in_host_memory(self) -> bool:
+        """Whether the bytes can be read where they are."""
+        return self.storage.device.type == "cpu"
+
+    def gather(self, start: int, nbytes: int) -> torch.Tensor:
+        """``nbytes`` from ``start`` on, both whole elements: uint8, on the tensor's device."""
+        integers, itemsize = self._integers, self._integers.dtype.itemsize
+        first, end = start // itemsize, (start + nbytes) // itemsize
+        values = integers.new_empty(end - first)
+        for done in range(first, end, _GATHERED_ELEMENTS):
+            positions = torch.arange(done, min(done + _GATHERED_ELEMENTS, end), device=integers.device)
+            torch.take(integers, positions, out=values[done - first : done - first + len(positions)])
+        return values.view(torch.uint8)
+
+
+Content = bytes | Stretch | Gathered
+
+
+def size_of(content: Content) -> int:
+    """Bytes of a content."""
+    return len(content) if isinstance(content, bytes) else content.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to write before all else, and who wants to know.
+
+    Attributes:
+        first: Whether what lies in a storage is to be written first.
+        on_first: Called when all such are written, and no new thread is needed any more.
+        on_written: Called when all bytes are written; their memory may change from now on.
+    """
+
+    first: Callable[[torch.UntypedStorage], bool]
+    on_first: Callable[[], object]
+    on_written: Callable[[], object]
 
 
 class Sink(Protocol):
@@ -111,6 +179,28 @@ class Target(Protocol):
         ...
 
 
+class Split:
+    """Several targets as one.
+
+    Args:
+        parts: How many of the records go to each, in their order, and the target.
+    """
+
+    def __init__(self, *parts: tuple[int, Target]) -> None:
+        self._ends = list(accumulate(count for count, _ in parts))
+        self._parts = parts
+
+    def write(self, pieces: Sequence[Piece], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
+        """Hands each piece to the target of its record, see :class:`Target`."""
+        start = 0
+        for end, (count, target) in zip(self._ends, self._parts, strict=True):
+            stop = start + sum(piece.record < end for piece in pieces[start:])
+            if stop > start:
+                moved = [replace(piece, record=piece.record - end + count) for piece in pieces[start:stop]]
+                target.write(moved, data[start:stop], crc32s[start:stop])
+            start = stop
+
+
 class Records:
     """Records that are to be written, and the threads and buffers for it.
 
@@ -131,35 +221,27 @@ class Records:
     def __init__(self, contents: Sequence[Content], host_budget_bytes: int, num_threads: int) -> None:
         choose_layout(host_budget_bytes, num_threads)  # raises for options that cannot be met
         self._contents = contents
-        self.sizes = [content.nbytes if isinstance(content, Stretch) else len(content) for content in contents]
-        on_devices = [c for c in contents if isinstance(c, Stretch) and not c.is_in_host_memory]
+        self.sizes = [size_of(content) for content in contents]
+        on_devices = [c for c in contents if not isinstance(c, bytes) and not c.is_in_host_memory]
         self._layout: RingLayout | None = None
-        if any(stretch.nbytes for stretch in on_devices):
+        if any(content.nbytes for content in on_devices):
             # A small checkpoint needs no more buffers than it has bytes.
-            device_bytes = max(sum(stretch.nbytes for stretch in on_devices), num_threads * MIN_BUDGET_BYTES)
+            device_bytes = max(sum(content.nbytes for content in on_devices), num_threads * MIN_BUDGET_BYTES)
             self._layout = choose_layout(min(host_budget_bytes, device_bytes), num_threads)
-        devices = {stretch.storage.device for stretch in on_devices if stretch.storage.device.type == "cuda"}
+        devices = {content.storage.device for content in on_devices if content.storage.device.type == "cuda"}
         # The values may still be in the making on the stream of this thread; another one may write them.
         self._made = {device: torch.cuda.current_stream(device).record_event() for device in devices}
         self.num_threads = self._layout.num_threads if self._layout else num_threads
         self.staging_bytes = self._layout.nbytes if self._layout else 0
 
-    def write(
-        self,
-        target: Target,
-        *,
-        first: Callable[[Stretch], bool] | None = None,
-        on_first: Callable[[], object] | None = None,
-    ) -> list[int]:
+    def write(self, target: Target, order: Order | None = None) -> list[int]:
         """Writes all of them.
 
         Returns when all bytes are handed to the target. On failure some have been, others not; all threads have ended.
 
         Args:
             target: Where to.
-            first: What to write before all else.
-            on_first: Called once, by any thread, when that is written and nothing more is needed of the interpreter
-                that it refuses while it ends: all threads have started.
+            order: What to write before all else. Its ``on_first`` is called once, by any thread; ``on_written`` is not.
 
         Returns:
             The CRC-32 of each record.
@@ -172,7 +254,7 @@ class Records:
         with ExitStack() as stack:
             pinned = bool(self._made)
             ring = stack.enter_context(StagingRing(self._layout, pinned=pinned)) if self._layout else None
-            return _Writing(target, self._contents, self.sizes, ring, self._made, first, on_first).run(self.num_threads)
+            return _Writing(target, self._contents, self.sizes, ring, self._made, order).run(self.num_threads)
 
 
 class _Writing:
@@ -183,8 +265,7 @@ class _Writing:
         sizes: Sequence[int],
         ring: StagingRing | None,
         made: Mapping[torch.device, torch.cuda.Event],
-        first: Callable[[Stretch], bool] | None,
-        on_first: Callable[[], object] | None,
+        order: Order | None,
     ) -> None:
         self._target = target
         self._contents = contents
@@ -192,9 +273,9 @@ class _Writing:
         block_bytes = ring.layout.block_bytes if ring else _DIRECT_BLOCK_BYTES
         writes = plan_writes(sizes, block_bytes=block_bytes, max_pieces=_MAX_PIECES)
         self._num_first = 1  # one more, for the threads to have started
-        self._on_first = on_first
-        if first is not None:
-            urgent = [isinstance(content, Stretch) and first(content) for content in contents]
+        self._on_first = None if order is None else order.on_first
+        if order is not None:
+            urgent = [not isinstance(content, bytes) and order.first(content.storage) for content in contents]
             later = [not any(urgent[piece.record] for piece in pieces) for pieces in writes]
             self._num_first += later.count(False)
             writes = [pieces for _, pieces in sorted(zip(later, writes, strict=True), key=lambda pair: pair[0])]
@@ -268,10 +349,12 @@ class _Writing:
             content = self._contents[piece.record]
             if isinstance(content, bytes):
                 found.append(memoryview(content)[piece.start : piece.start + piece.nbytes])
-            elif content.is_in_host_memory:
-                found.append(memory_of(content.storage.data_ptr() + content.start + piece.start, piece.nbytes))
             elif not piece.nbytes:
                 found.append(memoryview(b""))
+            elif isinstance(content, Gathered) and content.is_in_host_memory:
+                found.append(content.gather(piece.start, piece.nbytes).numpy().data)
+            elif isinstance(content, Stretch) and content.is_in_host_memory:
+                found.append(memory_of(content.storage.data_ptr() + content.start + piece.start, piece.nbytes))
             else:
                 if buffer is None:
                     buffer = self._buffers.get()
@@ -288,11 +371,14 @@ class _Writing:
                 event.synchronize()
         return found
 
-    def _copy(self, content: Stretch, piece: Piece, staged: torch.Tensor) -> None:
+    def _copy(self, content: Stretch | Gathered, piece: Piece, staged: torch.Tensor) -> None:
         device = content.storage.device
-        values = torch.empty(0, dtype=torch.uint8, device=device)
-        values.set_(content.storage, content.start + piece.start, (piece.nbytes,), (1,))
         with torch.cuda.stream(self._streams.get(device)):
+            if isinstance(content, Gathered):
+                values = content.gather(piece.start, piece.nbytes)
+            else:
+                values = torch.empty(0, dtype=torch.uint8, device=device)
+                values.set_(content.storage, content.start + piece.start, (piece.nbytes,), (1,))
             staged.copy_(values, non_blocking=device in self._streams)
 
     def _sum_up(self, piece: Piece, crc32: int) -> int | None:

@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import pickle
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -70,6 +71,13 @@ def write_torch(folder: Path, state: Mapping[str, Any]) -> Path:
 
 def write_directory(folder: Path, state: Mapping[str, Any]) -> Path:
     save_directory(state, folder / "last")
+    return folder / "last"
+
+
+def write_safetensors_and_state(folder: Path, state: Mapping[str, Any]) -> Path:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="safetensors cannot hold .*complex128")
+        save_directory(state, folder / "last", safetensors=True)
     return folder / "last"
 
 
@@ -154,6 +162,7 @@ LACKED_BY_SAFETENSORS = frozenset({torch.complex128, torch.complex32})
 WRITERS = [
     Writer("torch", "torch", write_torch, nested=True, strided=True, checksums=True),
     Writer("directory", "tensor_directory", write_directory, nested=True, strided=True, checksums=True),
+    Writer("safetensors+state", "tensor_directory", write_safetensors_and_state, True, strided=True, checksums=True),
     Writer("dcp", "dcp", write_dcp, nested=True, checksums=True),
     Writer("safetensors", "safetensors", write_safetensors, lacks=LACKED_BY_SAFETENSORS),
     Writer("shards", "safetensors", write_shards, lacks=LACKED_BY_SAFETENSORS),

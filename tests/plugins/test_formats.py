@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lightning_memload import (
     MemoryEfficientRestore,
@@ -132,17 +132,23 @@ def test_weights_from_every_format(way: str, meta: bool, write: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("asynchronous_save", [False, True])
-def test_a_run_that_saves_directories_resumes_from_them(tmp_path: Path, asynchronous_save: bool) -> None:
+@pytest.mark.parametrize("save_format", ["directory", "safetensors+state"])
+def test_a_run_that_saves_directories_resumes_from_them(
+    tmp_path: Path, asynchronous_save: bool, save_format: Any
+) -> None:
     case = Case(lambda: TinyModule(adamw))
     file = write_checkpoint(case, tmp_path)
-    options = {"save_format": "directory", "asynchronous_save": asynchronous_save}
+    options = {"save_format": save_format, "asynchronous_save": asynchronous_save}
     directory = write_checkpoint(replace(case, callbacks=lambda: [MemoryEfficientRestore(**options)]), tmp_path / "run")
     assert directory.is_dir()
     stock_module, stock = resume(case, file, tmp_path, None)
     module, ours = resume(case, directory, tmp_path, MemoryEfficientRestore(mode="copy"))
     assert_same(stock.restored, ours.restored, "restored")
     assert_same(stock_module.losses, module.losses, "losses")
-    io = StreamingCheckpointIO(format="directory")
+    if save_format == "safetensors+state":
+        trained = torch.load(file, weights_only=False)["state_dict"]
+        assert_same(dict(trained), load_file(directory / "model.safetensors"), "weights")
+    io = StreamingCheckpointIO(format=save_format)
     io.save_checkpoint({"a": 1}, directory)
     assert io.load_checkpoint(directory) == {"a": 1}
     io.remove_checkpoint(directory)

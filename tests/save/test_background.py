@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from lightning_memload import CheckpointWriteError
+from lightning_memload.checkpoint import load_mapped
 from lightning_memload.save import BackgroundSave, plan_directory_save, plan_torch_save, tensors_of_optimizers, writing
-from lightning_memload.save.writing import Records
+from lightning_memload.save.pickling import Stretch
+from lightning_memload.save.writing import Order, Records
 from tests.fresh_process import run_fresh
 
 BLOCK_BYTES = 1024
@@ -266,8 +268,6 @@ def test_threads_descriptors_and_hooks_are_flat(path: Path) -> None:
 def test_the_order_of_writes() -> None:
     """First what must be first, then the rest; told when the first part is done."""
     contents = [torch.full((1 << 19,), float(number)).untyped_storage() for number in range(4)]
-    from lightning_memload.save.pickling import Stretch
-
     stretches = [Stretch(storage, 0, storage.nbytes()) for storage in contents]
     written: list[Any] = []
 
@@ -277,9 +277,8 @@ def test_the_order_of_writes() -> None:
 
     records = Records(stretches, 1 << 20, 1)
     told: list[int] = []
-    records.write(
-        Target(), first=lambda s: s in (stretches[1], stretches[3]), on_first=lambda: told.append(len(written))
-    )
+    urgent = [contents[1]._cdata, contents[3]._cdata]
+    records.write(Target(), Order(lambda s: s._cdata in urgent, lambda: told.append(len(written)), lambda: None))
     assert written == [1, 1, 3, 3, 0, 0, 2, 2]
     (count,) = told
     assert count >= 4
@@ -289,18 +288,26 @@ ENDING = """
 import sys
 sys.path.insert(0, sys.argv[2])
 import torch
-from lightning_memload.save import BackgroundSave, plan_torch_save, tensors_of_optimizers
+from lightning_memload.save import BackgroundSave, plan_directory_save, plan_torch_save, tensors_of_optimizers
 weight = torch.nn.Parameter(torch.ones(10_000_000))
 optimizer = torch.optim.SGD([weight], lr=0.1)
-save = BackgroundSave(plan_torch_save({"weight": weight}, sys.argv[1]), tensors_of_optimizers([optimizer]))
+plan = plan_torch_save({"weight": weight}, sys.argv[1])
+save = BackgroundSave(plan, tensors_of_optimizers([optimizer]))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="saves in the background on Linux only")
-def test_the_end_of_the_process_waits(path: Path) -> None:
+@pytest.mark.parametrize("options", [None, "", ", safetensors=True"], ids=["file", "directory", "safetensors"])
+def test_the_end_of_the_process_waits(tmp_path: Path, options: str | None) -> None:
+    """The interpreter refuses new threads while it ends, so all must have started before training goes on."""
     repository = str(Path(__file__).resolve().parents[2])
-    subprocess.run([sys.executable, "-c", ENDING, str(path), repository], check=True, timeout=120)
-    assert torch.load(path)["weight"].sum() == 10_000_000
+    program = ENDING
+    if options is not None:
+        program = program.replace("plan_torch_save(", "plan_directory_save(").replace("[1])", f"[1]{options})")
+    command = [sys.executable, "-c", program, str(tmp_path / "new"), repository]
+    ended = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True)
+    assert ended.stderr == ""
+    assert load_mapped(tmp_path / "new")[0]["weight"].sum() == 10_000_000
 
 
 def test_an_error_that_nobody_heard_is_printed(path: Path) -> None:

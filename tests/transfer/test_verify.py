@@ -248,10 +248,14 @@ class TestSafetensors:
         )
 
 
+BESIDE = [(False, ("tensors/00000.bin", "tensors/00001.bin")), (True, ("model.safetensors",))]
+
+
 class TestDirectory:
-    def test_every_flipped_byte(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("safetensors", "beside"), BESIDE)
+    def test_every_flipped_byte(self, tmp_path: Path, safetensors: bool, beside: tuple[str, ...]) -> None:
         path = tmp_path / "checkpoint"
-        save_directory(small(), path)
+        save_directory(small(), path, safetensors=safetensors)
         assert verify_checkpoint(path).is_verified
         expected = contents(load_mapped(path)[0])
         state = (path / "state.pt").read_bytes()
@@ -259,20 +263,21 @@ class TestDirectory:
         manifest = (path / "manifest.json").read_text()
         # White space between the words of JSON may be another one.
         harmless["manifest.json"] = {number for number, sign in enumerate(manifest) if sign.isspace()}
-        for name in ("manifest.json", "state.pt", "tensors/00000.bin", "tensors/00001.bin"):
+        for name in ("manifest.json", "state.pt", *beside):
             data = (path / name).read_bytes()
             for position, damaged in flipped(data):
                 (path / name).write_bytes(damaged)
                 if not is_found(path):
-                    assert position in harmless[name], f"{name}: byte {position}"
+                    assert position in harmless.get(name, ()), f"{name}: byte {position}"
                     assert contents(load_mapped(path)[0]) == expected
             (path / name).write_bytes(data)
         assert json.loads(manifest)
 
-    def test_every_truncation(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("safetensors", "beside"), BESIDE)
+    def test_every_truncation(self, tmp_path: Path, safetensors: bool, beside: tuple[str, ...]) -> None:
         path = tmp_path / "checkpoint"
-        save_directory(small(), path)
-        for name in ("manifest.json", "state.pt", "tensors/00000.bin", "tensors/00001.bin"):
+        save_directory(small(), path, safetensors=safetensors)
+        for name in ("manifest.json", "state.pt", *beside):
             data = (path / name).read_bytes()
             end = len(data.rstrip()) if name == "manifest.json" else len(data)
             for length in range(0, end, 3):
