@@ -16,6 +16,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -29,6 +30,7 @@ from lightning_memload.save import (
     tensors_of_optimizers,
     write_torch,
 )
+from lightning_memload.transfer import verify_checkpoint
 from tests.checkpoint.files import ALL_DTYPES, as_bytes, layouts, of_dtype, tensors_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
@@ -280,3 +282,48 @@ def test_directory(tmp_path: Path) -> None:
     assert torch.equal(loaded["view"], weight[5 << 18 : 6 << 18].cpu())
     manifest = json.loads((path / "manifest.json").read_text())
     assert [storage["location"] for storage in manifest["storages"]] == ["cuda:0", "cpu"]
+
+
+def test_weights_for_other_programs(tmp_path: Path) -> None:
+    """Whatever lies how on the GPU is in order in the file, and as it was after a load; in bounded memory."""
+    torch.manual_seed(0)
+    kinds = [dtype for dtype in ALL_DTYPES if dtype not in (torch.complex128, torch.complex32)]
+    weights = {str(dtype): of_dtype(dtype).cuda() for dtype in kinds}
+    weights |= {name: tensor.cuda() for name, tensor in layouts().items()}
+    weights |= {"turned": torch.randn(5000, 9000, device="cuda").t(), "large": torch.randn(50 * MIB, device="cuda")}
+    weights |= {f"lstm.{name}": value.detach() for name, value in nn.LSTM(512, 512).cuda().named_parameters()}
+    obj = {"state_dict": weights, "optimizer_states": [torch.randn(30 * MIB, device="cuda"), torch.tensor(1.0)]}
+    save_directory({"state_dict": {"turned": torch.ones(8, 5, device="cuda").t()}}, tmp_path / "warm", safetensors=True)
+    torch.cuda.synchronize()
+    allocated = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with MemoryMonitor("cuda") as monitor:
+        stats = save_directory(obj, tmp_path / "last", safetensors=True, host_budget_bytes=64 * MIB)
+    assert 0 < stats.staging_bytes <= 64 * MIB
+    host = monitor.peaks.host_above_start_bytes
+    assert host is not None
+    assert host <= (64 + 32) * MIB
+    assert torch.cuda.max_memory_allocated() - allocated <= 64 * MIB + 16 * MIB
+    found = load_file(tmp_path / "last" / "model.safetensors")
+    assert [name for name in weights if as_bytes(found[name]) != as_bytes(weights[name].cpu())] == []
+    loaded, mapped = load_mapped(tmp_path / "last", weights_only=True)
+    for name, weight in weights.items():
+        assert loaded["state_dict"][name].stride() == weight.stride(), name
+        assert as_bytes(loaded["state_dict"][name]) == as_bytes(weight.cpu()), name
+    mapped.detach()
+    assert verify_checkpoint(tmp_path / "last").is_verified
+
+
+def test_what_has_not_changed_on_the_gpu_is_linked(tmp_path: Path) -> None:
+    frozen = torch.randn(20 * MIB, device="cuda")
+    trained = torch.zeros(1000, device="cuda")
+    before = None
+    for step in range(3):
+        trained += 1
+        path = tmp_path / str(step)
+        stats = save_directory({"frozen": frozen, "trained": trained}, path, link_unchanged_from=before)
+        assert stats.bytes_linked == (frozen.nbytes if step else 0)
+        before = path
+    frozen.view(torch.int32)[-1] ^= 1
+    assert save_directory({"frozen": frozen, "trained": trained}, path, link_unchanged_from=before).bytes_linked == 4000
+    assert as_bytes(load_mapped(path)[0]["frozen"]) == as_bytes(frozen.cpu())
