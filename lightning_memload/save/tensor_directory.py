@@ -180,7 +180,7 @@ class _WithSafetensors:
         pickled = pickle_object(obj, stubs=lambda storage: storage._cdata in places)
         for stretch in pickled.stretches:
             place = places.get(stretch.storage._cdata)
-            if place is not None and size_of(self._weights.contents[place]) != stretch.nbytes:
+            if place is not None and self._weights.contents[place] != stretch:
                 # An object that differs from one pickling to the next; its storages stay together.
                 places.clear()
                 pickled = pickle_object(obj)
@@ -222,21 +222,14 @@ class _WithSafetensors:
 
     def finish(self, place: Replacement, *, durable: bool) -> None:
         """Writes the manifest."""
-        weights, storages = self._weights, []
+        weights = self._weights
+        runs = list(zip(weights.offsets, map(size_of, weights.contents), self._crc32s, strict=True))
+        header, storages, copies = runs[0], [], dict(enumerate(runs[1:], start=1))
         for key in self._keys:
             storage = self.stretches[key].storage
-            number = weights.places[storage._cdata]
-            size, offset = size_of(weights.contents[number]), weights.offsets[number]
-            storages.append(StorageFile(str(key), size, self._crc32s[number], str(storage.device), offset))
-        shared = {0, *weights.places.values()}
-        copies = tuple(
-            (offset, size_of(content), crc32)
-            for number, (offset, content, crc32) in enumerate(
-                zip(weights.offsets, weights.contents, self._crc32s, strict=True)
-            )
-            if number not in shared
-        )
-        layout = WeightsLayout(weights.nbytes, size_of(weights.contents[0]), self._crc32s[0], copies)
+            offset, nbytes, crc32 = copies.pop(weights.places[storage._cdata])
+            storages.append(StorageFile(str(key), nbytes, crc32, str(storage.device), offset))
+        layout = WeightsLayout(weights.nbytes, header[1], header[2], tuple(copies.values()))
         _complete(place.temporary_path, [WEIGHTS_FILE, STATE_FILE], storages, layout, durable=durable)
 
 
