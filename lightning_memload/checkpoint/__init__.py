@@ -19,7 +19,7 @@ from lightning_memload.checkpoint.mapped import (
     span_bytes,
 )
 from lightning_memload.checkpoint.mapping import FileMapping
-from lightning_memload.checkpoint.source import ByteSource, FilePart, FileSet, LocalFile
+from lightning_memload.checkpoint.source import ByteSource, FilePart, FileSet, LocalFile, read_fully
 
 __all__ = [
     "ByteSource",
@@ -44,6 +44,7 @@ __all__ = [
     "lay_out",
     "load_mapped",
     "open_checkpoint",
+    "read_fully",
     "span_bytes",
     "span_elements",
 ]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lightning_memload.checkpoint.dcp_metadata import METADATA_NAME, Entry, Metadata, SavedTensor, read_metadata
-from lightning_memload.checkpoint.index import Checkpoint, ChunkInfo, KeyPath, StorageInfo, TensorInfo
+from lightning_memload.checkpoint.index import Checkpoint, ChunkInfo, KeyPath, StorageInfo, TensorInfo, format_path
 from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.source import FilePart, FileSet, LocalFile
@@ -157,10 +157,11 @@ class _Directory:
             mapping = mapped.mapping
         checkpoint = MappedCheckpoint(self.index, self.source, mapping)
 
-        def load_leaf(leaf: _Tensor | _Object) -> Any:
+        def load_leaf(path: KeyPath, leaf: _Tensor | _Object) -> Any:
             if isinstance(leaf, _Tensor):
                 info = leaf.info
-                return checkpoint.chunked_tensor(info.shape, info.dtype, info.chunks or (_only_chunk(info),))
+                chunks = info.chunks or (_only_chunk(info),)
+                return checkpoint.chunked_tensor(info.shape, info.dtype, chunks, name=format_path(path))
             data = io.BytesIO(leaf.part.pread(leaf.part.size_bytes, 0))
             return torch.load(data, map_location="cpu", weights_only=weights_only)
 
@@ -402,12 +403,12 @@ def _rename_for_trainer(root: dict[Any, Any], extra: dict[Any, Any]) -> None:
         root["optimizer_states"] = optimizers
 
 
-def _map_leaves(node: Any, function: Callable[[Any], Any]) -> Any:
+def _map_leaves(node: Any, function: Callable[[KeyPath, Any], Any], path: KeyPath = ()) -> Any:
     if isinstance(node, dict):
-        return {key: _map_leaves(value, function) for key, value in node.items()}
+        return {key: _map_leaves(value, function, (*path, key)) for key, value in node.items()}
     if isinstance(node, list):
-        return [_map_leaves(value, function) for value in node]
-    return None if node is None else function(node)
+        return [_map_leaves(value, function, (*path, position)) for position, value in enumerate(node)]
+    return None if node is None else function(path, node)
 
 
 def _leaves(node: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, _Tensor | _Object]]:

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_memload.checkpoint.index import Checkpoint, ChunkInfo, span_elements
 from lightning_memload.checkpoint.mapping import FileMapping
-from lightning_memload.checkpoint.source import FileSet
-from lightning_memload.errors import CheckpointFormatError, CheckpointReadError
+from lightning_memload.checkpoint.source import FileSet, read_fully
+from lightning_memload.errors import CheckpointFormatError
 
 __all__ = ["ChunkedTensor", "FilePiece", "MappedCheckpoint", "UnmappableCheckpoint", "span_bytes"]
 
@@ -77,9 +77,18 @@ class MappedCheckpoint:
         index = Checkpoint(path=os.fspath(path), format="unmapped", files=(), tensors=(), storages=())
         return cls(index, FileSet([]), None)
 
-    def chunked_tensor(self, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[ChunkInfo]) -> ChunkedTensor:
-        """A tensor that the checkpoint holds in several parts. No byte is read."""
-        values = _Values(shape, dtype, chunks, self.source)
+    def chunked_tensor(
+        self, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[ChunkInfo], *, name: str | None = None
+    ) -> ChunkedTensor:
+        """A tensor that the checkpoint holds in several parts. No byte is read.
+
+        Args:
+            shape: Its sizes.
+            dtype: Its element type.
+            chunks: The parts.
+            name: What to call it in messages.
+        """
+        values = _Values(shape, dtype, chunks, self.source, name)
         self._chunked.add(values)
         return ChunkedTensor(values)
 
@@ -166,9 +175,12 @@ class MappedCheckpoint:
 class _Values:
     """What a chunked tensor and its detached twins share: the parts in the files, or the values in memory."""
 
-    __slots__ = ("__weakref__", "_lock", "dtype", "memory", "pieces", "shape", "source")
+    __slots__ = ("__weakref__", "_lock", "dtype", "memory", "name", "pieces", "shape", "source")
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[ChunkInfo], source: FileSet) -> None:
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[ChunkInfo], source: FileSet, name: str | None
+    ) -> None:
+        self.name = name
         self.shape = torch.Size(shape)
         self.dtype = dtype
         self.source = source
@@ -204,7 +216,8 @@ class _Values:
         for start in range(0, length, rows):
             part = destination[start : start + rows] if piece.shape else destination
             data = bytearray(span_elements(part.shape, piece.stride) * self.dtype.itemsize)
-            _read_into(self.source, memoryview(data), piece.offset + start * row_bytes)
+            offset = piece.offset + start * row_bytes
+            read_fully(self.source, [memoryview(data)], offset, name_at=lambda _: self.name)
             part.copy_(torch.frombuffer(data, dtype=self.dtype).as_strided(part.shape, piece.stride))
 
 
@@ -309,21 +322,3 @@ def span_bytes(tensor: torch.Tensor) -> int:
 def _whole(tensor: torch.Tensor, offset: int) -> tuple[FilePiece, ...]:
     shape = tuple(tensor.shape)
     return (FilePiece(offset, tensor.stride(), (0,) * len(shape), shape),)
-
-
-def _read_into(source: FileSet, buffer: memoryview, offset: int) -> None:
-    while buffer:
-        path, position = source.place(offset)
-        try:
-            count = source.readv([buffer], offset)
-        except OSError as error:
-            raise CheckpointReadError(
-                f"Reading {path} failed at byte {position}: {error}.",
-                path=path, key=None, offset=position, errno=error.errno,
-            ) from error  # fmt: skip
-        if count <= 0:
-            raise CheckpointReadError(
-                f"{path} ends at byte {position}, but {len(buffer)} bytes more are needed: it was cut short.",
-                path=path, key=None, offset=position,
-            )  # fmt: skip
-        buffer, offset = buffer[count:], offset + count

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_memload.checkpoint import ByteSource, span_elements
-from lightning_memload.errors import CheckpointReadError, ChecksumError
+from lightning_memload.checkpoint import ByteSource, read_fully, span_elements
+from lightning_memload.errors import ChecksumError
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.plan import Check, Piece, Range, Read, Segment, plan_checks, plan_reads, split_strided
 from lightning_memload.transfer.staging import LazyRing, StagingRing, choose_layout
@@ -33,8 +33,6 @@ _DIRECT_BLOCK_BYTES = 1 << 20
 # Measured on one H100 with 16 cores (examples/benchmarks/resume.py --sweep). Into CPU memory more than 4 gain nothing.
 _MAX_THREADS_DEVICE = 12
 _MAX_THREADS_CPU = 4
-# The kernel takes at most 1024 buffers in one preadv (IOV_MAX).
-_MAX_BUFFERS_PER_READ = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +334,7 @@ class _Transfer:
                 skip = position - segment.start
                 parts.append((position, self._cpu_bytes(segment, skip)))
                 position = end
-        self._read([part for _, part in parts], job.read.offset)
+        read_fully(self._source, [part for _, part in parts], job.read.offset, name_at=self._name_at)
         for check in job.checks:
             self._verify(check, _cut(parts, check.start, check.nbytes))
         for segment in again:
@@ -361,7 +359,7 @@ class _Transfer:
         slot.wait()
         read = job.read
         staged = slot.view[: read.nbytes]
-        self._read([staged], read.offset)
+        read_fully(self._source, [staged], read.offset, name_at=self._name_at)
         for check in job.checks:
             self._verify(check, [staged[check.start : check.start + check.nbytes]])
         if job.piece is not None:
@@ -380,43 +378,6 @@ class _Transfer:
                     slot.tensor[segment.start : segment.start + segment.nbytes], non_blocking=self._stream is not None
                 )
         slot.mark()
-
-    def _read(self, buffers: list[memoryview], offset: int) -> None:
-        """Fills all buffers, however many calls that takes."""
-        while buffers:
-            batch = buffers[:_MAX_BUFFERS_PER_READ]
-            try:
-                count = self._source.readv(batch, offset)
-            except OSError as error:
-                name = self._name_at(offset)
-                path, position = self._source.place(offset)
-                raise CheckpointReadError(
-                    f"Reading {name or 'a tensor'} from {path} failed at byte {position}: {error}. The file is "
-                    "untouched; check the disk or the mount and start again.",
-                    path=path,
-                    key=name,
-                    offset=position,
-                    errno=error.errno,
-                ) from error
-            if count <= 0:
-                name = self._name_at(offset)
-                missing = sum(len(buffer) for buffer in buffers)
-                path, position = self._source.place(offset)
-                raise CheckpointReadError(
-                    f"{path} ends at byte {position}, but {name or 'a tensor'} needs {missing} bytes more: the file "
-                    "was cut short while it was read.",
-                    path=path,
-                    key=name,
-                    offset=position,
-                )
-            offset += count
-            rest = 0
-            while rest < len(batch) and count >= len(batch[rest]):
-                count -= len(batch[rest])
-                rest += 1
-            buffers = buffers[rest:]
-            if count:
-                buffers = [buffers[0][count:], *buffers[1:]]
 
     def _name_at(self, offset: int) -> str | None:
         for copy in self._copies:
