@@ -348,8 +348,8 @@ def _convertible(path: str) -> Iterator[None]:
         ) from reason
 
 
-def _find_files(path: str, metadata: Metadata) -> list[LocalFile]:
-    """Opens the files, ``meta.pt`` first.
+def _find_files(path: str, metadata: Metadata) -> list[str]:
+    """The files that hold data, ``meta.pt`` first.
 
     Raises:
         CheckpointFormatError: Files are missing, are no files, or end before what they must hold.
@@ -384,7 +384,7 @@ def _find_files(path: str, metadata: Metadata) -> list[LocalFile]:
         )
     if os.path.isfile(os.path.join(path, _EXTRA_NAME)) and _EXTRA_NAME not in ends:
         names.insert(0, _EXTRA_NAME)
-    return [LocalFile(os.path.join(path, name), keep_open=len(names) <= 64) for name in names]
+    return [os.path.join(path, name) for name in names]
 
 
 def _rename_for_trainer(root: dict[Any, Any], extra: dict[Any, Any]) -> None:

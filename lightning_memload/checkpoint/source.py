@@ -294,11 +294,9 @@ class FileSet:
         OSError: A file cannot be opened.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str] | LocalFile], *, drop_behind: bool = False) -> None:
+    def __init__(self, paths: Sequence[str | os.PathLike[str]], *, drop_behind: bool = False) -> None:
         keep_open = len(paths) <= _MAX_OPEN_FILES
-        self.files = tuple(
-            path if isinstance(path, LocalFile) else LocalFile(path, keep_open=keep_open) for path in paths
-        )
+        self.files = tuple(LocalFile(path, keep_open=keep_open) for path in paths)
         self.spans = lay_out((file.name, file.size_bytes) for file in self.files)
         self._starts = [span.start for span in self.spans]
         self._drop_behind = False
