@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from lightning_memload.checkpoint.index import lay_out
+from lightning_memload.checkpoint.index import lay_out, place_in
 from lightning_memload.errors import CheckpointReadError
 
 __all__ = ["ByteSource", "FilePart", "FileSet", "LocalFile", "read_fully"]
@@ -320,8 +320,7 @@ class FileSet:
 
     def place(self, offset: int) -> tuple[str, int]:
         """The file at an offset and the position within it, see :class:`ByteSource`."""
-        span = self.spans[bisect_right(self._starts, offset) - 1]
-        return span.path, offset - span.start
+        return place_in(self.spans, offset)
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fills buffers from an offset, see :class:`ByteSource`. Ends at the end of a file at the latest."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -157,19 +156,13 @@ class _Verification:
             if section.nbytes == 0:
                 continue
             if section.offset < end:
-                path, position = self._place(section.offset)
+                path, position = self._inventory.place(section.offset)
                 problem = f"{path} is damaged: {section.key} begins at byte {position}, within {kept[-1].key}."
                 self.damage.append(Damage(path, problem, key=section.key, offset=position))
                 continue
             kept.append(section)
             end = section.offset + section.nbytes
         return kept
-
-    def _place(self, offset: int) -> tuple[str, int]:
-        """The file at an offset of the inventory, and the position within it."""
-        files = self._inventory.files
-        span = files[bisect_right(files, offset, key=lambda file: file.start) - 1]
-        return span.path, offset - span.start
 
     def read_all(self, progress: Callable[[int, int], None] | None) -> None:
         """Reads every section."""
@@ -221,7 +214,7 @@ class _Verification:
                 if part.section in self._unreadable:
                     return
                 self._unreadable.add(part.section)
-                path, position = self._place(part.offset)
+                path, position = self._inventory.place(part.offset)
                 problem = f"{path} cannot be read at byte {position}, within {section.key}: {error}."
                 self.damage.append(Damage(path, problem, key=section.key, offset=position))
             return
@@ -237,7 +230,7 @@ class _Verification:
                 self.bytes_verified += section.nbytes
                 self.num_verified += 1
                 return
-            path, position = self._place(section.offset)
+            path, position = self._inventory.place(section.offset)
             problem = (
                 f"{path} is damaged: the {section.nbytes} bytes of {section.key} at byte {position} have CRC-32 "
                 f"{actual:#010x}, but {section.crc32:#010x} is recorded."
