@@ -25,7 +25,7 @@ from lightning_memload.errors import CheckpointFormatError, IncompatibleWeightsE
 from lightning_memload.restore.meta import meta_names
 from lightning_memload.restore.session import RestoreSession
 from lightning_memload.restore.weights import WeightsRestore
-from lightning_memload.transfer import start_ring
+from lightning_memload.transfer import check_host_budget, check_num_threads, start_ring
 
 __all__ = ["LoadOptions", "WeightsSource", "find_state_dict", "load_weights", "open_any", "rename_keys"]
 
@@ -139,10 +139,8 @@ class LoadOptions:
     def __post_init__(self) -> None:
         if self.mode not in ("copy", "assign"):
             raise ValueError(f"mode must be 'copy' or 'assign', got {self.mode!r}.")
-        if self.host_budget_mib < 1:
-            raise ValueError(f"host_budget_mib must be at least 1 (MiB), got {self.host_budget_mib}.")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise ValueError(f"num_threads must be at least 1, or None to choose, got {self.num_threads}.")
+        check_host_budget(self.host_budget_mib)
+        check_num_threads(self.num_threads)
         if self.device.type == "meta":
             raise ValueError("device must be a place for values, got 'meta'.")
         if self.device.type == "cuda" and not torch.cuda.is_available():

@@ -9,7 +9,15 @@ from lightning_memload.transfer.engine import (
     start_ring,
     transfer,
 )
-from lightning_memload.transfer.staging import MIN_BUDGET_BYTES, LazyRing, RingLayout, StagingRing, choose_layout
+from lightning_memload.transfer.staging import (
+    MIN_BUDGET_BYTES,
+    LazyRing,
+    RingLayout,
+    StagingRing,
+    check_host_budget,
+    check_num_threads,
+    choose_layout,
+)
 from lightning_memload.transfer.verify import VerifyReport, verify_checkpoint
 
 __all__ = [
@@ -22,6 +30,8 @@ __all__ = [
     "TransferStats",
     "VerifyReport",
     "available_cpus",
+    "check_host_budget",
+    "check_num_threads",
     "choose_layout",
     "default_threads",
     "start_ring",

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["MIN_BUDGET_BYTES", "LazyRing", "RingLayout", "StagingRing", "choose_layout"]
+__all__ = [
+    "MIN_BUDGET_BYTES",
+    "LazyRing",
+    "RingLayout",
+    "StagingRing",
+    "check_host_budget",
+    "check_num_threads",
+    "choose_layout",
+]
 
 # Beyond 16 MiB a block nothing is gained; below 8 MiB the interpreter's lock limits the transfer, not the disk
 # (examples/benchmarks/resume.py --sweep, one H100 with 16 cores).
@@ -41,6 +49,26 @@ class RingLayout:
     def nbytes(self) -> int:
         """Host memory of the whole ring in bytes, never more than the budget it was chosen for."""
         return self.num_buffers * self.block_bytes
+
+
+def check_host_budget(host_budget_mib: int) -> None:
+    """Refuses a budget that is none, where a user gives it.
+
+    Raises:
+        ValueError: It is less than 1 MiB.
+    """
+    if host_budget_mib < 1:
+        raise ValueError(f"host_budget_mib must be at least 1 (MiB), got {host_budget_mib}.")
+
+
+def check_num_threads(num_threads: int | None) -> None:
+    """Refuses a number of threads that is none, where a user gives it.
+
+    Raises:
+        ValueError: It is less than 1, and not ``None``.
+    """
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"num_threads must be at least 1, or None to choose, got {num_threads}.")
 
 
 def choose_layout(budget_bytes: int, num_threads: int) -> RingLayout:

@@ -19,6 +19,7 @@ from lightning_memload.checkpoint import Damage, FileSet, Inventory, Section, fi
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.engine import available_cpus
 from lightning_memload.transfer.plan import MAX_GAP_BYTES
+from lightning_memload.transfer.staging import check_num_threads
 
 __all__ = ["VerifyReport", "verify_checkpoint"]
 
@@ -103,8 +104,7 @@ def verify_checkpoint(
     Peak memory: 1 MiB for each thread, and the index: some hundred bytes for every tensor and every MiB that is being
     read, plus the pickled objects beside the tensors.
     """
-    if num_threads is not None and num_threads < 1:
-        raise ValueError(f"num_threads must be at least 1, or None to choose, got {num_threads}.")
+    check_num_threads(num_threads)
     started = time.perf_counter()
     name = os.fspath(path)
     inventory = find_format(name).take_inventory(name)
