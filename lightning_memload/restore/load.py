@@ -20,8 +20,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_memload.checkpoint import MappedCheckpoint, UnmappableCheckpoint, load_mapped
 from lightning_memload.errors import CheckpointFormatError, IncompatibleWeightsError, MetaTensorError, listed
+from lightning_memload.restore.allocation import meta_names
 from lightning_memload.restore.matching import require_all_taken, require_match
-from lightning_memload.restore.meta import meta_names
 from lightning_memload.restore.session import RestoreSession
 from lightning_memload.restore.state_dict import find_state_dict, key_filter, rename_keys
 from lightning_memload.restore.weights import WeightsRestore
