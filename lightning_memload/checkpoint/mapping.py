@@ -100,10 +100,6 @@ class FileMapping:
         """Bytes under storages that are still alive."""
         return sum(self._ranges[token][1] for token in list(self._spans))
 
-    def is_pristine(self, offset: int, nbytes: int) -> bool:
-        """Whether nobody wrote to ``nbytes`` bytes from ``offset`` on, see :meth:`are_pristine`."""
-        return self.are_pristine([(offset, offset + max(nbytes, 1))])[0]
-
     def are_pristine(self, ranges: Sequence[tuple[int, int]]) -> list[bool]:
         """Whether nobody wrote to these bytes since they were mapped, so that the file still tells what they are.
 

@@ -288,19 +288,17 @@ class FileSet:
 
     Args:
         paths: The files, in the order of the index. Closed together with the set.
-        drop_behind: As for :class:`LocalFile`.
 
     Raises:
         OSError: A file cannot be opened.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str]], *, drop_behind: bool = False) -> None:
+    def __init__(self, paths: Sequence[str | os.PathLike[str]]) -> None:
         keep_open = len(paths) <= _MAX_OPEN_FILES
         self.files = tuple(LocalFile(path, keep_open=keep_open) for path in paths)
         self.spans = lay_out((file.name, file.size_bytes) for file in self.files)
         self._starts = [span.start for span in self.spans]
         self._drop_behind = False
-        self.drop_behind = drop_behind
 
     @property
     def nbytes(self) -> int:

@@ -1,8 +1,8 @@
 """One restore of one checkpoint: what weights and optimizers share while it lasts.
 
-The session owns the staging ring, counts, and answers the two questions that
-both restorers ask: does this tensor still lie in the file, and does what is needed fit. It ends with :meth:`close`,
-after which nothing of the checkpoint is mapped or open.
+The session owns the staging ring, counts, and answers the two questions that both restorers ask: does this tensor still
+lie in the file, and does what is needed fit. It ends with :meth:`close`, after which nothing of the checkpoint is
+mapped or open.
 """
 
 from __future__ import annotations
@@ -76,8 +76,7 @@ class RestoreSession:
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
-        self.check_fit = check_fit
-        self.verify = verify
+        self._check_fit = check_fit
         checkpoint.source.drop_behind = drop_behind
         self.stats = TransferStats()
         self.bytes_copied_ordinarily = 0
@@ -139,7 +138,7 @@ class RestoreSession:
         Raises:
             InsufficientMemoryError: A device, or the host, has less than that.
         """
-        if not self.check_fit:
+        if not self._check_fit:
             return
         needs = dict(needed_bytes)
         if self.device.type != "cpu":
