@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lightning_memload.memory.cgroup import CgroupMemory
 from lightning_memload.memory.device import (
     DeviceSample,
     cuda_memory,
@@ -25,7 +26,6 @@ from lightning_memload.memory.device import (
     resolve_cuda_device,
 )
 from lightning_memload.memory.host import (
-    CgroupMemory,
     HostMeter,
     HostSample,
     HostStatus,
