@@ -13,14 +13,16 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_memload.transfer.threads import default_threads
+
 __all__ = [
     "MIN_BUDGET_BYTES",
     "LazyRing",
     "RingLayout",
     "StagingRing",
     "check_host_budget",
-    "check_num_threads",
     "choose_layout",
+    "start_ring",
 ]
 
 # Beyond 16 MiB a block nothing is gained; below 8 MiB the interpreter's lock limits the transfer, not the disk
@@ -59,16 +61,6 @@ def check_host_budget(host_budget_mib: int) -> None:
     """
     if host_budget_mib < 1:
         raise ValueError(f"host_budget_mib must be at least 1 (MiB), got {host_budget_mib}.")
-
-
-def check_num_threads(num_threads: int | None) -> None:
-    """Refuses a number of threads that is none, where a user gives it.
-
-    Raises:
-        ValueError: It is less than 1, and not ``None``.
-    """
-    if num_threads is not None and num_threads < 1:
-        raise ValueError(f"num_threads must be at least 1, or None to choose, got {num_threads}.")
 
 
 def choose_layout(budget_bytes: int, num_threads: int) -> RingLayout:
@@ -217,3 +209,24 @@ class LazyRing:
             self._ring = StagingRing(self.layout, pinned=self._pinned)
         except BaseException as error:
             self._error = error
+
+
+def start_ring(
+    device: torch.device, budget_bytes: int, num_threads: int | None = None, num_processes: int = 1
+) -> LazyRing:
+    """The staging ring for tensors on a device, which for CUDA is made and pinned from now on, beside the caller.
+
+    Args:
+        device: Where the tensors go.
+        budget_bytes: The most host memory for it.
+        num_threads: Threads to read with. ``None``: :func:`default_threads`.
+        num_processes: See :func:`default_threads`.
+
+    Raises:
+        ValueError: The budget is too small.
+    """
+    layout = choose_layout(budget_bytes, num_threads or default_threads(device, num_processes))
+    ring = LazyRing(layout, pinned=device.type == "cuda")
+    if device.type == "cuda":
+        ring.prepare()
+    return ring

@@ -12,14 +12,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from lightning_memload.checkpoint import Damage, FileSet, Inventory, Section, find_format
 from lightning_memload.transfer.checksums import PartialChecksums
-from lightning_memload.transfer.engine import available_cpus
 from lightning_memload.transfer.plan import MAX_GAP_BYTES
-from lightning_memload.transfer.staging import check_num_threads
+from lightning_memload.transfer.threads import available_cpus, check_num_threads, run_threads
 
 __all__ = ["VerifyReport", "verify_checkpoint"]
 
@@ -176,36 +174,26 @@ class _Verification:
             if self.num_threads == 1:
                 self._work(source)
                 return
-            with ThreadPoolExecutor(self.num_threads, thread_name_prefix="memload") as pool:
-                futures = [pool.submit(self._work, source) for _ in range(self.num_threads)]
-                try:
-                    for future in futures:
-                        future.result()
-                finally:
-                    self._stop.set()
+            run_threads(lambda: self._work(source), self.num_threads, self._stop)
         finally:
             source.close()
 
     def _work(self, source: FileSet) -> None:
         buffer = memoryview(bytearray(_BLOCK_BYTES))
-        try:
-            while not self._stop.is_set():
-                with self._lock:
-                    parts = next(self._reads, None)
-                if parts is None:
-                    return
-                start = parts[0].offset
-                data = buffer[: parts[-1].offset + parts[-1].nbytes - start]
-                error = _fill(source, data, start)
-                for part in parts:
-                    self._take(part, data[part.offset - start :][: part.nbytes], error)
-                with self._lock:
-                    self._done_bytes += sum(part.nbytes for part in parts)
-                    if self._progress is not None:
-                        self._progress(self._done_bytes, self.total_bytes)
-        except BaseException:
-            self._stop.set()
-            raise
+        while not self._stop.is_set():
+            with self._lock:
+                parts = next(self._reads, None)
+            if parts is None:
+                return
+            start = parts[0].offset
+            data = buffer[: parts[-1].offset + parts[-1].nbytes - start]
+            error = _fill(source, data, start)
+            for part in parts:
+                self._take(part, data[part.offset - start :][: part.nbytes], error)
+            with self._lock:
+                self._done_bytes += sum(part.nbytes for part in parts)
+                if self._progress is not None:
+                    self._progress(self._done_bytes, self.total_bytes)
 
     def _take(self, part: _Part, data: memoryview, error: str | None) -> None:
         section = self._sections[part.section]
