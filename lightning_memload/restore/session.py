@@ -84,10 +84,9 @@ class RestoreSession:
         self._on_progress = on_progress
         self._on_pinned = on_pinned
         self._to_free: list[torch.Tensor] = []
-        # What pages_of gave away: where each range starts, in order, and where it ends.
+        # What pages_of gave away: start and end of each range, in order.
         self._pages: FileMapping | None = None
-        self._given: list[int] = []
-        self._ends: dict[int, int] = {}
+        self._given: list[tuple[int, int]] = []
         names: dict[str, str] = {}
         for tensor in checkpoint.index:
             for storage in tensor.storages:
@@ -183,14 +182,13 @@ class RestoreSession:
 
     def _give_pages(self, tensor: torch.Tensor, start: int) -> torch.Tensor | None:
         end = start + span_bytes(tensor)
-        position = bisect_left(self._given, start)
-        before, after = self._given[position - 1 : position], self._given[position : position + 1]
-        if any(self._ends[other] > start for other in before) or any(other < end for other in after):
+        position = bisect_left(self._given, (start, end))
+        neighbours = self._given[max(0, position - 1) : position + 1]
+        if any(other_start < end and start < other_end for other_start, other_end in neighbours):
             return None
         if self._pages is None:
             self._pages = FileMapping(self.checkpoint.source)
-        self._given.insert(position, start)
-        self._ends[start] = end
+        self._given.insert(position, (start, end))
         storage = self._pages.storage(start, end - start)
         return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
 
