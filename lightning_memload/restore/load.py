@@ -29,7 +29,7 @@ from lightning_memload.transfer import check_host_budget, check_num_threads, sta
 
 __all__ = ["LoadOptions", "WeightsSource", "load_weights", "open_any"]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 _MIB = 2**20
 
@@ -148,7 +148,7 @@ class LoadOptions:
         """Whether parameters become the file's own pages."""
         return self.mode == "assign"
 
-    def open(self, load: Callable[[], tuple[T, MappedCheckpoint]]) -> tuple[T, RestoreSession]:
+    def open(self, load: Callable[[], tuple[_T, MappedCheckpoint]]) -> tuple[_T, RestoreSession]:
         """Opens a checkpoint, while the staging ring is made ready beside.
 
         Args:
