@@ -1,5 +1,6 @@
 """From disk to index: which bytes of a file are which tensor, and the file's object with its tensors left there."""
 
+from lightning_memload.checkpoint.chunked import ChunkedTensor, FilePiece
 from lightning_memload.checkpoint.formats import CheckpointFormat, find_format, load_mapped, open_checkpoint
 from lightning_memload.checkpoint.index import (
     Checkpoint,
@@ -11,16 +12,10 @@ from lightning_memload.checkpoint.index import (
     span_elements,
 )
 from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
-from lightning_memload.checkpoint.mapped import (
-    ChunkedTensor,
-    FilePiece,
-    MappedCheckpoint,
-    UnmappableCheckpoint,
-    span_bytes,
-)
+from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint, span_bytes
 from lightning_memload.checkpoint.mapping import FileMapping
-from lightning_memload.checkpoint.safetensors import SAFETENSORS_DTYPES
-from lightning_memload.checkpoint.source import ByteSource, FilePart, FileSet, LocalFile
+from lightning_memload.checkpoint.safetensors_header import SAFETENSORS_DTYPES
+from lightning_memload.checkpoint.source import ByteSource, FilePart, FileSet, LocalFile, read_fully
 
 __all__ = [
     "SAFETENSORS_DTYPES",
@@ -46,6 +41,7 @@ __all__ = [
     "lay_out",
     "load_mapped",
     "open_checkpoint",
+    "read_fully",
     "span_bytes",
     "span_elements",
 ]

@@ -3,8 +3,7 @@
 ``.metadata`` says which stretch of which file is which part of which tensor, and each stretch is a small archive of
 ``torch.save``. So every tensor's bytes are known, with their CRC-32, and the tensors can stay in the files: chunked
 ones, since a part begins at any byte. The object is put together as it was saved; a checkpoint of a Trainer becomes the
-ordinary one, with ``state_dict``, ``optimizer_states`` and all that is in ``meta.pt``. Optimizer states stay under the
-names of their parameters, as the strategies save them.
+ordinary one, with ``state_dict``, ``optimizer_states`` and all that is in ``meta.pt``.
 """
 
 from __future__ import annotations
@@ -13,14 +12,15 @@ import contextlib
 import io
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from lightning_memload.checkpoint.dcp_metadata import METADATA_NAME, Entry, Metadata, SavedTensor, read_metadata
-from lightning_memload.checkpoint.index import Checkpoint, ChunkInfo, KeyPath, StorageInfo, TensorInfo
+from lightning_memload.checkpoint.dcp_structure import assemble, map_leaves, rename_for_trainer, walk_leaves
+from lightning_memload.checkpoint.index import Checkpoint, ChunkInfo, KeyPath, StorageInfo, TensorInfo, format_path
 from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.source import FilePart, FileSet, LocalFile
@@ -34,8 +34,6 @@ _EXTRA_NAME = "meta.pt"
 _SUFFIX = ".distcp"
 # Lightning writes it into every checkpoint of a Trainer and demands it when it loads one.
 _VERSION_KEY = "pytorch-lightning_version"
-# Lists lose their empty containers when they are flattened. More holes than this are nobody's list.
-_MAX_HOLES = 100_000
 
 
 class DcpDirectory:
@@ -108,30 +106,12 @@ class _Object:
     pickled: bytes
 
 
-class _Positions(dict[int, Any]):
-    """A list that is being put together in any order."""
-
-
 class _Directory:
     """One directory, read and checked: its files, the index, and the saved object with placeholders for its leaves."""
 
     def __init__(self, path: str) -> None:
         self._path = path
-        metadata_path = os.path.join(path, METADATA_NAME)
-        if not os.path.isfile(metadata_path):
-            of_ranks = sorted(name for name in os.listdir(path) if name.endswith(METADATA_NAME))
-            if of_ranks:
-                raise CheckpointFormatError(
-                    f"{path} holds the metadata of each rank by itself ({listed(of_ranks)}), since it was saved with "
-                    f"use_collectives=False, and no {METADATA_NAME} of all. Save it with use_collectives=True.",
-                    path=path,
-                )
-            raise CheckpointFormatError(
-                f"{path} holds {_SUFFIX} files but no {METADATA_NAME}, which torch.distributed.checkpoint writes last: "
-                "the save was not finished, or the file was left behind in a copy. Copy it again, or resume from "
-                "another checkpoint.",
-                path=path,
-            )
+        metadata_path = _find_metadata(path)
         self._metadata = metadata = read_metadata(metadata_path)
         self.source = FileSet(_find_files(path, metadata))
         try:
@@ -141,7 +121,11 @@ class _Directory:
                 self._extra = read_index(self._files[_EXTRA_NAME]) if _EXTRA_NAME in self._files else None
                 self._walked: dict[Any, tuple[tuple[TensorInfo, ...], tuple[StorageInfo, ...]]] = {}
                 leaves = {name: self._read_item(name, item) for name, item in metadata.items.items()}
-                self._root = self._restore_structure(metadata, leaves)
+                self._root = assemble(leaves, metadata.paths, self._read_numbers, metadata_path)
+                if self._extra is not None:
+                    extra = self._read_extra_structure()
+                    if _VERSION_KEY in extra:
+                        rename_for_trainer(self._root, extra)
                 self.index = self._make_index()
         except BaseException:
             self.source.close()
@@ -157,22 +141,20 @@ class _Directory:
             mapping = mapped.mapping
         checkpoint = MappedCheckpoint(self.index, self.source, mapping)
 
-        def load_leaf(leaf: _Tensor | _Object) -> Any:
+        def load_leaf(path: KeyPath, leaf: _Tensor | _Object) -> Any:
             if isinstance(leaf, _Tensor):
                 info = leaf.info
-                return checkpoint.chunked_tensor(info.shape, info.dtype, info.chunks or (_only_chunk(info),))
+                chunks = info.chunks or (_only_chunk(info),)
+                return checkpoint.chunked_tensor(info.shape, info.dtype, chunks, name=format_path(path))
             data = io.BytesIO(leaf.part.pread(leaf.part.size_bytes, 0))
             return torch.load(data, map_location="cpu", weights_only=weights_only)
 
-        loaded = _map_leaves(self._root, load_leaf)
+        loaded = map_leaves(self._root, load_leaf)
         return {**loaded, **extra}, checkpoint
 
     def take_inventory(self) -> Inventory:
         """Lists the records of all entries, which are sound as far as they describe tensors."""
-        entries: dict[tuple[str, int], Entry] = {}
-        for item in self._metadata.items.values():
-            for entry in [item] if isinstance(item, Entry) else [part.entry for part in item.parts]:
-                entries[entry.file, entry.offset] = entry
+        entries = {(entry.file, entry.offset): entry for entry in self._metadata.entries}
         parts: list[tuple[LocalFile | FilePart, int]] = []
         for entry in entries.values():
             file = self._files[entry.file]
@@ -250,60 +232,12 @@ class _Directory:
 
     # The saved object -----------------------------------------------------------------------------------------------
 
-    def _restore_structure(self, metadata: Metadata, leaves: dict[str, _Tensor | _Object]) -> dict[Any, Any]:
-        root: dict[Any, Any] = {}
-        for name, leaf in leaves.items():
-            self._place(root, name, metadata.paths[name], leaf)
-        self._holes = 0
-        settled: dict[Any, Any] = self._settle(root)
-        if self._extra is not None:
-            extra = self._read_extra_structure()
-            if _VERSION_KEY in extra:
-                _rename_for_trainer(settled, extra)
-        return settled
-
-    def _place(self, root: dict[Any, Any], name: str, path: KeyPath, leaf: _Tensor | _Object) -> None:
-        node: Any = root
-        for depth, key in enumerate(path):
-            last = depth + 1 == len(path)
-            child: Any = leaf if last else _Positions() if isinstance(path[depth + 1], int) else {}
-            found = node.setdefault(key, child)
-            if type(found) is not type(child) or (last and found is not leaf):
-                raise CheckpointFormatError(
-                    f"{os.path.join(self._path, METADATA_NAME)} is damaged: the keys {path} that lead to {name} lead "
-                    "to something else as well. Resume from another checkpoint.",
-                    path=os.path.join(self._path, METADATA_NAME),
-                )
-            node = found
-
-    def _settle(self, node: Any) -> Any:
-        """Lists for positions, and an optimizer's states under the ids that it saved."""
-        if isinstance(node, _Positions):
-            length = max(node) + 1
-            self._holes += length - len(node)
-            if self._holes > _MAX_HOLES:
-                raise CheckpointFormatError(
-                    f"{os.path.join(self._path, METADATA_NAME)} is damaged: it describes lists with more than "
-                    f"{_MAX_HOLES} positions that hold nothing. Resume from another checkpoint.",
-                    path=os.path.join(self._path, METADATA_NAME),
-                )
-            return [self._settle(node.get(position)) for position in range(length)]
-        if not isinstance(node, dict):
-            return node
-        settled = {key: self._settle(value) for key, value in node.items()}
-        groups = settled.get("param_groups")
-        if isinstance(groups, list) and all(isinstance(group, dict) and "params" in group for group in groups):
-            # Flattening makes strings of an optimizer's numbers, and loses a state that is empty.
-            numbers = {str(number): number for group in groups for number in self._read_numbers(group["params"])}
-            settled["state"] = {numbers.get(key, key): value for key, value in settled.get("state", {}).items()}
-        return settled
-
-    def _read_numbers(self, leaf: Any) -> Iterable[int]:
-        ids = self._read_plain(leaf.part, leaf.pickled) if isinstance(leaf, _Object) else None
+    def _read_numbers(self, leaf: Any) -> list[int]:
+        """The numbers of an optimizer's parameters, from what lists them. Names are none."""
+        if not isinstance(leaf, _Object):
+            return []
+        ids = read_structure(leaf.part.name, leaf.pickled, read_records(leaf.part)[0])
         return [number for number in ids if type(number) is int] if isinstance(ids, list) else []
-
-    def _read_plain(self, part: FilePart, pickled: bytes) -> Any:
-        return read_structure(part.name, pickled, read_records(part)[0])
 
     def _read_extra_structure(self) -> Any:
         file = self._files[_EXTRA_NAME]
@@ -318,7 +252,7 @@ class _Directory:
     def _make_index(self) -> Checkpoint:
         tensors: list[TensorInfo] = []
         storages: list[StorageInfo] = []
-        for path, leaf in _leaves(self._root):
+        for path, leaf in walk_leaves(self._root):
             if isinstance(leaf, _Tensor):
                 tensors.append(replace(leaf.info, path=path))
                 storages.extend(leaf.info.storages)
@@ -347,8 +281,32 @@ def _convertible(path: str) -> Iterator[None]:
         ) from reason
 
 
-def _find_files(path: str, metadata: Metadata) -> list[LocalFile]:
-    """Opens the files, ``meta.pt`` first.
+def _find_metadata(path: str) -> str:
+    """The file that says what the directory holds.
+
+    Raises:
+        CheckpointFormatError: There is none.
+    """
+    metadata_path = os.path.join(path, METADATA_NAME)
+    if os.path.isfile(metadata_path):
+        return metadata_path
+    of_ranks = sorted(name for name in os.listdir(path) if name.endswith(METADATA_NAME))
+    if of_ranks:
+        raise CheckpointFormatError(
+            f"{path} holds the metadata of each rank by itself ({listed(of_ranks)}), since it was saved with "
+            f"use_collectives=False, and no {METADATA_NAME} of all. Save it with use_collectives=True.",
+            path=path,
+        )
+    raise CheckpointFormatError(
+        f"{path} holds {_SUFFIX} files but no {METADATA_NAME}, which torch.distributed.checkpoint writes last: "
+        "the save was not finished, or the file was left behind in a copy. Copy it again, or resume from "
+        "another checkpoint.",
+        path=path,
+    )
+
+
+def _find_files(path: str, metadata: Metadata) -> list[str]:
+    """The files that hold data, ``meta.pt`` first.
 
     Raises:
         CheckpointFormatError: Files are missing, are no files, or end before what they must hold.
@@ -383,42 +341,7 @@ def _find_files(path: str, metadata: Metadata) -> list[LocalFile]:
         )
     if os.path.isfile(os.path.join(path, _EXTRA_NAME)) and _EXTRA_NAME not in ends:
         names.insert(0, _EXTRA_NAME)
-    return [LocalFile(os.path.join(path, name), keep_open=len(names) <= 64) for name in names]
-
-
-def _rename_for_trainer(root: dict[Any, Any], extra: dict[Any, Any]) -> None:
-    """Gives what Lightning's strategies renamed when they saved its name in an ordinary checkpoint again."""
-    if "state_dict" not in root:
-        # FSDPStrategy; ModelParallelStrategy leaves the name.
-        weights = root.pop("model", {})
-        rest = dict(root)
-        root.clear()
-        root.update(state_dict=weights, **rest)
-    optimizers: list[Any] = []
-    while f"optimizer_{len(optimizers)}" in root:
-        optimizers.append(root.pop(f"optimizer_{len(optimizers)}"))
-    # A checkpoint without optimizers leaves no trace of the empty list; one of weights only has no schedulers either.
-    if optimizers or "lr_schedulers" in extra:
-        root["optimizer_states"] = optimizers
-
-
-def _map_leaves(node: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(node, dict):
-        return {key: _map_leaves(value, function) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_map_leaves(value, function) for value in node]
-    return None if node is None else function(node)
-
-
-def _leaves(node: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, _Tensor | _Object]]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _leaves(value, (*path, key))
-    elif isinstance(node, list):
-        for position, value in enumerate(node):
-            yield from _leaves(value, (*path, position))
-    elif node is not None:
-        yield path, node
+    return [os.path.join(path, name) for name in names]
 
 
 def _only_chunk(info: TensorInfo) -> ChunkInfo:

@@ -25,6 +25,7 @@ __all__ = [
     "TensorInfo",
     "format_path",
     "lay_out",
+    "place_in",
     "span_elements",
 ]
 
@@ -59,6 +60,12 @@ def lay_out(files: Iterable[tuple[str, int]]) -> tuple[FileSpan, ...]:
         # Two files must never share a page, not even when the first is empty: a page has one file under it.
         start += max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
     return tuple(spans)
+
+
+def place_in(files: Sequence[FileSpan], offset: int) -> tuple[str, int]:
+    """The file at an offset of the run of all files, and the position within that file."""
+    span = files[bisect_right(files, offset, key=lambda file: file.start) - 1]
+    return span.path, offset - span.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +202,7 @@ class Checkpoint:
 
     def place(self, offset: int) -> tuple[str, int]:
         """The file at an offset, and the position within that file."""
-        span = self.files[bisect_right(self.files, offset, key=lambda file: file.start) - 1]
-        return span.path, offset - span.start
+        return place_in(self.files, offset)
 
     @property
     def file_size(self) -> int:

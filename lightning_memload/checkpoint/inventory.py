@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_memload.checkpoint.index import FileSpan
+from lightning_memload.checkpoint.index import FileSpan, place_in
 
 __all__ = ["Damage", "Inventory", "Section"]
 
@@ -72,3 +72,7 @@ class Inventory:
     files: tuple[FileSpan, ...]
     sections: tuple[Section, ...]
     damage: tuple[Damage, ...]
+
+    def place(self, offset: int) -> tuple[str, int]:
+        """The file at an offset, and the position within that file."""
+        return place_in(self.files, offset)

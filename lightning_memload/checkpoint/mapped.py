@@ -1,58 +1,28 @@
 """A loaded object whose tensors still lie in the file, and the question where.
 
-Most tensors are ordinary ones on top of the mapping. A tensor that the file holds in several parts cannot be that: it
-is a :class:`ChunkedTensor`, which knows its parts and becomes an ordinary tensor when somebody touches its values.
+Most tensors are ordinary ones on top of the mapping; what the file holds in several parts is a :class:`ChunkedTensor`.
+The answer is a few bytes of arithmetic, and ``None`` for whatever somebody wrote to.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import threading
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch.utils._pytree import tree_map_only
 
+from lightning_memload.checkpoint.chunked import ChunkedTensor, ChunkedValues, FilePiece
 from lightning_memload.checkpoint.index import Checkpoint, ChunkInfo, span_elements
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.source import FileSet
-from lightning_memload.errors import CheckpointFormatError, CheckpointReadError
+from lightning_memload.errors import CheckpointFormatError
 
-__all__ = ["ChunkedTensor", "FilePiece", "MappedCheckpoint", "UnmappableCheckpoint", "span_bytes"]
-
-# Of a chunked tensor that somebody touches, read at a time.
-_READ_BLOCK_BYTES = 16 << 20
+__all__ = ["MappedCheckpoint", "UnmappableCheckpoint", "span_bytes"]
 
 
 class UnmappableCheckpoint(CheckpointFormatError):
     """A sound checkpoint whose tensors do not lie in the file as they are needed: compressed, or byte-swapped."""
-
-
-@dataclass(frozen=True, slots=True)
-class FilePiece:
-    """Where a part of a tensor, or all of it, lies.
-
-    Attributes:
-        offset: Position of its first element.
-        stride: Strides there, in elements.
-        starts: Position of its first element in the tensor, for every dimension.
-        shape: Sizes of the part.
-    """
-
-    offset: int
-    stride: tuple[int, ...]
-    starts: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    def within(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of a tensor, of the whole tensor's shape, that this piece is: a view."""
-        if self.shape == tensor.shape:
-            return tensor
-        return tensor[tuple(slice(start, start + n) for start, n in zip(self.starts, self.shape, strict=True))]
 
 
 class MappedCheckpoint:
@@ -69,7 +39,7 @@ class MappedCheckpoint:
         self.index = index
         self.source = source
         self.mapping = mapping
-        self._chunked: weakref.WeakSet[_Values] = weakref.WeakSet()
+        self._chunked: weakref.WeakSet[ChunkedValues] = weakref.WeakSet()
 
     @classmethod
     def unmapped(cls, path: str | os.PathLike[str]) -> MappedCheckpoint:
@@ -77,9 +47,18 @@ class MappedCheckpoint:
         index = Checkpoint(path=os.fspath(path), format="unmapped", files=(), tensors=(), storages=())
         return cls(index, FileSet([]), None)
 
-    def chunked_tensor(self, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[ChunkInfo]) -> ChunkedTensor:
-        """A tensor that the checkpoint holds in several parts. No byte is read."""
-        values = _Values(shape, dtype, chunks, self.source)
+    def chunked_tensor(
+        self, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[ChunkInfo], *, name: str | None = None
+    ) -> ChunkedTensor:
+        """A tensor that the checkpoint holds in several parts. No byte is read.
+
+        Args:
+            shape: Its sizes.
+            dtype: Its element type.
+            chunks: The parts.
+            name: What to call it in messages.
+        """
+        values = ChunkedValues(shape, dtype, chunks, self.source, name)
         self._chunked.add(values)
         return ChunkedTensor(values)
 
@@ -110,17 +89,12 @@ class MappedCheckpoint:
     def locate_all(self, tensors: Sequence[torch.Tensor]) -> list[tuple[FilePiece, ...] | None]:
         """Locates many tensors at once, which asks the kernel once instead of for each; see :meth:`locate`."""
         offsets = [self._offset_of_values(tensor) for tensor in tensors]
-        pristine = iter(
-            self.mapping.are_pristine(
-                [
-                    (offset, offset + span_bytes(tensor))
-                    for offset, tensor in zip(offsets, tensors, strict=True)
-                    if offset is not None
-                ]
-            )
-            if self.mapping is not None
-            else ()
-        )
+        ranges = [
+            (offset, offset + span_bytes(tensor))
+            for offset, tensor in zip(offsets, tensors, strict=True)
+            if offset is not None
+        ]
+        pristine = iter(self.mapping.are_pristine(ranges) if self.mapping is not None else [])
         return [
             self._pieces_of(tensor) if offset is None else _whole(tensor, offset) if next(pristine) else None
             for offset, tensor in zip(offsets, tensors, strict=True)
@@ -163,144 +137,6 @@ class MappedCheckpoint:
         return kept
 
 
-class _Values:
-    """What a chunked tensor and its detached twins share: the parts in the files, or the values in memory."""
-
-    __slots__ = ("__weakref__", "_lock", "dtype", "memory", "pieces", "shape", "source")
-
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[ChunkInfo], source: FileSet) -> None:
-        self.shape = torch.Size(shape)
-        self.dtype = dtype
-        self.source = source
-        self.pieces = tuple(
-            FilePiece(c.storage.offset + c.storage_offset * dtype.itemsize, c.stride, c.starts, c.shape)
-            for c in chunks
-            if math.prod(c.shape)
-        )
-        self.memory: torch.Tensor | None = None
-        self._lock = threading.Lock()
-
-    @property
-    def nbytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
-    def read(self) -> torch.Tensor:
-        # Two threads that read twice would each write to a tensor of their own. An ordinary tensor in any context:
-        # one of inference mode could not be written to later, and none must land on a default device.
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            if self.memory is None:
-                values = torch.empty(self.shape, dtype=self.dtype, device="cpu")
-                for piece in self.pieces:
-                    self._read_piece(piece, piece.within(values))
-                self.memory = values
-            return self.memory
-
-    def _read_piece(self, piece: FilePiece, destination: torch.Tensor) -> None:
-        length, row_bytes = (piece.shape[0], piece.stride[0] * self.dtype.itemsize) if piece.shape else (1, 0)
-        if row_bytes and piece.stride[0] >= span_elements(piece.shape[1:], piece.stride[1:]):
-            rows = max(1, _READ_BLOCK_BYTES // row_bytes)
-        else:
-            rows = length  # They interlock in the file, so that none can be read without the others.
-        for start in range(0, length, rows):
-            part = destination[start : start + rows] if piece.shape else destination
-            data = bytearray(span_elements(part.shape, piece.stride) * self.dtype.itemsize)
-            _read_into(self.source, memoryview(data), piece.offset + start * row_bytes)
-            part.copy_(torch.frombuffer(data, dtype=self.dtype).as_strided(part.shape, piece.stride))
-
-
-class ChunkedTensor(torch.Tensor):
-    """A CPU tensor whose values lie in several places of the files, until somebody uses them.
-
-    Any operation reads the whole tensor into ordinary memory first, and all later ones see that memory: those on this
-    object and on what ``detach()`` or ``.data`` made of it. What only asks for shape, dtype or device reads nothing.
-
-    Args:
-        values: Where the values are.
-    """
-
-    _held: _Values
-
-    @staticmethod
-    def __new__(cls, values: _Values) -> ChunkedTensor:
-        """Makes the tensor; ``__init__`` comes too late for a tensor."""
-        cpu = torch.device("cpu")
-        self: ChunkedTensor = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype, device=cpu)
-        self._held = values
-        return self
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    @property
-    def source(self) -> FileSet:
-        """The files."""
-        return self._held.source
-
-    @property
-    def pieces(self) -> tuple[FilePiece, ...]:
-        """The parts, which cover the tensor without overlap."""
-        return self._held.pieces
-
-    @property
-    def is_read(self) -> bool:
-        """Whether the values are in memory, so that they may differ from the file's."""
-        return self._held.memory is not None
-
-    def read(self) -> torch.Tensor:
-        """The values as an ordinary tensor: read from the files at first, the same tensor ever after.
-
-        Checksums are not compared.
-
-        Raises:
-            CheckpointReadError: Reading failed.
-
-        Peak memory: the tensor, and 16 MiB, or the largest part where its rows interlock in the file.
-        """
-        return self._held.read()
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0]._held)
-        args, kwargs = tree_map_only(ChunkedTensor, ChunkedTensor.read, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    # What the documentation of __torch_dispatch__ prescribes; else torch would make results instances of this class.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    # These go to the memory without an operation, and this object has none.
-    def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        """As for any tensor."""
-        return self.read().numpy(*args, **kwargs)
-
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.read().__array__(*args, **kwargs)
-
-    def tolist(self) -> Any:
-        """As for any tensor."""
-        return self.read().tolist()
-
-    def data_ptr(self) -> int:
-        """As for any tensor."""
-        return self.read().data_ptr()
-
-    def untyped_storage(self) -> torch.UntypedStorage:
-        """As for any tensor."""
-        return self.read().untyped_storage()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        copy = memo[id(self)] = self.read().clone()
-        return copy
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.read().__reduce_ex__(protocol)
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"ChunkedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, in {len(self.pieces)} parts of the file)"
-
-
 def span_bytes(tensor: torch.Tensor) -> int:
     """Bytes from the tensor's first element to the end of its last, 0 for an empty tensor."""
     return span_elements(tensor.shape, tensor.stride()) * tensor.element_size()
@@ -309,21 +145,3 @@ def span_bytes(tensor: torch.Tensor) -> int:
 def _whole(tensor: torch.Tensor, offset: int) -> tuple[FilePiece, ...]:
     shape = tuple(tensor.shape)
     return (FilePiece(offset, tensor.stride(), (0,) * len(shape), shape),)
-
-
-def _read_into(source: FileSet, buffer: memoryview, offset: int) -> None:
-    while buffer:
-        path, position = source.place(offset)
-        try:
-            count = source.readv([buffer], offset)
-        except OSError as error:
-            raise CheckpointReadError(
-                f"Reading {path} failed at byte {position}: {error}.",
-                path=path, key=None, offset=position, errno=error.errno,
-            ) from error  # fmt: skip
-        if count <= 0:
-            raise CheckpointReadError(
-                f"{path} ends at byte {position}, but {len(buffer)} bytes more are needed: it was cut short.",
-                path=path, key=None, offset=position,
-            )  # fmt: skip
-        buffer, offset = buffer[count:], offset + count

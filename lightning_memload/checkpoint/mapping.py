@@ -65,10 +65,11 @@ class FileMapping:
         except BaseException:
             _munmap(self._base, self.nbytes)
             raise
-        region = _Region(self.nbytes, self._base)
+        # A class of its own for each mapping: plain ctypes arrays take no weak reference.
+        region: Any = type("_MappedBytes", (ctypes.c_char * self.nbytes,), {}).from_address(self._base)  # type: ignore[attr-defined]
         # Not at exit: parameters may still lie here, and others' exit handlers may read them.
-        weakref.finalize(region.owner, _munmap, self._base, self.nbytes).atexit = False
-        self._bytes = memoryview(region.buffer).cast("B")
+        weakref.finalize(region, _munmap, self._base, self.nbytes).atexit = False
+        self._bytes = memoryview(region).cast("B")
         # Spans that a storage still refers to: torch holds the memoryview that it was given until the storage dies.
         self._spans: weakref.WeakValueDictionary[int, memoryview] = weakref.WeakValueDictionary()
         self._ranges: dict[int, tuple[int, int]] = {}
@@ -99,10 +100,6 @@ class FileMapping:
     def referenced_bytes(self) -> int:
         """Bytes under storages that are still alive."""
         return sum(self._ranges[token][1] for token in list(self._spans))
-
-    def is_pristine(self, offset: int, nbytes: int) -> bool:
-        """Whether nobody wrote to ``nbytes`` bytes from ``offset`` on, see :meth:`are_pristine`."""
-        return self.are_pristine([(offset, offset + max(nbytes, 1))])[0]
 
     def are_pristine(self, ranges: Sequence[tuple[int, int]]) -> list[bool]:
         """Whether nobody wrote to these bytes since they were mapped, so that the file still tells what they are.
@@ -178,15 +175,6 @@ class FileMapping:
         if end > start:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
             _mmap(self._base + start, end - start, _PROT_NONE, flags, -1)
-
-
-class _Region:
-    """The mapped bytes as a buffer whose end of life is observable."""
-
-    def __init__(self, nbytes: int, address: int) -> None:
-        # A class of its own per mapping: plain ctypes arrays take no weak reference.
-        self.buffer = type("_MappedBytes", (ctypes.c_char * nbytes,), {}).from_address(address)  # type: ignore[attr-defined]
-        self.owner: Any = self.buffer
 
 
 def _written_pages(entries: bytearray) -> list[int]:

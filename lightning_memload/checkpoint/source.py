@@ -1,7 +1,7 @@
 """Where bytes come from: one class per place, all with the same two methods.
 
 A source fills buffers at an offset and says which file is there; it knows nothing of tensors. Sources are used by
-several threads at once and keep no position.
+several threads at once and keep no position. Whoever needs every byte asks through :func:`read_fully`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import errno
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from lightning_memload.checkpoint.index import lay_out
+from lightning_memload.checkpoint.index import lay_out, place_in
+from lightning_memload.errors import CheckpointReadError
 
-__all__ = ["ByteSource", "FilePart", "FileSet", "LocalFile"]
+__all__ = ["ByteSource", "FilePart", "FileSet", "LocalFile", "read_fully"]
 
 # More than this many files are opened anew for every read: a process may often have no more than 1024 open.
 _MAX_OPEN_FILES = 64
+# The kernel takes at most 1024 buffers in one preadv (IOV_MAX).
+_MAX_BUFFERS_PER_READ = 1024
 
 
 class ByteSource(Protocol):
@@ -41,6 +44,56 @@ class ByteSource(Protocol):
             OSError: The read failed.
         """
         ...
+
+
+def read_fully(
+    source: ByteSource, buffers: Sequence[memoryview], offset: int, *, name_at: Callable[[int], str | None]
+) -> None:
+    """Fills all buffers with the bytes from an offset on, however many reads that takes.
+
+    Args:
+        source: Where the bytes are.
+        buffers: Writable byte views, none of them empty.
+        offset: Position of the first byte.
+        name_at: Which tensor lies at an offset. Asked only when reading fails there.
+
+    Raises:
+        CheckpointReadError: A read failed or met the end of the file.
+    """
+    while buffers:
+        batch = buffers[:_MAX_BUFFERS_PER_READ]
+        try:
+            count = source.readv(batch, offset)
+        except OSError as error:
+            name = name_at(offset)
+            path, position = source.place(offset)
+            raise CheckpointReadError(
+                f"Reading {name or 'a tensor'} from {path} failed at byte {position}: {error}. The file is untouched; "
+                "check the disk or the mount and start again.",
+                path=path,
+                key=name,
+                offset=position,
+                errno=error.errno,
+            ) from error
+        if count <= 0:
+            name = name_at(offset)
+            missing = sum(len(buffer) for buffer in buffers)
+            path, position = source.place(offset)
+            raise CheckpointReadError(
+                f"{path} ends at byte {position}, but {name or 'a tensor'} needs {missing} bytes more: the file was "
+                "cut short while it was read.",
+                path=path,
+                key=name,
+                offset=position,
+            )
+        offset += count
+        done = 0
+        while done < len(batch) and count >= len(batch[done]):
+            count -= len(batch[done])
+            done += 1
+        buffers = buffers[done:]
+        if count:
+            buffers = [buffers[0][count:], *buffers[1:]]
 
 
 class LocalFile:
@@ -235,21 +288,17 @@ class FileSet:
 
     Args:
         paths: The files, in the order of the index. Closed together with the set.
-        drop_behind: As for :class:`LocalFile`.
 
     Raises:
         OSError: A file cannot be opened.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str] | LocalFile], *, drop_behind: bool = False) -> None:
+    def __init__(self, paths: Sequence[str | os.PathLike[str]]) -> None:
         keep_open = len(paths) <= _MAX_OPEN_FILES
-        self.files = tuple(
-            path if isinstance(path, LocalFile) else LocalFile(path, keep_open=keep_open) for path in paths
-        )
+        self.files = tuple(LocalFile(path, keep_open=keep_open) for path in paths)
         self.spans = lay_out((file.name, file.size_bytes) for file in self.files)
         self._starts = [span.start for span in self.spans]
         self._drop_behind = False
-        self.drop_behind = drop_behind
 
     @property
     def nbytes(self) -> int:
@@ -269,8 +318,7 @@ class FileSet:
 
     def place(self, offset: int) -> tuple[str, int]:
         """The file at an offset and the position within it, see :class:`ByteSource`."""
-        span = self.spans[bisect_right(self._starts, offset) - 1]
-        return span.path, offset - span.start
+        return place_in(self.spans, offset)
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fills buffers from an offset, see :class:`ByteSource`. Ends at the end of a file at the latest."""

@@ -28,6 +28,7 @@ from lightning_memload.checkpoint.index import Checkpoint, StorageInfo, TensorIn
 from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
+from lightning_memload.checkpoint.safetensors_json import MAX_HEADER_BYTES
 from lightning_memload.checkpoint.source import FileSet, LocalFile
 from lightning_memload.checkpoint.torch_pickle import walk_pickle
 from lightning_memload.checkpoint.torch_zip import (
@@ -65,8 +66,6 @@ _HEAD = f'{{"format": "{_FORMAT}",'.encode()
 # A million tensors take some 200 MiB. Parsed, a hostile one takes up to thirty times its length.
 _MAX_MANIFEST_BYTES = 256 << 20
 _MAX_KEY_DIGITS = 9
-# The limit of safetensors, and the header's length before it.
-_MAX_HEADER_BYTES = 100_000_000 + 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,7 +399,7 @@ def _weights(path: str, content: Mapping[str, Any], storages: Sequence[StorageFi
         _count(path, entry, "nbytes"), _count(path, entry, "header_bytes"), _crc32(path, entry, "header_crc32"),
         tuple(copies),
     )  # fmt: skip
-    if weights.header_bytes > _MAX_HEADER_BYTES:
+    if weights.header_bytes > MAX_HEADER_BYTES + 8:  # and its length
         raise _damaged(path, f"it gives the header of {WEIGHTS_FILE} {weights.header_bytes} bytes.")
     end = 0
     stretches = [(0, weights.header_bytes), *within, *((offset, nbytes) for offset, nbytes, _ in copies)]

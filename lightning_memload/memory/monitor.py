@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lightning_memload.memory.cgroup import CgroupMemory
 from lightning_memload.memory.device import (
     DeviceSample,
     cuda_memory,
@@ -25,7 +26,6 @@ from lightning_memload.memory.device import (
     resolve_cuda_device,
 )
 from lightning_memload.memory.host import (
-    CgroupMemory,
     HostMeter,
     HostSample,
     HostStatus,
@@ -127,11 +127,7 @@ class MemoryPeaks:
     @property
     def host_above_start_bytes(self) -> int | None:
         """How far anonymous memory and shmem rose, each above its own start, added up, in bytes."""
-        anonymous_bytes, shmem_bytes = (
-            self.anonymous_above_start_bytes,
-            _rise(self.shmem_start_bytes, self.shmem_peak_bytes),
-        )
-        return None if anonymous_bytes is None or shmem_bytes is None else anonymous_bytes + shmem_bytes
+        return _total(self.anonymous_above_start_bytes, _rise(self.shmem_start_bytes, self.shmem_peak_bytes))
 
     def as_dict(self) -> dict[str, int | float | bool | None]:
         """Return every field by its name, ready for JSON; ``MemoryPeaks(**peaks.as_dict())`` gives the peaks back."""

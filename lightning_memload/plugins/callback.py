@@ -27,6 +27,7 @@ from lightning_memload.plugins.teardown import keep_strategy_on_device
 from lightning_memload.report import RestoreReport
 from lightning_memload.restore import WeightsSource, meta_names
 from lightning_memload.save import tensors_of_optimizers
+from lightning_memload.transfer import check_host_budget, check_num_threads
 
 __all__ = ["MemoryEfficientRestore"]
 
@@ -104,10 +105,8 @@ class MemoryEfficientRestore(pl.Callback):
         super().__init__()
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, got {mode!r}.")
-        if host_budget_mib < 1:
-            raise ValueError(f"host_budget_mib must be at least 1 (MiB), got {host_budget_mib}.")
-        if num_threads is not None and num_threads < 1:
-            raise ValueError(f"num_threads must be at least 1, or None to choose, got {num_threads}.")
+        check_host_budget(host_budget_mib)
+        check_num_threads(num_threads)
         if on_corrupt not in get_args(OnCorrupt):
             raise ValueError(
                 f"on_corrupt must be one of {', '.join(map(repr, get_args(OnCorrupt)))}, got {on_corrupt!r}."

@@ -1,17 +1,12 @@
 """From a mapped checkpoint into modules and optimizers, through torch's own ``load_state_dict``."""
 
-from lightning_memload.restore.load import (
-    LoadOptions,
-    WeightsSource,
-    find_state_dict,
-    load_weights,
-    open_any,
-    rename_keys,
-)
-from lightning_memload.restore.meta import materialize, meta_init, meta_names
+from lightning_memload.restore.allocation import materialize, meta_names
+from lightning_memload.restore.load import LoadOptions, WeightsSource, load_weights, open_any
+from lightning_memload.restore.meta import meta_init
 from lightning_memload.restore.optimizer import OptimizerRestore, mapped_bytes
 from lightning_memload.restore.session import Move, RestoreSession
 from lightning_memload.restore.siblings import Siblings, find_siblings
+from lightning_memload.restore.state_dict import find_state_dict, rename_keys
 from lightning_memload.restore.weights import WeightsRestore
 
 __all__ = [

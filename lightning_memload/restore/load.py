@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,19 +20,16 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_memload.checkpoint import MappedCheckpoint, UnmappableCheckpoint, load_mapped
 from lightning_memload.errors import CheckpointFormatError, IncompatibleWeightsError, MetaTensorError, listed
-from lightning_memload.restore.meta import meta_names
+from lightning_memload.restore.allocation import meta_names
+from lightning_memload.restore.matching import require_all_taken, require_match
 from lightning_memload.restore.session import RestoreSession
+from lightning_memload.restore.state_dict import find_state_dict, key_filter, rename_keys
 from lightning_memload.restore.weights import WeightsRestore
-from lightning_memload.transfer import start_ring
+from lightning_memload.transfer import check_host_budget, check_num_threads, start_ring
 
-__all__ = ["LoadOptions", "WeightsSource", "find_state_dict", "load_weights", "open_any", "rename_keys"]
+__all__ = ["LoadOptions", "WeightsSource", "load_weights", "open_any"]
 
-# Where training scripts put the weights of a checkpoint that holds more than weights.
-_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module", "params", "weights")
-T = TypeVar("T")
-
-# Ways of loading that can be foreseen: torch's own, and that of its batch norms, which add a counter if it is missing.
-_FORESEEN = (nn.Module._load_from_state_dict, nn.modules.batchnorm._NormBase._load_from_state_dict)
+_T = TypeVar("_T")
 
 _MIB = 2**20
 
@@ -139,10 +134,8 @@ class LoadOptions:
     def __post_init__(self) -> None:
         if self.mode not in ("copy", "assign"):
             raise ValueError(f"mode must be 'copy' or 'assign', got {self.mode!r}.")
-        if self.host_budget_mib < 1:
-            raise ValueError(f"host_budget_mib must be at least 1 (MiB), got {self.host_budget_mib}.")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise ValueError(f"num_threads must be at least 1, or None to choose, got {self.num_threads}.")
+        check_host_budget(self.host_budget_mib)
+        check_num_threads(self.num_threads)
         if self.device.type == "meta":
             raise ValueError("device must be a place for values, got 'meta'.")
         if self.device.type == "cuda" and not torch.cuda.is_available():
@@ -155,7 +148,7 @@ class LoadOptions:
         """Whether parameters become the file's own pages."""
         return self.mode == "assign"
 
-    def open(self, load: Callable[[], tuple[T, MappedCheckpoint]]) -> tuple[T, RestoreSession]:
+    def open(self, load: Callable[[], tuple[_T, MappedCheckpoint]]) -> tuple[_T, RestoreSession]:
         """Opens a checkpoint, while the staging ring is made ready beside.
 
         Args:
@@ -214,12 +207,13 @@ class WeightsSource:
     weights_only: bool | None = True
 
     def __post_init__(self) -> None:
-        self._wants()
+        # Both refuse what is no regular expression.
+        key_filter(self.include, self.exclude)
         rename_keys({}, rename=self.rename)
 
     def open(self) -> tuple[dict[str, Any], MappedCheckpoint]:
         """The wanted part of the state dict under the module's names, its tensors in the file, and the mapping."""
-        wants = self._wants()
+        wants = key_filter(self.include, self.exclude)
         loaded, mapped = open_any(self.path, self.weights_only)
         state_dict = rename_keys(find_state_dict(loaded, self.path, self.key), self.strip_prefix, self.rename)
         for name in [name for name in state_dict if not wants(name)]:
@@ -247,9 +241,9 @@ class WeightsSource:
             IncompatibleWeightsError: It does not fit.
             MetaTensorError: Something stays on meta.
         """
-        wants = self._wants()
+        wants = key_filter(self.include, self.exclude)
         path = os.fspath(self.path)
-        _compare(module, state_dict, wants, strict=self.strict, path=path)
+        require_match(module, state_dict, wants, strict=self.strict, path=path)
         restore = WeightsRestore(module, session, dtype=dtype, assign=assign, strict=False)
         try:
             keys: _IncompatibleKeys = module.load_state_dict(state_dict, strict=False)
@@ -266,10 +260,8 @@ class WeightsSource:
             ) from error
         finally:
             restore.remove()
-        missing = _without_ties(dict(_entries(module)), state_dict, filter(wants, keys.missing_keys))
-        if self.strict and (missing or keys.unexpected_keys):
-            # Only modules that load in their own way come here: what they take is known afterwards.
-            raise _incompatible(module, path, missing, keys.unexpected_keys, {}, changed=True)
+        if self.strict:
+            require_all_taken(module, state_dict, wants, keys, path=path)
         parameters, buffers = meta_names(module)
         if parameters or buffers:
             names = (*parameters, *buffers)
@@ -280,100 +272,6 @@ class WeightsSource:
             )
         return keys
 
-    def _wants(self) -> Callable[[str], bool]:
-        include, exclude = _compiled("include", self.include), _compiled("exclude", self.exclude)
-
-        def wants(name: str) -> bool:
-            included = not include or any(pattern.search(name) for pattern in include)
-            return included and not any(pattern.search(name) for pattern in exclude)
-
-        return wants
-
-
-def find_state_dict(loaded: Any, path: str | os.PathLike[str], key: str | None = None) -> Mapping[str, Any]:
-    """The state dict in a loaded checkpoint.
-
-    Args:
-        loaded: The checkpoint.
-        path: What to call it in messages.
-        key: Keys from the root to the state dict, joined by dots. ``None``: the checkpoint itself if it holds tensors
-            by name, else what it has under one of the usual keys.
-
-    Raises:
-        CheckpointFormatError: There is none there.
-    """
-    if key is None:
-        candidates = [loaded]
-        if isinstance(loaded, Mapping):
-            candidates += [loaded[name] for name in _STATE_DICT_KEYS if name in loaded]
-        found = next((candidate for candidate in candidates if _is_state_dict(candidate)), None)
-    else:
-        found = loaded
-        rest = key
-        while rest and isinstance(found, Mapping):
-            # The longest first, for keys that have dots of their own.
-            name = next((part for part in _prefixes(rest) if part in found), None)
-            if name is None:
-                break
-            found, rest = found[name], rest[len(name) + 1 :]
-        found = found if not rest and _is_state_dict(found) else None
-    if found is None:
-        what = f"No state dict is at {key!r}" if key is not None else "No state dict is found"
-        has = listed(tuple(map(repr, loaded))) if isinstance(loaded, Mapping) else f"a {type(loaded).__name__}"
-        raise CheckpointFormatError(
-            f"{what} in {os.fspath(path)}, whose top level has {has}. Say with key= where the names and tensors are.",
-            path=os.fspath(path),
-        )
-    return found  # type: ignore[no-any-return]
-
-
-def rename_keys(
-    state_dict: Mapping[str, Any], strip_prefix: str = "", rename: Mapping[str, str] | None = None
-) -> OrderedDict[str, Any]:
-    """A state dict under other names, with the versions of its modules (``_metadata``) under theirs.
-
-    Args:
-        state_dict: The state dict.
-        strip_prefix: Taken off the keys that start with it.
-        rename: Regular expressions and what to put for them, applied in their order.
-
-    Raises:
-        ValueError: Two keys get the same name, or a regular expression is none.
-    """
-    try:
-        pairs = [(re.compile(pattern), replacement) for pattern, replacement in (rename or {}).items()]
-        for pattern, replacement in pairs:
-            re.compile(f"{pattern.pattern}|").sub(replacement, "")  # a replacement may be wrong as well
-    except re.error as error:
-        raise ValueError(f"rename: {error.pattern!r} is no regular expression: {error}.") from error
-
-    def rename_one(name: str) -> str:
-        name = name.removeprefix(strip_prefix)
-        for pattern, replacement in pairs:
-            name = pattern.sub(replacement, name)
-        return name
-
-    renamed: OrderedDict[str, Any] = OrderedDict()
-    origin: dict[str, str] = {}
-    for old, value in state_dict.items():
-        name = rename_one(old)
-        if name in renamed:
-            raise ValueError(f"Renaming gives {origin[name]!r} and {old!r} the same name {name!r}.")
-        renamed[name], origin[name] = value, old
-    metadata = getattr(state_dict, "_metadata", None)
-    if metadata is not None:
-        # Keyed by the paths of modules, which are keys without their last part.
-        paths = {path: rename_one(f"{path}.").removesuffix(".") if path else "" for path in metadata}
-        renamed._metadata = {new: metadata[path] for path, new in paths.items()}  # type: ignore[attr-defined]
-    return renamed
-
-
-def _compiled(argument: str, patterns: str | Sequence[str]) -> list[re.Pattern[str]]:
-    try:
-        return [re.compile(pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
-    except re.error as error:
-        raise ValueError(f"{argument}: {error.pattern!r} is no regular expression: {error}.") from error
-
 
 def open_any(path: str | os.PathLike[str], weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:
     """Loads a checkpoint mapped where possible, else into host memory with a warning that says so."""
@@ -383,113 +281,6 @@ def open_any(path: str | os.PathLike[str], weights_only: bool | None) -> tuple[A
         warnings.warn(f"{reason} It is loaded the ordinary way: the whole checkpoint in host memory.", stacklevel=3)
         loaded = torch.load(path, map_location="cpu", weights_only=weights_only)
         return loaded, MappedCheckpoint.unmapped(path)
-
-
-def _compare(
-    module: nn.Module, state_dict: Mapping[str, Any], wants: Callable[[str], bool], *, strict: bool, path: str
-) -> None:
-    """Raises if ``load_state_dict`` is going to, while the module is still as it was.
-
-    What modules with hooks or a ``_load_from_state_dict`` of their own do cannot be foreseen: their keys are left to
-    torch.
-    """
-    own_ways = tuple(_own_ways(module))
-    expected = {name: value for name, value in _entries(module) if not name.startswith(own_ways)}
-    given = {name: value for name, value in state_dict.items() if not name.startswith(own_ways)}
-    mismatched = {
-        name: (tuple(value.shape), tuple(expected[name].shape))
-        for name, value in given.items()
-        if name in expected
-        and isinstance(value, torch.Tensor)
-        and isinstance(expected[name], torch.Tensor)
-        and not nn.parameter.is_lazy(expected[name])
-        and value.shape != expected[name].shape
-        # torch takes a tensor of one element for a scalar, as old files have it.
-        and not (expected[name].dim() == 0 and tuple(value.shape) == (1,))
-    }
-    # Batch norms of old files have no such counter, and load all the same.
-    asked = [name for name in expected if wants(name) and not name.endswith("num_batches_tracked")]
-    missing = _without_ties(expected, given, asked) if strict else []
-    unexpected = [name for name in given if name not in expected] if strict else []
-    if missing or unexpected or mismatched:
-        raise _incompatible(module, path, missing, unexpected, mismatched, changed=False)
-
-
-def _without_ties(entries: Mapping[str, Any], given: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Names that are not given, unless the very same parameter is given under another name.
-
-    Some formats (safetensors) hold a tied parameter once.
-    """
-    supplied = {id(value) for name, value in entries.items() if name in given and value is not None}
-    return [name for name in names if name not in given and id(entries.get(name)) not in supplied]
-
-
-def _entries(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What a module's ``state_dict`` would have, without making it."""
-    for path, child in module.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        skipped = child._non_persistent_buffers_set
-        for name, value in (*child._parameters.items(), *child._buffers.items()):
-            if value is not None and name not in skipped:
-                yield prefix + name, value
-        if type(child).get_extra_state is not nn.Module.get_extra_state:
-            yield f"{prefix}_extra_state", None
-
-
-def _own_ways(module: nn.Module) -> Iterator[str]:
-    """Prefixes of the modules that do more than torch's own modules when they are loaded."""
-    for path, child in module.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        loads = type(child)._load_from_state_dict
-        if (
-            child._load_state_dict_pre_hooks
-            or type(child).load_state_dict is not nn.Module.load_state_dict
-            or loads not in _FORESEEN
-        ):
-            yield prefix
-
-
-def _incompatible(
-    module: nn.Module,
-    path: str,
-    missing: Sequence[str],
-    unexpected: Sequence[str],
-    mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
-    *,
-    changed: bool,
-) -> IncompatibleWeightsError:
-    lines = [f"{path} does not fit {type(module).__name__}:"]
-    if mismatched:
-        shapes = [
-            f"{name} has shape {ours} in the module and {theirs} on disk" for name, (theirs, ours) in mismatched.items()
-        ]
-        lines.append(f"  {listed(shapes)}")
-    if missing:
-        lines.append(f"  {len(missing)} missing: {listed(missing)}")
-    if unexpected:
-        lines.append(f"  {len(unexpected)} unexpected: {listed(unexpected)}")
-    done = "Other weights were loaded." if changed else "Nothing was changed."
-    lines.append(f"{done} Use rename= or strip_prefix= for other names, exclude= for new layers, or strict=False.")
-    return IncompatibleWeightsError(
-        "\n".join(lines),
-        path=path,
-        missing_keys=tuple(missing),
-        unexpected_keys=tuple(unexpected),
-        mismatched_shapes=dict(mismatched),
-    )
-
-
-def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and all(isinstance(name, str) for name in value)
-        and any(isinstance(item, torch.Tensor) for item in value.values())
-    )
-
-
-def _prefixes(key: str) -> Iterator[str]:
-    parts = key.split(".")
-    return (".".join(parts[:count]) for count in range(len(parts), 0, -1))
 
 
 def _device_of(module: nn.Module) -> torch.device:

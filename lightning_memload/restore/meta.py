@@ -1,4 +1,4 @@
-"""Building a module without memory for its parameters, and giving such parameters memory later.
+"""Building a module without memory for its parameters.
 
 ``torch.device("meta")`` as a context empties every tensor, non-persistent buffers too, which no checkpoint holds. Here
 only parameters go to meta, one by one as they are registered (torch's public registration hook), so buffers keep their
@@ -32,8 +32,9 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 
 from lightning_memload.errors import MetaTensorError, listed
+from lightning_memload.restore.allocation import replace_data
 
-__all__ = ["materialize", "meta_init", "meta_names", "replace_data"]
+__all__ = ["meta_init"]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -423,106 +424,3 @@ def _conversion(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]
         **({} if dtype is None else {"dtype": dtype}),
         **({} if memory_format is None else {"memory_format": memory_format}),
     }
-
-
-def replace_data(tensor: torch.Tensor, new: torch.Tensor, *, name: str) -> torch.Tensor:
-    """Gives a parameter or buffer other memory and keeps the object, so that ties and references to it stay right.
-
-    Args:
-        tensor: The parameter or buffer. Attributes set on it are kept.
-        new: Memory of the same shape.
-        name: What to call it in messages.
-
-    Returns:
-        A tensor with the memory that was replaced.
-
-    Raises:
-        MetaTensorError: Something holds a weak reference to the tensor, or an autograd graph does: memory cannot be
-            exchanged then from or to meta.
-    """
-    if tensor.is_meta == new.is_meta:
-        old = tensor.data
-        tensor.data = new
-        return old
-    # Between meta and a real device ``.data`` cannot be set; swap_tensors exchanges the contents of two objects.
-    if isinstance(tensor, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-    new.__dict__.update(tensor.__dict__)
-    # The very dicts, so that the handles that a user has can still remove a hook. They have no public names.
-    hooks = {name: getattr(tensor, name) for name in ("_backward_hooks", "_post_accumulate_grad_hooks")}
-    try:
-        torch.utils.swap_tensors(tensor, new)
-    except RuntimeError as error:
-        raise MetaTensorError(
-            f"Cannot give {name} memory: {error}. Build it on a real device instead of under meta_init.", names=(name,)
-        ) from error
-    for name, value in hooks.items():
-        if value:
-            setattr(tensor, name, value)
-    return new.detach()
-
-
-def meta_names(module: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of the parameters and of the buffers of a module that are still on the meta device."""
-    return (
-        [name for name, parameter in module.named_parameters() if parameter.is_meta],
-        [name for name, buffer in module.named_buffers() if buffer.is_meta],
-    )
-
-
-def materialize(root: nn.Module, keys: Iterable[str], device: torch.device, dtype: torch.dtype | None) -> None:
-    """Gives meta parameters that no checkpoint supplied memory, and initial values from their own modules.
-
-    A module that supplies ``reset_parameters`` initialises what is missing; its other parameters keep their values.
-
-    Args:
-        root: The module that the keys belong to.
-        keys: Names of parameters and persistent buffers, those that are not on meta are passed over.
-        device: Where to allocate.
-        dtype: Floating-point type to allocate with, ``None`` for each tensor's own.
-
-    Raises:
-        MetaTensorError: A module with missing tensors has no ``reset_parameters``.
-    """
-    missing: dict[str, list[str]] = {}
-    for key in keys:
-        prefix, _, name = key.rpartition(".")
-        missing.setdefault(prefix, []).append(name)
-    for prefix, names in missing.items():
-        module = root.get_submodule(prefix)
-        own = {**module._parameters, **module._buffers}
-        empty = {name: own[name] for name in names if (tensor := own.get(name)) is not None and tensor.is_meta}
-        if not empty:
-            continue
-        reset = getattr(module, "reset_parameters", None)
-        if not callable(reset):
-            full = tuple(f"{prefix}.{name}".removeprefix(".") for name in empty)
-            raise MetaTensorError(
-                f"The checkpoint lacks {', '.join(full)}, and {type(module).__name__} has no reset_parameters() that "
-                "would initialise it. Build this module outside meta_init, or give it reset_parameters().",
-                names=full,
-            )
-        kept = {
-            name: tensor.detach().clone() for name, tensor in own.items() if tensor is not None and name not in empty
-        }
-        for name, tensor in empty.items():
-            assert tensor is not None
-            replace_data(tensor, empty_on(tensor, device, dtype), name=f"{prefix}.{name}")
-        reset()
-        with torch.no_grad():
-            for name, value in kept.items():
-                tensor = own[name]
-                assert tensor is not None
-                tensor.copy_(value)
-
-
-def empty_on(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
-    """Uninitialised memory for a tensor, with its strides.
-
-    Args:
-        tensor: Whose shape and strides to take.
-        device: Where to allocate.
-        dtype: Type for floating-point tensors, ``None`` for the tensor's own. Others keep theirs.
-    """
-    target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    return torch.empty_like(tensor.detach(), dtype=target, device=device, memory_format=torch.preserve_format)

@@ -1,8 +1,8 @@
 """One restore of one checkpoint: what weights and optimizers share while it lasts.
 
-The session owns the staging ring, counts, and answers the two questions that
-both restorers ask: does this tensor still lie in the file, and does what is needed fit. It ends with :meth:`close`,
-after which nothing of the checkpoint is mapped or open.
+The session owns the staging ring, counts, and answers the two questions that both restorers ask: does this tensor still
+lie in the file, and does what is needed fit. It ends with :meth:`close`, after which nothing of the checkpoint is
+mapped or open.
 """
 
 from __future__ import annotations
@@ -76,8 +76,7 @@ class RestoreSession:
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
-        self.check_fit = check_fit
-        self.verify = verify
+        self._check_fit = check_fit
         checkpoint.source.drop_behind = drop_behind
         self.stats = TransferStats()
         self.bytes_copied_ordinarily = 0
@@ -85,10 +84,9 @@ class RestoreSession:
         self._on_progress = on_progress
         self._on_pinned = on_pinned
         self._to_free: list[torch.Tensor] = []
-        # What pages_of gave away: where each range starts, in order, and where it ends.
+        # What pages_of gave away: start and end of each range, in order.
         self._pages: FileMapping | None = None
-        self._given: list[int] = []
-        self._ends: dict[int, int] = {}
+        self._given: list[tuple[int, int]] = []
         names: dict[str, str] = {}
         for tensor in checkpoint.index:
             for storage in tensor.storages:
@@ -139,7 +137,7 @@ class RestoreSession:
         Raises:
             InsufficientMemoryError: A device, or the host, has less than that.
         """
-        if not self.check_fit:
+        if not self._check_fit:
             return
         needs = dict(needed_bytes)
         if self.device.type != "cpu":
@@ -184,14 +182,13 @@ class RestoreSession:
 
     def _give_pages(self, tensor: torch.Tensor, start: int) -> torch.Tensor | None:
         end = start + span_bytes(tensor)
-        position = bisect_left(self._given, start)
-        before, after = self._given[position - 1 : position], self._given[position : position + 1]
-        if any(self._ends[other] > start for other in before) or any(other < end for other in after):
+        position = bisect_left(self._given, (start, end))
+        neighbours = self._given[max(0, position - 1) : position + 1]
+        if any(other_start < end and start < other_end for other_start, other_end in neighbours):
             return None
         if self._pages is None:
             self._pages = FileMapping(self.checkpoint.source)
-        self._given.insert(position, start)
-        self._ends[start] = end
+        self._given.insert(position, (start, end))
         storage = self._pages.storage(start, end - start)
         return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
 

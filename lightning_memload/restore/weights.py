@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lightning_memload.checkpoint import ChunkedTensor, span_bytes
-from lightning_memload.restore.meta import empty_on, materialize, replace_data
+from lightning_memload.restore.allocation import empty_on, materialize, replace_data
 from lightning_memload.restore.session import Move, RestoreSession
 
 __all__ = ["WeightsRestore"]

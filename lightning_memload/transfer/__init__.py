@@ -1,15 +1,16 @@
 """Moves bytes from a source into tensors: the plan, the staging ring with its hard budget, and the threads."""
 
-from lightning_memload.transfer.engine import (
-    Record,
-    TensorCopy,
-    TransferStats,
-    available_cpus,
-    default_threads,
+from lightning_memload.transfer.engine import Record, TensorCopy, TransferStats, transfer
+from lightning_memload.transfer.staging import (
+    MIN_BUDGET_BYTES,
+    LazyRing,
+    RingLayout,
+    StagingRing,
+    check_host_budget,
+    choose_layout,
     start_ring,
-    transfer,
 )
-from lightning_memload.transfer.staging import MIN_BUDGET_BYTES, LazyRing, RingLayout, StagingRing, choose_layout
+from lightning_memload.transfer.threads import available_cpus, check_num_threads, default_threads
 from lightning_memload.transfer.verify import VerifyReport, verify_checkpoint
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "TransferStats",
     "VerifyReport",
     "available_cpus",
+    "check_host_budget",
+    "check_num_threads",
     "choose_layout",
     "default_threads",
     "start_ring",

@@ -9,32 +9,26 @@ know: modules, optimizers, file formats.
 from __future__ import annotations
 
 import ctypes
-import os
 import queue
 import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
-from lightning_memload.checkpoint import ByteSource, span_elements
-from lightning_memload.errors import CheckpointReadError, ChecksumError
+from lightning_memload.checkpoint import ByteSource, read_fully, span_elements
+from lightning_memload.errors import ChecksumError
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.plan import Check, Piece, Range, Read, Segment, plan_checks, plan_reads, split_strided
-from lightning_memload.transfer.staging import LazyRing, StagingRing, choose_layout
+from lightning_memload.transfer.staging import StagingRing
+from lightning_memload.transfer.threads import run_threads
 
-__all__ = ["Record", "TensorCopy", "TransferStats", "available_cpus", "default_threads", "start_ring", "transfer"]
+__all__ = ["Record", "TensorCopy", "TransferStats", "transfer"]
 
 # Into CPU memory a checksum is taken from what is still in the core's cache: 2 times the speed of 16 MiB.
 _DIRECT_BLOCK_BYTES = 1 << 20
-# Measured on one H100 with 16 cores (examples/benchmarks/resume.py --sweep). Into CPU memory more than 4 gain nothing.
-_MAX_THREADS_DEVICE = 12
-_MAX_THREADS_CPU = 4
-# The kernel takes at most 1024 buffers in one preadv (IOV_MAX).
-_MAX_BUFFERS_PER_READ = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,43 +86,6 @@ class TransferStats:
             max(self.num_threads, other.num_threads),
             max(self.staging_bytes, other.staging_bytes),
         )
-
-
-def available_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def default_threads(device: torch.device, num_processes: int = 1) -> int:
-    """How many threads to read with.
-
-    Args:
-        device: Where the tensors go.
-        num_processes: Processes of this host that do the same, and share its CPUs.
-    """
-    most = _MAX_THREADS_CPU if device.type == "cpu" else _MAX_THREADS_DEVICE
-    return max(1, min(most, available_cpus() // max(1, num_processes)))
-
-
-def start_ring(
-    device: torch.device, budget_bytes: int, num_threads: int | None = None, num_processes: int = 1
-) -> LazyRing:
-    """The staging ring for tensors on a device, which for CUDA is made and pinned from now on, beside the caller.
-
-    Args:
-        device: Where the tensors go.
-        budget_bytes: The most host memory for it.
-        num_threads: Threads to read with. ``None``: :func:`default_threads`.
-        num_processes: See :func:`default_threads`.
-
-    Raises:
-        ValueError: The budget is too small.
-    """
-    layout = choose_layout(budget_bytes, num_threads or default_threads(device, num_processes))
-    ring = LazyRing(layout, pinned=device.type == "cuda")
-    if device.type == "cuda":
-        ring.prepare()
-    return ring
 
 
 def transfer(
@@ -254,13 +211,7 @@ class _Transfer:
             # The destinations' memory may still be in use by work that was queued before they were allocated.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
-            with ThreadPoolExecutor(self._num_threads, thread_name_prefix="memload") as pool:
-                futures = [pool.submit(self._work) for _ in range(self._num_threads)]
-                try:
-                    for future in futures:
-                        future.result()
-                finally:
-                    self._stop.set()
+            run_threads(self._work, self._num_threads, self._stop)
         finally:
             if self._stream is not None:
                 self._stream.synchronize()
@@ -277,22 +228,18 @@ class _Transfer:
             return None if self._stop.is_set() else next(self._jobs, None)
 
     def _work(self) -> None:
-        try:
-            # Thread-local, all three. The stream is entered once: doing so for every copy costs more than the copy.
-            with torch.inference_mode(self._inference_mode), torch.no_grad(), torch.cuda.stream(self._stream):
-                while (job := self._next_job()) is not None:
-                    if self._device is not None or job.piece is not None:
-                        slot = self._slots.get()
-                        try:
-                            self._staged(job, slot)
-                        finally:
-                            self._slots.put(slot)
-                    else:
-                        self._direct(job)
-                    self._advance(job.read.nbytes)
-        except BaseException:
-            self._stop.set()
-            raise
+        # Thread-local, all three. The stream is entered once: doing so for every copy costs more than the copy.
+        with torch.inference_mode(self._inference_mode), torch.no_grad(), torch.cuda.stream(self._stream):
+            while (job := self._next_job()) is not None:
+                if self._device is not None or job.piece is not None:
+                    slot = self._slots.get()
+                    try:
+                        self._staged(job, slot)
+                    finally:
+                        self._slots.put(slot)
+                else:
+                    self._direct(job)
+                self._advance(job.read.nbytes)
 
     def _advance(self, nbytes: int) -> None:
         with self._lock:
@@ -336,7 +283,7 @@ class _Transfer:
                 skip = position - segment.start
                 parts.append((position, self._cpu_bytes(segment, skip)))
                 position = end
-        self._read([part for _, part in parts], job.read.offset)
+        read_fully(self._source, [part for _, part in parts], job.read.offset, name_at=self._name_at)
         for check in job.checks:
             self._verify(check, _cut(parts, check.start, check.nbytes))
         for segment in again:
@@ -361,7 +308,7 @@ class _Transfer:
         slot.wait()
         read = job.read
         staged = slot.view[: read.nbytes]
-        self._read([staged], read.offset)
+        read_fully(self._source, [staged], read.offset, name_at=self._name_at)
         for check in job.checks:
             self._verify(check, [staged[check.start : check.start + check.nbytes]])
         if job.piece is not None:
@@ -380,43 +327,6 @@ class _Transfer:
                     slot.tensor[segment.start : segment.start + segment.nbytes], non_blocking=self._stream is not None
                 )
         slot.mark()
-
-    def _read(self, buffers: list[memoryview], offset: int) -> None:
-        """Fills all buffers, however many calls that takes."""
-        while buffers:
-            batch = buffers[:_MAX_BUFFERS_PER_READ]
-            try:
-                count = self._source.readv(batch, offset)
-            except OSError as error:
-                name = self._name_at(offset)
-                path, position = self._source.place(offset)
-                raise CheckpointReadError(
-                    f"Reading {name or 'a tensor'} from {path} failed at byte {position}: {error}. The file is "
-                    "untouched; check the disk or the mount and start again.",
-                    path=path,
-                    key=name,
-                    offset=position,
-                    errno=error.errno,
-                ) from error
-            if count <= 0:
-                name = self._name_at(offset)
-                missing = sum(len(buffer) for buffer in buffers)
-                path, position = self._source.place(offset)
-                raise CheckpointReadError(
-                    f"{path} ends at byte {position}, but {name or 'a tensor'} needs {missing} bytes more: the file "
-                    "was cut short while it was read.",
-                    path=path,
-                    key=name,
-                    offset=position,
-                )
-            offset += count
-            rest = 0
-            while rest < len(batch) and count >= len(batch[rest]):
-                count -= len(batch[rest])
-                rest += 1
-            buffers = buffers[rest:]
-            if count:
-                buffers = [buffers[0][count:], *buffers[1:]]
 
     def _name_at(self, offset: int) -> str | None:
         for copy in self._copies:

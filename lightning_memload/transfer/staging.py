@@ -13,7 +13,17 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["MIN_BUDGET_BYTES", "LazyRing", "RingLayout", "StagingRing", "choose_layout"]
+from lightning_memload.transfer.threads import default_threads
+
+__all__ = [
+    "MIN_BUDGET_BYTES",
+    "LazyRing",
+    "RingLayout",
+    "StagingRing",
+    "check_host_budget",
+    "choose_layout",
+    "start_ring",
+]
 
 # Beyond 16 MiB a block nothing is gained; below 8 MiB the interpreter's lock limits the transfer, not the disk
 # (examples/benchmarks/resume.py --sweep, one H100 with 16 cores).
@@ -41,6 +51,16 @@ class RingLayout:
     def nbytes(self) -> int:
         """Host memory of the whole ring in bytes, never more than the budget it was chosen for."""
         return self.num_buffers * self.block_bytes
+
+
+def check_host_budget(host_budget_mib: int) -> None:
+    """Refuses a budget that is none, where a user gives it.
+
+    Raises:
+        ValueError: It is less than 1 MiB.
+    """
+    if host_budget_mib < 1:
+        raise ValueError(f"host_budget_mib must be at least 1 (MiB), got {host_budget_mib}.")
 
 
 def choose_layout(budget_bytes: int, num_threads: int) -> RingLayout:
@@ -189,3 +209,24 @@ class LazyRing:
             self._ring = StagingRing(self.layout, pinned=self._pinned)
         except BaseException as error:
             self._error = error
+
+
+def start_ring(
+    device: torch.device, budget_bytes: int, num_threads: int | None = None, num_processes: int = 1
+) -> LazyRing:
+    """The staging ring for tensors on a device, which for CUDA is made and pinned from now on, beside the caller.
+
+    Args:
+        device: Where the tensors go.
+        budget_bytes: The most host memory for it.
+        num_threads: Threads to read with. ``None``: :func:`default_threads`.
+        num_processes: See :func:`default_threads`.
+
+    Raises:
+        ValueError: The budget is too small.
+    """
+    layout = choose_layout(budget_bytes, num_threads or default_threads(device, num_processes))
+    ring = LazyRing(layout, pinned=device.type == "cuda")
+    if device.type == "cuda":
+        ring.prepare()
+    return ring

@@ -11,15 +11,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from lightning_memload.checkpoint import Damage, FileSet, Inventory, Section, find_format
 from lightning_memload.transfer.checksums import PartialChecksums
-from lightning_memload.transfer.engine import available_cpus
 from lightning_memload.transfer.plan import MAX_GAP_BYTES
+from lightning_memload.transfer.threads import available_cpus, check_num_threads, run_threads
 
 __all__ = ["VerifyReport", "verify_checkpoint"]
 
@@ -104,8 +102,7 @@ def verify_checkpoint(
     Peak memory: 1 MiB for each thread, and the index: some hundred bytes for every tensor and every MiB that is being
     read, plus the pickled objects beside the tensors.
     """
-    if num_threads is not None and num_threads < 1:
-        raise ValueError(f"num_threads must be at least 1, or None to choose, got {num_threads}.")
+    check_num_threads(num_threads)
     started = time.perf_counter()
     name = os.fspath(path)
     inventory = find_format(name).take_inventory(name)
@@ -157,19 +154,13 @@ class _Verification:
             if section.nbytes == 0:
                 continue
             if section.offset < end:
-                path, position = self._place(section.offset)
+                path, position = self._inventory.place(section.offset)
                 problem = f"{path} is damaged: {section.key} begins at byte {position}, within {kept[-1].key}."
                 self.damage.append(Damage(path, problem, key=section.key, offset=position))
                 continue
             kept.append(section)
             end = section.offset + section.nbytes
         return kept
-
-    def _place(self, offset: int) -> tuple[str, int]:
-        """The file at an offset of the inventory, and the position within it."""
-        files = self._inventory.files
-        span = files[bisect_right(files, offset, key=lambda file: file.start) - 1]
-        return span.path, offset - span.start
 
     def read_all(self, progress: Callable[[int, int], None] | None) -> None:
         """Reads every section."""
@@ -183,36 +174,26 @@ class _Verification:
             if self.num_threads == 1:
                 self._work(source)
                 return
-            with ThreadPoolExecutor(self.num_threads, thread_name_prefix="memload") as pool:
-                futures = [pool.submit(self._work, source) for _ in range(self.num_threads)]
-                try:
-                    for future in futures:
-                        future.result()
-                finally:
-                    self._stop.set()
+            run_threads(lambda: self._work(source), self.num_threads, self._stop)
         finally:
             source.close()
 
     def _work(self, source: FileSet) -> None:
         buffer = memoryview(bytearray(_BLOCK_BYTES))
-        try:
-            while not self._stop.is_set():
-                with self._lock:
-                    parts = next(self._reads, None)
-                if parts is None:
-                    return
-                start = parts[0].offset
-                data = buffer[: parts[-1].offset + parts[-1].nbytes - start]
-                error = _fill(source, data, start)
-                for part in parts:
-                    self._take(part, data[part.offset - start :][: part.nbytes], error)
-                with self._lock:
-                    self._done_bytes += sum(part.nbytes for part in parts)
-                    if self._progress is not None:
-                        self._progress(self._done_bytes, self.total_bytes)
-        except BaseException:
-            self._stop.set()
-            raise
+        while not self._stop.is_set():
+            with self._lock:
+                parts = next(self._reads, None)
+            if parts is None:
+                return
+            start = parts[0].offset
+            data = buffer[: parts[-1].offset + parts[-1].nbytes - start]
+            error = _fill(source, data, start)
+            for part in parts:
+                self._take(part, data[part.offset - start :][: part.nbytes], error)
+            with self._lock:
+                self._done_bytes += sum(part.nbytes for part in parts)
+                if self._progress is not None:
+                    self._progress(self._done_bytes, self.total_bytes)
 
     def _take(self, part: _Part, data: memoryview, error: str | None) -> None:
         section = self._sections[part.section]
@@ -221,7 +202,7 @@ class _Verification:
                 if part.section in self._unreadable:
                     return
                 self._unreadable.add(part.section)
-                path, position = self._place(part.offset)
+                path, position = self._inventory.place(part.offset)
                 problem = f"{path} cannot be read at byte {position}, within {section.key}: {error}."
                 self.damage.append(Damage(path, problem, key=section.key, offset=position))
             return
@@ -237,7 +218,7 @@ class _Verification:
                 self.bytes_verified += section.nbytes
                 self.num_verified += 1
                 return
-            path, position = self._place(section.offset)
+            path, position = self._inventory.place(section.offset)
             problem = (
                 f"{path} is damaged: the {section.nbytes} bytes of {section.key} at byte {position} have CRC-32 "
                 f"{actual:#010x}, but {section.crc32:#010x} is recorded."

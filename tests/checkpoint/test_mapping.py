@@ -102,10 +102,9 @@ class TestWhoWrote:
         with closing(FileSet([path])) as source:
             mapping = FileMapping(source)
             whole = torch.empty(0, dtype=torch.uint8).set_(mapping.storage(0, 300 << 20))
-            assert mapping.is_pristine(0, 300 << 20)
+            assert mapping.are_pristine([(0, 300 << 20)]) == [True]
             whole[-1] = 1
-            assert not mapping.is_pristine(0, 300 << 20)
-            assert mapping.is_pristine(0, (300 << 20) - PAGE)
+            assert mapping.are_pristine([(0, 300 << 20), (0, (300 << 20) - PAGE)]) == [False, True]
 
     def test_a_system_that_does_not_tell(
         self, loaded: tuple[dict[str, torch.Tensor], MappedCheckpoint], monkeypatch: pytest.MonkeyPatch

@@ -187,9 +187,9 @@ class TestDtypes:
             assert f"'layer.weight' has dtype '{name}', for which torch {torch.__version__} has none" in refusals(path)
 
     def test_an_older_torch(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from lightning_memload.checkpoint import safetensors
+        from lightning_memload.checkpoint import safetensors_header
 
-        monkeypatch.delitem(safetensors._DTYPES, "F8_E8M0", raising=False)
+        monkeypatch.delitem(safetensors_header._DTYPES, "F8_E8M0", raising=False)
         path.write_bytes(with_header({"scale": entry("F8_E8M0", [3], 0, 3)}, b"xyz"))
         assert "'scale' has dtype 'F8_E8M0', for which torch" in refusals(path)
 

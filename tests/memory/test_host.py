@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from lightning_memload.memory import available_host_bytes, host
+from lightning_memload.memory.cgroup import CgroupMemory
 from lightning_memload.memory.host import (
-    CgroupMemory,
     HostMeter,
     HostSample,
     HostStatus,

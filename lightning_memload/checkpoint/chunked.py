@@ -1,0 +1,202 @@
+"""A tensor that the files hold in several parts, so that none of their pages can be its memory.
+
+It knows its parts, says shape, dtype and device without reading, and becomes an ordinary tensor when somebody touches
+its values. Whoever only moves the values takes the parts and never touches it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from lightning_memload.checkpoint.index import ChunkInfo, span_elements
+from lightning_memload.checkpoint.source import FileSet, read_fully
+
+__all__ = ["ChunkedTensor", "ChunkedValues", "FilePiece"]
+
+# Of a chunked tensor that somebody touches, read at a time.
+_READ_BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FilePiece:
+    """Where a part of a tensor, or all of it, lies.
+
+    Attributes:
+        offset: Position of its first element.
+        stride: Strides there, in elements.
+        starts: Position of its first element in the tensor, for every dimension.
+        shape: Sizes of the part.
+    """
+
+    offset: int
+    stride: tuple[int, ...]
+    starts: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def within(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of a tensor, of the whole tensor's shape, that this piece is: a view."""
+        if self.shape == tensor.shape:
+            return tensor
+        return tensor[tuple(slice(start, start + n) for start, n in zip(self.starts, self.shape, strict=True))]
+
+
+class ChunkedValues:
+    """What a chunked tensor and its detached twins share: the parts in the files, or the values in memory.
+
+    Args:
+        shape: Sizes of the tensor.
+        dtype: Its element type.
+        chunks: Its parts.
+        source: The files.
+        name: What to call it in messages.
+
+    Attributes:
+        memory: The values, ``None`` until somebody reads them.
+    """
+
+    __slots__ = ("__weakref__", "_lock", "dtype", "memory", "name", "pieces", "shape", "source")
+
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[ChunkInfo], source: FileSet, name: str | None
+    ) -> None:
+        self.name = name
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+        self.source = source
+        self.pieces = tuple(
+            FilePiece(c.storage.offset + c.storage_offset * dtype.itemsize, c.stride, c.starts, c.shape)
+            for c in chunks
+            if math.prod(c.shape)
+        )
+        self.memory: torch.Tensor | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the values have, or would have, in memory."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """See :meth:`ChunkedTensor.read`."""
+        # Two threads that read twice would each write to a tensor of their own. An ordinary tensor in any context:
+        # one of inference mode could not be written to later, and none must land on a default device.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if self.memory is None:
+                values = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+                for piece in self.pieces:
+                    self._read_piece(piece, piece.within(values))
+                self.memory = values
+            return self.memory
+
+    def _read_piece(self, piece: FilePiece, destination: torch.Tensor) -> None:
+        length, row_bytes = (piece.shape[0], piece.stride[0] * self.dtype.itemsize) if piece.shape else (1, 0)
+        if row_bytes and piece.stride[0] >= span_elements(piece.shape[1:], piece.stride[1:]):
+            rows = max(1, _READ_BLOCK_BYTES // row_bytes)
+        else:
+            rows = length  # They interlock in the file, so that none can be read without the others.
+        for start in range(0, length, rows):
+            part = destination[start : start + rows] if piece.shape else destination
+            data = bytearray(span_elements(part.shape, piece.stride) * self.dtype.itemsize)
+            offset = piece.offset + start * row_bytes
+            read_fully(self.source, [memoryview(data)], offset, name_at=lambda _: self.name)
+            part.copy_(torch.frombuffer(data, dtype=self.dtype).as_strided(part.shape, piece.stride))
+
+
+class ChunkedTensor(torch.Tensor):
+    """A CPU tensor whose values lie in several places of the files, until somebody uses them.
+
+    Any operation reads the whole tensor into ordinary memory first, and all later ones see that memory: those on this
+    object and on what ``detach()`` or ``.data`` made of it. What only asks for shape, dtype or device reads nothing.
+
+    Args:
+        values: Where the values are.
+    """
+
+    _held: ChunkedValues
+
+    @staticmethod
+    def __new__(cls, values: ChunkedValues) -> ChunkedTensor:
+        """Makes the tensor; ``__init__`` comes too late for a tensor."""
+        cpu = torch.device("cpu")
+        self: ChunkedTensor = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype, device=cpu)
+        self._held = values
+        return self
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    @property
+    def source(self) -> FileSet:
+        """The files."""
+        return self._held.source
+
+    @property
+    def pieces(self) -> tuple[FilePiece, ...]:
+        """The parts, which cover the tensor without overlap."""
+        return self._held.pieces
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the values are in memory, so that they may differ from the file's."""
+        return self._held.memory is not None
+
+    def read(self) -> torch.Tensor:
+        """The values as an ordinary tensor: read from the files at first, the same tensor ever after.
+
+        Checksums are not compared.
+
+        Raises:
+            CheckpointReadError: Reading failed.
+
+        Peak memory: the tensor, and 16 MiB, or the largest part where its rows interlock in the file.
+        """
+        return self._held.read()
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0]._held)
+        args, kwargs = tree_map_only(ChunkedTensor, ChunkedTensor.read, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    # What the documentation of __torch_dispatch__ prescribes; else torch would make results instances of this class.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    # These go to the memory without an operation, and this object has none.
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        """As for any tensor."""
+        return self.read().numpy(*args, **kwargs)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.read().__array__(*args, **kwargs)
+
+    def tolist(self) -> Any:
+        """As for any tensor."""
+        return self.read().tolist()
+
+    def data_ptr(self) -> int:
+        """As for any tensor."""
+        return self.read().data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """As for any tensor."""
+        return self.read().untyped_storage()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        copy = memo[id(self)] = self.read().clone()
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.read().__reduce_ex__(protocol)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"ChunkedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, in {len(self.pieces)} parts of the file)"

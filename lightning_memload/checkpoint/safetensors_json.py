@@ -1,0 +1,72 @@
+"""The JSON of the safetensors format, which may be hostile: how it is read, and how a message shows what it says.
+
+It is parsed more strictly than the standard library does by itself: a key that stands twice, a number or a text that
+nobody can use is damage, not a value. What is shown is cut short.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from typing import Any
+
+from lightning_memload.errors import CheckpointFormatError
+
+__all__ = ["COPY_AGAIN", "MAX_HEADER_BYTES", "parse_json", "short"]
+
+# The format's own limit. It bounds what a lying length can make us read; an index of shards is held to it as well.
+MAX_HEADER_BYTES = 100_000_000
+_MAX_DIGITS = 20
+
+COPY_AGAIN = "The file is damaged, or safetensors did not write it: copy or download it again."
+
+# Names and numbers of a hostile header may be millions of characters long, and its lists deeper than the stack.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlist = _SHORT.maxtuple = 8
+_SHORT.maxdict = 4
+_SHORT.maxlevel = 2
+short = _SHORT.repr
+
+
+def parse_json(data: bytes, path: str, what: str) -> Any:
+    """Parses JSON.
+
+    Args:
+        data: The text.
+        path: The file that it is from.
+        what: What to call it in messages.
+
+    Raises:
+        CheckpointFormatError: It is no JSON, too deep, has a key twice, or numbers or texts that nobody can use.
+    """
+    try:
+        return json.loads(
+            data.decode(), object_pairs_hook=_unique_keys, parse_int=_short_integer, parse_constant=_no_constant
+        )
+    except (ValueError, RecursionError) as error:
+        raise CheckpointFormatError(
+            f"{path}: {what}, {len(data)} bytes of JSON, cannot be read ({error}). {COPY_AGAIN}", path=path
+        ) from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys: set[str] = set()
+        twice = next(key for key, _ in pairs if key in keys or keys.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"it has the key {short(twice)} twice, so which one is meant cannot be told")
+    # Half of a surrogate pair is no text: it could neither be printed nor compared with a parameter's name.
+    "".join(found).encode()
+    return found
+
+
+def _short_integer(digits: str) -> int:
+    # Python's own limit may be switched off, and then the time is quadratic.
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"it has an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"it has {name} for a number")
