@@ -21,7 +21,7 @@ from zlib_ng import zlib_ng
 
 from lightning_memload.save.layout import Piece, plan_writes
 from lightning_memload.save.pickling import Stretch
-from lightning_memload.transfer import MIN_BUDGET_BYTES, RingLayout, StagingRing, choose_layout
+from lightning_memload.transfer import MIN_BUDGET_BYTES, RingLayout, StagingRing, choose_layout, on_device, on_stream
 
 __all__ = ["Content", "LocalSink", "Records", "Sink", "StreamSink", "Target", "memory_of"]
 
@@ -170,8 +170,11 @@ class Records:
         Peak memory: ``staging_bytes``.
         """
         with ExitStack() as stack:
-            pinned = bool(self._made)
-            ring = stack.enter_context(StagingRing(self._layout, pinned=pinned)) if self._layout else None
+            # This thread, and with it its GPU, may be another one than that of the caller who made this object.
+            device = next(iter(self._made), None)
+            ring = None
+            if self._layout is not None:
+                ring = stack.enter_context(StagingRing(self._layout, pinned=device is not None, device=device))
             return _Writing(target, self._contents, self.sizes, ring, self._made, first, on_first).run(self.num_threads)
 
 
@@ -232,6 +235,10 @@ class _Writing:
         return self._crc32s
 
     def _work(self, num_first: int) -> None:
+        with on_device(next(iter(self._streams), None)):
+            self._write_all(num_first)
+
+    def _write_all(self, num_first: int) -> None:
         try:
             while (write := self._next_write()) is not None:
                 number, pieces = write
@@ -292,7 +299,7 @@ class _Writing:
         device = content.storage.device
         values = torch.empty(0, dtype=torch.uint8, device=device)
         values.set_(content.storage, content.start + piece.start, (piece.nbytes,), (1,))
-        with torch.cuda.stream(self._streams.get(device)):
+        with on_stream(self._streams.get(device)):
             staged.copy_(values, non_blocking=device in self._streams)
 
     def _sum_up(self, piece: Piece, crc32: int) -> int | None:

@@ -23,6 +23,7 @@ import torch
 from lightning_memload.checkpoint import ByteSource, span_elements
 from lightning_memload.errors import CheckpointReadError, ChecksumError
 from lightning_memload.transfer.checksums import PartialChecksums
+from lightning_memload.transfer.cuda_context import on_stream
 from lightning_memload.transfer.plan import Check, Piece, Range, Read, Segment, plan_checks, plan_reads, split_strided
 from lightning_memload.transfer.staging import LazyRing, StagingRing, choose_layout
 
@@ -125,7 +126,7 @@ def start_ring(
         ValueError: The budget is too small.
     """
     layout = choose_layout(budget_bytes, num_threads or default_threads(device, num_processes))
-    ring = LazyRing(layout, pinned=device.type == "cuda")
+    ring = LazyRing(layout, pinned=device.type == "cuda", device=device)
     if device.type == "cuda":
         ring.prepare()
     return ring
@@ -279,7 +280,7 @@ class _Transfer:
     def _work(self) -> None:
         try:
             # Thread-local, all three. The stream is entered once: doing so for every copy costs more than the copy.
-            with torch.inference_mode(self._inference_mode), torch.no_grad(), torch.cuda.stream(self._stream):
+            with torch.inference_mode(self._inference_mode), torch.no_grad(), on_stream(self._stream):
                 while (job := self._next_job()) is not None:
                     if self._device is not None or job.piece is not None:
                         slot = self._slots.get()
