@@ -144,8 +144,11 @@ class RestoreSession:
         needs = dict(needed_bytes)
         if self.device.type != "cpu":
             host = torch.device("cpu")
-            needs[host] = needs.get(host, 0) + self._ring.layout.nbytes
+            needs[host] = needs.get(host, 0) + self._ring.missing_bytes
         for device, needed in needs.items():
+            if device.type == "cuda":
+                # Whoever page-locks the ring may still be at it, and nothing is known of a GPU before.
+                torch.cuda.init()
             free = free_device_bytes(device)
             if free is None or needed == 0:
                 continue

@@ -190,6 +190,12 @@ class LazyRing:
         assert self._ring is not None
         return self._ring
 
+    @property
+    def missing_bytes(self) -> int:
+        """Host memory that it is still going to take: none once it is made. Waits while it is being made."""
+        self._wait()
+        return self.layout.nbytes if self._ring is None else 0
+
     def close(self) -> None:
         """Frees the ring if there is one. Closing twice is fine."""
         self._wait()
