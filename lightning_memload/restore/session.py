@@ -196,7 +196,7 @@ class RestoreSession:
         self._given.insert(position, start)
         self._ends[start] = end
         storage = self._pages.storage(start, end - start)
-        return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
+        return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(storage, 0, tensor.shape, tensor.stride())
 
     def free_at_end(self, tensors: Sequence[torch.Tensor]) -> None:
         """Frees the memory of tensors that nobody else refers to when the session ends, while the caller goes on.
