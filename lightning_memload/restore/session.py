@@ -7,11 +7,13 @@ after which nothing of the checkpoint is mapped or open.
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -219,7 +221,7 @@ class RestoreSession:
         self._pages = None
         if self._to_free:
             tensors, self._to_free = self._to_free, []
-            threading.Thread(target=_free, args=(tensors,), name="memload-free").start()
+            _Freeing(tensors).start()
         self._tell_pinned(0)
         return self.checkpoint.detach() if detach else 0
 
@@ -233,12 +235,36 @@ class RestoreSession:
             self._on_pinned(nbytes)
 
 
-def _free(tensors: list[torch.Tensor]) -> None:
-    # A property of the thread. Within, tensors of inference mode can be changed as well as all others.
-    with torch.inference_mode():
-        while tensors:
-            # Unlike the end of a Python object, a torch call gives the interpreter's lock away while the kernel works.
-            tensors.pop().set_()  # type: ignore[call-overload]
+class _Freeing(threading.Thread):
+    """Frees tensors. A fork waits for the end: the child would keep the memory for as long as it lives."""
+
+    _running: ClassVar[set[_Freeing]] = set()
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        super().__init__(name="memload-free")
+        self._tensors = tensors
+        self._running.add(self)
+
+    def run(self) -> None:
+        try:
+            # A property of the thread. Within, tensors of inference mode can be changed as well as all others.
+            with torch.inference_mode():
+                while self._tensors:
+                    # Unlike the end of a Python object, a torch call gives the interpreter's lock away while the
+                    # kernel works.
+                    self._tensors.pop().set_()  # type: ignore[call-overload]
+        finally:
+            self._running.discard(self)
+
+    @classmethod
+    def join_all(cls) -> None:
+        for thread in list(cls._running):
+            if thread.ident is not None and thread is not threading.current_thread():
+                thread.join()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_Freeing.join_all)
 
 
 def _gib(nbytes: int) -> str:
