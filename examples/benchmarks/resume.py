@@ -369,7 +369,22 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "file_backed_peak_bytes": median(lambda run: run["peaks"]["file_backed_peak_bytes"]),
         "cuda_allocated_peak_bytes": median(lambda run: run["peaks"]["cuda_allocated_peak_bytes"]),
         "streaming_gb_per_second": median(streaming),
+        "phases": phases(runs),
         "repetitions": len(runs),
+    }
+
+
+def phases(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Medians of each phase of a restore: how long it took, and for how much of that the bytes were on their way."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        for phase in run.get("report", {}).get("phases", []):
+            of_name = found.setdefault(phase["name"], {"seconds": [], "transfer_seconds": []})
+            for figure, values in of_name.items():
+                values.append(phase[figure] or 0.0)
+    return {
+        name: {figure: statistics.median(values) for figure, values in figures.items()}
+        for name, figures in found.items()
     }
 
 
@@ -389,6 +404,7 @@ def table(report: dict[str, Any]) -> str:
             number(row["build_seconds"], 1),
         ]
         lines.append(f"{VARIANTS[variant]:52}{cells[0]:>10}{cells[1]:>12}{cells[2]:>8}{cells[3]:>8}{cells[4]:>8}")
+    lines.extend(f"{variant}: {json.dumps(rounded(row['phases']))}" for variant, row in report["variants"].items())
     lines.append(f"all variants equal bit for bit: {report['equal']}")
     lines.extend(f"{name}: {json.dumps(rounded(value))}" for name, value in report["ceilings"].items())
     return "\n".join(lines)

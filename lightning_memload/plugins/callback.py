@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_memload.errors import MetaTensorError, listed
@@ -170,6 +170,7 @@ class MemoryEfficientRestore(pl.Callback):
         if io is not None:
             self._undo.append(io.observe(self._run))
         self._undo.append(_guard_meta_module(trainer, pl_module, self._run, self._load_weights))
+        self._undo.append(_before_stage(trainer.strategy, lambda: self._finish(trainer)))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The optimizers exist now, their states come next."""
@@ -399,6 +400,27 @@ def _guard_meta_module(
 
     strategy.__dict__["model_to_device"] = model_to_device
     return lambda: strategy.__dict__.pop("model_to_device", None) and None
+
+
+def _before_stage(strategy: Strategy, action: Callable[[], object]) -> Callable[[], None]:
+    """Has something done when all is restored, and before a data loader forks its workers.
+
+    These keep what is mapped and what is not yet freed for as long as they live. Lightning (2.5, 2.6) calls no hook of
+    a callback in between, but for the sanity check, which a resume leaves out. So the barrier at the start of the stage
+    is shadowed on this one strategy.
+
+    Returns:
+        A function that ends this.
+    """
+    barrier = strategy.barrier
+
+    def barrier_then_action(*args: Any, **kwargs: Any) -> None:
+        barrier(*args, **kwargs)
+        if "run-stage" in (*args, *kwargs.values()):
+            action()
+
+    strategy.__dict__["barrier"] = barrier_then_action
+    return lambda: strategy.__dict__.pop("barrier", None) and None
 
 
 def _let_teardown_pass(module: pl.LightningModule) -> None:

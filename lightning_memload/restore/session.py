@@ -7,11 +7,13 @@ mapped or open.
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -142,8 +144,11 @@ class RestoreSession:
         needs = dict(needed_bytes)
         if self.device.type != "cpu":
             host = torch.device("cpu")
-            needs[host] = needs.get(host, 0) + self._ring.layout.nbytes
+            needs[host] = needs.get(host, 0) + self._ring.missing_bytes
         for device, needed in needs.items():
+            if device.type == "cuda":
+                # Whoever page-locks the ring may still be at it, and nothing is known of a GPU before.
+                torch.cuda.init()
             free = free_device_bytes(device)
             if free is None or needed == 0:
                 continue
@@ -190,7 +195,7 @@ class RestoreSession:
             self._pages = FileMapping(self.checkpoint.source)
         self._given.insert(position, (start, end))
         storage = self._pages.storage(start, end - start)
-        return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
+        return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(storage, 0, tensor.shape, tensor.stride())
 
     def free_at_end(self, tensors: Sequence[torch.Tensor]) -> None:
         """Frees the memory of tensors that nobody else refers to when the session ends, while the caller goes on.
@@ -213,7 +218,7 @@ class RestoreSession:
         self._pages = None
         if self._to_free:
             tensors, self._to_free = self._to_free, []
-            threading.Thread(target=_free, args=(tensors,), name="memload-free").start()
+            _Freeing(tensors).start()
         self._tell_pinned(0)
         return self.checkpoint.detach() if detach else 0
 
@@ -227,12 +232,36 @@ class RestoreSession:
             self._on_pinned(nbytes)
 
 
-def _free(tensors: list[torch.Tensor]) -> None:
-    # A property of the thread. Within, tensors of inference mode can be changed as well as all others.
-    with torch.inference_mode():
-        while tensors:
-            # Unlike the end of a Python object, a torch call gives the interpreter's lock away while the kernel works.
-            tensors.pop().set_()  # type: ignore[call-overload]
+class _Freeing(threading.Thread):
+    """Frees tensors. A fork waits for the end: the child would keep the memory for as long as it lives."""
+
+    _running: ClassVar[set[_Freeing]] = set()
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        super().__init__(name="memload-free")
+        self._tensors = tensors
+        self._running.add(self)
+
+    def run(self) -> None:
+        try:
+            # A property of the thread. Within, tensors of inference mode can be changed as well as all others.
+            with torch.inference_mode():
+                while self._tensors:
+                    # Unlike the end of a Python object, a torch call gives the interpreter's lock away while the
+                    # kernel works.
+                    self._tensors.pop().set_()  # type: ignore[call-overload]
+        finally:
+            self._running.discard(self)
+
+    @classmethod
+    def join_all(cls) -> None:
+        for thread in list(cls._running):
+            if thread.ident is not None and thread is not threading.current_thread():
+                thread.join()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_Freeing.join_all)
 
 
 def _gib(nbytes: int) -> str:

@@ -23,7 +23,7 @@ from zlib_ng import zlib_ng
 
 from lightning_memload.save.layout import Piece, plan_writes
 from lightning_memload.save.pickling import Stretch
-from lightning_memload.transfer import MIN_BUDGET_BYTES, RingLayout, StagingRing, choose_layout
+from lightning_memload.transfer import MIN_BUDGET_BYTES, RingLayout, StagingRing, choose_layout, on_device, on_stream
 
 __all__ = [
     "Content",
@@ -252,8 +252,11 @@ class Records:
         Peak memory: ``staging_bytes``.
         """
         with ExitStack() as stack:
-            pinned = bool(self._made)
-            ring = stack.enter_context(StagingRing(self._layout, pinned=pinned)) if self._layout else None
+            # This thread, and with it its GPU, may be another one than that of the caller who made this object.
+            device = next(iter(self._made), None)
+            ring = None
+            if self._layout is not None:
+                ring = stack.enter_context(StagingRing(self._layout, pinned=device is not None, device=device))
             return _Writing(target, self._contents, self.sizes, ring, self._made, order).run(self.num_threads)
 
 
@@ -313,6 +316,10 @@ class _Writing:
         return self._crc32s
 
     def _work(self, num_first: int) -> None:
+        with on_device(next(iter(self._streams), None)):
+            self._write_all(num_first)
+
+    def _write_all(self, num_first: int) -> None:
         try:
             while (write := self._next_write()) is not None:
                 number, pieces = write
@@ -373,7 +380,7 @@ class _Writing:
 
     def _copy(self, content: Stretch | Gathered, piece: Piece, staged: torch.Tensor) -> None:
         device = content.storage.device
-        with torch.cuda.stream(self._streams.get(device)):
+        with on_stream(self._streams.get(device)):
             if isinstance(content, Gathered):
                 values = content.gather(piece.start, piece.nbytes)
             else:

@@ -1,5 +1,6 @@
 """Moves bytes from a source into tensors: the plan, the staging ring with its hard budget, and the threads."""
 
+from lightning_memload.transfer.cuda_context import on_device, on_stream
 from lightning_memload.transfer.engine import Record, TensorCopy, TransferStats, transfer
 from lightning_memload.transfer.staging import (
     MIN_BUDGET_BYTES,
@@ -27,6 +28,8 @@ __all__ = [
     "check_num_threads",
     "choose_layout",
     "default_threads",
+    "on_device",
+    "on_stream",
     "start_ring",
     "transfer",
     "verify_checkpoint",

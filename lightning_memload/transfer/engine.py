@@ -21,6 +21,7 @@ import torch
 from lightning_memload.checkpoint import ByteSource, read_fully, span_elements
 from lightning_memload.errors import ChecksumError
 from lightning_memload.transfer.checksums import PartialChecksums
+from lightning_memload.transfer.cuda_context import on_stream
 from lightning_memload.transfer.plan import Check, Piece, Range, Read, Segment, plan_checks, plan_reads, split_strided
 from lightning_memload.transfer.staging import StagingRing
 from lightning_memload.transfer.threads import run_threads
@@ -229,7 +230,7 @@ class _Transfer:
 
     def _work(self) -> None:
         # Thread-local, all three. The stream is entered once: doing so for every copy costs more than the copy.
-        with torch.inference_mode(self._inference_mode), torch.no_grad(), torch.cuda.stream(self._stream):
+        with torch.inference_mode(self._inference_mode), torch.no_grad(), on_stream(self._stream):
             while (job := self._next_job()) is not None:
                 if self._device is not None or job.piece is not None:
                     slot = self._slots.get()

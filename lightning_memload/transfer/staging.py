@@ -9,10 +9,13 @@ from __future__ import annotations
 import mmap
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from lightning_memload.transfer.cuda_context import on_device
 from lightning_memload.transfer.threads import default_threads
 
 __all__ = [
@@ -96,15 +99,19 @@ class StagingRing:
         layout: Number and size of the buffers. Memory is taken at once when it is pinned, otherwise as it is touched.
         pinned: Page-lock the buffers for CUDA, so that copies to a device are asynchronous. Needs CUDA. When the
             driver refuses, the ring works unpinned, slower, and a warning says so.
+        device: The GPU that page-locks them, for copies to and from any. ``None``: the current one of this thread.
 
     Use as a context manager, or call :meth:`close`. A ring may serve several transfers, one at a time.
     """
 
-    def __init__(self, layout: RingLayout, *, pinned: bool) -> None:
+    def __init__(self, layout: RingLayout, *, pinned: bool, device: torch.device | None = None) -> None:
         self.layout = layout
         self._memory = mmap.mmap(-1, layout.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        whole = torch.frombuffer(memoryview(self._memory), dtype=torch.uint8)
+        # Tensors that are made in inference mode can be written to by no thread that is not in it.
+        with torch.inference_mode(False):
+            whole = torch.frombuffer(memoryview(self._memory), dtype=torch.uint8)
         self._address = whole.data_ptr()
+        self._device = torch.device("cuda", torch.cuda.current_device()) if pinned and device is None else device
         self.pinned = pinned and self._pin()
         self.tensors = list(whole.split(layout.block_bytes))
         self.views = [
@@ -126,7 +133,8 @@ class StagingRing:
         """Unpins and frees the buffers. Copies from them must have ended. Closing twice is fine."""
         if self.pinned:
             # Before the memory goes: a region that is unmapped while registered poisons later pinning in this process.
-            torch.cuda.cudart().cudaHostUnregister(self._address)
+            with on_device(self._device):
+                torch.cuda.cudart().cudaHostUnregister(self._address)
             self.pinned = False
         self.tensors.clear()
         for view in self.views:
@@ -139,15 +147,22 @@ class StagingRing:
             self._memory.madvise(mmap.MADV_DONTNEED)
 
     def _pin(self) -> bool:
-        status = torch.cuda.cudart().cudaHostRegister(self._address, self.layout.nbytes, 0)
+        # CUDA keeps an error for the thread in which it happened, and torch's next kernel there would fail with it.
+        with ThreadPoolExecutor(1, thread_name_prefix="memload-register") as thread:
+            status = thread.submit(self._register).result()
         if int(status) == 0:
             return True
+        reason = torch.cuda.cudart().cudaGetErrorString(status)
         warnings.warn(
-            f"Could not page-lock {self.layout.nbytes >> 20} MiB of host memory ({status}); the checkpoint is restored "
+            f"Could not page-lock {self.layout.nbytes >> 20} MiB of host memory ({reason}); the checkpoint is moved "
             "through ordinary memory, which is slower.",
             stacklevel=4,
         )
         return False
+
+    def _register(self) -> Any:
+        with on_device(self._device):
+            return torch.cuda.cudart().cudaHostRegister(self._address, self.layout.nbytes, 0)
 
     def __enter__(self) -> StagingRing:
         return self
@@ -162,11 +177,13 @@ class LazyRing:
     Args:
         layout: See :class:`StagingRing`.
         pinned: Likewise.
+        device: Likewise; ``None`` means that of the thread that makes the ring, in the background the first GPU.
     """
 
-    def __init__(self, layout: RingLayout, *, pinned: bool) -> None:
+    def __init__(self, layout: RingLayout, *, pinned: bool, device: torch.device | None = None) -> None:
         self.layout = layout
         self._pinned = pinned
+        self._device = device
         self._ring: StagingRing | None = None
         self._error: BaseException | None = None
         self._maker: threading.Thread | None = None
@@ -192,6 +209,12 @@ class LazyRing:
         assert self._ring is not None
         return self._ring
 
+    @property
+    def missing_bytes(self) -> int:
+        """Host memory that it is still going to take: none once it is made. Waits while it is being made."""
+        self._wait()
+        return self.layout.nbytes if self._ring is None else 0
+
     def close(self) -> None:
         """Frees the ring if there is one. Closing twice is fine."""
         self._wait()
@@ -206,7 +229,7 @@ class LazyRing:
 
     def _make(self) -> None:
         try:
-            self._ring = StagingRing(self.layout, pinned=self._pinned)
+            self._ring = StagingRing(self.layout, pinned=self._pinned, device=self._device)
         except BaseException as error:
             self._error = error
 
@@ -226,7 +249,7 @@ def start_ring(
         ValueError: The budget is too small.
     """
     layout = choose_layout(budget_bytes, num_threads or default_threads(device, num_processes))
-    ring = LazyRing(layout, pinned=device.type == "cuda")
+    ring = LazyRing(layout, pinned=device.type == "cuda", device=device)
     if device.type == "cuda":
         ring.prepare()
     return ring

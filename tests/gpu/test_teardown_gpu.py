@@ -45,7 +45,8 @@ def measure(folder: str, *, keep: bool) -> dict[str, Any]:
     before = 0
 
     class Look(L.Callback):
-        def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # Lightning's teardown comes before the callbacks'.
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             nonlocal before
             before = read_status().anonymous_bytes or 0
 

@@ -462,3 +462,16 @@ RESULT["naive"] = [monitor.peaks.anonymous_peak_bytes - before]
             assert equal
         assert result["raw"][2]
         assert result["naive"][0] >= 500 * mib
+
+
+def test_into_cpu_memory_nothing_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be initialised, which no forked child can do, nor its parent before it forks."""
+
+    def refuse() -> None:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
+    data, copies, records = many(20)
+    move(Memory(data), copies, records=records)
+    assert_arrived(data, copies)

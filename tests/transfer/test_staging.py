@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_memload.memory.host import read_status
-from lightning_memload.transfer import MIN_BUDGET_BYTES, RingLayout, StagingRing, choose_layout
+from lightning_memload.transfer import MIN_BUDGET_BYTES, RingLayout, StagingRing, choose_layout, start_ring
 
 MIB = 1 << 20
 
@@ -72,3 +74,79 @@ def test_memory_goes_back_even_if_somebody_holds_a_buffer(held: bool) -> None:
     ring.close()
     assert anonymous() - before < 2 * MIB
     assert torch.equal(kept[0], torch.zeros(8 * MIB, dtype=torch.uint8)) if held else True
+
+
+class Driver:
+    """Stands for the CUDA runtime: what is page-locked, for whom, and which errors a thread still has to hear of."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, status: int = 0) -> None:
+        self.status = status
+        self.calls: list[tuple[str, str | None]] = []
+        self.threads: set[int] = set()
+        self._current = threading.local()
+        driver = self
+
+        class OnDevice:
+            def __init__(self, device: torch.device) -> None:
+                self.device = device
+
+            def __enter__(self) -> None:
+                self.before = getattr(driver._current, "device", None)
+                driver._current.device = str(self.device)
+
+            def __exit__(self, *_: object) -> None:
+                driver._current.device = self.before
+
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "device", OnDevice)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.threads.add(threading.get_ident())
+        self.calls.append(("register", getattr(self._current, "device", None)))
+        return self.status
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.calls.append(("unregister", getattr(self._current, "device", None)))
+        return 0
+
+    def cudaGetErrorString(self, status: int) -> str:
+        return "out of memory"
+
+
+@pytest.mark.parametrize("device", [torch.device("cuda", 1), None])
+def test_pinned_for_the_gpu_that_is_used(monkeypatch: pytest.MonkeyPatch, device: torch.device | None) -> None:
+    """A new thread's current GPU is the first one, which would get a context of 500 MiB."""
+    driver = Driver(monkeypatch)
+    with StagingRing(RingLayout(1, 2, 4096), pinned=True, device=device) as ring:
+        assert ring.pinned_bytes == 8192
+    expected = "cuda:3" if device is None else "cuda:1"
+    assert driver.calls == [("register", expected), ("unregister", expected)]
+
+
+def test_pinned_in_the_background_for_the_gpu_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(monkeypatch)
+    ring = start_ring(torch.device("cuda", 1), MIB, 1)
+    assert ring.get().pinned_bytes == ring.layout.nbytes
+    ring.close()
+    assert driver.calls == [("register", "cuda:1"), ("unregister", "cuda:1")]
+
+
+def test_a_refusal_to_pin_is_told_and_stays_with_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA would tell of it again at the next kernel of the thread in which it happened."""
+    driver = Driver(monkeypatch, status=2)
+    with pytest.warns(UserWarning, match=r"Could not page-lock 1 MiB .*out of memory"):
+        ring = StagingRing(RingLayout(1, 2, MIB // 2), pinned=True)
+    assert ring.pinned_bytes == 0
+    ring.views[0][:1] = b"x"
+    ring.close()
+    assert driver.threads
+    assert driver.threads.isdisjoint(thread.ident for thread in threading.enumerate())
+    assert driver.calls == [("register", "cuda:3")]
+
+
+def test_any_thread_may_write_to_a_ring_that_was_made_in_inference_mode() -> None:
+    with torch.inference_mode(), StagingRing(RingLayout(1, 2, 4096), pinned=False) as ring:
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(ring.tensors[1].fill_, 7).result()
+        assert set(ring.views[1]) == {7}

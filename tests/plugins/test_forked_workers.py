@@ -1,0 +1,90 @@
+"""Workers of a data loader are forks: what the process still has of a restore when they begin, they keep."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_memload import MemoryEfficientRestore
+from lightning_memload.checkpoint import MappedCheckpoint
+from lightning_memload.restore import RestoreSession
+from lightning_memload.transfer import LazyRing, RingLayout
+from tests.plugins.harness import FEATURES, TRUSTED, Case, TinyModule, make_trainer, write_checkpoint
+
+
+class HeldByWorker(Dataset[Any]):
+    """Samples of zeros if the worker neither maps the checkpoint nor has it open, else of ones."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        assert torch.utils.data.get_worker_info() is not None
+        opened = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_link(fd)]
+        held = self.path in opened or self.path in Path("/proc/self/maps").read_text()
+        return torch.full((FEATURES,), float(held)), torch.zeros(FEATURES)
+
+
+def _is_link(fd: str) -> bool:
+    return os.path.islink(f"/proc/self/fd/{fd}")
+
+
+class Looks(TinyModule):
+    """Notes what its batches say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[bool] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.held.append(bool(batch[0].any()))
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.held.append(bool(batch[0].any()))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("entry", ["fit", "validate"])
+def test_workers_hold_nothing_of_the_checkpoint(tmp_path: Path, entry: str) -> None:
+    path = write_checkpoint(Case(Looks), tmp_path)
+    module = Looks()
+    trainer = make_trainer(tmp_path, [MemoryEfficientRestore()], max_epochs=3)
+    data = DataLoader(HeldByWorker(path), batch_size=2, num_workers=1, multiprocessing_context="fork")
+    getattr(trainer, entry)(module, data, ckpt_path=path, **TRUSTED)
+    assert module.held
+    assert not any(module.held)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_waits_until_what_was_replaced_is_freed() -> None:
+    """A worker would keep the memory of a model that was built on the host and trains on a GPU."""
+    begun, goes_on = threading.Event(), threading.Event()
+
+    class Slow(torch.Tensor):
+        def set_(self) -> None:  # type: ignore[override]
+            begun.set()
+            assert goes_on.wait(60)
+
+    ring = LazyRing(RingLayout(1, 2, 4096), pinned=False)
+    session = RestoreSession(MappedCheckpoint.unmapped("file.pt"), device=torch.device("cpu"), ring=ring)
+    session.free_at_end([torch.zeros(3).as_subclass(Slow)])
+    session.close()
+    assert begun.wait(60)
+    (freeing,) = [thread for thread in threading.enumerate() if thread.name == "memload-free"]
+    threading.Thread(target=goes_on.set).start()
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    still_freeing = freeing.is_alive()
+    assert os.waitpid(child, 0)[1] == 0
+    assert not still_freeing

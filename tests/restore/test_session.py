@@ -1,0 +1,57 @@
+"""What a session refuses before anything is allocated."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from lightning_memload import InsufficientMemoryError
+from lightning_memload.checkpoint import MappedCheckpoint
+from lightning_memload.restore import RestoreSession
+from lightning_memload.transfer import LazyRing, RingLayout
+
+GPU = torch.device("cuda", 0)
+RING = RingLayout(1, 2, 4096)
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """What is free on each type of device. Of a GPU it is known once CUDA is initialised."""
+    free = {"cuda": 1000, "cpu": 10000}
+    initialised: list[bool] = []
+
+    def free_device_bytes(device: torch.device) -> int | None:
+        return free[device.type] if initialised or device.type == "cpu" else None
+
+    monkeypatch.setattr(torch.cuda, "init", lambda: initialised.append(True))
+    monkeypatch.setattr("lightning_memload.restore.session.free_device_bytes", free_device_bytes)
+    return free
+
+
+@pytest.fixture
+def ring() -> LazyRing:
+    return LazyRing(RING, pinned=False)
+
+
+@pytest.fixture
+def session(ring: LazyRing) -> RestoreSession:
+    return RestoreSession(MappedCheckpoint.unmapped("file.pt"), device=GPU, ring=ring)
+
+
+def test_the_first_to_use_a_gpu_is_checked_too(session: RestoreSession, free: dict[str, int]) -> None:
+    with pytest.raises(InsufficientMemoryError, match=re.escape("of memory on cuda:0")) as caught:
+        session.require({GPU: 1001})
+    assert (caught.value.device, caught.value.needed_bytes, caught.value.free_bytes) == ("cuda:0", 1001, 1000)
+    session.require({GPU: 900})
+
+
+def test_a_ring_needs_memory_until_it_is_made(session: RestoreSession, ring: LazyRing, free: dict[str, int]) -> None:
+    free["cpu"] = RING.nbytes - 1
+    with pytest.raises(InsufficientMemoryError, match="of host memory") as caught:
+        session.require({GPU: 1})
+    assert caught.value.needed_bytes == RING.nbytes
+    ring.get()
+    session.require({GPU: 1})
+    ring.close()
