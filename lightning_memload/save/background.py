@@ -60,7 +60,7 @@ class BackgroundSave:
         self._versions = [(tensor, tensor._version) for tensor in changed_in_steps]
         self._may_wait = {tensor.untyped_storage()._cdata for tensor, _ in self._versions}
         self._pid = os.getpid()
-        self._first, self._written, self._ended = threading.Event(), threading.Event(), threading.Event()
+        self._first, self._written = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._actions: list[Callable[[], object]] = []
         self._is_closed = False
@@ -68,7 +68,8 @@ class BackgroundSave:
         self._waits_since: float | None = time.perf_counter()
         self._hook: Any = register_optimizer_step_pre_hook(self._before_step) if self._versions else None
         atexit.register(self.result)
-        threading.Thread(target=self._run, name="memload-background-save").start()
+        self._thread = threading.Thread(target=self._run, name="memload-background-save")
+        self._thread.start()
         self._first.wait()
         if self._error is not None:
             self.result()
@@ -88,7 +89,7 @@ class BackgroundSave:
     def wait(self) -> None:
         """Returns when the save has ended, well or not. Raises nothing."""
         if os.getpid() == self._pid:
-            self._ended.wait()
+            self._thread.join()
             self._let_go()
 
     def result(self) -> None:
@@ -129,8 +130,8 @@ class BackgroundSave:
         finally:
             with self._lock:
                 self._is_closed = True
-            for event in (self._written, self._ended, self._first):
-                event.set()
+            self._written.set()
+            self._first.set()
 
     def _carry_out(self) -> SaveStats | None:
         save, self._save = self._save, None

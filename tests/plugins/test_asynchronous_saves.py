@@ -203,15 +203,23 @@ def test_load_state_dict_waits(tmp_path: Path) -> None:
 
 
 def failing_disk(monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
-    original, left = os.fsync, [failures]
+    """The disk fails so many times, each time when the call that saves has returned."""
+    original, save, left = os.fsync, StreamingCheckpointIO.save_checkpoint, [failures]
+    returned = threading.Event()
 
     def fsync(descriptor: int) -> None:
         if left[0]:
             left[0] -= 1
+            assert returned.wait(60)
             raise OSError(28, "No space left on device")
         original(descriptor)
 
+    def save_checkpoint(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
+        returned.set()
+
     monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(StreamingCheckpointIO, "save_checkpoint", save_checkpoint)
 
 
 def test_an_error_surfaces_at_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
