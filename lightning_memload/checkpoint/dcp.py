@@ -3,7 +3,8 @@
 ``.metadata`` says which stretch of which file is which part of which tensor, and each stretch is a small archive of
 ``torch.save``. So every tensor's bytes are known, with their CRC-32, and the tensors can stay in the files: chunked
 ones, since a part begins at any byte. The object is put together as it was saved; a checkpoint of a Trainer becomes the
-ordinary one, with ``state_dict``, ``optimizer_states`` and all that is in ``meta.pt``.
+ordinary one, with ``state_dict``, ``optimizer_states`` and all that is in ``meta.pt``. Optimizer states stay under the
+names of their parameters, as the strategies save them.
 """
 
 from __future__ import annotations
@@ -13,19 +14,33 @@ import io
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lightning_memload.checkpoint.dcp_metadata import METADATA_NAME, Entry, Metadata, SavedTensor, read_metadata
+from lightning_memload.checkpoint.dcp_entries import DcpObject, DcpTensor, Entries
+from lightning_memload.checkpoint.dcp_metadata import (
+    METADATA_NAME,
+    Entry,
+    Metadata,
+    SavedTensor,
+    read_metadata,
+    survey_metadata,
+)
 from lightning_memload.checkpoint.dcp_structure import assemble, map_leaves, rename_for_trainer, walk_leaves
 from lightning_memload.checkpoint.index import Checkpoint, ChunkInfo, KeyPath, StorageInfo, TensorInfo, format_path
 from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
-from lightning_memload.checkpoint.source import FilePart, FileSet, LocalFile
-from lightning_memload.checkpoint.torch_pickle import read_structure, walk_pickle
-from lightning_memload.checkpoint.torch_zip import TorchZip, name_sections, read_index, read_records, read_zip_inventory
+from lightning_memload.checkpoint.source import FileSet, LocalFile
+from lightning_memload.checkpoint.torch_pickle import read_structure
+from lightning_memload.checkpoint.torch_zip import (
+    TorchZip,
+    pickle_is_sound,
+    read_index,
+    read_records,
+    read_zip_inventory,
+)
 from lightning_memload.errors import CheckpointFormatError, listed
 
 __all__ = ["DcpDirectory"]
@@ -55,7 +70,7 @@ class DcpDirectory:
         Raises:
             CheckpointFormatError: A file is missing, truncated or damaged, or the parts of a tensor do not cover it.
         """
-        directory = _Directory(path)
+        directory = _open(path)
         directory.source.close()
         return directory.index
 
@@ -67,7 +82,7 @@ class DcpDirectory:
 
         Peak memory: the index and what the checkpoint holds beside tensors.
         """
-        directory = _Directory(path)
+        directory = _open(path)
         try:
             return directory.load(weights_only)
         except BaseException:
@@ -75,61 +90,82 @@ class DcpDirectory:
             raise
 
     def take_inventory(self, path: str) -> Inventory:
-        """Every record of every entry, see :class:`CheckpointFormat`. The metadata itself carries no checksum.
-
-        Entries that contradict the metadata leave nothing to list: then only the first of them is told.
-        """
+        """Every record of every entry, and the metadata, which have no checksum; see :class:`CheckpointFormat`."""
+        metadata_path = os.path.join(path, METADATA_NAME)
         try:
-            directory = _Directory(path)
-        except UnmappableCheckpoint:
-            raise
+            _require_metadata(path)
+            metadata, problems = survey_metadata(metadata_path)
         except CheckpointFormatError as error:
             return Inventory(path, self.name, (), (), (Damage(error.path, str(error)),))
-        with contextlib.closing(directory.source):
-            return directory.take_inventory()
+        names, damage = _survey_files(path, metadata)
+        damage += [Damage(metadata_path, problem) for problem in problems]
+        # The metadata last: the offsets of the others are then those of an index.
+        source = FileSet([os.path.join(path, name) for name in (*names, METADATA_NAME)])
+        with contextlib.closing(source):
+            sections = [Section(METADATA_NAME, source.spans[-1].start, source.spans[-1].nbytes, None)]
+            entries = Entries(source)
+            sound: set[Entry] = set()
+            for entry, label in metadata.entries.items():
+                # What is missing, or ends too early, was told with its file.
+                if entry.file in entries.files and entry.end <= entries.files[entry.file].size_bytes:
+                    found, wrong, readable = entries.take_inventory(entry, label)
+                    sections += found
+                    damage += wrong
+                    sound.update([entry] if readable else [])
+            readable = True
+            if names[:1] == [_EXTRA_NAME]:
+                found, wrong = read_zip_inventory(source.files[0])
+                readable = pickle_is_sound(source.files[0], found)
+                sections += found
+                damage += wrong
+            leaves: dict[str, DcpTensor | DcpObject] = {}
+            for name, item in metadata.items.items():
+                readable_part = _part_within(item, sound)
+                if readable_part is not None:
+                    with _noting(damage, name):
+                        leaves[name] = entries.read_item(name, readable_part)
+            # What is not readable is found when records are held against their checksums.
+            if not damage and readable and sound.issuperset(metadata.entries) and len(leaves) == len(metadata.items):
+                with _noting(damage, None):
+                    _Directory(path, metadata, entries, leaves)
+            return Inventory(path, self.name, source.spans, tuple(sections), tuple(damage))
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A tensor in its place in the saved object."""
+@contextlib.contextmanager
+def _noting(damage: list[Damage], key: str | None) -> Iterator[None]:
+    """Keeps what is wrong, and goes on."""
+    try:
+        yield
+    except UnmappableCheckpoint:
+        pass  # Nobody asks here whether the tensors can be used as they lie.
+    except CheckpointFormatError as error:
+        damage.append(Damage(error.path, str(error), key=key))
 
-    info: TensorInfo
 
-
-@dataclass(frozen=True, slots=True)
-class _Object:
-    """Any other object in its place, not loaded."""
-
-    part: FilePart
-    tensors: tuple[TensorInfo, ...]
-    storages: tuple[StorageInfo, ...]
-    pickled: bytes
+def _part_within(item: SavedTensor | Entry, entries: set[Entry]) -> SavedTensor | Entry | None:
+    """As much of an item as lies in some entries, ``None`` if nothing does."""
+    if isinstance(item, Entry):
+        return item if item in entries else None
+    parts = tuple(part for part in item.parts if part.entry in entries)
+    return replace(item, parts=parts) if parts else None
 
 
 class _Directory:
     """One directory, read and checked: its files, the index, and the saved object with placeholders for its leaves."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(
+        self, path: str, metadata: Metadata, entries: Entries, leaves: dict[str, DcpTensor | DcpObject]
+    ) -> None:
         self._path = path
-        metadata_path = _find_metadata(path)
-        self._metadata = metadata = read_metadata(metadata_path)
-        self.source = FileSet(_find_files(path, metadata))
-        try:
-            with _convertible(path):
-                self._files = {os.path.basename(file.name): file for file in self.source.files}
-                self._starts = {os.path.basename(span.path): span.start for span in self.source.spans}
-                self._extra = read_index(self._files[_EXTRA_NAME]) if _EXTRA_NAME in self._files else None
-                self._walked: dict[Any, tuple[tuple[TensorInfo, ...], tuple[StorageInfo, ...]]] = {}
-                leaves = {name: self._read_item(name, item) for name, item in metadata.items.items()}
-                self._root = assemble(leaves, metadata.paths, self._read_numbers, metadata_path)
-                if self._extra is not None:
-                    extra = self._read_extra_structure()
-                    if _VERSION_KEY in extra:
-                        rename_for_trainer(self._root, extra)
-                self.index = self._make_index()
-        except BaseException:
-            self.source.close()
-            raise
+        self.source = entries.source
+        self._extra_file = entries.files.get(_EXTRA_NAME)
+        self._extra = read_index(self._extra_file) if self._extra_file is not None else None
+        self._root = assemble(leaves, metadata.paths, _read_numbers, os.path.join(path, METADATA_NAME))
+        if self._extra_file is not None:
+            extra = _read_extra_structure(self._extra_file)
+            if _VERSION_KEY in extra:
+                rename_for_trainer(self._root, extra)
+        self.index = self._make_index()
 
     def load(self, weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:
         extra: Any = {}
@@ -141,8 +177,8 @@ class _Directory:
             mapping = mapped.mapping
         checkpoint = MappedCheckpoint(self.index, self.source, mapping)
 
-        def load_leaf(path: KeyPath, leaf: _Tensor | _Object) -> Any:
-            if isinstance(leaf, _Tensor):
+        def load_leaf(path: KeyPath, leaf: DcpTensor | DcpObject) -> Any:
+            if isinstance(leaf, DcpTensor):
                 info = leaf.info
                 chunks = info.chunks or (_only_chunk(info),)
                 return checkpoint.chunked_tensor(info.shape, info.dtype, chunks, name=format_path(path))
@@ -152,108 +188,11 @@ class _Directory:
         loaded = map_leaves(self._root, load_leaf)
         return {**loaded, **extra}, checkpoint
 
-    def take_inventory(self) -> Inventory:
-        """Lists the records of all entries, which are sound as far as they describe tensors."""
-        entries = {(entry.file, entry.offset): entry for entry in self._metadata.entries}
-        parts: list[tuple[LocalFile | FilePart, int]] = []
-        for entry in entries.values():
-            file = self._files[entry.file]
-            name = f"{file.name}, the entry at byte {entry.offset}"
-            part = FilePart(file, name, entry.offset, entry.nbytes)
-            parts.append((part, self._starts[entry.file] + entry.offset))
-        if _EXTRA_NAME in self._files:
-            parts.append((self._files[_EXTRA_NAME], self._starts[_EXTRA_NAME]))
-        sections: list[Section] = []
-        damage: list[Damage] = []
-        for archive, start in parts:
-            found, problems = read_zip_inventory(archive, start)
-            sections += found
-            damage += problems
-        names = name_sections(self.index)
-        named = tuple(replace(section, key=names.get(section.offset, section.key)) for section in sections)
-        return Inventory(self._path, DcpDirectory.name, self.index.files, named, tuple(damage))
-
-    # Entries --------------------------------------------------------------------------------------------------------
-
-    def _read_item(self, name: str, item: SavedTensor | Entry) -> _Tensor | _Object:
-        if isinstance(item, Entry):
-            return self._read_entry(name, item)
-        chunks = []
-        for part in item.parts:
-            entry = self._read_entry(name, part.entry)
-            found = entry.tensors[0] if len(entry.tensors) == 1 and entry.tensors[0].path == () else None
-            if found is None or (found.dtype, found.shape) != (item.dtype, part.shape):
-                holds = f"{found.dtype} of shape {found.shape}" if found is not None else "no single tensor"
-                raise CheckpointFormatError(
-                    f"{entry.part.name}: the part at {part.starts} of {name} is {item.dtype} of shape {part.shape} in "
-                    f"{METADATA_NAME}, but what lies there is {holds}. The files belong to different checkpoints, or "
-                    "are damaged. Resume from another checkpoint.",
-                    path=self._files[part.entry.file].name,
-                )
-            if found.nbytes > found.storage.nbytes or b"conj" in entry.pickled or b"neg" in entry.pickled:
-                # torch writes neither the one nor, but for conjugate views, the other.
-                raise CheckpointFormatError(
-                    f"{entry.part.name}: the part at {part.starts} of {name} is a view ({found.nbytes} bytes of a "
-                    f"storage of {found.storage.nbytes}, perhaps conjugate), whose bytes are not its values. Save "
-                    "tensor.resolve_conj().contiguous() instead.",
-                    path=self._files[part.entry.file].name,
-                )
-            chunks.append(ChunkInfo(part.starts, part.shape, found.stride, found.storage_offset, found.storage))
-        first = chunks[0]
-        info = TensorInfo(
-            (), item.dtype, item.shape, first.stride, first.storage_offset, first.storage,
-            chunks=tuple(chunks) if len(chunks) > 1 else (),
-        )  # fmt: skip
-        return _Tensor(info)
-
-    def _read_entry(self, name: str, entry: Entry) -> _Object:
-        """Indexes one entry, itself a small archive. Runs none of its code."""
-        file = self._files[entry.file]
-        part = FilePart(file, f"{file.name}, the entry of {name} at byte {entry.offset}", entry.offset, entry.nbytes)
-        try:
-            records, pickled = read_records(part)
-            # Equal parts of equal tensors have equal pickles, and walking one takes longer than all the rest.
-            same = (pickled, tuple((key, record.nbytes) for key, record in records.items()))
-            if same not in self._walked:
-                self._walked[same] = walk_pickle(part.name, pickled, records)
-        except CheckpointFormatError as error:
-            error.path = file.name
-            raise
-        tensors, storages = self._walked[same]
-        start = self._starts[entry.file] + entry.offset
-        placed: dict[str, StorageInfo] = {}
-        for storage in storages:
-            record = records[f"data/{storage.key}"]
-            crc32 = record.crc32 if storage.nbytes == record.nbytes else None
-            key = f"{entry.file}:{entry.offset}/{storage.key}"
-            placed[storage.key] = StorageInfo(key, start + record.offset, storage.nbytes, crc32, storage.location)
-        moved = tuple(replace(tensor, storage=placed[tensor.storage.key]) for tensor in tensors)
-        return _Object(part, moved, tuple(placed.values()), pickled)
-
-    # The saved object -----------------------------------------------------------------------------------------------
-
-    def _read_numbers(self, leaf: Any) -> list[int]:
-        """The numbers of an optimizer's parameters, from what lists them. Names are none."""
-        if not isinstance(leaf, _Object):
-            return []
-        ids = read_structure(leaf.part.name, leaf.pickled, read_records(leaf.part)[0])
-        return [number for number in ids if type(number) is int] if isinstance(ids, list) else []
-
-    def _read_extra_structure(self) -> Any:
-        file = self._files[_EXTRA_NAME]
-        records, pickled = read_records(file)
-        extra = read_structure(file.name, pickled, records)
-        if not isinstance(extra, dict):
-            raise CheckpointFormatError(
-                f"{file.name} holds a {type(extra).__name__}, where Lightning puts a dict.", path=file.name
-            )
-        return extra
-
     def _make_index(self) -> Checkpoint:
         tensors: list[TensorInfo] = []
         storages: list[StorageInfo] = []
         for path, leaf in walk_leaves(self._root):
-            if isinstance(leaf, _Tensor):
+            if isinstance(leaf, DcpTensor):
                 tensors.append(replace(leaf.info, path=path))
                 storages.extend(leaf.info.storages)
             else:
@@ -268,28 +207,42 @@ class _Directory:
         return Checkpoint(self._path, DcpDirectory.name, self.source.spans, tuple(tensors), tuple(storages))
 
 
-@contextlib.contextmanager
-def _convertible(path: str) -> Iterator[None]:
-    """Nothing loads a directory the ordinary way, so what cannot stay in the files must be converted first."""
-    try:
-        yield
-    except UnmappableCheckpoint as reason:
+def _read_numbers(leaf: Any) -> list[int]:
+    """The numbers of an optimizer's parameters, from what lists them. Names are none."""
+    if not isinstance(leaf, DcpObject):
+        return []
+    ids = read_structure(leaf.part.name, leaf.pickled, read_records(leaf.part)[0])
+    return [number for number in ids if type(number) is int] if isinstance(ids, list) else []
+
+
+def _read_extra_structure(file: LocalFile) -> dict[Any, Any]:
+    records, pickled = read_records(file)
+    extra = read_structure(file.name, pickled, records)
+    if not isinstance(extra, dict):
         raise CheckpointFormatError(
-            f"{reason} Where it was saved, make one file of {path} with Lightning's consolidate_checkpoint, or with "
-            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save, and load that.",
-            path=reason.path,
-        ) from reason
+            f"{file.name} holds a {type(extra).__name__}, where Lightning puts a dict.", path=file.name
+        )
+    return extra
 
 
-def _find_metadata(path: str) -> str:
-    """The file that says what the directory holds.
+def _open(path: str) -> _Directory:
+    """Reads a directory, of which everything must be sound. Its source stays open."""
+    _require_metadata(path)
+    metadata = read_metadata(os.path.join(path, METADATA_NAME))
+    source = FileSet(_find_files(path, metadata))
+    try:
+        with _convertible(path):
+            entries = Entries(source)
+            leaves = {name: entries.read_item(name, item) for name, item in metadata.items.items()}
+            return _Directory(path, metadata, entries, leaves)
+    except BaseException:
+        source.close()
+        raise
 
-    Raises:
-        CheckpointFormatError: There is none.
-    """
-    metadata_path = os.path.join(path, METADATA_NAME)
-    if os.path.isfile(metadata_path):
-        return metadata_path
+
+def _require_metadata(path: str) -> None:
+    if os.path.isfile(os.path.join(path, METADATA_NAME)):
+        return
     of_ranks = sorted(name for name in os.listdir(path) if name.endswith(METADATA_NAME))
     if of_ranks:
         raise CheckpointFormatError(
@@ -305,43 +258,90 @@ def _find_metadata(path: str) -> str:
     )
 
 
+@contextlib.contextmanager
+def _convertible(path: str) -> Iterator[None]:
+    """Nothing loads a directory the ordinary way, so what cannot stay in the files must be converted first."""
+    try:
+        yield
+    except UnmappableCheckpoint as reason:
+        raise CheckpointFormatError(
+            f"{reason} Where it was saved, make one file of {path} with Lightning's consolidate_checkpoint, or with "
+            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save, and load that.",
+            path=reason.path,
+        ) from reason
+
+
 def _find_files(path: str, metadata: Metadata) -> list[str]:
-    """The files that hold data, ``meta.pt`` first.
+    """The files, ``meta.pt`` first.
 
     Raises:
         CheckpointFormatError: Files are missing, are no files, or end before what they must hold.
     """
-    ends: dict[str, int] = {}
-    for entry in metadata.entries:
-        ends[entry.file] = max(ends.get(entry.file, 0), entry.offset + entry.nbytes)
-    names = sorted(ends)
-    missing = [name for name in names if not os.path.exists(os.path.join(path, name))]
+    names, damage = _survey_files(path, metadata)
+    for item in damage:
+        if item.expected is None:
+            raise CheckpointFormatError(item.problem, path=path)
+    missing = [os.path.basename(item.path) for item in damage if item.actual is None]
     if missing:
+        named = {entry.file for entry in metadata.entries}
         raise CheckpointFormatError(
-            f"{path} lacks {len(missing)} of the {len(names)} files that its {METADATA_NAME} names: "
+            f"{path} lacks {len(missing)} of the {len(named)} files that its {METADATA_NAME} names: "
             f"{listed(missing)}. Every rank wrote its own; if they wrote to disks of several machines, copy all of "
             "them into one directory.",
             path=path,
         )
-    short = []
-    for name in names:
-        status = os.stat(os.path.join(path, name))
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointFormatError(
-                f"{os.path.join(path, name)} is no regular file. Resume from another checkpoint.", path=path
-            )
-        if status.st_size < ends[name]:
-            short.append(f"{name} (data through byte {ends[name]}, but the file is only {status.st_size} bytes)")
-    if short:
+    if damage:
+        short = [
+            f"{os.path.basename(item.path)} (data through byte {item.expected}, but the file is only {item.actual} "
+            "bytes)"
+            for item in damage
+        ]
         raise CheckpointFormatError(
             f"{path} is truncated: {METADATA_NAME} declares more data than {len(short)} of its files hold: "
             f"{listed(short)}. Compare with the sizes of the originals, copy them again, or resume from another "
             "checkpoint.",
             path=path,
         )
+    return [os.path.join(path, name) for name in names]
+
+
+def _survey_files(path: str, metadata: Metadata) -> tuple[list[str], list[Damage]]:
+    """The names of the files that can be read, ``meta.pt`` first, and what is wrong with them and with the others."""
+    ends: dict[str, int] = {}
+    totals: dict[str, int] = {}
+    for entry in metadata.entries:
+        ends[entry.file] = max(ends.get(entry.file, 0), entry.end)
+        totals[entry.file] = totals.get(entry.file, 0) + entry.nbytes
+    names: list[str] = []
+    damage: list[Damage] = []
+    for name in sorted(ends):
+        file = os.path.join(path, name)
+        try:
+            status = os.stat(file)
+        except FileNotFoundError:
+            problem = f"{file} is missing. {METADATA_NAME} declares {ends[name]} bytes in it."
+            damage.append(Damage(file, problem, expected=ends[name]))
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            damage.append(Damage(file, f"{file} is no regular file. Resume from another checkpoint."))
+            continue
+        names.append(name)
+        if status.st_size < ends[name]:
+            problem = (
+                f"{file} is truncated: {METADATA_NAME} declares data through byte {ends[name]}, but the file is only "
+                f"{status.st_size} bytes."
+            )
+            damage.append(Damage(file, problem, expected=ends[name], actual=status.st_size))
+        elif status.st_size < totals[name]:
+            # A small file could else stand for a hundred thousand times its size.
+            names.remove(name)
+            problem = (
+                f"{file} has {status.st_size} bytes, and {METADATA_NAME} declares entries of {totals[name]} in it."
+            )
+            damage.append(Damage(file, problem + " They overlap: it is damaged, or made to mislead."))
     if os.path.isfile(os.path.join(path, _EXTRA_NAME)) and _EXTRA_NAME not in ends:
         names.insert(0, _EXTRA_NAME)
-    return [os.path.join(path, name) for name in names]
+    return names, damage
 
 
 def _only_chunk(info: TensorInfo) -> ChunkInfo:

@@ -8,12 +8,13 @@ before anybody relies on it: the parts of a tensor cover it exactly once, and ea
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import operator
 import os
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +24,14 @@ from lightning_memload.checkpoint.index import KeyPath
 from lightning_memload.checkpoint.torch_pickle import InertUnpickler
 from lightning_memload.errors import CheckpointFormatError, listed
 
-__all__ = ["METADATA_NAME", "Entry", "Metadata", "Part", "SavedTensor", "read_metadata"]
+__all__ = ["METADATA_NAME", "Entry", "Metadata", "Part", "SavedTensor", "read_metadata", "survey_metadata"]
 
 METADATA_NAME = ".metadata"
 # More than torch's tensors can have: sizes and element counts are 64-bit signed integers there.
 _TOO_LARGE = 1 << 63
 _MAX_DIMENSIONS = 64
+# A million parts take some 200 MiB.
+_MAX_METADATA_BYTES = 1 << 30
 # Deeper than anybody nests a state dict. What builds it recurses.
 _MAX_DEPTH = 100
 # Where the records of torch's own planners and writers live. Instances become inert, whatever their class.
@@ -48,6 +51,11 @@ class Entry:
     file: str
     offset: int
     nbytes: int
+
+    @property
+    def end(self) -> int:
+        """Where it ends in the file."""
+        return self.offset + self.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +89,12 @@ class Metadata:
     Attributes:
         items: A tensor, or the place of any other object, by its flat name.
         paths: Keys and positions from the root of the saved object to each item.
+        entries: Every entry, and what messages call it.
     """
 
     items: dict[str, SavedTensor | Entry]
     paths: dict[str, KeyPath]
-
-    @property
-    def entries(self) -> Iterable[Entry]:
-        """Every entry."""
-        for item in self.items.values():
-            if isinstance(item, Entry):
-                yield item
-            else:
-                yield from (part.entry for part in item.parts)
+    entries: dict[Entry, str]
 
 
 def read_metadata(path: str) -> Metadata:
@@ -110,8 +111,35 @@ def read_metadata(path: str) -> Metadata:
 
     Peak memory: a few times the file, which has some hundred bytes for each part of a tensor.
     """
+    metadata, problems = survey_metadata(path)
+    if problems:
+        raise CheckpointFormatError(problems[0], path=path)
+    return metadata
+
+
+def survey_metadata(path: str) -> tuple[Metadata, list[str]]:
+    """Reads as much of a ``.metadata`` file as is sound.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What is sound of it, and everything else that is wrong, in words.
+
+    Raises:
+        CheckpointFormatError: Nothing in it can be relied on: it is no pickle of such metadata.
+
+    Peak memory: as for :func:`read_metadata`.
+    """
+    nbytes = os.path.getsize(path)
+    if nbytes > _MAX_METADATA_BYTES:
+        raise CheckpointFormatError(
+            f"{path} is damaged: it has {nbytes} bytes, and more than {_MAX_METADATA_BYTES} are not read. Resume from "
+            "another checkpoint.",
+            path=path,
+        )
     with open(path, "rb") as file:
-        data = file.read()
+        data = file.read(nbytes)
     unpickler = _MetadataUnpickler(data)
     try:
         return _Reader(path, unpickler.load()).read()
@@ -183,63 +211,85 @@ class _Reader:
     def __init__(self, path: str, root: Any) -> None:
         self._path = path
         self._root = root
+        self._problems: list[str] = []
 
-    def read(self) -> Metadata:
+    def read(self) -> tuple[Metadata, list[str]]:
         saved = self._mapping(self._field(self._root, "Metadata", "state_dict_metadata"), "state_dict_metadata")
         places = self._read_places()
         items: dict[str, SavedTensor | Entry] = {}
         missing: list[str] = []
         for name, item in saved.items():
-            if not isinstance(name, str):
-                raise self._damaged(f"an item is called {reprlib.repr(name)}, which is no string")
-            kind = type(item).__name__ if isinstance(item, _Inert) else None
-            found: SavedTensor | Entry | None
-            if kind == "TensorStorageMetadata":
-                found = self._read_tensor(name, item, places, missing)
-            elif kind == "BytesStorageMetadata":
-                found = places.get((name, None))
-                if found is None:
-                    missing.append(name)
-            else:
-                raise self._damaged(f"{name} is described by {reprlib.repr(item)}")
-            if found is not None:
-                items[name] = found
+            with self._noting():
+                found = self._read_item(name, item, places, missing)
+                if found is not None:
+                    items[name] = found
         if missing:
-            raise CheckpointFormatError(
+            self._problems.append(
                 f"{self._path} does not say where {len(missing)} of its parts lie: {listed(missing)}. The save was not "
-                "finished, or the file is damaged. Resume from another checkpoint.",
-                path=self._path,
+                "finished, or the file is damaged. Resume from another checkpoint."
             )
-        return Metadata(items, self._read_paths(items))
+        entries: dict[Entry, str] = {}
+        for (name, starts), entry in places.items():
+            if entry is not None:
+                entries.setdefault(entry, f"{name} at {starts}" if starts and any(starts) else name)
+        return Metadata(items, self._read_paths(items), entries), self._problems
 
-    def _read_places(self) -> dict[tuple[str, tuple[int, ...] | None], Entry]:
-        places: dict[tuple[str, tuple[int, ...] | None], Entry] = {}
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Keeps what is wrong with one thing, and goes on with the next."""
+        try:
+            yield
+        except CheckpointFormatError as error:
+            self._problems.append(str(error))
+
+    def _read_item(
+        self, name: Any, item: Any, places: Mapping[tuple[str, Any], Entry | None], missing: list[str]
+    ) -> SavedTensor | Entry | None:
+        if not isinstance(name, str):
+            raise self._damaged(f"an item is called {reprlib.repr(name)}, which is no string")
+        kind = type(item).__name__ if isinstance(item, _Inert) else None
+        if kind == "TensorStorageMetadata":
+            return self._read_tensor(name, item, places, missing)
+        if kind != "BytesStorageMetadata":
+            raise self._damaged(f"{name} is described by {reprlib.repr(item)}")
+        if (name, None) not in places:
+            missing.append(name)
+        return places.get((name, None))
+
+    def _read_places(self) -> dict[tuple[str, tuple[int, ...] | None], Entry | None]:
+        """Where each part lies; ``None`` for what is said to lie where nothing can."""
+        places: dict[tuple[str, tuple[int, ...] | None], Entry | None] = {}
         stored = self._mapping(self._field(self._root, "Metadata", "storage_data"), "storage_data")
         for key, info in stored.items():
-            name = self._field(key, "MetadataIndex", "fqn")
-            starts = self._field(key, "MetadataIndex", "offset", None)
-            if not isinstance(name, str):
-                raise self._damaged(f"an entry belongs to {reprlib.repr(name)}, which is no string")
-            if starts is not None:
-                starts = self._integers(starts, f"the offset of an entry of {name}")
-            file = self._field(info, "_StorageInfo", "relative_path")
-            offset, nbytes = self._field(info, "_StorageInfo", "offset"), self._field(info, "_StorageInfo", "length")
-            transforms = self._field(info, "_StorageInfo", "transform_descriptors", None)
-            if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", "..") or "\0" in file:
-                raise self._damaged(f"{name} is said to lie in {reprlib.repr(file)}, which is no file of the directory")
-            self._integers((offset, nbytes), f"offset and length of {name} in {file}")
-            if transforms:
-                raise CheckpointFormatError(
-                    f"{self._path}: {name} was written through {reprlib.repr(transforms)}, so its bytes are not in "
-                    f"{file} as they are. Save without such extensions, or convert the checkpoint with "
-                    "torch.distributed.checkpoint.format_utils.dcp_to_torch_save.",
-                    path=self._path,
-                )
-            places[name, starts] = Entry(file, offset, nbytes)
+            with self._noting():
+                name = self._field(key, "MetadataIndex", "fqn")
+                starts = self._field(key, "MetadataIndex", "offset", None)
+                if not isinstance(name, str):
+                    raise self._damaged(f"an entry belongs to {reprlib.repr(name)}, which is no string")
+                if starts is not None:
+                    starts = self._integers(starts, f"the offset of an entry of {name}")
+                places[name, starts] = None
+                places[name, starts] = self._read_place(name, info)
         return places
 
+    def _read_place(self, name: str, info: Any) -> Entry:
+        file = self._field(info, "_StorageInfo", "relative_path")
+        offset, nbytes = self._field(info, "_StorageInfo", "offset"), self._field(info, "_StorageInfo", "length")
+        transforms = self._field(info, "_StorageInfo", "transform_descriptors", None)
+        if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", "..") or "\0" in file:
+            raise self._damaged(f"{name} is said to lie in {reprlib.repr(file)}, which is no file of the directory")
+        self._integers((offset, nbytes), f"offset and length of {name} in {file}")
+        if transforms:
+            raise CheckpointFormatError(
+                f"{self._path}: {name} was written through {reprlib.repr(transforms)}, so its bytes are not in "
+                f"{file} as they are. Save without such extensions, or convert the checkpoint with "
+                "torch.distributed.checkpoint.format_utils.dcp_to_torch_save.",
+                path=self._path,
+            )
+        return Entry(file, offset, nbytes)
+
     def _read_tensor(
-        self, name: str, item: Any, places: Mapping[tuple[str, Any], Entry], missing: list[str]
+        self, name: str, item: Any, places: Mapping[tuple[str, Any], Entry | None], missing: list[str]
     ) -> SavedTensor | None:
         shape = self._integers(self._field(item, "TensorStorageMetadata", "size"), f"the shape of {name}")
         dtype = self._read_dtype(name, self._field(item, "TensorStorageMetadata", "properties"))
@@ -260,7 +310,8 @@ class _Reader:
                 )
             entry = places.get((name, starts))
             if entry is None:
-                missing.append(f"{name} at {starts}")
+                if (name, starts) not in places:
+                    missing.append(f"{name} at {starts}")
                 absent = True
                 continue
             if parts.setdefault(starts, Part(starts, sizes, entry)).shape != sizes:
@@ -298,11 +349,12 @@ class _Reader:
         paths: dict[str, KeyPath] = {}
         for name in items:
             # Without planner data the state dict was saved as flat as its names are.
-            path = known.get(name, (name,))
-            sound = isinstance(path, tuple) and 0 < len(path) <= _MAX_DEPTH and type(path[0]) is str
-            if not sound or not all(type(key) is str or (type(key) is int and key >= 0) for key in path):
-                raise self._damaged(f"the keys that lead to {name} are {reprlib.repr(path)}")
-            paths[name] = path
+            with self._noting():
+                path = known.get(name, (name,))
+                sound = isinstance(path, tuple) and 0 < len(path) <= _MAX_DEPTH and type(path[0]) is str
+                if not sound or not all(type(key) is str or (type(key) is int and key >= 0) for key in path):
+                    raise self._damaged(f"the keys that lead to {name} are {reprlib.repr(path)}")
+                paths[name] = path
         return paths
 
     def _field(self, record: Any, kind: str, field: str, *default: Any) -> Any:

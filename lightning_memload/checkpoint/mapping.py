@@ -9,6 +9,7 @@ top of it live on (:meth:`FileMapping.detach`). Linux only: both rest on ``/proc
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import sys
@@ -21,6 +22,7 @@ import torch
 
 from lightning_memload.checkpoint.index import FileSpan
 from lightning_memload.checkpoint.source import FileSet, LocalFile
+from lightning_memload.errors import CheckpointReadError
 
 __all__ = ["FileMapping"]
 
@@ -43,8 +45,8 @@ class FileMapping:
     it shows their bytes.
 
     Args:
-        source: The open files. They must not be truncated while they are mapped: reading beyond the end then kills
-            the process (SIGBUS), as with every mapping.
+        source: The open files. They must not be truncated while somebody reads tensors on top of the mapping: that
+            kills the process (SIGBUS), as with every mapping.
 
     Raises:
         OSError: The kernel refuses the mapping.
@@ -112,6 +114,13 @@ class FileMapping:
         """
         # The mapping starts on a page, so offsets in the file and addresses round alike.
         pages = [(start // _PAGE, (end - 1) // _PAGE + 1) for start, end in ranges]
+        written = self._find_written(pages)
+        if written is None:
+            return [False] * len(pages)
+        return [bisect_left(written, start) == bisect_left(written, end) for start, end in pages]
+
+    def _find_written(self, pages: Sequence[tuple[int, int]]) -> list[int] | None:
+        """Which pages of some ranges of pages somebody wrote to, in order; ``None`` when the system does not tell."""
         written: list[int] = []
         try:
             pagemap = self._open_pagemap()
@@ -122,12 +131,12 @@ class FileMapping:
                     count = min(end - position, _PAGEMAP_CHUNK_PAGES)
                     data = bytearray(os.pread(pagemap, 8 * count, (self._base // _PAGE + position) * 8))
                     if not data:
-                        return [False] * len(pages)
+                        return None
                     written.extend(position + number for number in _written_pages(data))
                     position += len(data) // 8
         except OSError:
-            return [False] * len(pages)
-        return [bisect_left(written, start) == bisect_left(written, end) for start, end in pages]
+            return None
+        return written
 
     def _open_pagemap(self) -> int:
         """The descriptor of this process's page table. A fork inherits one that shows the parent's."""
@@ -142,8 +151,15 @@ class FileMapping:
         Tensors keep their values and stay valid. Afterwards the process maps no byte of the file and holds no
         descriptor of it, so it can be deleted and its disk space is returned.
 
+        What nobody wrote to is read from the file, not from the mapping: of a file that was cut short meanwhile, that
+        would kill the process.
+
         Returns:
             Bytes that were copied because somebody still refers to them.
+
+        Raises:
+            CheckpointReadError: Reading failed. Nothing of the file is mapped all the same; what could not be read is
+                zero.
 
         Peak memory is the returned bytes, which stay, plus at most 32 MiB.
         """
@@ -151,6 +167,7 @@ class FileMapping:
             return 0
         copied = 0
         position = 0
+        failure: CheckpointReadError | None = None
         alive = sorted(self._ranges[token] for token in list(self._spans))
         for start, end in _page_ranges(alive, self.nbytes):
             self._blank(position, start)
@@ -158,14 +175,59 @@ class FileMapping:
                 size = min(_DETACH_CHUNK_BYTES, end - chunk)
                 # Filled beside and moved over the old pages in one step, so that no other thread sees a gap.
                 fresh = _mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
-                ctypes.memmove(fresh, self._base + chunk, min(size, self.nbytes - chunk))
+                failure = self._copy(chunk, min(size, self.nbytes - chunk), fresh) or failure
                 _mremap_over(fresh, size, self._base + chunk)
                 copied += size
             position = end
         self._blank(position, _page_up(self.nbytes))
         self._attached = False
         self.source.close()
+        if failure is not None:
+            raise failure
         return copied
+
+    def _copy(self, start: int, nbytes: int, address: int) -> CheckpointReadError | None:
+        """Copies bytes, from the first of a page on: of pages that somebody wrote to from there, else from the file."""
+        first, last = start // _PAGE, (start + nbytes - 1) // _PAGE + 1
+        written = self._find_written([(first, last)])
+        if written is None:
+            ctypes.memmove(address, self._base + start, nbytes)
+            return None
+        failure = None
+        buffer = memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+        position = 0
+        for page in [*written, last]:
+            end = min((page - first) * _PAGE, nbytes)
+            if position < end:
+                failure = self._read(buffer[position:end], start + position) or failure
+            position = min(end + _PAGE, nbytes)
+            if end < position:
+                ctypes.memmove(address + end, self._base + start + end, position - end)
+        return failure
+
+    def _read(self, buffer: memoryview, offset: int) -> CheckpointReadError | None:
+        while buffer:
+            path, position = self.source.place(offset)
+            try:
+                count = self.source.readv([buffer], offset)
+            except OSError as error:
+                if error.errno in (errno.ESTALE, errno.ENOENT):
+                    # One of many files, each opened anew for reading, has lost its name; the mapping has it still.
+                    target = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+                    ctypes.memmove(target, self._base + offset, len(buffer))
+                    return None
+                return CheckpointReadError(
+                    f"Reading {path} failed at byte {position}: {error}.",
+                    path=path, key=None, offset=position, errno=error.errno,
+                )  # fmt: skip
+            if count <= 0:
+                return CheckpointReadError(
+                    f"{path} ends at byte {position}, but a tensor of it that is still in use needs more: the file was "
+                    "cut short while it was restored.",
+                    path=path, key=None, offset=position,
+                )  # fmt: skip
+            buffer, offset = buffer[count:], offset + count
+        return None
 
     def _blank(self, start: int, end: int) -> None:
         """Replaces unused pages of the file by reserved address space, which costs nothing.

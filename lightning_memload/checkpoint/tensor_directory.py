@@ -18,9 +18,9 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from zlib_ng import zlib_ng
 
@@ -66,6 +66,10 @@ _HEAD = f'{{"format": "{_FORMAT}",'.encode()
 # A million tensors take some 200 MiB. Parsed, a hostile one takes up to thirty times its length.
 _MAX_MANIFEST_BYTES = 256 << 20
 _MAX_KEY_DIGITS = 9
+# A directory that is replaced while it is read is read again: somebody saves in its place, every few seconds at most.
+_MAX_TRIES = 5
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,51 +154,30 @@ class TensorDirectory:
 
     def read_index(self, path: str) -> Checkpoint:
         """Indexes the directory from its manifest and the pickle in ``state.pt``, of which nothing is run."""
-        manifest = _read_manifest(path)
-        _check_files(path, manifest)
-        if manifest.weights is not None:
-            _check_header(path, manifest.weights)
-        index, pickled = _index_state(path, manifest.files(), manifest.storages)
-        if zlib_ng.crc32(pickled) != manifest.pickle_crc32:
-            raise CheckpointFormatError(
-                f"{path} is damaged: the pickle in its {STATE_FILE} has CRC-32 {zlib_ng.crc32(pickled):#010x}, but "
-                f"{MANIFEST_FILE} records {manifest.pickle_crc32:#010x}: they were not written together. Copy the "
-                "directory again, or resume from another checkpoint.",
-                path=path,
-            )
-        unused = {storage.key for storage in manifest.storages}.difference(storage.key for storage in index.storages)
-        if unused:
-            raise _damaged(path, f"it lists storages that {STATE_FILE} does not refer to: {listed(sorted(unused))}.")
-        _check_description(path, manifest.tensors, index.tensors)
-        return index
+        return _of_one_directory(path, lambda: _read_index(path))
 
     def load(self, path: str, *, weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:
         """Loads the object; the tensors stay in their files.
 
         Raises:
-            CheckpointFormatError: Also when another checkpoint takes the directory's place meanwhile.
+            CheckpointFormatError: Also when others take the directory's place again and again.
             MemloadError: There are more files than the kernel maps in one process.
             pickle.UnpicklingError: ``weights_only`` forbids what ``state.pt`` holds; torch's own message.
         """
-        # Held open, so that its number is not given to a directory that replaces it.
-        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        return _of_one_directory(path, lambda: self._load(path, weights_only))
+
+    def _load(self, path: str, weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:
+        index = _read_index(path)
+        source = FileSet([file.path for file in index.files])
         try:
-            index = self.read_index(path)
-            source = FileSet([file.path for file in index.files])
-            try:
-                if source.spans != index.files:
-                    raise _replaced(path)
-                mapping = _map(path, source)
-                state = os.path.join(path, STATE_FILE)
-                stubs = {storage.key for storage in index.storages if storage.offset >= index.files[0].nbytes}
-                loaded = load_onto(mapping, index, state, weights_only=weights_only, stubs=stubs)
-                if not os.path.samestat(os.stat(path), os.fstat(directory)):
-                    raise _replaced(path)
-            except BaseException:
-                source.close()
-                raise
-        finally:
-            os.close(directory)
+            if source.spans != index.files:
+                raise _replaced(path)
+            mapping = _map(path, source)
+            stubs = {storage.key for storage in index.storages if storage.offset >= index.files[0].nbytes}
+            loaded = load_onto(mapping, index, source.files[0], weights_only=weights_only, stubs=stubs)
+        except BaseException:
+            source.close()
+            raise
         return loaded, MappedCheckpoint(index, source, mapping)
 
     def take_inventory(self, path: str) -> Inventory:
@@ -224,13 +207,64 @@ class TensorDirectory:
                 readable = not damage and pickle_is_sound(file, of_state, places[state])
             if readable:
                 try:
-                    names = name_sections(self.read_index(path))
+                    names = name_sections(_read_index(path))
                 except UnmappableCheckpoint:
                     pass  # Nobody asks here whether the tensors can be used as they lie.
                 except CheckpointFormatError as error:
                     damage.append(Damage(path, str(error)))
         named = tuple(replace(section, key=names.get(section.offset, section.key)) for section in sections)
         return Inventory(path, self.name, files, named, tuple(damage))
+
+
+def _of_one_directory(path: str, read: Callable[[], _T]) -> _T:
+    """Reads again if another checkpoint took the directory's place meanwhile: what was read may be of both.
+
+    Raises:
+        CheckpointFormatError: That happened again and again.
+        Exception: What ``read`` raises of a directory that is still there.
+    """
+    if not hasattr(os, "O_DIRECTORY"):  # There no directory can be held open, nor replaced in one step.
+        return read()
+    for _ in range(_MAX_TRIES):
+        # Held open, so that its number is not given to a directory that replaces it.
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            result = read()
+            if _is_at(path, directory):
+                return result
+        except (CheckpointFormatError, OSError):
+            if _is_at(path, directory):
+                raise
+        finally:
+            os.close(directory)
+    raise _replaced(path)
+
+
+def _is_at(path: str, directory: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(directory))
+    except FileNotFoundError:
+        return False
+
+
+def _read_index(path: str) -> Checkpoint:
+    manifest = _read_manifest(path)
+    _check_files(path, manifest)
+    if manifest.weights is not None:
+        _check_header(path, manifest.weights)
+    index, pickled = _index_state(path, manifest.files(), manifest.storages)
+    if zlib_ng.crc32(pickled) != manifest.pickle_crc32:
+        raise CheckpointFormatError(
+            f"{path} is damaged: the pickle in its {STATE_FILE} has CRC-32 {zlib_ng.crc32(pickled):#010x}, but "
+            f"{MANIFEST_FILE} records {manifest.pickle_crc32:#010x}: they were not written together. Copy the "
+            "directory again, or resume from another checkpoint.",
+            path=path,
+        )
+    unused = {storage.key for storage in manifest.storages}.difference(storage.key for storage in index.storages)
+    if unused:
+        raise _damaged(path, f"it lists storages that {STATE_FILE} does not refer to: {listed(sorted(unused))}.")
+    _check_description(path, manifest.tensors, index.tensors)
+    return index
 
 
 def make_manifest(path: str, storages: Sequence[StorageFile], weights: WeightsLayout | None = None) -> bytes:

@@ -77,7 +77,7 @@ class TorchZip:
         except BaseException:
             source.close()
             raise
-        loaded = load_onto(mapping, index, path, weights_only=weights_only)
+        loaded = load_onto(mapping, index, source.files[0], weights_only=weights_only)
         return loaded, MappedCheckpoint(index, source, mapping)
 
     def take_inventory(self, path: str) -> Inventory:
@@ -176,14 +176,15 @@ def read_records(file: LocalFile | FilePart) -> tuple[dict[str, Record], bytes]:
 
 
 def load_onto(
-    mapping: FileMapping, index: Checkpoint, path: str, *, weights_only: bool | None, stubs: Collection[str] = ()
+    mapping: FileMapping, index: Checkpoint, file: LocalFile, *, weights_only: bool | None, stubs: Collection[str] = ()
 ) -> Any:
     """Loads the object of a torch zip file, with its tensors in a mapping.
 
     Args:
         mapping: The mapped files of the index.
         index: Where each storage is.
-        path: The zip file.
+        file: The zip file. By its descriptor: its name may belong to another checkpoint by now, whose object must not
+            be given the tensors of this one.
         weights_only: Passed to ``torch.load`` exactly as given.
         stubs: Keys of the storages that the zip file has only a stub of, see :func:`walk_pickle`.
 
@@ -192,10 +193,21 @@ def load_onto(
         InsufficientMemoryError: See :class:`TorchZip`, as for all others.
     """
     handover: Any = _Handover(index, mapping, stubs)
+    descriptor = file.open_descriptor()
     try:
-        with _without_reading(index, path) as mmap:
+        path = f"/proc/self/fd/{descriptor}"
+        with _without_reading(index, file) as mmap:
             return torch.load(path, map_location=handover, weights_only=weights_only, mmap=mmap)
+    except Exception as error:
+        if isinstance(error, MemloadError) or os.fstat(descriptor).st_size == file.size_bytes:
+            raise
+        raise CheckpointFormatError(
+            f"{file.name} had {file.size_bytes} bytes, and {os.fstat(descriptor).st_size} while it was loaded: it was "
+            "changed meanwhile. Load it again, and save to another file that then takes its name.",
+            path=file.name,
+        ) from error
     finally:
+        os.close(descriptor)
         # torch (2.13) keeps the map_location of a load that failed until the next load: not the file with it.
         handover.end()
 
@@ -366,7 +378,7 @@ class _Handover:
 
 
 @contextlib.contextmanager
-def _without_reading(index: Checkpoint, path: str) -> Iterator[bool]:
+def _without_reading(index: Checkpoint, file: LocalFile) -> Iterator[bool]:
     """Within, ``torch.load`` reads no tensor data; the value is its ``mmap`` argument.
 
     A mapping by torch reserves memory for the whole file, which the kernel refuses beyond RAM and swap under its
@@ -374,7 +386,7 @@ def _without_reading(index: Checkpoint, path: str) -> Iterator[bool]:
     touched. (torch 2.13; an early prototype there, and torch 2.6 has it for saving only, hence not the first choice.)
     """
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    file_bytes = os.path.getsize(path)
+    path, file_bytes = file.name, file.size_bytes
     if file_bytes < memory_bytes:
         yield True
         return

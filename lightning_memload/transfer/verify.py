@@ -8,13 +8,16 @@ the bytes that no reader looks at, such as padding, are not.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lightning_memload.checkpoint import Damage, FileSet, Inventory, Section, find_format
+from lightning_memload.errors import CheckpointFormatError
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.plan import MAX_GAP_BYTES
 from lightning_memload.transfer.threads import available_cpus, check_num_threads, run_threads
@@ -25,6 +28,7 @@ __all__ = ["VerifyReport", "verify_checkpoint"]
 _BLOCK_BYTES = 1 << 20
 _MAX_THREADS = 8
 _MAX_LISTED = 20
+_MAX_TRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +92,12 @@ def verify_checkpoint(
         path: A checkpoint of any known format, as for ``open_checkpoint``.
         num_threads: Threads that read. ``None``: one for each CPU, 8 at most.
         progress: ``True`` shows a bar. A function is called after every read with the bytes read so far and in all,
-            from any thread, one at a time; what it raises ends the verification.
+            from any thread, one at a time; what it raises ends the verification. Both begin again when another
+            checkpoint took the place of this one.
 
     Returns:
-        The report. Damage raises nothing: it is in the report, all of it.
+        The report. Damage raises nothing: it is in the report, all of it. A file or directory that is replaced
+        meanwhile is none: the report is that of the old one, or of the new one.
 
     Raises:
         ValueError: ``num_threads`` is not positive.
@@ -105,6 +111,32 @@ def verify_checkpoint(
     check_num_threads(num_threads)
     started = time.perf_counter()
     name = os.fspath(path)
+    for _ in range(_MAX_TRIES):
+        with _held(name) as is_there:
+            try:
+                run = _verify(name, num_threads, progress)
+            except (CheckpointFormatError, OSError):
+                if is_there():
+                    raise
+                continue
+            # Else its description may be of one checkpoint and its bytes of another.
+            if not run.damage or is_there():
+                break
+    else:
+        run = _verify(name, num_threads, progress)
+    return VerifyReport(
+        path=name,
+        format=run.format,
+        damage=tuple(sorted(run.damage, key=lambda item: (item.path, -1 if item.offset is None else item.offset))),
+        bytes_verified=run.bytes_verified,
+        bytes_without_checksum=run.bytes_without_checksum,
+        num_verified=run.num_verified,
+        seconds=time.perf_counter() - started,
+        num_threads=run.num_threads,
+    )
+
+
+def _verify(name: str, num_threads: int | None, progress: bool | Callable[[int, int], None]) -> _Verification:
     inventory = find_format(name).take_inventory(name)
     run = _Verification(inventory, num_threads or min(_MAX_THREADS, available_cpus()))
     if callable(progress):
@@ -116,22 +148,36 @@ def verify_checkpoint(
             run.read_all(lambda done, _: bar.update(done - bar.n))
     else:
         run.read_all(None)
-    return VerifyReport(
-        path=name,
-        format=inventory.format,
-        damage=tuple(sorted(run.damage, key=lambda item: (item.path, -1 if item.offset is None else item.offset))),
-        bytes_verified=run.bytes_verified,
-        bytes_without_checksum=run.bytes_without_checksum,
-        num_verified=run.num_verified,
-        seconds=time.perf_counter() - started,
-        num_threads=run.num_threads,
-    )
+    return run
+
+
+@contextlib.contextmanager
+def _held(name: str) -> Iterator[Callable[[], bool]]:
+    """Whether what has this name now has it still. Held open meanwhile, so that its number is given to nobody else."""
+    before = os.stat(name)
+    descriptor = -1
+    if stat.S_ISREG(before.st_mode) or stat.S_ISDIR(before.st_mode):
+        with contextlib.suppress(OSError):  # no permission, or no such thing as an open directory
+            descriptor = os.open(name, os.O_RDONLY)
+
+    def is_there() -> bool:
+        try:
+            return os.path.samestat(before, os.stat(name))
+        except FileNotFoundError:
+            return True  # It is gone, and nothing has taken its place.
+
+    try:
+        yield is_there
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 class _Verification:
     """The reading and counting of one verification."""
 
     def __init__(self, inventory: Inventory, num_threads: int) -> None:
+        self.format = inventory.format
         self.damage = list(inventory.damage)
         self._inventory = inventory
         self._sections = self._apart(inventory.sections)

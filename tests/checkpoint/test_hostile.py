@@ -6,6 +6,7 @@ Each is a few bytes to some megabytes of disk, in a process of its own, whose pe
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import struct
@@ -16,11 +17,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import metadata as torch_metadata
 
 from lightning_memload import CheckpointWriteError, save_directory, verify_checkpoint
 from lightning_memload.save import save_torch
 from lightning_memload.save.layout import directory, lay_out, local_header
 from tests.checkpoint.files import write_zip
+from tests.checkpoint.test_dcp import place_of, sharded, write_shards
 from tests.fresh_process import run_fresh
 
 MIB = 1 << 20
@@ -224,6 +227,65 @@ def storage_never_answers(path: Path) -> None:
     os.mkfifo(path / "tensors" / "00000.bin")
 
 
+def sharded_directory(path: Path, edit: Callable[[Any], None] | None = None) -> None:
+    write_shards(path, {"weight": sharded(torch.ones(8), 2), "epoch": 1}, edit=edit)
+
+
+def sharded_absurd(path: Path) -> None:
+    sharded_directory(path)
+    os.truncate(path / ".metadata", TIB)
+
+
+def sharded_evil(path: Path) -> None:
+    sharded_directory(path)
+    (path / ".metadata").write_bytes(evil_pickle(str(path.with_name("mark"))))
+
+
+def sharded_evil_object(path: Path) -> None:
+    write_shards(path, {"weight": sharded(torch.ones(8), 2), "object": Evil(str(path.with_name("mark")))})
+
+
+def sharded_sizes(path: Path) -> None:
+    def edit(metadata: Any) -> None:
+        place_of(metadata, "weight").length = TIB
+
+    sharded_directory(path, edit)
+
+
+def sharded_outside(path: Path) -> None:
+    def edit(metadata: Any) -> None:
+        place_of(metadata, "weight").relative_path = "../../secret"
+
+    sharded_directory(path, edit)
+
+
+def sharded_overlapping(path: Path) -> None:
+    """Twenty thousand entries, each of them nearly the whole file."""
+
+    def edit(metadata: Any) -> None:
+        info = place_of(metadata, "epoch")
+        for number in range(20_000):
+            metadata.state_dict_metadata[str(number)] = metadata.state_dict_metadata["epoch"]
+            key = torch_metadata.MetadataIndex(str(number))
+            metadata.storage_data[key] = dataclasses.replace(info, offset=number, length=MIB)
+            metadata.planner_data[str(number)] = (str(number),)
+
+    sharded_directory(path, edit)
+    os.truncate(path / "__0_0.distcp", 2 * MIB)
+
+
+def sharded_never_ends(path: Path) -> None:
+    sharded_directory(path)
+    (path / "__1_0.distcp").unlink()
+    (path / "__1_0.distcp").symlink_to("/dev/zero")
+
+
+def sharded_never_answers(path: Path) -> None:
+    sharded_directory(path)
+    (path / "__1_0.distcp").unlink()
+    os.mkfifo(path / "__1_0.distcp")
+
+
 def never_answers(path: Path) -> None:
     os.mkfifo(path)
 
@@ -257,6 +319,14 @@ CASES: dict[Callable[[Path], None], dict[str, str]] = {
     manifest_outside: REFUSED,
     storage_is_a_link: REFUSED,
     storage_never_answers: REFUSED,
+    sharded_absurd: REFUSED,
+    sharded_evil: REFUSED,
+    sharded_evil_object: {"open": "answered", "load": "UnpicklingError", "verify": "answered"},
+    sharded_sizes: REFUSED,
+    sharded_outside: REFUSED,
+    sharded_overlapping: REFUSED,
+    sharded_never_ends: REFUSED,
+    sharded_never_answers: REFUSED,
     never_answers: dict.fromkeys(ALL, "CheckpointFormatError"),
 }
 NAMES = [make.__name__ if make.__name__ != "<lambda>" else f"record-{number}" for number, make in enumerate(CASES)]

@@ -25,7 +25,6 @@ from lightning_memload.checkpoint import (
     span_bytes,
     tensor_directory,
 )
-from lightning_memload.checkpoint.tensor_directory import TensorDirectory
 from lightning_memload.errors import CheckpointFormatError, CheckpointReadError, ChecksumError, MemloadError
 from lightning_memload.save import save_directory
 from lightning_memload.transfer import Record, StagingRing, TensorCopy, choose_layout, transfer
@@ -287,21 +286,31 @@ class TestChangesBehindOurBack:
 
         save_directory({"a": torch.ones(3), "step": 1}, path)
         monkeypatch.setattr(torch, "load", replaced)
-        with pytest.raises(CheckpointFormatError, match="replaced or changed while it was loaded"):
-            load_mapped(path, weights_only=True)
         loaded, _ = load_mapped(path, weights_only=True)
         assert (loaded["a"].sum(), loaded["step"]) == (0, 2)
 
+    def test_a_checkpoint_that_is_replaced_again_and_again(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = torch.load
+
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            save_directory({"a": torch.zeros(3)}, path)
+            return original(*args, **kwargs)
+
+        save_directory({"a": torch.ones(3)}, path)
+        monkeypatch.setattr(torch, "load", replaced)
+        with pytest.raises(CheckpointFormatError, match="replaced or changed while it was loaded"):
+            load_mapped(path, weights_only=True)
+
     def test_a_file_that_grows_while_it_is_loaded(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         save_directory({"a": torch.ones(3)}, path)
-        original = TensorDirectory.read_index
+        original = tensor_directory._read_index
 
-        def growing(format: TensorDirectory, name: str) -> Checkpoint:
-            index = original(format, name)
+        def growing(name: str) -> Checkpoint:
+            index = original(name)
             (path / "tensors" / "00000.bin").write_bytes(bytes(16))
             return index
 
-        monkeypatch.setattr(TensorDirectory, "read_index", growing)
+        monkeypatch.setattr(tensor_directory, "_read_index", growing)
         with pytest.raises(CheckpointFormatError, match="replaced or changed while it was loaded"):
             load_mapped(path, weights_only=True)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lightning_memload import MemoryEfficientRestore
+from lightning_memload.save import save_directory, save_torch
 from tests.fresh_process import run_fresh
 from tests.plugins.harness import TRUSTED, Case, TinyModule, adamw, make_trainer, write_checkpoint
 
@@ -21,42 +22,54 @@ import os, time, warnings
 warnings.simplefilter("ignore")
 import torch
 from lightning_memload import MemoryEfficientRestore, verify_checkpoint
+from lightning_memload.save import save_directory, save_torch
 from tests.plugins.harness import TRUSTED, TinyModule, adamw, make_trainer
 RESULT = []
 folder = __import__("pathlib").Path(ARGS["folder"])
+save = {"torch": save_torch, "directory": save_directory}[ARGS["format"]]
 (folder / f"ready-{os.getpid()}").touch()
-while len(list(folder.glob("ready-*"))) < 3:
+while len(list(folder.glob("ready-*"))) < ARGS["others"]:
     time.sleep(0.01)
-for _ in range(8):
+for number in range(ARGS["times"]):
     if ARGS["saves"]:
-        from lightning_memload.save import save_torch
-        # Beside it, and in its place: the same content, another file.
-        state = torch.load(ARGS["path"], weights_only=False)
-        for name in ("beside.ckpt", "checkpoint.ckpt"):
-            save_torch(state, folder / name)
+        # Beside it, and in its place: two states of the same sizes in turn.
+        state = torch.load(ARGS["states"][number % 2], weights_only=False)
+        for name in ("beside.ckpt", "last.ckpt"):
+            save(state, folder / name)
         RESULT.append(verify_checkpoint(folder / "beside.ckpt").is_verified)
         continue
     torch.manual_seed(0)
     module, restore = TinyModule(adamw), MemoryEfficientRestore()
     trainer = make_trainer(folder, [restore], max_epochs=1)
-    trainer.fit(module, ckpt_path=ARGS["path"], **TRUSTED)
+    trainer.fit(module, ckpt_path=folder / "last.ckpt", **TRUSTED)
     RESULT.append([loss.item().hex() for loss in module.losses])
 """
 
 
-def test_two_resume_while_a_third_saves(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.ckpt"
-    os.replace(write_checkpoint(Case(lambda: TinyModule(adamw)), tmp_path), path)
+@pytest.mark.parametrize("format", ["torch", "directory"])
+def test_two_resume_while_a_third_saves(format: str, tmp_path: Path) -> None:
+    states, expected = [], []
+    for steps in (3, 5):
+        (tmp_path / str(steps)).mkdir()
+        path = write_checkpoint(Case(lambda: TinyModule(adamw), save_after=steps), tmp_path / str(steps))
+        states.append(str(path))
+        torch.manual_seed(0)
+        module = TinyModule(adamw)
+        make_trainer(tmp_path, max_epochs=1).fit(module, ckpt_path=path, **TRUSTED)
+        expected.append([loss.item().hex() for loss in module.losses])
+    save = {"torch": save_torch, "directory": save_directory}[format]
+    save(torch.load(states[0], weights_only=False), tmp_path / "last.ckpt")
+    arguments: dict[str, Any] = {"folder": tmp_path, "states": states, "format": format, "others": 3}
     with ThreadPoolExecutor(3) as pool:
         futures = [
-            pool.submit(run_fresh, RESUME, path=path, folder=tmp_path, saves=number == 2, timeout_seconds=120)
-            for number in range(3)
+            pool.submit(run_fresh, RESUME, **arguments, saves=saves, times=30 if saves else 8, timeout_seconds=120)
+            for saves in (False, False, True)
         ]
         first, second, saver = [future.result().result for future in futures]
-    assert saver == [True] * 8
-    # Every resume saw the whole of one file or of the other, which hold the same.
-    assert {tuple(losses) for losses in first} == {tuple(losses) for losses in second}
-    assert len({tuple(losses) for losses in first}) == 1
+    assert saver == [True] * 30
+    # Every resume saw the whole of one state or of the other.
+    assert len(first) == len(second) == 8
+    assert all(losses in expected for losses in (*first, *second))
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
 
 

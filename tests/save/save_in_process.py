@@ -1,10 +1,12 @@
 """What runs in the fresh processes of the tests here: one state, saved and measured, or saved until killed.
 
-``python -m tests.save.save_in_process FOLDER TIMES`` kills so many writers at random moments and prints what it found.
+``python -m tests.save.save_in_process FOLDER TIMES [FORMAT]`` kills so many writers at random moments and prints what
+it found; the format is ``torch`` or ``directory``.
 """
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import json
 import os
@@ -15,19 +17,22 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lightning_memload import verify_checkpoint
+from lightning_memload.checkpoint import load_mapped
 from lightning_memload.memory import MemoryMonitor
-from lightning_memload.save import save_torch, write_torch
+from lightning_memload.save import replacement, save_directory, save_torch, write_torch
 from lightning_memload.save.pickling import Stretch
 
 __all__ = ["kill_writers", "measure"]
 
 _PROGRESS = struct.Struct("<q")
+_WRITERS: dict[str, Callable[[Any, Path], Any]] = {"torch": save_torch, "directory": save_directory}
 
 
 def make_state(num_bytes: int) -> dict[str, Any]:
@@ -109,8 +114,14 @@ def measure(path: str, num_bytes: int, known_bytes: int, host_budget_mib: int) -
     return results
 
 
-def kill_writers(folder: str, times: int, seed: int = 0) -> dict[str, Any]:
+def kill_writers(folder: str, times: int, format: str = "torch", seed: int = 0) -> dict[str, Any]:
     """Kills so many processes in their second save, each before or after a random call of the system, and looks around.
+
+    Args:
+        folder: Where, an empty one.
+        times: How many.
+        format: What they save: ``"torch"`` or ``"directory"``.
+        seed: Of the moments.
 
     Returns:
         ``kills``; ``in_the_middle``: after how many a temporary file was left; ``most_left``: the most files that were
@@ -125,7 +136,7 @@ def kill_writers(folder: str, times: int, seed: int = 0) -> dict[str, Any]:
     result = {"kills": 0, "in_the_middle": 0, "most_left": 0, "saves": 0}
     newest = 0
     for _ in range(times):
-        seen = _run_writer(path, newest, moments.random())
+        seen = _run_writer(path, newest, moments.random(), _WRITERS[format])
         done, begun = max(-number for number in seen), max(seen)
         content = _content(path)
         assert done <= content <= begun <= done + 1, (done, content, begun)
@@ -138,13 +149,14 @@ def kill_writers(folder: str, times: int, seed: int = 0) -> dict[str, Any]:
     return result
 
 
-def _run_writer(path: Path, newest: int, moment: float) -> list[int]:
+def _run_writer(path: Path, newest: int, moment: float, save: Callable[[Any, Path], Any]) -> list[int]:
     """A process that saves states of increasing number and dies in the second save.
 
     Args:
         path: Where.
         newest: The number before the first.
         moment: When it dies, as a fraction of the calls that the first save made.
+        save: Writes a state.
 
     Returns:
         The numbers of the saves that it began, and negative those that it completed, in their order.
@@ -156,9 +168,11 @@ def _run_writer(path: Path, newest: int, moment: float) -> list[int]:
             calls = _Calls()
             for number in range(newest + 1, sys.maxsize):
                 state = {"number": number, "large": torch.full((3 << 20,), number, dtype=torch.int64)}
-                state |= {f"small{key}": torch.full((key,), number) for key in range(100)}
+                # A file of its own for each, and each is synced, in a directory.
+                num_small = 100 if save is save_torch else 8
+                state |= {f"small{key}": torch.full((key,), number) for key in range(num_small)}
                 os.write(writing, _PROGRESS.pack(number))
-                save_torch(state, path)
+                save(state, path)
                 os.write(writing, _PROGRESS.pack(-number))
                 calls.die_at(int(moment * calls.count))
         finally:
@@ -176,14 +190,19 @@ def _run_writer(path: Path, newest: int, moment: float) -> list[int]:
 class _Calls:
     """Counts the calls that a save makes to the system, from all threads, and ends the process at one of them."""
 
-    NAMES = ("open", "pwrite", "pwritev", "posix_fadvise", "ftruncate", "fsync", "replace", "unlink", "close")
+    NAMES = (
+        *((os, name) for name in ("open", "pwrite", "pwritev", "posix_fadvise", "ftruncate", "fsync", "close")),
+        *((os, name) for name in ("replace", "rename", "mkdir", "unlink", "rmdir")),
+        (builtins, "open"),
+        (replacement, "_exchange"),
+    )
 
     def __init__(self) -> None:
         self.count = 0
         self._last = sys.maxsize
         self._lock = threading.Lock()
-        for name in self.NAMES:
-            setattr(os, name, self._counting(getattr(os, name)))
+        for place, name in self.NAMES:
+            setattr(place, name, self._counting(getattr(place, name)))
 
     def die_at(self, call: int) -> None:
         """Kills the process at this call, the next one being number 0."""
@@ -205,13 +224,17 @@ class _Calls:
 
 def _content(path: Path) -> int:
     """The number of the state in a checkpoint, all of which must be there."""
-    with zipfile.ZipFile(path) as archive:
-        assert archive.testzip() is None
-    state = torch.load(path)
+    if path.is_dir():
+        assert verify_checkpoint(path).is_verified
+        state, _ = load_mapped(path, weights_only=True)
+    else:
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None
+        state = torch.load(path)
     number = state.pop("number")
     assert all((tensor == number).all() for tensor in state.values())
     return int(number)
 
 
 if __name__ == "__main__":
-    print(json.dumps(kill_writers(sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps(kill_writers(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,10 +17,12 @@ from safetensors.torch import save_file
 
 from lightning_memload import CheckpointFormatError, VerifyReport, open_checkpoint, save_directory, verify_checkpoint
 from lightning_memload.checkpoint import FileSet, LocalFile, load_mapped
+from lightning_memload.checkpoint.dcp_metadata import Entry, SavedTensor, read_metadata
 from lightning_memload.checkpoint.formats import FORMATS
 from lightning_memload.checkpoint.torch_zip import read_zip_inventory
 from lightning_memload.transfer import verify as verify_module
 from tests.checkpoint.files import as_bytes, save_bytes, save_sparse, tensors_of, write_zip
+from tests.checkpoint.test_dcp import change, chunks_of, place_of, sharded, write_shards
 from tests.fresh_process import run_fresh
 
 # One for each byte, in turn.
@@ -300,6 +303,104 @@ class TestDirectory:
         assert (missing.expected, missing.actual) == (800, None)
         assert (short.expected, short.actual) == (800, 5)
         assert (wrong.offset, wrong.key) == (0, "tensors/00004.bin")
+
+
+class TestDcp:
+    """Whose metadata are the only description of what lies where, and have no checksum."""
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        return write_shards(tmp_path / "dcp", {"weight": sharded(torch.arange(6.0), 2), "epoch": 7})
+
+    def test_every_flipped_byte_is_found_or_told(self, path: Path, tmp_path: Path) -> None:
+        sound = verify_checkpoint(path)
+        assert not sound.is_damaged
+        entries = read_metadata(str(path / ".metadata")).entries
+        # Nothing says whether the metadata are what was written, and no report may be taken to say so.
+        assert not sound.is_verified
+        assert sound.bytes_without_checksum == os.path.getsize(path / ".metadata")
+        expected = contents(load_mapped(path)[0])
+        for file in sorted(path.iterdir()):
+            data = file.read_bytes()
+            harmless: set[int] = set()
+            for entry in entries if file.suffix else ():
+                if entry.file == file.name:
+                    within = without_meaning(data[entry.offset : entry.end], tmp_path / "entry.pt")
+                    harmless.update(entry.offset + position for position in within)
+            found = 0
+            for position, damaged in flipped(data):
+                if file.name == "__1_0.distcp" and position % 7:
+                    continue  # the like of what the other file holds
+                file.write_bytes(damaged)
+                report = outcome(path)
+                if report is None or report.is_damaged:
+                    found += 1
+                elif file.suffix:
+                    assert position in harmless, f"{file.name}: byte {position}"
+                    assert contents(load_mapped(path)[0]) == expected
+                else:
+                    assert (report.is_verified, report.bytes_without_checksum) == (False, len(data))
+            assert found > len(data) // 30
+            file.write_bytes(data)
+
+    def test_every_truncation(self, path: Path) -> None:
+        for file in sorted(path.iterdir()):
+            data = file.read_bytes()
+            for length in range(0, len(data), 13):
+                file.write_bytes(data[:length])
+                assert is_found(path), (file.name, length)
+            file.write_bytes(data)
+
+    def test_all_damage_is_listed(self, tmp_path: Path) -> None:
+        """Of every kind at once, and each once: gone, cut, flipped, contradicting."""
+        tensor = torch.randn(8, 500)
+        path = write_shards(tmp_path / "dcp", {"a": sharded(tensor, 8), "b": sharded(tensor, 8), "c": 1, "d": [2]})
+        sound = verify_checkpoint(path)
+        entries = read_metadata(str(path / ".metadata")).items
+
+        def entry_of(name: str, rank: int) -> Entry:
+            item = entries[name]
+            assert isinstance(item, SavedTensor)
+            return item.parts[rank].entry
+
+        (path / "__1_0.distcp").unlink()
+        os.truncate(path / "__2_0.distcp", entry_of("b", 2).offset + 5)  # "a" before it is still whole
+        for name, rank in (("a", 3), ("a", 4), ("b", 4)):
+            entry = entry_of(name, rank)
+            data = bytearray((path / entry.file).read_bytes())
+            position = data.index(tensor[rank].numpy().tobytes(), entry.offset)
+            data[position + 7] ^= 1
+            (path / entry.file).write_bytes(data)
+        data = bytearray((path / "__5_0.distcp").read_bytes())
+        data[entry_of("b", 5).offset] ^= 1
+        (path / "__5_0.distcp").write_bytes(data)
+
+        def edit(metadata: Any) -> None:
+            chunks_of(metadata, "a")[6].sizes = torch.Size((2, 500))
+            metadata.state_dict_metadata["b"].properties.dtype = torch.int32
+            place_of(metadata, "c").relative_path = "../c"
+            metadata.planner_data["d"] = ()
+
+        change(path, edit)
+        report = verify_checkpoint(path)
+        told = [(os.path.basename(item.path), item.problem) for item in report.damage]
+        expected = [
+            (".metadata", r"c is said to lie in '\.\./c'"),
+            (".metadata", r"chunks of a overlap"),
+            (".metadata", r"keys that lead to d are \(\)"),
+            ("__0_0.distcp", r"the part at \(0, 0\) of b is torch\.int32 of .* what lies there is torch\.float32"),
+            ("__1_0.distcp", r"is missing"),
+            ("__2_0.distcp", r"is truncated: .metadata declares data through byte \d+, but the file is only \d+ bytes"),
+            ("__3_0.distcp", r"of a at \(3, 0\) .* have CRC-32"),
+            ("__4_0.distcp", r"of a at \(4, 0\) .* have CRC-32"),
+            ("__4_0.distcp", r"of b at \(4, 0\) .* have CRC-32"),
+            ("__5_0.distcp", r"the entry of b at \(5, 0\) at byte \d+"),
+        ]
+        assert len(told) == len(expected), told
+        for file, pattern in expected:
+            found = [problem for name, problem in told if name == file and re.search(pattern, problem)]
+            assert len(found) == 1, (file, pattern, told)
+        assert sound.num_verified > report.num_verified > 0
 
 
 @pytest.fixture
