@@ -19,7 +19,7 @@ from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.safetensors_header import PREFIX_BYTES, read_header, starts_like_header
 from lightning_memload.checkpoint.safetensors_json import COPY_AGAIN, MAX_HEADER_BYTES, parse_json, short
 from lightning_memload.checkpoint.source import FileSet, LocalFile
-from lightning_memload.checkpoint.tensor_directory import is_tensor_directory
+from lightning_memload.checkpoint.tensor_manifest import is_tensor_directory
 from lightning_memload.errors import CheckpointFormatError, listed
 
 __all__ = ["MAX_HEADER_BYTES", "Safetensors"]

@@ -11,16 +11,15 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 
-from lightning_memload.checkpoint.tensor_directory import (
+from lightning_memload.checkpoint.tensor_directory import TensorDirectory, make_manifest
+from lightning_memload.checkpoint.tensor_manifest import (
     MANIFEST_FILE,
     STATE_FILE,
     TENSORS_FOLDER,
     WEIGHTS_FILE,
     StorageFile,
-    TensorDirectory,
     WeightsLayout,
-    make_manifest,
-    read_storage_files,
+    read_manifest,
     storage_file,
 )
 from lightning_memload.checkpoint.torch_pickle import STUB_BYTES
@@ -251,7 +250,7 @@ def _complete(
 def _linkable_files(path: str) -> dict[tuple[str, int], str]:
     """The files of a checkpoint directory by number and size; none if that cannot be told."""
     try:
-        storages = read_storage_files(path)
+        storages = read_manifest(path).storages
     except (OSError, CheckpointFormatError):
         return {}
     return {
