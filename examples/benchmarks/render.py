@@ -80,8 +80,8 @@ def render_save(result: dict[str, Any]) -> str:
         f"**Saving {result['size']} with AdamW, {size / 1e9:.2f} GB, in a training on {on(result)}.** {place(result)}, "
         f"load average {result['load_average']:.1f}, {software}; median of {repetitions}. "
         f"{save.at_best(result)} A step without a save takes {step['next_step_seconds']:.2f} s and "
-        f"{number(step['host_above_start_bytes'], GIB)} GiB of host memory; what training loses is the time until the "
-        "step behind the save has ended, less that.",
+        f"{number(step['host_above_start_bytes'], GIB)} GiB of host memory, which the asynchronous "
+        "ways include. The end of the next step is counted from the call.",
         "",
         f"| | fsync | {' | '.join(save.COLUMNS)} | right |",
         f"|---|---|{'---:|' * len(save.COLUMNS)}---|",

@@ -2,11 +2,12 @@
 
 One Trainer trains a GPT with AdamW. After a step it saves with ``trainer.save_checkpoint``, through the CheckpointIO of
 one way, and then takes the next step, which a save in the background may hold up. The ways take turns, so that a disk
-or a neighbour that changes its mind meets them all; one turn is a step without a save. What training loses is the time
-from the call to the end of the next step, less that of a step without a save. Memory is counted above its level before
-the save, until the call returns, or until the save has ended where it goes on in the background. Every file is read
-back and compared with the state at the call, outside the figures. What the machine can do at best is measured in the
-same process: one core's checksum, writing to the page cache, the disk, and copying from the GPU.
+or a neighbour that changes its mind meets them all; one turn is a step without a save. Training waits while the call
+lasts, and again if the optimizer of the next step takes longer than without a save. What else slows that step shows in
+the time from the call to its end. Memory is counted above its level before the save, until the call returns, or until
+the save has ended where it goes on in the background. Every file is read back and compared with the state at the call,
+outside the figures. What the machine can do at best is measured in the same process: one core's checksum, writing to
+the page cache, the disk, and copying from the GPU.
 
     python examples/benchmarks/save.py --size gpt2-xl --device cuda --repetitions 2 --output save.json
 
@@ -142,6 +143,7 @@ class Saves(L.Callback):
         self.runs: list[dict[str, Any]] = []
         self.names = [name for _ in range(options.repetitions) for name in (NO_SAVE, *options.ways)]
         self.turns: Iterator[None] = iter(())
+        self.backward_ended = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prepare, and bring in what a process needs only once."""
@@ -153,6 +155,11 @@ class Saves(L.Callback):
             io.teardown()
             remove(self.path)
         self.turns = self.take_turns(trainer, pl_module, ios)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """Forward and backward have run."""
+        synchronize()
+        self.backward_ended = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """End one turn and begin the next."""
@@ -171,12 +178,13 @@ class Saves(L.Callback):
                 if name != NO_SAVE:
                     io = trainer.strategy.checkpoint_io = ios[name]()
                     trainer.save_checkpoint(self.path, weights_only=False)
-                    run["seconds"] = time.perf_counter() - started
+                    run["seconds"] = run["call_seconds"] = time.perf_counter() - started
                     if not WAYS[name].in_background:
                         monitor.stop()
                 yield
                 synchronize()
                 run["next_step_seconds"] = time.perf_counter() - started
+                run["update_seconds"] = time.perf_counter() - self.backward_ended
                 if name != NO_SAVE:
                     io.teardown()
             if name != NO_SAVE:
@@ -282,7 +290,8 @@ def rate(work: Callable[[], None]) -> float:
 COLUMNS = {
     "s": ("seconds", 1),
     "GB/s": ("bytes_per_second", 10**9),
-    "training loses, s": ("lost_seconds", 1),
+    "training waits, s": ("blocked_seconds", 1),
+    "next step ends, s": ("next_step_seconds", 1),
     "host above start, GiB": ("host_above_start_bytes", GIB),
     "pinned, GiB": ("pinned_peak_bytes", GIB),
     "GPU above start, GiB": ("gpu_above_start_bytes", GIB),
@@ -327,7 +336,7 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
         if mine:
             way = ways[name] = {**medians(mine), "right": all(run["right"] for run in mine), "repetitions": len(mine)}
             way["bytes_per_second"] = way["bytes"] / way["seconds"]
-            way["lost_seconds"] = way["next_step_seconds"] - step["next_step_seconds"]
+            way["blocked_seconds"] = way["call_seconds"] + max(0, way["update_seconds"] - step["update_seconds"])
     return {
         # Of the last minute, this benchmark itself included: well above 2, others were using the machine too.
         "load_average": median([run["load_average"] for run in runs]),

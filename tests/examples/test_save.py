@@ -50,6 +50,8 @@ def test_every_way_saves_the_state(
         assert way["repetitions"] == 2
         assert way["bytes"] > 1000 * KIB, name
         assert way["seconds"] > 0, name
+        assert way["call_seconds"] <= way["blocked_seconds"], name
+        assert way["call_seconds"] < way["next_step_seconds"], name
         assert way["host_above_start_bytes"] >= 0, name
         assert ("commit_seconds" in way) == name.startswith("ours"), name
         for text in (benchmark.table(result), rendered):
