@@ -75,7 +75,8 @@ def render_save(result: dict[str, Any]) -> str:
     """Return a table of what saving cost."""
     versions, step, ways = result["versions"], result["step"], result["ways"]
     software = f"torch {versions['torch']}, Lightning {versions['lightning']}"
-    size, repetitions = (max(way[figure] for way in ways.values()) for figure in ("bytes", "repetitions"))
+    # Not the largest: Lightning's asynchronous way saves tied weights twice.
+    size, repetitions = min(way["bytes"] for way in ways.values()), max(way["repetitions"] for way in ways.values())
     lines = [
         f"**Saving {result['size']} with AdamW, {size / 1e9:.2f} GB, in a training on {on(result)}.** {place(result)}, "
         f"load average {result['load_average']:.1f}, {software}; median of {repetitions}. "
