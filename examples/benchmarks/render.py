@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import save
 import weight_loading
 from resume import GIB, VARIANTS, number
 
@@ -39,7 +40,8 @@ def with_results(text: str) -> str:
 
 def render(result: dict[str, Any]) -> str:
     """Return one result as a Markdown table with its machine, versions and command."""
-    return {"resume": render_resume, "weight-loading": render_weight_loading}[result["benchmark"]](result)
+    renderers = {"resume": render_resume, "save": render_save, "weight-loading": render_weight_loading}
+    return renderers[result["benchmark"]](result)
 
 
 def render_resume(result: dict[str, Any]) -> str:
@@ -69,6 +71,28 @@ def render_resume(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def render_save(result: dict[str, Any]) -> str:
+    """Return a table of what saving cost."""
+    versions, step, ways = result["versions"], result["step"], result["ways"]
+    software = f"torch {versions['torch']}, Lightning {versions['lightning']}"
+    # Not the largest: Lightning's asynchronous way saves tied weights twice.
+    size, repetitions = min(way["bytes"] for way in ways.values()), max(way["repetitions"] for way in ways.values())
+    lines = [
+        f"**Saving {result['size']} with AdamW, {size / 1e9:.2f} GB, in a training on {on(result)}.** {place(result)}, "
+        f"load average {result['load_average']:.1f}, {software}; median of {repetitions}. "
+        f"{save.at_best(result)} A step without a save takes {step['next_step_seconds']:.2f} s and "
+        f"{number(step['host_above_start_bytes'], GIB)} GiB of host memory, which the asynchronous "
+        "ways include. The end of the next step is counted from the call.",
+        "",
+        f"| | fsync | {' | '.join(save.COLUMNS)} | right |",
+        f"|---|---|{'---:|' * len(save.COLUMNS)}---|",
+        *(f"| {' | '.join(save.cells(result, name))} |" for name in ways),
+        "",
+        f"`{result['command']}`",
+    ]
+    return "\n".join(lines)
+
+
 def render_weight_loading(result: dict[str, Any]) -> str:
     """Return a table of what loading weights cost, and how this project compares with the fastest peer."""
     software = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if name in SOFTWARE)
@@ -77,7 +101,7 @@ def render_weight_loading(result: dict[str, Any]) -> str:
     columns = weight_loading.COLUMNS
     lines = [
         f"**Weights of {result['size']} with an untied head, {size} in a {result['page_cache']} page cache, onto "
-        f"{'the CPU' if result['device'] == 'cpu' else 'the GPU'}.** {place(result)}, load average "
+        f"{on(result)}.** {place(result)}, load average "
         f"{result['load_average']:.1f}, {software}; median of {repetitions}. Memory above the start, until every "
         "weight has been read once.",
         "",
@@ -100,6 +124,11 @@ def render_weight_loading(result: dict[str, Any]) -> str:
         lines.append(f"Not run: {reasons}.")
     lines.extend(["", f"`{result['command']}`"])
     return "\n".join(lines)
+
+
+def on(result: dict[str, Any]) -> str:
+    """Name the device."""
+    return "the CPU" if result["device"] == "cpu" else "the GPU"
 
 
 def place(result: dict[str, Any]) -> str:

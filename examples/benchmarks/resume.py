@@ -130,21 +130,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run = run_task(options, variant)
             results.setdefault(variant, []).append(run)
             print(f"  {variant} #{repetition + 1}: {run['seconds']:.2f} s", file=sys.stderr, flush=True)
-        # After every round, so that a run that is cut short leaves what it has measured.
-        report = {
-            "benchmark": "resume",
-            "command": " ".join(["python examples/benchmarks/resume.py", *(arguments or sys.argv[1:])]),
-            "machine": machine(),
-            "versions": versions(),
-            "size": options.size,
-            "checkpoint_bytes": path.stat().st_size,
-            "variants": {name: summarize(runs) for name, runs in results.items()},
-            "equal": len({run["digest"] for runs in results.values() for run in runs}) == 1,
-            "ceilings": limits,
-            "runs": results,
-        }
-        if options.output:
-            options.output.write_text(json.dumps(report, indent=1) + "\n")
+            # After every run, so that a run that is cut short leaves what it has measured.
+            report = {
+                **header("resume", arguments),
+                "size": options.size,
+                "checkpoint_bytes": path.stat().st_size,
+                "variants": {name: summarize(runs) for name, runs in results.items()},
+                "equal": len({run["digest"] for runs in results.values() for run in runs}) == 1,
+                "ceilings": limits,
+                "runs": results,
+            }
+            if options.output:
+                options.output.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
     return 0 if report["equal"] else 1
 
@@ -202,13 +199,18 @@ def batches() -> DataLoader[Any]:
 
 def digest(module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> str:
     """Sum every weight and optimizer state, weighted by position, on its device: equal digests for equal bits."""
-    tensors = [*module.state_dict().values()]
-    for optimizer in optimizers:
-        for state in optimizer.state_dict()["state"].values():
+    return digest_of(module.state_dict(), [optimizer.state_dict() for optimizer in optimizers])
+
+
+def digest_of(weights: dict[str, Any], optimizer_states: Sequence[dict[str, Any]], device: str | None = None) -> str:
+    """Sum what a checkpoint holds in the same way: on a device, or where each tensor is."""
+    tensors = [*weights.values()]
+    for optimizer_state in optimizer_states:
+        for state in optimizer_state["state"].values():
             tensors.extend(value for value in state.values() if isinstance(value, torch.Tensor))
     total = 0
     for number, tensor in enumerate(tensors):
-        flat = tensor.detach().contiguous().view(-1).view(torch.uint8).view(-1)
+        flat = tensor.detach().to(device or tensor.device).contiguous().view(-1).view(torch.uint8).view(-1)
         words = flat[: flat.numel() // 4 * 4].view(torch.int32)
         value = 0
         for chunk in words.split(64 * MIB):
@@ -309,7 +311,7 @@ def in_threads(work: Callable[[], None], threads: int) -> None:
             future.result()
 
 
-def time_of(work: Callable[[], None]) -> float:
+def time_of(work: Callable[[], object]) -> float:
     """Seconds that the work takes."""
     started = time.perf_counter()
     work()
@@ -352,9 +354,8 @@ def run_task(options: argparse.Namespace, task: str) -> dict[str, Any]:
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the repetitions."""
 
-    def median(pick: Callable[[dict[str, Any]], float | None]) -> float | None:
-        values = [value for run in runs if (value := pick(run)) is not None]
-        return statistics.median(values) if values else None
+    def middle(pick: Callable[[dict[str, Any]], float | None]) -> float | None:
+        return median([pick(run) for run in runs])
 
     def streaming(run: dict[str, Any]) -> float | None:
         total = run.get("report", {}).get("total", {})
@@ -362,13 +363,13 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return total["bytes_read"] / seconds / 1e9 if seconds else None
 
     return {
-        "seconds": median(lambda run: run["seconds"]),
-        "build_seconds": median(lambda run: run["build_seconds"]),
-        "host_above_start_bytes": median(lambda run: run["host_above_start_bytes"]),
-        "pinned_peak_bytes": median(lambda run: run["peaks"]["pinned_peak_bytes"]),
-        "file_backed_peak_bytes": median(lambda run: run["peaks"]["file_backed_peak_bytes"]),
-        "cuda_allocated_peak_bytes": median(lambda run: run["peaks"]["cuda_allocated_peak_bytes"]),
-        "streaming_gb_per_second": median(streaming),
+        "seconds": middle(lambda run: run["seconds"]),
+        "build_seconds": middle(lambda run: run["build_seconds"]),
+        "host_above_start_bytes": middle(lambda run: run["host_above_start_bytes"]),
+        "pinned_peak_bytes": middle(lambda run: run["peaks"]["pinned_peak_bytes"]),
+        "file_backed_peak_bytes": middle(lambda run: run["peaks"]["file_backed_peak_bytes"]),
+        "cuda_allocated_peak_bytes": middle(lambda run: run["peaks"]["cuda_allocated_peak_bytes"]),
+        "streaming_gb_per_second": middle(streaming),
         "phases": phases(runs),
         "repetitions": len(runs),
     }
@@ -415,6 +416,29 @@ def number(value: float | None, unit: int) -> str:
     return "-" if value is None else f"{value / unit:.2f}"
 
 
+def median(values: Sequence[float | None]) -> float | None:
+    """The median of what is known."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def above(start: int | None, peak: int | None) -> int | None:
+    """How far a level rose."""
+    return None if start is None or peak is None else max(0, peak - start)
+
+
+def aligned(rows: Sequence[Sequence[str]], num_labels: int) -> list[str]:
+    """Format rows as lines: the labels to the left, the figures behind them to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column < num_labels else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
 def rounded(value: Any) -> Any:
     """Round floats, inside containers too."""
     if isinstance(value, dict):
@@ -422,6 +446,19 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(item) for item in value]
     return round(value, 2) if isinstance(value, float) else value
+
+
+def header(benchmark: str, arguments: Sequence[str] | None) -> dict[str, Any]:
+    """Tell what was measured, how, where, and with what: the first entries of every result."""
+    # What is named in an absolute way is a matter of this machine alone.
+    given = arguments or sys.argv[1:]
+    shown = [Path(argument).name if Path(argument).is_absolute() else argument for argument in given]
+    return {
+        "benchmark": benchmark,
+        "command": " ".join([f"python examples/benchmarks/{benchmark.replace('-', '_')}.py", *shown]),
+        "machine": machine(),
+        "versions": versions(),
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -454,7 +491,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="demo")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=positive, default=3)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[v for v in VARIANTS if "cold" not in v])
     parser.add_argument("--data", type=Path, default=Path("runs/benchmark"), help="where the checkpoint is kept")
     parser.add_argument("--sweep", action="store_true", help="also try other numbers of threads and block sizes")
@@ -462,6 +499,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="write everything to this JSON file")
     parser.add_argument("--task", default="", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    """Read a number of repetitions."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gpt
-from resume import GIB, digest, evict, machine, number, synchronize, warm
+from resume import GIB, above, aligned, digest, evict, header, median, number, positive, synchronize, warm
 
 import lightning_memload
 from lightning_memload import load_weights, meta_init
@@ -325,6 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not all(is_saved(Files(options.data / size), names) for size in ("tiny", options.size)):
         run_row(options, "save")
     results: dict[str, list[dict[str, Any]]] = {}
+    report = summarize(options, arguments, files, results, skipped)
     for repetition in range(options.repetitions):
         for name in names:
             if name in skipped:
@@ -335,13 +336,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run = {**run_row(options, name), "load_average": load}
             if "error" in run:
                 skipped[name] = run["error"]
-                continue
-            results.setdefault(name, []).append(run)
-            print(f"  {name} #{repetition + 1}: {run['seconds']:.2f} s", file=sys.stderr, flush=True)
-        # After every round, so that a run that is cut short leaves what it has measured.
-        report = summarize(options, arguments or sys.argv[1:], files, results, skipped)
-        if options.output:
-            options.output.write_text(json.dumps(report, indent=1) + "\n")
+            else:
+                results.setdefault(name, []).append(run)
+                print(f"  {name} #{repetition + 1}: {run['seconds']:.2f} s", file=sys.stderr, flush=True)
+            # After every run, so that one that is cut short leaves what it has measured.
+            report = summarize(options, arguments, files, results, skipped)
+            if options.output:
+                options.output.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
     failed = [name for name in skipped.keys() & set(names) if ROWS[name].group != "peer"]
     return 0 if report["correct"] and not failed else 1
@@ -401,11 +402,6 @@ def read_once(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.sum()
     synchronize()
-
-
-def above(start: int | None, peak: int | None) -> int | None:
-    """How far a level rose."""
-    return None if start is None or peak is None else max(0, peak - start)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -477,7 +473,7 @@ def run_row(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def summarize(
     options: argparse.Namespace,
-    arguments: Sequence[str],
+    arguments: Sequence[str] | None,
     files: Files,
     results: dict[str, list[dict[str, Any]]],
     skipped: dict[str, str],
@@ -490,12 +486,8 @@ def summarize(
         rows[name] = {figure: median([run[figure] for run in runs]) for figure in figures}
         rows[name]["correct"] = all(run["digest"] == saved and run["on_device"] for run in runs)
         rows[name]["repetitions"] = len(runs)
-    # What is named in an absolute way is a matter of this machine alone.
-    shown = [Path(argument).name if Path(argument).is_absolute() else argument for argument in arguments]
     return {
-        "benchmark": "weight-loading",
-        "command": " ".join(["python examples/benchmarks/weight_loading.py", *shown]),
-        "machine": machine(),
+        **header("weight-loading", arguments),
         "versions": versions(),
         "size": options.size,
         "device": options.device,
@@ -536,12 +528,6 @@ def ratio(ours: dict[str, Any], peer: dict[str, Any], figure: str) -> float | No
     return ours[figure] / peer[figure] if (peer[figure] or 0) >= LEAST_COMPARED_BYTES else None
 
 
-def median(values: Sequence[float | None]) -> float | None:
-    """The median of what is known."""
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
-
-
 COLUMNS = {
     "GPU peak, GiB": ("gpu_peak_bytes", GIB),
     "anonymous, GiB": ("host_anonymous_peak_bytes", GIB),
@@ -564,10 +550,7 @@ def table(report: dict[str, Any]) -> str:
     """Format the medians for people."""
     lines = [f"{report['size']} on {report['device']}, {report['page_cache']} page cache, medians"]
     rows = [["", "reads", *COLUMNS, "right"], *(cells(report, name) for name in report["rows"])]
-    widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
-    for line in rows:
-        first = "  ".join(cell.ljust(width) for cell, width in zip(line[:2], widths, strict=False))
-        lines.append(first + "  " + "  ".join(c.rjust(w) for c, w in zip(line[2:], widths[2:], strict=True)))
+    lines.extend(aligned(rows, 2))
     lines.extend(f"not run: {name}: {reason}" for name, reason in report["not_run"].items())
     lines.append(json.dumps(report["against_peer"]))
     return "\n".join(lines)
@@ -596,14 +579,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="write everything to this JSON file")
     parser.add_argument("--row", default="", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
-
-
-def positive(text: str) -> int:
-    """Read a number of repetitions."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 if __name__ == "__main__":

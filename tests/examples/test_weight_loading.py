@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-BENCHMARKS = ROOT / "examples" / "benchmarks"
 FIGURES = (
     "seconds",
     "read_once_seconds",
@@ -25,15 +22,8 @@ FIGURES = (
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> Iterator[ModuleType]:
-    before = list(sys.path)
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import weight_loading
-
-        yield weight_loading
-    finally:
-        sys.path[:] = before
+def benchmark(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return import_benchmark("weight_loading")
 
 
 @pytest.fixture
