@@ -1,6 +1,7 @@
 """What runs in the processes of ``test_cycles``: train, save, be killed, resume, again and again.
 
-``python -m tests.endurance.cycles_in_process FOLDER 30`` runs the full number under the limit and prints what it saw.
+``python -m tests.endurance.cycles_in_process FOLDER 30 [FORMAT]`` runs the full number under the limit and prints what
+it saw; the format is one of ``MemoryEfficientRestore(save_format=...)``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ WIDTH = 2048
 # Weights and biases, and two states of AdamW for each.
 STATE_BYTES = 3 * NUM_LAYERS * (WIDTH * WIDTH + WIDTH) * 4
 # Beside what training alone takes. At less than this the kernel has little room for page cache, and all becomes slow.
+# Training takes what a process holds that has imported everything and trains nothing, model and optimizer, and one
+# layer's gradients: in all less than model + optimizer + 256 MiB beside what such a process holds. A test compares.
 MARGIN_BYTES = 128 << 20
 _M_MMAP_THRESHOLD = -3  # from malloc.h
 _KILL_AFTER_SECONDS = 0.05
@@ -61,7 +64,7 @@ def _make_net() -> Any:
     return Net()
 
 
-def _fit(folder: str, path: Path | None, callback: Any, *, ours: bool) -> None:
+def _fit(folder: str, path: Path | None, callback: Any, *, ours: bool, format: Any = "torch") -> None:
     import torch
 
     from lightning_memload import MemoryEfficientRestore
@@ -71,11 +74,11 @@ def _fit(folder: str, path: Path | None, callback: Any, *, ours: bool) -> None:
     torch.set_num_threads(1)
     # Left to itself glibc raises this threshold, and keeps freed blocks of up to 32 MiB, now more and now fewer.
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 << 10)
-    restore = [MemoryEfficientRestore(progress_bar=False)] if ours else []
+    restore = [MemoryEfficientRestore(progress_bar=False, save_format=format)] if ours else []
     make_trainer(Path(folder), [*restore, callback], max_epochs=1).fit(_make_net(), ckpt_path=path, **TRUSTED)
 
 
-def cycle(folder: str, *, ours: bool) -> None:
+def cycle(folder: str, *, ours: bool, format: str = "torch") -> None:
     """Resumes ``last.ckpt`` if it is there, compares it, trains, saves, and dies in the middle of the next save.
 
     Never returns. ``cycle.json`` then holds what it saw. It dies by ``SIGUSR2``, for which nobody has a handler, so
@@ -109,7 +112,7 @@ def cycle(folder: str, *, ours: bool) -> None:
             while True:
                 trainer.save_checkpoint(Path(folder, "next.ckpt"))
 
-    _fit(folder, path if before is not None else None, Cycle(), ours=ours)
+    _fit(folder, path if before is not None else None, Cycle(), ours=ours, format=format)
 
 
 def _digest(trainer: Any, module: Any) -> int:
@@ -150,12 +153,26 @@ def training_bytes(folder: str) -> int:
     return monitor.peaks.anonymous_peak_bytes
 
 
-def cycle_in_a_child(folder: str, *, ours: bool) -> None:
+def empty_bytes(folder: str) -> int:
+    """Anonymous memory of a process that has imported everything and made a Trainer, and trains nothing."""
+    import torch
+
+    import lightning_memload.plugins  # noqa: F401
+    from tests.plugins.harness import make_trainer
+
+    torch.set_num_threads(1)
+    trainer = make_trainer(Path(folder))
+    held = _held()["anonymous_bytes"]
+    del trainer
+    return held
+
+
+def cycle_in_a_child(folder: str, *, ours: bool, format: str) -> None:
     """One cycle in a child, whose end is expected; a child that was killed for its memory takes this process along."""
     child = os.fork()
     if not child:
         try:
-            cycle(folder, ours=ours)
+            cycle(folder, ours=ours, format=format)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -167,19 +184,23 @@ def cycle_in_a_child(folder: str, *, ours: bool) -> None:
     assert os.WTERMSIG(status) == signal.SIGUSR2, status
 
 
-def run_cycles(folder: str, num_cycles: int, *, ours: bool = True) -> dict[str, Any]:
+def run_cycles(folder: str, num_cycles: int, *, ours: bool = True, format: str = "torch") -> dict[str, Any]:
     """Runs cycles in fresh processes, each under a limit of what training alone takes and ``MARGIN_BYTES``.
 
     Returns:
         ``cycles``: how many were completed; ``killed``: whether one was killed for its memory; ``limit_bytes``;
+        ``empty_bytes``: what a process holds that trains nothing; ``state_bytes``: model and optimizer;
         ``anonymous_bytes`` after the save of each cycle; ``left``: the files in the folder after each.
     """
     module = "tests.endurance.cycles_in_process"
     limit_bytes = run_fresh(f"{module}:training_bytes", folder=folder).result + MARGIN_BYTES
     result: dict[str, Any] = {"cycles": 0, "killed": False, "limit_bytes": limit_bytes, "state_bytes": STATE_BYTES}
+    result["empty_bytes"] = run_fresh(f"{module}:empty_bytes", folder=folder).result
     result |= {"anonymous_bytes": [], "left": []}
     for _ in range(num_cycles):
-        done = run_fresh(f"{module}:cycle_in_a_child", folder=folder, ours=ours, memory_limit_bytes=limit_bytes)
+        done = run_fresh(
+            f"{module}:cycle_in_a_child", folder=folder, ours=ours, format=format, memory_limit_bytes=limit_bytes
+        )
         if done.killed:
             result["killed"] = True
             break
@@ -194,7 +215,7 @@ class _Enough(Exception):
     """Ends a run."""
 
 
-def cycle_in_one_process(folder: str, num_cycles: int) -> list[dict[str, int]]:
+def cycle_in_one_process(folder: str, num_cycles: int, format: str = "torch") -> list[dict[str, int]]:
     """Trains, saves and resumes again and again in one process; returns what it holds after each cycle."""
     import lightning as L
 
@@ -209,7 +230,7 @@ def cycle_in_one_process(folder: str, num_cycles: int) -> list[dict[str, int]]:
     found = []
     for number in range(num_cycles):
         with contextlib.suppress(_Enough):
-            _fit(folder, path if number else None, Cycle(), ours=True)
+            _fit(folder, path if number else None, Cycle(), ours=True, format=format)
         gc.collect()
         for thread in threading.enumerate():
             if thread.name.startswith("memload"):
@@ -219,4 +240,4 @@ def cycle_in_one_process(folder: str, num_cycles: int) -> list[dict[str, int]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_cycles(sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps(run_cycles(sys.argv[1], int(sys.argv[2]), **dict(zip(["format"], sys.argv[3:], strict=False)))))
