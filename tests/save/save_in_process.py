@@ -29,10 +29,16 @@ from lightning_memload.memory import MemoryMonitor
 from lightning_memload.save import replacement, save_directory, save_torch, write_torch
 from lightning_memload.save.pickling import Stretch
 
-__all__ = ["kill_writers", "measure"]
+__all__ = ["WRITERS", "kill_writers", "measure"]
 
 _PROGRESS = struct.Struct("<q")
-_WRITERS: dict[str, Callable[[Any, Path], Any]] = {"torch": save_torch, "directory": save_directory}
+_FROZEN = torch.arange(1 << 18)
+WRITERS: dict[str, Callable[[Any, Path], Any]] = {
+    "torch": save_torch,
+    "directory": save_directory,
+    "links": lambda state, path: save_directory(state, path, link_unchanged_from=path),
+    "safetensors+state": lambda state, path: save_directory(state, path, safetensors=True),
+}
 
 
 def make_state(num_bytes: int) -> dict[str, Any]:
@@ -120,7 +126,7 @@ def kill_writers(folder: str, times: int, format: str = "torch", seed: int = 0) 
     Args:
         folder: Where, an empty one.
         times: How many.
-        format: What they save: ``"torch"`` or ``"directory"``.
+        format: What they save: one of ``WRITERS``.
         seed: Of the moments.
 
     Returns:
@@ -136,7 +142,7 @@ def kill_writers(folder: str, times: int, format: str = "torch", seed: int = 0) 
     result = {"kills": 0, "in_the_middle": 0, "most_left": 0, "saves": 0}
     newest = 0
     for _ in range(times):
-        seen = _run_writer(path, newest, moments.random(), _WRITERS[format])
+        seen = _run_writer(path, newest, moments.random(), WRITERS[format])
         done, begun = max(-number for number in seen), max(seen)
         content = _content(path)
         assert done <= content <= begun <= done + 1, (done, content, begun)
@@ -170,6 +176,7 @@ def _run_writer(path: Path, newest: int, moment: float, save: Callable[[Any, Pat
                 state = {"number": number, "large": torch.full((3 << 20,), number, dtype=torch.int64)}
                 # A file of its own for each, and each is synced, in a directory.
                 num_small = 100 if save is save_torch else 8
+                state["frozen"] = _FROZEN
                 state |= {f"small{key}": torch.full((key,), number) for key in range(num_small)}
                 os.write(writing, _PROGRESS.pack(number))
                 save(state, path)
@@ -192,7 +199,7 @@ class _Calls:
 
     NAMES = (
         *((os, name) for name in ("open", "pwrite", "pwritev", "posix_fadvise", "ftruncate", "fsync", "close")),
-        *((os, name) for name in ("replace", "rename", "mkdir", "unlink", "rmdir")),
+        *((os, name) for name in ("preadv", "link", "replace", "rename", "mkdir", "unlink", "rmdir")),
         (builtins, "open"),
         (replacement, "_exchange"),
     )
@@ -232,6 +239,7 @@ def _content(path: Path) -> int:
             assert archive.testzip() is None
         state = torch.load(path)
     number = state.pop("number")
+    assert torch.equal(state.pop("frozen"), _FROZEN)
     assert all((tensor == number).all() for tensor in state.values())
     return int(number)
 

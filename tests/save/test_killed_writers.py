@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_memload.save import save_directory, save_torch
 from tests.fresh_process import run_fresh
+from tests.save.save_in_process import WRITERS
 
 PROGRAM = "tests.save.save_in_process"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-@pytest.mark.parametrize("format", ["torch", "directory"])
+@pytest.mark.parametrize("format", WRITERS)
 def test_a_killed_writer_leaves_the_newest_complete_checkpoint(format: str, tmp_path: Path) -> None:
     """15 kills; ``python -m tests.save.save_in_process FOLDER 200 [FORMAT]`` does more."""
     result = run_fresh(f"{PROGRAM}:kill_writers", folder=tmp_path, times=15, format=format).result
@@ -24,6 +24,5 @@ def test_a_killed_writer_leaves_the_newest_complete_checkpoint(format: str, tmp_
     # A claim about kills in the middle of a save needs some there.
     assert result["in_the_middle"] >= 3
     assert result["most_left"] == 1
-    save = save_torch if format == "torch" else save_directory
-    save({"new": torch.ones(1)}, tmp_path / "last.ckpt")
+    WRITERS[format]({"new": torch.ones(1)}, tmp_path / "last.ckpt")
     assert os.listdir(tmp_path) == ["last.ckpt"]
