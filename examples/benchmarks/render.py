@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import frozen
 import save
 import weight_loading
 from resume import GIB, VARIANTS, number
@@ -40,7 +41,12 @@ def with_results(text: str) -> str:
 
 def render(result: dict[str, Any]) -> str:
     """Return one result as a Markdown table with its machine, versions and command."""
-    renderers = {"resume": render_resume, "save": render_save, "weight-loading": render_weight_loading}
+    renderers = {
+        "frozen": render_frozen,
+        "resume": render_resume,
+        "save": render_save,
+        "weight-loading": render_weight_loading,
+    }
     return renderers[result["benchmark"]](result)
 
 
@@ -91,6 +97,25 @@ def render_save(result: dict[str, Any]) -> str:
         f"`{result['command']}`",
     ]
     return "\n".join(lines)
+
+
+def render_frozen(result: dict[str, Any]) -> str:
+    """Return a table of what saving a finetuning with a frozen body cost."""
+    versions, ways = result["versions"], result["ways"]
+    size = max(way["bytes"] for way in ways.values())
+    return "\n".join(
+        [
+            f"**Finetuning low-rank adapters on a frozen {result['size']}, saved {result['saves']} times, "
+            f"{size / 1e9:.2f} GB each, on {on(result)}.** {place(result)}, load average "
+            f"{result['load_average']:.1f}, torch {versions['torch']}, Lightning {versions['lightning']}.",
+            "",
+            f"| | {' | '.join(frozen.COLUMNS)} | right |",
+            f"|---|{'---:|' * len(frozen.COLUMNS)}---|",
+            *(f"| {' | '.join(frozen.cells(result, name))} |" for name in ways),
+            "",
+            f"`{result['command']}`",
+        ]
+    )
 
 
 def render_weight_loading(result: dict[str, Any]) -> str:

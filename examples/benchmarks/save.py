@@ -122,6 +122,11 @@ WAYS = {
     "ours-directory": Way(
         '`StreamingCheckpointIO(format="directory")`', partial(StreamingCheckpointIO, format="directory"), fsync=True
     ),
+    "ours-safetensors": Way(
+        '`StreamingCheckpointIO(format="safetensors+state")`',
+        partial(StreamingCheckpointIO, format="safetensors+state"),
+        fsync=True,
+    ),
     "ours-async": Way("`MemoryEfficientRestore(asynchronous_save=True)`", None, fsync=True, in_background=True),
 }
 NO_SAVE = "step"
