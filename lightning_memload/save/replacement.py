@@ -244,7 +244,8 @@ def _put_in_place(folder: str, target: str) -> None:
     try:
         os.rename(folder, target)  # the name is free, or an empty directory has it
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        # A directory with something in it, or a link.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
         if not _exchange(folder, target):
             _replace_in_two_steps(folder, target)

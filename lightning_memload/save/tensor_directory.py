@@ -51,7 +51,8 @@ def save_directory(
     tensors within objects. Of a storage only the span that the saved tensors use is written.
 
     A checkpoint directory at ``path`` is replaced in one step, see :class:`Replacement` for where that takes two. Who
-    still reads the old checkpoint goes on with it or gets an error, never a mixture of the two.
+    still reads the old checkpoint goes on with it or gets an error, never a mixture of the two. A symbolic link is
+    replaced itself, not the checkpoint that it points to.
 
     Args:
         obj: The object, such as a Lightning checkpoint or a state dict.
@@ -102,7 +103,7 @@ def plan_directory_save(
     safetensors: bool = False,
 ) -> Save:
     """Does the first part of :func:`save_directory`, all that concerns more of the object than its tensors' memory."""
-    target = os.path.realpath(path)
+    target = _place_of(os.fspath(path))
     _refuse_to_replace(target)
     put_back(target)
     threads = default_save_threads() if num_threads is None else num_threads
@@ -260,8 +261,14 @@ def _linkable_files(path: str) -> dict[tuple[str, int], str]:
     }
 
 
+def _place_of(path: str) -> str:
+    """The absolute path. A link is a place itself: what it points to is a checkpoint of another name."""
+    parent, name = os.path.split(path.rstrip(os.sep))
+    return os.path.realpath(path) if name in ("", ".", "..") else os.path.join(os.path.realpath(parent), name)
+
+
 def _refuse_to_replace(target: str) -> None:
-    if not os.path.lexists(target) or TensorDirectory().recognizes(target):
+    if not os.path.lexists(target) or os.path.islink(target) or TensorDirectory().recognizes(target):
         return
     if not os.path.isdir(target) or os.listdir(target):
         raise FileExistsError(

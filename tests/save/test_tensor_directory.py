@@ -153,12 +153,30 @@ class TestReplacing:
             assert step_of(path) == step
             assert os.listdir(path.parent) == [path.name]
 
-    def test_through_a_link(self, path: Path, tmp_path: Path) -> None:
-        save_directory(of_step(1), path)
-        (tmp_path / "last").symlink_to(path)
-        save_directory(of_step(2), tmp_path / "last")
-        assert (tmp_path / "last").is_symlink()
-        assert step_of(path) == 2
+    @pytest.mark.parametrize("exchanges", [True, False])
+    @pytest.mark.parametrize("safetensors", [False, True])
+    def test_a_link_is_replaced_and_its_target_stays(
+        self, path: Path, tmp_path: Path, safetensors: bool, exchanges: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if not exchanges:
+            monkeypatch.setattr(replacement, "_exchange", lambda first, second: False)
+        save_directory(of_step(1), path, safetensors=safetensors)
+        run = tmp_path / "run"
+        run.mkdir()
+        (run / "last").symlink_to(path)
+        (run / "dangling").symlink_to("nowhere")
+        for name in ("last", "dangling"):
+            save_directory(of_step(2), f"{run}/{name}/", safetensors=safetensors)
+            assert not (run / name).is_symlink()
+            assert step_of(run / name) == 2
+        assert step_of(path) == 1
+        assert sorted(os.listdir(run)) == ["dangling", "last"]
+
+    def test_in_a_folder_that_is_a_link(self, path: Path, tmp_path: Path) -> None:
+        (tmp_path / "run").symlink_to(path.parent, target_is_directory=True)
+        save_directory(of_step(1), tmp_path / "run" / path.name)
+        assert (tmp_path / "run").is_symlink()
+        assert step_of(path) == 1
 
     def test_a_process_killed_at_any_moment(self, path: Path) -> None:
         program = """
