@@ -179,7 +179,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         Raises:
             TypeError: ``storage_options`` were given.
             ValueError: The format is a directory, and the place is remote or not on Linux.
-            FileExistsError: Likewise, and there is something else than a checkpoint directory at ``path``.
+            FileExistsError: Likewise, and there is something else than a checkpoint at ``path``.
             CheckpointWriteError: There is not enough space, or writing failed; what was there before is untouched. Also
                 if that happened to the save before this one, in the background; then nothing is saved now.
             Exception: Whatever pickling the checkpoint, or a remote file system, raises.

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 
-from lightning_memload.checkpoint.tensor_directory import TensorDirectory, make_manifest
+from lightning_memload.checkpoint.tensor_directory import make_manifest
 from lightning_memload.checkpoint.tensor_manifest import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -19,10 +19,12 @@ from lightning_memload.checkpoint.tensor_manifest import (
     WEIGHTS_FILE,
     StorageFile,
     WeightsLayout,
+    is_tensor_directory,
     read_manifest,
     storage_file,
 )
 from lightning_memload.checkpoint.torch_pickle import STUB_BYTES
+from lightning_memload.checkpoint.torch_zip import TorchZip
 from lightning_memload.errors import CheckpointFormatError, listed
 from lightning_memload.save.linking import LinkingFiles
 from lightning_memload.save.pickling import Stretch, pickle_object
@@ -50,9 +52,9 @@ def save_directory(
     Takes whatever ``torch.save`` takes and keeps what it keeps: ties, views, strides, parameters and their attributes,
     tensors within objects. Of a storage only the span that the saved tensors use is written.
 
-    A checkpoint directory at ``path`` is replaced in one step, see :class:`Replacement` for where that takes two. Who
-    still reads the old checkpoint goes on with it or gets an error, never a mixture of the two. A symbolic link is
-    replaced itself, not the checkpoint that it points to.
+    A checkpoint directory, or a file of ``torch.save``, at ``path`` is replaced in one step, see :class:`Replacement`
+    for where that takes two. Who still reads the old checkpoint goes on with it or gets an error, never a mixture of
+    the two. A symbolic link is replaced itself, not the checkpoint that it points to.
 
     Args:
         obj: The object, such as a Lightning checkpoint or a state dict.
@@ -72,7 +74,7 @@ def save_directory(
         What it cost.
 
     Raises:
-        FileExistsError: There is something else than a checkpoint directory at ``path``.
+        FileExistsError: There is something else than a checkpoint at ``path``.
         CheckpointWriteError: There is not enough space, or writing failed or is not allowed.
         CheckpointFormatError: The object holds a tensor whose memory was taken away.
         NotImplementedError: It holds a storage without memory.
@@ -268,10 +270,14 @@ def _place_of(path: str) -> str:
 
 
 def _refuse_to_replace(target: str) -> None:
-    if not os.path.lexists(target) or os.path.islink(target) or TensorDirectory().recognizes(target):
+    if not os.path.lexists(target) or os.path.islink(target):
+        return
+    if is_tensor_directory(target) or (os.path.isfile(target) and TorchZip().recognizes(target)):
         return
     if not os.path.isdir(target) or os.listdir(target):
         raise FileExistsError(
-            errno.EEXIST, "is there and is no checkpoint directory, so it is not replaced; remove it or save elsewhere",
+            errno.EEXIST,
+            "is there and is no checkpoint directory, nor a file of torch, so it is not replaced; remove it or save "
+            "elsewhere",
             target,
-        )  # fmt: skip
+        )

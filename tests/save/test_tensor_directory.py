@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 from lightning_memload.checkpoint import load_mapped, open_checkpoint
-from lightning_memload.errors import CheckpointFormatError
-from lightning_memload.save import replacement, save_directory
+from lightning_memload.errors import CheckpointFormatError, CheckpointWriteError
+from lightning_memload.save import replacement, save_directory, save_torch
 from lightning_memload.save import tensor_directory as writer
 from lightning_memload.save.pickling import Stretch
 from tests.fresh_process import run_fresh
@@ -152,6 +153,44 @@ class TestReplacing:
             save_directory(of_step(step), path)
             assert step_of(path) == step
             assert os.listdir(path.parent) == [path.name]
+
+    @pytest.mark.parametrize("exchanges", [True, False])
+    def test_a_checkpoint_of_another_format(self, path: Path, exchanges: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not exchanges:
+            monkeypatch.setattr(replacement, "_exchange", lambda first, second: False)
+        saves: list[Any] = [
+            save_torch,
+            save_directory,
+            save_torch,
+            partial(save_directory, safetensors=True),
+            save_torch,
+        ]
+        for step, save in enumerate(saves):
+            save(of_step(step), path)
+            assert step_of(path) == step
+            assert os.listdir(path.parent) == [path.name]
+
+    @pytest.mark.parametrize("save", [save_torch, save_directory])
+    def test_a_failure_leaves_one_of_another_format(
+        self, path: Path, save: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*args: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        other: Any = save_directory if save is save_torch else save_torch
+        other(of_step(1), path)
+        monkeypatch.setattr(os, "fsync", refuse)
+        with pytest.raises(CheckpointWriteError, match="No space left"):
+            save(of_step(2), path)
+        assert step_of(path) == 1
+        assert os.listdir(path.parent) == [path.name]
+
+    def test_a_file_puts_back_what_a_killed_writer_renamed(self, path: Path) -> None:
+        save_directory(of_step(1), path)
+        os.rename(path, path.parent / f".{path.name}.0123456789ab.previous")
+        save_torch(of_step(2), path)
+        assert step_of(path) == 2
+        assert os.listdir(path.parent) == [path.name]
 
     @pytest.mark.parametrize("exchanges", [True, False])
     @pytest.mark.parametrize("safetensors", [False, True])
