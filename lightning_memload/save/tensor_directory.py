@@ -36,6 +36,9 @@ from lightning_memload.save.writing import LocalSink, Order, Records, Split, siz
 
 __all__ = ["plan_directory_save", "save_directory"]
 
+# Loading maps every file, and Linux maps 65,530 in a process unless told else (vm.max_map_count).
+_MAX_FILES = 32_768
+
 
 def save_directory(
     obj: object,
@@ -48,6 +51,8 @@ def save_directory(
     safetensors: bool = False,
 ) -> SaveStats:
     """Saves an object as a directory with one file for each storage, or leaves what was there untouched.
+
+    Of more than 32,768 storages the smallest stay in ``state.pt``: loading maps every file, and the kernel counts.
 
     Takes whatever ``torch.save`` takes and keeps what it keeps: ties, views, strides, parameters and their attributes,
     tensors within objects. Of a storage only the span that the saved tensors use is written.
@@ -124,10 +129,21 @@ class _Directory:
         self, obj: object, host_budget_bytes: int, num_threads: int, old_files: Mapping[tuple[str, int], str]
     ) -> None:
         pickled = pickle_object(obj, stubs=lambda storage: True)
+        with_bytes = [stretch for stretch in pickled.stretches if stretch.nbytes]
+        # Sorted in the order of the object where sizes are the same, so that the next save can link.
+        largest = sorted(with_bytes, key=lambda stretch: -stretch.nbytes)[:_MAX_FILES]
+        outside = {stretch.storage._cdata for stretch in largest}
+        if len(outside) < len(with_bytes):
+            pickled = pickle_object(obj, stubs=lambda storage: storage._cdata in outside)
         self.stretches = pickled.stretches
-        self._keys = [key for key, stretch in enumerate(pickled.stretches) if stretch.nbytes]
+        self._keys = [
+            key for key, stretch in enumerate(pickled.stretches) if stretch.nbytes and stretch.storage._cdata in outside
+        ]
         own = [pickled.stretches[key] for key in self._keys]
-        self._state = Archive(pickled, [_stub(stretch) for stretch in pickled.stretches])
+        self._state = Archive(
+            pickled,
+            [_stub(stretch) if stretch.storage._cdata in outside else stretch for stretch in pickled.stretches],
+        )
         self._records = Records([*self._state.contents, *own], host_budget_bytes, num_threads)
         self.num_threads, self.staging_bytes = self._records.num_threads, self._records.staging_bytes
         self._old_names = [

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_memload import verify_checkpoint
 from lightning_memload.checkpoint import load_mapped, open_checkpoint
 from lightning_memload.errors import CheckpointFormatError, CheckpointWriteError
 from lightning_memload.save import replacement, save_directory, save_torch
@@ -145,6 +146,44 @@ for write in (lambda: save_directory(state, ARGS["path"]), by_bytes):
     assert ours <= 16 << 20
     assert naive >= 300 << 20
     assert sum(data_files(path).values()) == 300 << 20
+
+
+class TestManyStorages:
+    def test_the_smallest_stay_together(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(writer, "_MAX_FILES", 2)
+        large = torch.arange(5000.0)
+        state = {"a": torch.ones(3), "b": large[100:900], "c": torch.zeros(2000), "d": torch.full((900,), 2.0)}
+        state |= {"tied": state["a"], "none": torch.empty(0), "view": large[500:]}
+        save_directory(state, path)
+        assert data_files(path) == {"00001.bin": 4 * 4900 + 400 % 64, "00002.bin": 8000}
+        assert verify_checkpoint(path).is_verified
+        loaded, mapped = load_mapped(path, weights_only=True)
+        for name, value in state.items():
+            assert torch.equal(loaded[name], value)
+            assert loaded[name].stride() == value.stride()
+        assert loaded["tied"].data_ptr() == loaded["a"].data_ptr()
+        assert loaded["view"].data_ptr() == loaded["b"].data_ptr() + 1600
+        mapped.detach()
+        stats = save_directory({**state, "c": torch.ones(2000)}, path, link_unchanged_from=path)
+        assert stats.bytes_linked == data_files(path)["00001.bin"]
+
+    def test_an_object_that_differs_from_one_pickling_to_the_next(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(writer, "_MAX_FILES", 1)
+        save_directory({"made": Made(), "a": torch.ones(3)}, path)
+        assert data_files(path) == {}
+        loaded, mapped = load_mapped(path, weights_only=False)
+        assert torch.equal(loaded["made"].tensor, torch.full((1000,), 7.0))
+        assert torch.equal(loaded["a"], torch.ones(3))
+        mapped.detach()
+
+
+class Made:
+    """Pickles a tensor that it makes for the occasion."""
+
+    def __getstate__(self) -> dict[str, torch.Tensor]:
+        return {"tensor": torch.full((1000,), 7.0)}
 
 
 class TestReplacing:
