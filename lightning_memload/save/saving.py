@@ -78,7 +78,7 @@ class Plan(Protocol):
 
     @property
     def nbytes(self) -> int | None:
-        """The disk space it takes at least, ``None`` if nobody knows."""
+        """The disk space it takes, before it is written at least; ``None`` if nobody knows."""
         ...
 
     def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:

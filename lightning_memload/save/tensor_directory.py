@@ -157,6 +157,8 @@ class _Directory:
 
     def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
         """Writes all files but the manifest."""
+        # Until here what it takes at least, if all links come about; an error from here on is about what it may take.
+        self.nbytes = self._nbytes
         folder = place.temporary_path
         os.mkdir(os.path.join(folder, TENSORS_FOLDER))
         own = [self.stretches[key] for key in self._keys]
