@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from lightning_memload.checkpoint.tensor_manifest import is_tensor_directory
+from lightning_memload.checkpoint.tensor_manifest import foreign_names, is_tensor_directory
 from lightning_memload.errors import CheckpointWriteError
 from lightning_memload.save.pickling import Stretch
 from lightning_memload.save.replacement import Replacement
@@ -139,8 +139,8 @@ class Save:
         """
         plan, place = self._plan, None
         try:
-            # A checkpoint takes the place of one of another format as of its own. Nothing else is a directory to lose.
-            over_directory = is_tensor_directory(self.path)
+            # A checkpoint takes the place of one of another format, unless other things in a directory would be lost.
+            over_directory = is_tensor_directory(self.path) and not foreign_names(self.path)
             with Replacement(self.path, is_directory=plan.is_directory, over_directory=over_directory) as place:
                 _check_space(self.path, plan.nbytes)
                 bytes_written = plan.write(place, durable=self._durable, order=order)

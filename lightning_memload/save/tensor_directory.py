@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -19,6 +20,7 @@ from lightning_memload.checkpoint.tensor_manifest import (
     WEIGHTS_FILE,
     StorageFile,
     WeightsLayout,
+    foreign_names,
     is_tensor_directory,
     read_manifest,
     storage_file,
@@ -59,7 +61,8 @@ def save_directory(
 
     A checkpoint directory, or a file of ``torch.save``, at ``path`` is replaced in one step, see :class:`Replacement`
     for where that takes two. Who still reads the old checkpoint goes on with it or gets an error, never a mixture of
-    the two. A symbolic link is replaced itself, not the checkpoint that it points to.
+    the two. A symbolic link is replaced itself, not the checkpoint that it points to. What somebody has put into the
+    old directory beside the checkpoint, such as a ``config.json``, is in the new one too.
 
     Args:
         obj: The object, such as a Lightning checkpoint or a state dict.
@@ -184,7 +187,7 @@ class _Directory:
     def finish(self, place: Replacement, *, durable: bool) -> None:
         """Writes the manifest."""
         names = [*(storage_file(storage.key) for storage in self._storages), TENSORS_FOLDER, STATE_FILE]
-        _complete(place.temporary_path, names, self._storages, None, durable=durable)
+        _complete(place, names, self._storages, None, durable=durable)
 
 
 class _WithSafetensors:
@@ -250,7 +253,7 @@ class _WithSafetensors:
             offset, nbytes, crc32 = copies.pop(weights.places[storage._cdata])
             storages.append(StorageFile(str(key), nbytes, crc32, str(storage.device), offset))
         layout = WeightsLayout(weights.nbytes, header[1], header[2], tuple(copies.values()))
-        _complete(place.temporary_path, [WEIGHTS_FILE, STATE_FILE], storages, layout, durable=durable)
+        _complete(place, [WEIGHTS_FILE, STATE_FILE], storages, layout, durable=durable)
 
 
 def _stub(stretch: Stretch) -> bytes:
@@ -258,14 +261,34 @@ def _stub(stretch: Stretch) -> bytes:
 
 
 def _complete(
-    folder: str, names: Sequence[str], storages: Sequence[StorageFile], weights: WeightsLayout | None, *, durable: bool
+    place: Replacement,
+    names: Sequence[str],
+    storages: Sequence[StorageFile],
+    weights: WeightsLayout | None,
+    *,
+    durable: bool,
 ) -> None:
-    """Writes the manifest, and brings it and the named files to the disk."""
+    """Writes the manifest, brings it and the named files to the disk, and takes along what is not the checkpoint's."""
+    folder = place.temporary_path
     with open(os.path.join(folder, MANIFEST_FILE), "xb") as file:
         file.write(make_manifest(folder, storages, weights))
     # All at the end: the disk then writes while the next files are being filled.
     for name in (*names, MANIFEST_FILE) if durable else ():
         sync(os.path.join(folder, name))
+    if not os.path.islink(place.path) and is_tensor_directory(place.path):
+        for name in foreign_names(place.path):
+            _take_along(os.path.join(place.path, name), os.path.join(folder, name))
+
+
+def _take_along(old: str, new: str) -> None:
+    """Gives a file, or all files of a directory, another name; a copy where that cannot be."""
+    if os.path.isdir(old) and not os.path.islink(old):
+        shutil.copytree(old, new, symlinks=True, copy_function=_take_along)
+        return
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(old, new, follow_symlinks=False)
 
 
 def _linkable_files(path: str) -> dict[tuple[str, int], str]:

@@ -224,6 +224,35 @@ class TestReplacing:
         assert step_of(path) == 1
         assert os.listdir(path.parent) == [path.name]
 
+    @pytest.mark.parametrize("can_link", [True, False])
+    def test_what_is_not_of_the_checkpoint_stays(
+        self, path: Path, can_link: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*args: Any, **options: Any) -> None:
+            raise OSError(1, "Operation not permitted")
+
+        if not can_link:
+            monkeypatch.setattr(os, "link", refuse)
+        save_directory(of_step(1), path)
+        (path / "config.json").write_text("{}")
+        (path / "notes" / "deep").mkdir(parents=True)
+        (path / "notes" / "deep" / "thesis.tex").write_text("text")
+        (path / "current").symlink_to("notes")
+        for safetensors in (False, True, False):
+            save_directory(of_step(2), path, safetensors=safetensors)
+            assert step_of(path) == 2
+            assert (path / "config.json").read_text() == "{}"
+            assert (path / "notes" / "deep" / "thesis.tex").read_text() == "text"
+            assert os.readlink(path / "current") == "notes"
+            own = ["model.safetensors"] if safetensors else ["tensors"]
+            assert sorted(os.listdir(path)) == sorted(
+                [*own, "config.json", "current", "manifest.json", "notes", "state.pt"]
+            )
+        with pytest.raises(CheckpointWriteError, match="Is a directory"):
+            save_torch(of_step(3), path)
+        assert step_of(path) == 2
+        assert os.listdir(path.parent) == [path.name]
+
     def test_a_file_puts_back_what_a_killed_writer_renamed(self, path: Path) -> None:
         save_directory(of_step(1), path)
         os.rename(path, path.parent / f".{path.name}.0123456789ab.previous")
