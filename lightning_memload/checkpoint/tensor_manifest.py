@@ -30,6 +30,7 @@ __all__ = [
     "check_description",
     "damaged",
     "files_of",
+    "foreign_names",
     "is_tensor_directory",
     "read_manifest",
     "regular_file_size",
@@ -142,6 +143,16 @@ def is_tensor_directory(path: str) -> bool:
             if file.read(len(_HEAD)) == _HEAD:
                 return True
     return os.path.isfile(state) and (os.path.isdir(folder) or (described and os.path.isfile(weights)))
+
+
+def foreign_names(path: str) -> list[str]:
+    """What somebody has put into a directory of this format beside the checkpoint, such as a ``config.json``.
+
+    Raises:
+        OSError: It cannot be listed.
+    """
+    own = {MANIFEST_FILE, STATE_FILE, TENSORS_FOLDER, WEIGHTS_FILE}
+    return sorted(name for name in os.listdir(path) if name not in own)
 
 
 def files_of(state_bytes: int, storages: Sequence[StorageFile], weights: WeightsLayout | None) -> list[tuple[str, int]]:

@@ -184,7 +184,11 @@ class MemoryEfficientRestore(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything is restored, and from here on only steps change what optimizers have."""
         self._finish(trainer)
-        if self._io is not None and self._io.asynchronous and not _averages_weights(trainer):
+        if self._io is None or not self._io.asynchronous:
+            return
+        if _averages_weights(trainer):
+            self._io.begin_steps(tuple)
+        else:
             self._io.begin_steps(lambda: tensors_of_optimizers(trainer.optimizers, pl_module.buffers()))
             gate = _Gate(self._io.wait_until_written)
             hook = pl_module.register_load_state_dict_pre_hook(gate)  # type: ignore[no-untyped-call]

@@ -95,6 +95,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         self.asynchronous = asynchronous
         self._background: BackgroundSave | None = None
         self._changed_in_steps: Callable[[], Iterable[torch.Tensor]] = tuple
+        self._after_training = False
         self._training_thread: int | None = None
         self._save_observers: list[SaveObserver] = []
         self._host_budget_bytes = host_budget_mib << 20
@@ -132,11 +133,16 @@ class StreamingCheckpointIO(TorchCheckpointIO):
             changed_in_steps: Gives these tensors, asked at each save.
         """
         self._changed_in_steps = changed_in_steps
+        self._after_training = False
         self._training_thread = threading.get_ident()
 
     def end_steps(self) -> None:
-        """Ends what :meth:`begin_steps` began. When it returns, every tensor may be changed."""
+        """Ends what :meth:`begin_steps` began. When it returns, every tensor may be changed.
+
+        Until it begins again nothing goes on that a save could delay, and none is left to the background.
+        """
         self._changed_in_steps = tuple
+        self._after_training = True
         self.wait_until_written()
 
     def wait_until_written(self) -> None:
@@ -159,11 +165,11 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         With ``asynchronous=True`` a local checkpoint holds, bit for bit, the state at the time of the call, and gets
         its name later. Within ``fit`` with ``MemoryEfficientRestore``, parameters and optimizer states are written
         while the next batch runs forward and backward, which only reads them; before an optimizer's step changes them
-        the step waits. Everything else is written when this returns. Without that callback, and outside of training,
-        all is, and only the disk is not waited for. The next save, load, removal of a checkpoint, and the end of the
-        process keep their order with it. A parameter that code of yours changes in place between this call and the next
-        step makes the save fail instead of tearing it, unless it is changed through ``.data``, which torch does not
-        count.
+        the step waits. Everything else is written when this returns. Without that callback all is, and only the disk is
+        not waited for. After training the file has its place when this returns. The next save, load, removal of a
+        checkpoint, and the end of the process keep their order with it. A parameter that code of yours changes in place
+        between this call and the next step makes the save fail instead of tearing it, unless it is changed through
+        ``.data``, which torch does not count.
 
         Args:
             checkpoint: What to save.
@@ -173,7 +179,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         Raises:
             TypeError: ``storage_options`` were given.
             ValueError: The format is a directory, and the place is remote or not on Linux.
-            FileExistsError: Likewise, and there is something else than a checkpoint directory at ``path``.
+            FileExistsError: Likewise, and there is something else than a checkpoint at ``path``.
             CheckpointWriteError: There is not enough space, or writing failed; what was there before is untouched. Also
                 if that happened to the save before this one, in the background; then nothing is saved now.
             Exception: Whatever pickling the checkpoint, or a remote file system, raises.
@@ -201,7 +207,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
                 self._end_save(measuring, stats, stats.seconds)
                 return
             save = self._plan(checkpoint, target)
-            if not self.asynchronous:
+            if not self.asynchronous or self._after_training:
                 stats = save.run()
                 self._end_save(measuring, stats, stats.seconds)
                 return

@@ -47,6 +47,7 @@ class Replacement:
     Args:
         path: What to replace, or to create. A symbolic link is replaced itself, not what it points to.
         is_directory: Make a directory.
+        over_directory: Let a file replace a directory, whatever is in it, as a directory replaces what it finds.
 
     Attributes:
         path: The same.
@@ -59,12 +60,12 @@ class Replacement:
         OSError: There is no directory to write to, or writing to it is not allowed.
     """
 
-    def __init__(self, path: str, *, is_directory: bool = False) -> None:
-        if not is_directory and os.path.isdir(path) and not os.path.islink(path):
+    def __init__(self, path: str, *, is_directory: bool = False, over_directory: bool = False) -> None:
+        self._may_exchange = is_directory or over_directory
+        if not self._may_exchange and os.path.isdir(path) and not os.path.islink(path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         self.path = path
         self.is_committed = False
-        self._is_directory = is_directory
         self._parent = os.path.dirname(path) or "."
         remove_leftovers(self._parent)
         self.temporary_path, self.descriptor = _create(self._parent, is_directory=is_directory)
@@ -82,7 +83,7 @@ class Replacement:
         """
         if durable:
             os.fsync(self.descriptor)
-        if self._is_directory:
+        if self._may_exchange:
             _put_in_place(self.temporary_path, self.path)
         else:
             os.replace(self.temporary_path, self.path)
@@ -120,7 +121,7 @@ def remove_leftovers(directory: str) -> None:
 
 
 def put_back(path: str) -> None:
-    """Gives back its name to a directory that a killed writer had renamed away, unless something else has it now."""
+    """Gives back its name to a checkpoint that a killed writer had renamed away, unless something else has it now."""
     parent, name = os.path.split(path)
     with contextlib.suppress(OSError), os.scandir(parent or ".") as entries:
         for entry in list(entries):
@@ -239,15 +240,16 @@ def _sync_directory(directory: str) -> None:
             raise
 
 
-def _put_in_place(folder: str, target: str) -> None:
-    """Gives the new directory the target's name, and the old one, if there is one, that of the new."""
+def _put_in_place(new: str, target: str) -> None:
+    """Gives the new file or directory the target's name, and what has that, if anything, the name of the new."""
     try:
-        os.rename(folder, target)  # the name is free, or an empty directory has it
+        os.rename(new, target)  # the name is free, or an empty directory has it, or a file for a file
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        # A directory with something in it, or a file or a link for a directory, or a directory for a file.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
             raise
-        if not _exchange(folder, target):
-            _replace_in_two_steps(folder, target)
+        if not _exchange(new, target):
+            _replace_in_two_steps(new, target)
 
 
 def _exchange(first: str, second: str) -> bool:
@@ -263,7 +265,7 @@ def _exchange(first: str, second: str) -> bool:
     raise OSError(code, os.strerror(code), second)
 
 
-def _replace_in_two_steps(folder: str, target: str) -> None:
+def _replace_in_two_steps(new: str, target: str) -> None:
     parent, name = os.path.split(target)
     previous = os.path.join(parent, f".{name}.{secrets.token_hex(6)}.previous")
     with contextlib.ExitStack() as stack:
@@ -272,7 +274,7 @@ def _replace_in_two_steps(folder: str, target: str) -> None:
             stack.enter_context(_locked(target))
         os.rename(target, previous)
         try:
-            os.rename(folder, target)
+            os.rename(new, target)
         except BaseException:
             os.rename(previous, target)
             raise

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from lightning_memload.checkpoint.tensor_manifest import foreign_names, is_tensor_directory
 from lightning_memload.errors import CheckpointWriteError
 from lightning_memload.save.pickling import Stretch
 from lightning_memload.save.replacement import Replacement
@@ -77,7 +78,7 @@ class Plan(Protocol):
 
     @property
     def nbytes(self) -> int | None:
-        """The disk space it takes at least, ``None`` if nobody knows."""
+        """The disk space it takes, before it is written at least; ``None`` if nobody knows."""
         ...
 
     def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
@@ -138,7 +139,9 @@ class Save:
         """
         plan, place = self._plan, None
         try:
-            with Replacement(self.path, is_directory=plan.is_directory) as place:
+            # A checkpoint takes the place of one of another format, unless other things in a directory would be lost.
+            over_directory = is_tensor_directory(self.path) and not foreign_names(self.path)
+            with Replacement(self.path, is_directory=plan.is_directory, over_directory=over_directory) as place:
                 _check_space(self.path, plan.nbytes)
                 bytes_written = plan.write(place, durable=self._durable, order=order)
                 self._clock.lap()

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 
-from lightning_memload.checkpoint.tensor_directory import TensorDirectory, make_manifest
+from lightning_memload.checkpoint.tensor_directory import make_manifest
 from lightning_memload.checkpoint.tensor_manifest import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -19,10 +20,13 @@ from lightning_memload.checkpoint.tensor_manifest import (
     WEIGHTS_FILE,
     StorageFile,
     WeightsLayout,
+    foreign_names,
+    is_tensor_directory,
     read_manifest,
     storage_file,
 )
 from lightning_memload.checkpoint.torch_pickle import STUB_BYTES
+from lightning_memload.checkpoint.torch_zip import TorchZip
 from lightning_memload.errors import CheckpointFormatError, listed
 from lightning_memload.save.linking import LinkingFiles
 from lightning_memload.save.pickling import Stretch, pickle_object
@@ -33,6 +37,9 @@ from lightning_memload.save.weights_file import RunTarget, WeightsFile, find_wei
 from lightning_memload.save.writing import LocalSink, Order, Records, Split, size_of
 
 __all__ = ["plan_directory_save", "save_directory"]
+
+# Loading maps every file, and Linux maps 65,530 in a process unless told else (vm.max_map_count).
+_MAX_FILES = 32_768
 
 
 def save_directory(
@@ -47,11 +54,15 @@ def save_directory(
 ) -> SaveStats:
     """Saves an object as a directory with one file for each storage, or leaves what was there untouched.
 
+    Of more than 32,768 storages the smallest stay in ``state.pt``: loading maps every file, and the kernel counts.
+
     Takes whatever ``torch.save`` takes and keeps what it keeps: ties, views, strides, parameters and their attributes,
     tensors within objects. Of a storage only the span that the saved tensors use is written.
 
-    A checkpoint directory at ``path`` is replaced in one step, see :class:`Replacement` for where that takes two. Who
-    still reads the old checkpoint goes on with it or gets an error, never a mixture of the two.
+    A checkpoint directory, or a file of ``torch.save``, at ``path`` is replaced in one step, see :class:`Replacement`
+    for where that takes two. Who still reads the old checkpoint goes on with it or gets an error, never a mixture of
+    the two. A symbolic link is replaced itself, not the checkpoint that it points to. What somebody has put into the
+    old directory beside the checkpoint, such as a ``config.json``, is in the new one too.
 
     Args:
         obj: The object, such as a Lightning checkpoint or a state dict.
@@ -71,7 +82,7 @@ def save_directory(
         What it cost.
 
     Raises:
-        FileExistsError: There is something else than a checkpoint directory at ``path``.
+        FileExistsError: There is something else than a checkpoint at ``path``.
         CheckpointWriteError: There is not enough space, or writing failed or is not allowed.
         CheckpointFormatError: The object holds a tensor whose memory was taken away.
         NotImplementedError: It holds a storage without memory.
@@ -102,7 +113,7 @@ def plan_directory_save(
     safetensors: bool = False,
 ) -> Save:
     """Does the first part of :func:`save_directory`, all that concerns more of the object than its tensors' memory."""
-    target = os.path.realpath(path)
+    target = _place_of(os.fspath(path))
     _refuse_to_replace(target)
     put_back(target)
     threads = default_save_threads() if num_threads is None else num_threads
@@ -121,10 +132,21 @@ class _Directory:
         self, obj: object, host_budget_bytes: int, num_threads: int, old_files: Mapping[tuple[str, int], str]
     ) -> None:
         pickled = pickle_object(obj, stubs=lambda storage: True)
+        with_bytes = [stretch for stretch in pickled.stretches if stretch.nbytes]
+        # Sorted in the order of the object where sizes are the same, so that the next save can link.
+        largest = sorted(with_bytes, key=lambda stretch: -stretch.nbytes)[:_MAX_FILES]
+        outside = {stretch.storage._cdata for stretch in largest}
+        if len(outside) < len(with_bytes):
+            pickled = pickle_object(obj, stubs=lambda storage: storage._cdata in outside)
         self.stretches = pickled.stretches
-        self._keys = [key for key, stretch in enumerate(pickled.stretches) if stretch.nbytes]
+        self._keys = [
+            key for key, stretch in enumerate(pickled.stretches) if stretch.nbytes and stretch.storage._cdata in outside
+        ]
         own = [pickled.stretches[key] for key in self._keys]
-        self._state = Archive(pickled, [_stub(stretch) for stretch in pickled.stretches])
+        self._state = Archive(
+            pickled,
+            [_stub(stretch) if stretch.storage._cdata in outside else stretch for stretch in pickled.stretches],
+        )
         self._records = Records([*self._state.contents, *own], host_budget_bytes, num_threads)
         self.num_threads, self.staging_bytes = self._records.num_threads, self._records.staging_bytes
         self._old_names = [
@@ -138,6 +160,8 @@ class _Directory:
 
     def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
         """Writes all files but the manifest."""
+        # Until here what it takes at least, if all links come about; an error from here on is about what it may take.
+        self.nbytes = self._nbytes
         folder = place.temporary_path
         os.mkdir(os.path.join(folder, TENSORS_FOLDER))
         own = [self.stretches[key] for key in self._keys]
@@ -163,7 +187,7 @@ class _Directory:
     def finish(self, place: Replacement, *, durable: bool) -> None:
         """Writes the manifest."""
         names = [*(storage_file(storage.key) for storage in self._storages), TENSORS_FOLDER, STATE_FILE]
-        _complete(place.temporary_path, names, self._storages, None, durable=durable)
+        _complete(place, names, self._storages, None, durable=durable)
 
 
 class _WithSafetensors:
@@ -229,7 +253,7 @@ class _WithSafetensors:
             offset, nbytes, crc32 = copies.pop(weights.places[storage._cdata])
             storages.append(StorageFile(str(key), nbytes, crc32, str(storage.device), offset))
         layout = WeightsLayout(weights.nbytes, header[1], header[2], tuple(copies.values()))
-        _complete(place.temporary_path, [WEIGHTS_FILE, STATE_FILE], storages, layout, durable=durable)
+        _complete(place, [WEIGHTS_FILE, STATE_FILE], storages, layout, durable=durable)
 
 
 def _stub(stretch: Stretch) -> bytes:
@@ -237,14 +261,34 @@ def _stub(stretch: Stretch) -> bytes:
 
 
 def _complete(
-    folder: str, names: Sequence[str], storages: Sequence[StorageFile], weights: WeightsLayout | None, *, durable: bool
+    place: Replacement,
+    names: Sequence[str],
+    storages: Sequence[StorageFile],
+    weights: WeightsLayout | None,
+    *,
+    durable: bool,
 ) -> None:
-    """Writes the manifest, and brings it and the named files to the disk."""
+    """Writes the manifest, brings it and the named files to the disk, and takes along what is not the checkpoint's."""
+    folder = place.temporary_path
     with open(os.path.join(folder, MANIFEST_FILE), "xb") as file:
         file.write(make_manifest(folder, storages, weights))
     # All at the end: the disk then writes while the next files are being filled.
     for name in (*names, MANIFEST_FILE) if durable else ():
         sync(os.path.join(folder, name))
+    if not os.path.islink(place.path) and is_tensor_directory(place.path):
+        for name in foreign_names(place.path):
+            _take_along(os.path.join(place.path, name), os.path.join(folder, name))
+
+
+def _take_along(old: str, new: str) -> None:
+    """Gives a file, or all files of a directory, another name; a copy where that cannot be."""
+    if os.path.isdir(old) and not os.path.islink(old):
+        shutil.copytree(old, new, symlinks=True, copy_function=_take_along)
+        return
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(old, new, follow_symlinks=False)
 
 
 def _linkable_files(path: str) -> dict[tuple[str, int], str]:
@@ -260,11 +304,21 @@ def _linkable_files(path: str) -> dict[tuple[str, int], str]:
     }
 
 
+def _place_of(path: str) -> str:
+    """The absolute path. A link is a place itself: what it points to is a checkpoint of another name."""
+    parent, name = os.path.split(path.rstrip(os.sep))
+    return os.path.realpath(path) if name in ("", ".", "..") else os.path.join(os.path.realpath(parent), name)
+
+
 def _refuse_to_replace(target: str) -> None:
-    if not os.path.lexists(target) or TensorDirectory().recognizes(target):
+    if not os.path.lexists(target) or os.path.islink(target):
+        return
+    if is_tensor_directory(target) or (os.path.isfile(target) and TorchZip().recognizes(target)):
         return
     if not os.path.isdir(target) or os.listdir(target):
         raise FileExistsError(
-            errno.EEXIST, "is there and is no checkpoint directory, so it is not replaced; remove it or save elsewhere",
+            errno.EEXIST,
+            "is there and is no checkpoint directory, nor a file of torch, so it is not replaced; remove it or save "
+            "elsewhere",
             target,
-        )  # fmt: skip
+        )

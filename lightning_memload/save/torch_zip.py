@@ -25,7 +25,7 @@ from lightning_memload.save.layout import (
     local_header,
 )
 from lightning_memload.save.pickling import Pickled, Stretch, UnstreamableError, pickle_object
-from lightning_memload.save.replacement import Replacement
+from lightning_memload.save.replacement import Replacement, put_back
 from lightning_memload.save.saving import (
     DEFAULT_BUDGET_BYTES,
     Clock,
@@ -59,7 +59,8 @@ def save_torch(
 
     Args:
         obj: Anything that ``torch.save`` takes.
-        path: A local file in an existing directory. A symbolic link is replaced itself.
+        path: A local file in an existing directory. A symbolic link is replaced itself, and so is a directory of
+            ``save_directory``.
         host_budget_bytes: The most host memory for the bytes of tensors on devices.
         num_threads: Threads to write with; ``None``: up to 4, as many as there are CPUs.
         durable: Return only when the file is on the disk, so that it survives a power failure.
@@ -89,6 +90,7 @@ def plan_torch_save(
 ) -> Save:
     """Does the first part of :func:`save_torch`, all that concerns more of the object than its tensors' memory."""
     name = os.fspath(path)
+    put_back(name)
     threads = default_save_threads() if num_threads is None else num_threads
     return Save(name, lambda: _plan(obj, name, host_budget_bytes, threads), durable=durable)
 

@@ -26,6 +26,8 @@ __all__ = ["RunTarget", "WeightsFile", "find_weights"]
 # Values begin where vector instructions like them to.
 _ALIGNMENT_BYTES = 64
 _METADATA = "__metadata__"
+# An entry of the metadata that readers want; the others there name ties.
+_FORMAT = "format"
 _LENGTH = struct.Struct("<Q")
 
 
@@ -49,7 +51,8 @@ class WeightsFile:
         nbytes: Size of the file.
         places: Where a stretch lies whose bytes are a tensor of the file, by its storage (``_cdata``): position in
             these lists.
-        left_out: Weights that the format cannot hold: of other dtypes, sparse, or not plain tensors.
+        left_out: Weights that the format cannot hold: of other dtypes, sparse, nested, without memory, or not plain
+            tensors.
     """
 
     contents: list[Content] = field(default_factory=list)
@@ -77,7 +80,7 @@ class WeightsFile:
                 continue
             storage, start, _ = _place(tensor)
             identity = storage._cdata, start, tensor.dtype, tensor.shape, tensor.stride()
-            if tensor.numel() and first_names.setdefault(identity, name) != name:
+            if tensor.numel() and name != _FORMAT and first_names.setdefault(identity, name) != name:
                 ties[name] = first_names[identity]
             else:
                 held.append((name, tensor))
@@ -112,7 +115,7 @@ class RunTarget:
 
 def _header(held: Sequence[tuple[str, torch.Tensor]], ties: Mapping[str, str]) -> bytes:
     """The length and the header of a file with these tensors, one behind the other."""
-    described: dict[str, object] = {_METADATA: {**ties, "format": "pt"}}
+    described: dict[str, object] = {_METADATA: {**ties, _FORMAT: "pt"}}
     end = 0
     for name, tensor in held:
         start, end = end, end + tensor.nbytes
@@ -134,6 +137,8 @@ def _place(tensor: torch.Tensor) -> tuple[torch.UntypedStorage, int, int]:
 def _fits(tensor: torch.Tensor) -> bool:
     """Whether safetensors can hold the values, and they lie in memory as they are."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+        return False
+    if tensor.is_meta or tensor.is_nested:
         return False
     if tensor.dtype not in SAFETENSORS_DTYPES or tensor.is_conj() or tensor.is_neg():
         return False

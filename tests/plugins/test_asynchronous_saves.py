@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
@@ -150,14 +150,37 @@ def test_without_the_callback_all_is_written_at_once(tmp_path: Path) -> None:
 
 
 def test_with_averaged_weights_all_is_written_at_once(tmp_path: Path) -> None:
-    from lightning.pytorch.callbacks import StochasticWeightAveraging
-
     callbacks = [
         StochasticWeightAveraging(0.01, swa_epoch_start=1),
         MemoryEfficientRestore(asynchronous_save=True),
         SaveOften(tmp_path),
     ]
     assert not any(train(tmp_path, callbacks).outstanding)
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_a_save_after_training_has_its_place_when_it_returns(
+    tmp_path: Path, averages: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_background: list[BackgroundSave] = []
+    begin = BackgroundSave.__init__
+
+    def counted(save: BackgroundSave, *args: Any, **options: Any) -> None:
+        in_background.append(save)
+        begin(save, *args, **options)
+
+    monkeypatch.setattr(BackgroundSave, "__init__", counted)
+    averaging = [StochasticWeightAveraging(0.01, swa_epoch_start=1)] if averages else []
+    saver = SaveOften(tmp_path)
+    callbacks = [*averaging, MemoryEfficientRestore(asynchronous_save=True), saver]
+    trainer = make_trainer(tmp_path, callbacks, max_epochs=2)
+    module = Normalised()
+    for epochs in (2, 3):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(module)
+        assert len(in_background) == len(saver.states)  # and none of those after training
+        trainer.save_checkpoint(tmp_path / "after.ckpt")
+        assert torch.load(tmp_path / "after.ckpt", weights_only=False)["global_step"] == trainer.global_step
 
 
 def test_model_checkpoint_keeps_one(tmp_path: Path) -> None:
@@ -177,7 +200,7 @@ def test_a_resume_waits_for_the_save(tmp_path: Path) -> None:
     trainer.fit(module)
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     with torch.no_grad():
-        module.layers[0].weight.zero_()  # outside of training everything is written at once
+        module.layers[0].weight.zero_()  # after training everything is written at once
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, ckpt_path=tmp_path / "after.ckpt", **TRUSTED)
     assert_same(saver.states[7][0], dict(torch.load(tmp_path / "after.ckpt", weights_only=False)["state_dict"]), "")

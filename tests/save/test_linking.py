@@ -168,6 +168,19 @@ def test_space_is_asked_for_what_may_have_to_be_written(
     save(of_step(frozen, 2), tmp_path / "new", old)
 
 
+def test_a_disk_that_fills_up_is_told_with_what_may_have_to_be_written(
+    tmp_path: Path, old: Path, frozen: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwritev", full)
+    with pytest.raises(CheckpointWriteError, match=r"No space left on device\. It takes \d+ bytes, and") as caught:
+        save_directory(of_step(frozen, 2), tmp_path / "new", link_unchanged_from=old)
+    assert caught.value.needed_bytes is not None
+    assert caught.value.needed_bytes > frozen.nbytes
+
+
 def test_descriptors_are_let_go(tmp_path: Path, old: Path, frozen: torch.Tensor) -> None:
     def held() -> int:
         return len(os.listdir("/proc/self/fd"))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lightning_memload import verify_checkpoint
 from lightning_memload.checkpoint import load_mapped, open_checkpoint
-from lightning_memload.errors import CheckpointFormatError
-from lightning_memload.save import replacement, save_directory
+from lightning_memload.errors import CheckpointFormatError, CheckpointWriteError
+from lightning_memload.save import replacement, save_directory, save_torch
 from lightning_memload.save import tensor_directory as writer
 from lightning_memload.save.pickling import Stretch
 from tests.fresh_process import run_fresh
@@ -146,6 +148,44 @@ for write in (lambda: save_directory(state, ARGS["path"]), by_bytes):
     assert sum(data_files(path).values()) == 300 << 20
 
 
+class TestManyStorages:
+    def test_the_smallest_stay_together(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(writer, "_MAX_FILES", 2)
+        large = torch.arange(5000.0)
+        state = {"a": torch.ones(3), "b": large[100:900], "c": torch.zeros(2000), "d": torch.full((900,), 2.0)}
+        state |= {"tied": state["a"], "none": torch.empty(0), "view": large[500:]}
+        save_directory(state, path)
+        assert data_files(path) == {"00001.bin": 4 * 4900 + 400 % 64, "00002.bin": 8000}
+        assert verify_checkpoint(path).is_verified
+        loaded, mapped = load_mapped(path, weights_only=True)
+        for name, value in state.items():
+            assert torch.equal(loaded[name], value)
+            assert loaded[name].stride() == value.stride()
+        assert loaded["tied"].data_ptr() == loaded["a"].data_ptr()
+        assert loaded["view"].data_ptr() == loaded["b"].data_ptr() + 1600
+        mapped.detach()
+        stats = save_directory({**state, "c": torch.ones(2000)}, path, link_unchanged_from=path)
+        assert stats.bytes_linked == data_files(path)["00001.bin"]
+
+    def test_an_object_that_differs_from_one_pickling_to_the_next(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(writer, "_MAX_FILES", 1)
+        save_directory({"made": Made(), "a": torch.ones(3)}, path)
+        assert data_files(path) == {}
+        loaded, mapped = load_mapped(path, weights_only=False)
+        assert torch.equal(loaded["made"].tensor, torch.full((1000,), 7.0))
+        assert torch.equal(loaded["a"], torch.ones(3))
+        mapped.detach()
+
+
+class Made:
+    """Pickles a tensor that it makes for the occasion."""
+
+    def __getstate__(self) -> dict[str, torch.Tensor]:
+        return {"tensor": torch.full((1000,), 7.0)}
+
+
 class TestReplacing:
     def test_old_for_new_and_nothing_left(self, path: Path) -> None:
         for step in range(3):
@@ -153,12 +193,97 @@ class TestReplacing:
             assert step_of(path) == step
             assert os.listdir(path.parent) == [path.name]
 
-    def test_through_a_link(self, path: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("exchanges", [True, False])
+    def test_a_checkpoint_of_another_format(self, path: Path, exchanges: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not exchanges:
+            monkeypatch.setattr(replacement, "_exchange", lambda first, second: False)
+        saves: list[Any] = [
+            save_torch,
+            save_directory,
+            save_torch,
+            partial(save_directory, safetensors=True),
+            save_torch,
+        ]
+        for step, save in enumerate(saves):
+            save(of_step(step), path)
+            assert step_of(path) == step
+            assert os.listdir(path.parent) == [path.name]
+
+    @pytest.mark.parametrize("save", [save_torch, save_directory])
+    def test_a_failure_leaves_one_of_another_format(
+        self, path: Path, save: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*args: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        other: Any = save_directory if save is save_torch else save_torch
+        other(of_step(1), path)
+        monkeypatch.setattr(os, "fsync", refuse)
+        with pytest.raises(CheckpointWriteError, match="No space left"):
+            save(of_step(2), path)
+        assert step_of(path) == 1
+        assert os.listdir(path.parent) == [path.name]
+
+    @pytest.mark.parametrize("can_link", [True, False])
+    def test_what_is_not_of_the_checkpoint_stays(
+        self, path: Path, can_link: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*args: Any, **options: Any) -> None:
+            raise OSError(1, "Operation not permitted")
+
+        if not can_link:
+            monkeypatch.setattr(os, "link", refuse)
         save_directory(of_step(1), path)
-        (tmp_path / "last").symlink_to(path)
-        save_directory(of_step(2), tmp_path / "last")
-        assert (tmp_path / "last").is_symlink()
+        (path / "config.json").write_text("{}")
+        (path / "notes" / "deep").mkdir(parents=True)
+        (path / "notes" / "deep" / "thesis.tex").write_text("text")
+        (path / "current").symlink_to("notes")
+        for safetensors in (False, True, False):
+            save_directory(of_step(2), path, safetensors=safetensors)
+            assert step_of(path) == 2
+            assert (path / "config.json").read_text() == "{}"
+            assert (path / "notes" / "deep" / "thesis.tex").read_text() == "text"
+            assert os.readlink(path / "current") == "notes"
+            own = ["model.safetensors"] if safetensors else ["tensors"]
+            assert sorted(os.listdir(path)) == sorted(
+                [*own, "config.json", "current", "manifest.json", "notes", "state.pt"]
+            )
+        with pytest.raises(CheckpointWriteError, match="Is a directory"):
+            save_torch(of_step(3), path)
         assert step_of(path) == 2
+        assert os.listdir(path.parent) == [path.name]
+
+    def test_a_file_puts_back_what_a_killed_writer_renamed(self, path: Path) -> None:
+        save_directory(of_step(1), path)
+        os.rename(path, path.parent / f".{path.name}.0123456789ab.previous")
+        save_torch(of_step(2), path)
+        assert step_of(path) == 2
+        assert os.listdir(path.parent) == [path.name]
+
+    @pytest.mark.parametrize("exchanges", [True, False])
+    @pytest.mark.parametrize("safetensors", [False, True])
+    def test_a_link_is_replaced_and_its_target_stays(
+        self, path: Path, tmp_path: Path, safetensors: bool, exchanges: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if not exchanges:
+            monkeypatch.setattr(replacement, "_exchange", lambda first, second: False)
+        save_directory(of_step(1), path, safetensors=safetensors)
+        run = tmp_path / "run"
+        run.mkdir()
+        (run / "last").symlink_to(path)
+        (run / "dangling").symlink_to("nowhere")
+        for name in ("last", "dangling"):
+            save_directory(of_step(2), f"{run}/{name}/", safetensors=safetensors)
+            assert not (run / name).is_symlink()
+            assert step_of(run / name) == 2
+        assert step_of(path) == 1
+        assert sorted(os.listdir(run)) == ["dangling", "last"]
+
+    def test_in_a_folder_that_is_a_link(self, path: Path, tmp_path: Path) -> None:
+        (tmp_path / "run").symlink_to(path.parent, target_is_directory=True)
+        save_directory(of_step(1), tmp_path / "run" / path.name)
+        assert (tmp_path / "run").is_symlink()
+        assert step_of(path) == 1
 
     def test_a_process_killed_at_any_moment(self, path: Path) -> None:
         program = """

@@ -130,6 +130,29 @@ def test_what_safetensors_cannot_hold_is_said(path: Path) -> None:
     assert all(bool((loaded["state_dict"][name] == value).all()) for name, value in weights.items())
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_weights_without_values_in_memory_are_left_out(path: Path) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    weights = {"fine": torch.ones(2), "meta": torch.empty(3, 4, device="meta"), "nested": nested}
+    with pytest.warns(UserWarning, match="cannot hold meta, nested: "):
+        save_directory({"state_dict": weights}, path, safetensors=True)
+    assert list(load_file(path / "model.safetensors")) == ["fine"]
+    loaded, _ = load_mapped(path, weights_only=False)
+    assert loaded["state_dict"]["meta"].is_meta
+    assert loaded["state_dict"]["meta"].shape == (3, 4)
+    assert [len(part) for part in loaded["state_dict"]["nested"].unbind()] == [2, 3]
+
+
+def test_a_tied_weight_with_the_name_of_the_format(path: Path) -> None:
+    weight = torch.arange(3.0)
+    save({"a": weight, "format": weight, "b": weight}, path)
+    loaded = load_file(path / "model.safetensors")
+    assert sorted(loaded) == ["a", "format"]
+    assert torch.equal(loaded["format"], weight)
+    with safe_open(path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"b": "a", "format": "pt"}
+
+
 def test_a_tensor_without_its_memory_is_not_read(path: Path) -> None:
     gone = torch.ones(50)
     gone.untyped_storage().resize_(0)
