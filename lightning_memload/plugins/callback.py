@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import lightning.pytorch as pl
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_memload.errors import MetaTensorError, listed
@@ -23,7 +20,14 @@ from lightning_memload.plugins.damaged import OnCorrupt, name_intact_sibling
 from lightning_memload.plugins.parts import Part, check_parts
 from lightning_memload.plugins.run import Mode, RestoreOptions, RestoreRun
 from lightning_memload.plugins.saves import SaveLog
-from lightning_memload.plugins.teardown import keep_strategy_on_device
+from lightning_memload.plugins.seams import (
+    before_move,
+    before_stage,
+    install_io,
+    keep_strategy_on_device,
+    let_teardown_pass,
+    loads_by_itself,
+)
 from lightning_memload.report import RestoreReport
 from lightning_memload.restore import WeightsSource, meta_names
 from lightning_memload.save import tensors_of_optimizers
@@ -31,7 +35,6 @@ from lightning_memload.transfer import check_host_budget, check_num_threads
 
 __all__ = ["MemoryEfficientRestore"]
 
-_SELF_LOADING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 _MIB = 2**20
 
 
@@ -149,7 +152,7 @@ class MemoryEfficientRestore(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Installs the CheckpointIO. Nothing has been read yet, and nothing is if there is no checkpoint."""
         self._abort()
-        io = self._io = _install_io(trainer, self._make_io)
+        io = self._io = install_io(trainer, self._make_io)
         if self._asynchronous_save and (io is None or not io.asynchronous):
             rank_zero_warn(
                 "MemoryEfficientRestore(asynchronous_save=True) is left out: how to save is up to the CheckpointIO "
@@ -169,8 +172,9 @@ class MemoryEfficientRestore(pl.Callback):
         self._run = RestoreRun(self._options, trainer, pl_module, stage, streams=io is not None)
         if io is not None:
             self._undo.append(io.observe(self._run))
-        self._undo.append(_guard_meta_module(trainer, pl_module, self._run, self._load_weights))
-        self._undo.append(_before_stage(trainer.strategy, lambda: self._finish(trainer)))
+        if not loads_by_itself(trainer.strategy):
+            self._undo.append(before_move(trainer.strategy, lambda: self._end_weights(trainer, pl_module)))
+        self._undo.append(before_stage(trainer.strategy, lambda: self._begin_stage(trainer, pl_module)))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The optimizers exist now, their states come next."""
@@ -224,7 +228,7 @@ class MemoryEfficientRestore(pl.Callback):
         self._end_steps()
         self._close_saves()
         self._abort()
-        _let_teardown_pass(pl_module)
+        let_teardown_pass(pl_module)
         if restoring and trainer.is_global_zero:
             name_intact_sibling(exception, str(trainer.ckpt_path), advise_option=not self._options.replaces_damaged)
 
@@ -243,13 +247,29 @@ class MemoryEfficientRestore(pl.Callback):
 
     # --------------------------------------------------------------------------------------------------------------
 
+    def _end_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """All weights are there, or never will be: the module is about to move, and may be copied from then on."""
+        # Not in setup: whether there is a checkpoint, and what configure_model builds, is known only now.
+        self._load_weights(trainer, pl_module)
+        parameters, buffers = meta_names(pl_module)
+        if parameters or buffers:
+            path = self._run.path if self._run is not None else None
+            raise _meta_error(pl_module, path, parameters, buffers)
+        if self._run is not None:
+            self._run.end_weights()
+
+    def _begin_stage(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Everything is restored, also by a strategy that does so by itself: there is a checkpoint, or none."""
+        self._load_weights(trainer, pl_module)
+        self._finish(trainer)
+
     def _load_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Loads the weights to start from, unless there are none, the module has them, or a checkpoint brings all."""
         source, run = self._weights_from, self._run
         known = self._has_weights is not None and self._has_weights() is pl_module
         if source is None or run is None or known or trainer.state.fn != "fit" or trainer.ckpt_path is not None:
             return
-        if isinstance(trainer.strategy, _SELF_LOADING):
+        if loads_by_itself(trainer.strategy):
             raise ValueError(
                 f"MemoryEfficientRestore(weights_from=...) cannot fill modules that {type(trainer.strategy).__name__} "
                 "shards. Load the weights in configure_model, or start from a checkpoint of that strategy."
@@ -333,114 +353,6 @@ def _averages_weights(trainer: pl.Trainer) -> bool:
     names = {"WeightAveraging", "StochasticWeightAveraging"}
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return any(names & {kind.__name__ for kind in type(callback).__mro__} for callback in callbacks)
-
-
-def _install_io(trainer: pl.Trainer, make: Callable[..., StreamingCheckpointIO]) -> StreamingCheckpointIO | None:
-    """Makes the Trainer load through a ``StreamingCheckpointIO`` unless the user chose another way.
-
-    Args:
-        trainer: The Trainer.
-        make: Makes the IO; ``wrapped`` tells whether it is for another one around it.
-
-    Returns:
-        The IO that loads, ``None`` if loading is not ours, which a warning explains.
-    """
-    strategy = trainer.strategy
-    if isinstance(strategy, _SELF_LOADING):
-        rank_zero_warn(
-            f"{type(strategy).__name__} loads checkpoints by itself and ignores the CheckpointIO, so "
-            "MemoryEfficientRestore cannot bound the memory of this restore. It is measured and reported only."
-        )
-        return None
-    # Lightning 2.6 fills in its own IO when the public property is read, also inside a wrapping IO that has none yet,
-    # and does not tell afterwards whether the user gave it. The connector knows what the user gave.
-    io = strategy._checkpoint_io
-    if io is None or (type(io) is TorchCheckpointIO and trainer._accelerator_connector.checkpoint_io is None):
-        io = strategy.checkpoint_io = make(wrapped=False)
-    while isinstance(io, _WrappingCheckpointIO):
-        if io.checkpoint_io is None:
-            io.checkpoint_io = make(wrapped=True)
-        io = io.checkpoint_io
-    if isinstance(io, StreamingCheckpointIO):
-        return io
-    rank_zero_warn(
-        f"The Trainer was given {type(io).__name__} through plugins=, which loads checkpoints in its own way, so "
-        "MemoryEfficientRestore cannot bound the memory of this restore. It is measured and reported only. Leave the "
-        "plugin out, derive it from StreamingCheckpointIO, or wrap a StreamingCheckpointIO."
-    )
-    return None
-
-
-def _guard_meta_module(
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
-    run: RestoreRun,
-    load_weights: Callable[[pl.Trainer, pl.LightningModule], None],
-) -> Callable[[], None]:
-    """Makes the move of a module that is still on meta end in an error that helps.
-
-    Between the restore of the weights and the move to the device Lightning (2.6) calls no hook that runs in every case,
-    in particular none if there is no checkpoint, and torch's own "Cannot copy out of meta tensor" helps nobody. So
-    ``model_to_device`` is shadowed on this one strategy until the restore ends. Not ``to`` on the module: callbacks
-    like ``WeightAveraging`` copy the module meanwhile, and the shadow with it.
-
-    Returns:
-        A function that removes the guard.
-    """
-    strategy = trainer.strategy
-    if isinstance(strategy, _SELF_LOADING):
-        return lambda: None  # these give meta parameters memory by themselves, later
-    move = strategy.model_to_device
-
-    def model_to_device() -> None:
-        # Not in setup: whether there is a checkpoint, and what configure_model builds, is known only later.
-        load_weights(trainer, module)
-        parameters, buffers = meta_names(module)
-        if parameters or buffers:
-            raise _meta_error(module, run.path, parameters, buffers)
-        # From here on hooks of callbacks see the module (on_fit_start), and may copy it too.
-        run.end_weights()
-        move()
-
-    strategy.__dict__["model_to_device"] = model_to_device
-    return lambda: strategy.__dict__.pop("model_to_device", None) and None
-
-
-def _before_stage(strategy: Strategy, action: Callable[[], object]) -> Callable[[], None]:
-    """Has something done when all is restored, and before a data loader forks its workers.
-
-    These keep what is mapped and what is not yet freed for as long as they live. Lightning (2.5, 2.6) calls no hook of
-    a callback in between, but for the sanity check, which a resume leaves out. So the barrier at the start of the stage
-    is shadowed on this one strategy.
-
-    Returns:
-        A function that ends this.
-    """
-    barrier = strategy.barrier
-
-    def barrier_then_action(*args: Any, **kwargs: Any) -> None:
-        barrier(*args, **kwargs)
-        if "run-stage" in (*args, *kwargs.values()):
-            action()
-
-    strategy.__dict__["barrier"] = barrier_then_action
-    return lambda: strategy.__dict__.pop("barrier", None) and None
-
-
-def _let_teardown_pass(module: pl.LightningModule) -> None:
-    """Skips the next move of a module on meta to the CPU.
-
-    After an exception Lightning's teardown (2.6) moves the module there, and torch's "Cannot copy out of meta tensor"
-    would take the place of the error that tells what went wrong.
-    """
-    if not any(meta_names(module)):
-        return
-
-    def cpu() -> pl.LightningModule:
-        del module.__dict__["cpu"]
-        return module
-
-    module.__dict__["cpu"] = cpu
 
 
 def _meta_error(

@@ -29,7 +29,7 @@ from lightning_memload import (
     meta_init,
     open_checkpoint,
 )
-from lightning_memload.plugins import callback as callback_module
+from lightning_memload.plugins import seams
 from tests.fresh_process import run_fresh
 from tests.plugins.harness import FEATURES, TRUSTED, Case, TinyModule, adamw, make_trainer, resume, write_checkpoint
 
@@ -565,7 +565,7 @@ def test_self_loading_strategies_are_measured_and_left_alone(
 ) -> None:
     """FSDP and its like need GPUs; a stand-in takes their place here."""
     trainer = make_trainer(tmp_path, [restore := MemoryEfficientRestore()])
-    monkeypatch.setattr(callback_module, "_SELF_LOADING", (type(trainer.strategy),))
+    monkeypatch.setattr(seams, "_SELF_LOADING", (type(trainer.strategy),))
     with pytest.warns(UserWarning, match="SingleDeviceStrategy loads checkpoints by itself") as caught:
         trainer.validate(Evaluated(), loader(), ckpt_path=path, **TRUSTED)
     assert len([w for w in caught if "by itself" in str(w.message)]) == 1
@@ -573,6 +573,19 @@ def test_self_loading_strategies_are_measured_and_left_alone(
     assert (restore.report.mode, restore.report.path) == ("default", str(path))
     assert restore.report.total.bytes_read == 0
     assert restore.report.total.seconds > 0
+
+
+def test_weights_that_a_self_loading_strategy_would_leave_out_are_refused(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, [MemoryEfficientRestore(weights_from=path)], max_steps=1)
+    monkeypatch.setattr(seams, "_SELF_LOADING", (type(trainer.strategy),))
+    with (
+        pytest.warns(UserWarning, match="loads checkpoints by itself"),
+        pytest.raises(ValueError, match=r"weights_from=\.\.\.\) cannot fill modules that SingleDeviceStrategy shards"),
+    ):
+        trainer.fit(Evaluated(), **TRUSTED)
+    assert trainer.global_step == 0
 
 
 def test_no_warning_on_the_plain_way(tmp_path: Path, path: Path) -> None:

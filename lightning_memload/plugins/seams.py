@@ -1,0 +1,156 @@
+"""Where Lightning has no public hook: the names of it that are read, and the methods that are shadowed, all of them.
+
+A method is shadowed on the one object of this run, in its ``__dict__``, and no longer than needed; the class and other
+objects stay as they are. Each says why no hook would do, and with which versions of Lightning that was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
+from lightning_memload.restore import meta_names
+
+__all__ = [
+    "before_move",
+    "before_stage",
+    "install_io",
+    "keep_strategy_on_device",
+    "let_teardown_pass",
+    "loads_by_itself",
+]
+
+_SELF_LOADING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+
+
+def loads_by_itself(strategy: Strategy) -> bool:
+    """Whether a strategy loads checkpoints without the CheckpointIO, and gives meta parameters memory when it likes."""
+    return isinstance(strategy, _SELF_LOADING)
+
+
+def install_io(trainer: pl.Trainer, make: Callable[..., StreamingCheckpointIO]) -> StreamingCheckpointIO | None:
+    """Makes the Trainer load through a ``StreamingCheckpointIO`` unless the user chose another way.
+
+    Args:
+        trainer: The Trainer.
+        make: Makes the IO; ``wrapped`` tells whether it is for another one around it.
+
+    Returns:
+        The IO that loads, ``None`` if loading is not ours, which a warning explains.
+    """
+    strategy = trainer.strategy
+    if loads_by_itself(strategy):
+        rank_zero_warn(
+            f"{type(strategy).__name__} loads checkpoints by itself and ignores the CheckpointIO, so "
+            "MemoryEfficientRestore cannot bound the memory of this restore. It is measured and reported only."
+        )
+        return None
+    # Lightning 2.6 fills in its own IO when the public property is read, also inside a wrapping IO that has none yet,
+    # and does not tell afterwards whether the user gave it. The connector knows what the user gave.
+    io = strategy._checkpoint_io
+    if io is None or (type(io) is TorchCheckpointIO and trainer._accelerator_connector.checkpoint_io is None):
+        io = strategy.checkpoint_io = make(wrapped=False)
+    while isinstance(io, _WrappingCheckpointIO):
+        if io.checkpoint_io is None:
+            io.checkpoint_io = make(wrapped=True)
+        io = io.checkpoint_io
+    if isinstance(io, StreamingCheckpointIO):
+        return io
+    rank_zero_warn(
+        f"The Trainer was given {type(io).__name__} through plugins=, which loads checkpoints in its own way, so "
+        "MemoryEfficientRestore cannot bound the memory of this restore. It is measured and reported only. Leave the "
+        "plugin out, derive it from StreamingCheckpointIO, or wrap a StreamingCheckpointIO."
+    )
+    return None
+
+
+def before_move(strategy: Strategy, action: Callable[[], object]) -> Callable[[], None]:
+    """Has something done between the restore of the weights and the move of the module to its device.
+
+    Lightning (2.6) calls no hook there that runs in every case, in particular none if there is no checkpoint. So
+    ``model_to_device`` is shadowed. Not ``to`` on the module: callbacks like ``WeightAveraging`` copy the module
+    meanwhile, and the shadow with it.
+
+    Returns:
+        A function that ends this.
+    """
+    move = strategy.model_to_device
+
+    def action_then_move() -> None:
+        action()
+        move()
+
+    strategy.__dict__["model_to_device"] = action_then_move
+    return lambda: strategy.__dict__.pop("model_to_device", None) and None
+
+
+def before_stage(strategy: Strategy, action: Callable[[], object]) -> Callable[[], None]:
+    """Has something done when all is restored, and before a data loader forks its workers.
+
+    These keep what is mapped and what is not yet freed for as long as they live. Lightning (2.5, 2.6) calls no hook of
+    a callback in between, but for the sanity check, which a resume leaves out. So the barrier at the start of the stage
+    is shadowed.
+
+    Returns:
+        A function that ends this.
+    """
+    barrier = strategy.barrier
+
+    def barrier_then_action(*args: Any, **kwargs: Any) -> None:
+        barrier(*args, **kwargs)
+        if "run-stage" in (*args, *kwargs.values()):
+            action()
+
+    strategy.__dict__["barrier"] = barrier_then_action
+    return lambda: strategy.__dict__.pop("barrier", None) and None
+
+
+def let_teardown_pass(module: pl.LightningModule) -> None:
+    """Skips the next move of a module on meta to the CPU.
+
+    After an exception Lightning's teardown (2.6) moves the module there, and torch's "Cannot copy out of meta tensor"
+    would take the place of the error that tells what went wrong.
+    """
+    if not any(meta_names(module)):
+        return
+
+    def cpu() -> pl.LightningModule:
+        del module.__dict__["cpu"]
+        return module
+
+    module.__dict__["cpu"] = cpu
+
+
+def keep_strategy_on_device(strategy: Strategy) -> None:
+    """Makes the next teardown of a strategy, and no later one, leave module and optimizers where they are.
+
+    ``Strategy.teardown`` (2.5, 2.6) moves module and optimizer states to host memory. A run that fitted all along is
+    then killed after its last batch. All else that a teardown does is done. Calling it twice before that teardown is
+    fine.
+    """
+    if "teardown" in strategy.__dict__:
+        return
+    teardown = strategy.teardown
+
+    def teardown_in_place() -> None:
+        del strategy.__dict__["teardown"]
+        module, optimizers = strategy.lightning_module, strategy.optimizers
+        # Hidden, not replaced: what is not there is not moved, and nobody else's method has to be changed.
+        strategy.optimizers = []
+        if module is not None and "cpu" not in module.__dict__:
+            module.__dict__["cpu"] = lambda: module
+        try:
+            teardown()
+        finally:
+            strategy.optimizers = optimizers
+            if module is not None:
+                module.__dict__.pop("cpu", None)
+
+    strategy.__dict__["teardown"] = teardown_in_place
