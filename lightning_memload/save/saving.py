@@ -69,6 +69,7 @@ class Plan(Protocol):
     streamed: bool
     num_threads: int
     staging_bytes: int
+    bytes_linkable: int
     bytes_linked: int
 
     @property
@@ -78,7 +79,7 @@ class Plan(Protocol):
 
     @property
     def nbytes(self) -> int | None:
-        """The disk space it takes, before it is written at least; ``None`` if nobody knows."""
+        """The disk space it takes if nothing can be linked; ``None`` if nobody knows."""
         ...
 
     def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
@@ -142,7 +143,7 @@ class Save:
             # A checkpoint takes the place of one of another format, unless other things in a directory would be lost.
             over_directory = is_tensor_directory(self.path) and not foreign_names(self.path)
             with Replacement(self.path, is_directory=plan.is_directory, over_directory=over_directory) as place:
-                _check_space(self.path, plan.nbytes)
+                _check_space(self.path, plan)
                 bytes_written = plan.write(place, durable=self._durable, order=order)
                 self._clock.lap()
                 if order is not None:
@@ -182,10 +183,11 @@ def default_save_threads() -> int:
     return min(_MAX_THREADS, available_cpus())
 
 
-def _check_space(path: str, needed_bytes: int | None) -> None:
+def _check_space(path: str, plan: Plan) -> None:
     free_bytes = _free_bytes(path)
-    if free_bytes is not None and needed_bytes is not None and free_bytes < needed_bytes:
-        raise _failure(path, needed_bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    # What can be linked is known only when it is compared.
+    if free_bytes is not None and plan.nbytes is not None and free_bytes < plan.nbytes - plan.bytes_linkable:
+        raise _failure(path, plan.nbytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
 def _failure(

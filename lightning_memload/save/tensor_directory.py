@@ -152,16 +152,14 @@ class _Directory:
         self._old_names = [
             old_files.get((str(key), stretch.nbytes)) for key, stretch in zip(self._keys, own, strict=True)
         ]
-        self._nbytes = self._state.nbytes + sum(stretch.nbytes for stretch in own)
+        self.nbytes = self._state.nbytes + sum(stretch.nbytes for stretch in own)
         linkable = zip(own, self._old_names, strict=True)
-        self.nbytes = self._nbytes - sum(stretch.nbytes for stretch, old_name in linkable if old_name is not None)
+        self.bytes_linkable = sum(stretch.nbytes for stretch, old_name in linkable if old_name is not None)
         self.bytes_linked = 0
         self._storages: list[StorageFile] = []
 
     def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
         """Writes all files but the manifest."""
-        # Until here what it takes at least, if all links come about; an error from here on is about what it may take.
-        self.nbytes = self._nbytes
         folder = place.temporary_path
         os.mkdir(os.path.join(folder, TENSORS_FOLDER))
         own = [self.stretches[key] for key in self._keys]
@@ -182,7 +180,7 @@ class _Directory:
             StorageFile(str(key), stretch.nbytes, crc32, str(stretch.storage.device))
             for key, stretch, crc32 in zip(self._keys, own, crc32s[of_state:], strict=True)
         ]
-        return self._nbytes - self.bytes_linked
+        return self.nbytes - self.bytes_linked
 
     def finish(self, place: Replacement, *, durable: bool) -> None:
         """Writes the manifest."""
@@ -194,7 +192,7 @@ class _WithSafetensors:
     """A directory that is to be written, with the weights in one file, everything else in another."""
 
     is_directory = streamed = True
-    bytes_linked = 0
+    bytes_linkable = bytes_linked = 0
 
     def __init__(self, obj: object, host_budget_bytes: int, num_threads: int) -> None:
         weights = find_weights(obj)

@@ -184,7 +184,7 @@ class _File:
 
     is_directory = False
     streamed = True
-    bytes_linked = 0
+    bytes_linkable = bytes_linked = 0
 
     def __init__(self, pickled: Pickled, host_budget_bytes: int, num_threads: int) -> None:
         self.stretches = pickled.stretches
@@ -215,7 +215,7 @@ class _ByTorch:
     """What only ``torch.save`` can write."""
 
     is_directory = streamed = False
-    num_threads, staging_bytes, bytes_linked = 1, 0, 0
+    num_threads, staging_bytes, bytes_linkable, bytes_linked = 1, 0, 0, 0
     stretches: tuple[Stretch, ...] = ()
     nbytes: int | None = None
 

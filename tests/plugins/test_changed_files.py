@@ -89,17 +89,18 @@ def test_cut_short_when_all_is_restored(tmp_path: Path) -> None:
     """But for what a callback kept, which is read from the file when the restore ends, and not from its mapping."""
     path = write("torch", tmp_path / "run", 3)
 
-    class Late(MemoryEfficientRestore):
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            os.truncate(path, 0)
-            super().on_train_start(trainer, pl_module)
-
     class Keeping(TinyModule):
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             self.kept = checkpoint["state_dict"]["first.weight"]
 
-    trainer = make_trainer(path.parent, [Late()], max_epochs=1)
+        def configure_optimizers(self) -> Any:
+            optimizer = adamw(self.parameters())
+            # The last tensors that a restore reads are this optimizer's.
+            optimizer.register_load_state_dict_post_hook(lambda _: os.truncate(path, 0))
+            return optimizer
+
+    trainer = make_trainer(path.parent, [MemoryEfficientRestore()], max_epochs=1)
     with pytest.raises(
         CheckpointReadError, match=r"case\.ckpt ends at byte \d+, but a tensor of it that is still in use"
     ):
-        trainer.fit(Keeping(adamw), ckpt_path=path, **TRUSTED)
+        trainer.fit(Keeping(), ckpt_path=path, **TRUSTED)

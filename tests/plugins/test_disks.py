@@ -85,7 +85,7 @@ def failing_save(io: Any, checkpoint: Any, path: Path) -> CheckpointWriteError:
 @pytest.mark.parametrize("format", FORMATS)
 def test_full(format: Any, way: str, asks: bool, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not asks:
-        monkeypatch.setattr(saving, "_check_space", lambda path, needed_bytes: None)
+        monkeypatch.setattr(saving, "_check_space", lambda path, plan: None)
     io, path, ballast = make_io(format, way), disk / "last.ckpt", disk / "ballast"
     io.save_checkpoint(state(1, 2), path)
     io.teardown()
