@@ -367,7 +367,7 @@ def test_streaming_needs_no_more_than_its_ring(tmp_path: Path) -> None:
     streamed, arrived = run_fresh(FILLING, path=path, rows=rows, columns=columns, streamed=True).result
     assert arrived == sums
     touched, _ = run_fresh(FILLING, path=path, rows=rows, columns=columns, streamed=False).result
-    assert touched >= 2 * nbytes
+    assert touched >= 2 * nbytes - 8 * MEBIBYTE  # some memory is free at the start
     # The ring's 8 MiB, and what the threads and the index take.
     assert streamed <= 40 * MEBIBYTE
 

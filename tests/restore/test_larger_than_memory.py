@@ -109,10 +109,10 @@ def test_part_of_a_checkpoint_larger_than_memory(path: Path) -> None:
     result = run_fresh(LOAD, path=path, width=WIDTH, names=names).result
     assert path.stat().st_blocks * 512 < 64 * MIB
 
-    assert abs(result["calibration"] - 64 * MIB) < 4 * MIB
+    assert abs(result["calibration"] - 64 * MIB) < 8 * MIB  # imports leave some memory free
     assert result["listing"] <= 64 * MIB
     part_bytes = NUM_LOADED * GIB
-    assert part_bytes <= result["loading"] <= part_bytes + 64 * MIB
+    assert part_bytes - 8 * MIB <= result["loading"] <= part_bytes + 64 * MIB
 
     promises = Path("/proc/sys/vm/overcommit_memory").read_text().strip()
     if promises == "0" and file_bytes() > psutil.virtual_memory().total + psutil.swap_memory().total:

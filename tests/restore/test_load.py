@@ -489,8 +489,9 @@ else:
     run_fresh(program, way="write", **arguments)
     ours, stock = (run_fresh(program, way=way, **arguments).result for way in ("ours", "stock"))
     weights = 12 * 2048 * 2048 * 4
-    assert weights <= ours <= weights + 16 * MIB
-    assert stock >= 2 * weights
+    # The kernel counts pages per CPU, and what is free at the start may be used.
+    assert weights - MIB <= ours <= weights + 16 * MIB
+    assert stock >= 2 * weights - 8 * MIB
 
 
 @pytest.mark.parametrize("mode", ["copy", "assign"])
