@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.io import async_plugin
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -21,8 +22,14 @@ TRUSTED: dict[str, Any] = (
     {"weights_only": False} if "weights_only" in inspect.signature(L.Trainer.fit).parameters else {}
 )
 
+# Lightning 2.5's AsyncCheckpointIO cannot be used again after its teardown, and does not copy what it saves while
+# training goes on.
+WRAPS: bool = hasattr(async_plugin, "_clone_tensor")
+
 __all__ = [
     "FEATURES",
+    "TRUSTED",
+    "WRAPS",
     "Case",
     "Probe",
     "Recorded",

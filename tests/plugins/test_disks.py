@@ -23,14 +23,14 @@ from lightning_memload.checkpoint import load_mapped
 from lightning_memload.plugins.checkpoint_io import SaveFormat
 from lightning_memload.save import saving
 from tests.fresh_process import run_fresh
-from tests.plugins.harness import TRUSTED, Recorded, adamw, make_trainer
+from tests.plugins.harness import TRUSTED, WRAPS, Recorded, adamw, make_trainer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="file systems are mounted as on Linux")
 
 MIB = 1 << 20
 DISK_BYTES = 8 * MIB
 FORMATS = get_args(SaveFormat)
-WAYS = ["at once", "asynchronous", "wrapped"]
+WAYS = ["at once", "asynchronous", *(["wrapped"] if WRAPS else [])]
 
 
 @pytest.fixture
