@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from lightning_memload.checkpoint.tensor_directory import make_manifest
 from lightning_memload.checkpoint.tensor_manifest import (
@@ -29,12 +29,12 @@ from lightning_memload.checkpoint.torch_pickle import STUB_BYTES
 from lightning_memload.checkpoint.torch_zip import TorchZip
 from lightning_memload.errors import CheckpointFormatError, listed
 from lightning_memload.save.linking import LinkingFiles
-from lightning_memload.save.pickling import Stretch, pickle_object
+from lightning_memload.save.pickling import Pickled, pickle_object
 from lightning_memload.save.replacement import Replacement, put_back, sync
 from lightning_memload.save.saving import DEFAULT_BUDGET_BYTES, Save, SaveStats, default_save_threads
 from lightning_memload.save.torch_zip import Archive
 from lightning_memload.save.weights_file import RunTarget, WeightsFile, find_weights
-from lightning_memload.save.writing import LocalSink, Order, Records, Split, size_of
+from lightning_memload.save.writing import Content, LocalSink, Order, Records, Split, size_of
 
 __all__ = ["plan_directory_save", "save_directory"]
 
@@ -139,14 +139,8 @@ class _Directory:
         if len(outside) < len(with_bytes):
             pickled = pickle_object(obj, stubs=lambda storage: storage._cdata in outside)
         self.stretches = pickled.stretches
-        self._keys = [
-            key for key, stretch in enumerate(pickled.stretches) if stretch.nbytes and stretch.storage._cdata in outside
-        ]
+        self._state, self._keys = _divide(pickled, outside)
         own = [pickled.stretches[key] for key in self._keys]
-        self._state = Archive(
-            pickled,
-            [_stub(stretch) if stretch.storage._cdata in outside else stretch for stretch in pickled.stretches],
-        )
         self._records = Records([*self._state.contents, *own], host_budget_bytes, num_threads)
         self.num_threads, self.staging_bytes = self._records.num_threads, self._records.staging_bytes
         self._old_names = [
@@ -207,15 +201,7 @@ class _WithSafetensors:
                 pickled = pickle_object(obj)
                 break
         self.stretches = pickled.stretches
-        within = [stretch.storage._cdata in places for stretch in pickled.stretches]
-        self._keys = [key for key, is_within in enumerate(within) if is_within]
-        self._state = Archive(
-            pickled,
-            [
-                _stub(stretch) if is_within else stretch
-                for stretch, is_within in zip(pickled.stretches, within, strict=True)
-            ],
-        )
+        self._state, self._keys = _divide(pickled, places)
         self._records = Records([*self._state.contents, *self._weights.contents], host_budget_bytes, num_threads)
         self.num_threads, self.staging_bytes = self._records.num_threads, self._records.staging_bytes
         self.nbytes = self._state.nbytes + self._weights.nbytes
@@ -254,8 +240,15 @@ class _WithSafetensors:
         _complete(place, [WEIGHTS_FILE, STATE_FILE], storages, layout, durable=durable)
 
 
-def _stub(stretch: Stretch) -> bytes:
-    return bytes(STUB_BYTES if stretch.nbytes else 0)
+def _divide(pickled: Pickled, outside: Container[int]) -> tuple[Archive, list[int]]:
+    """``state.pt`` with stubs for the storages that lie outside of it, told by ``_cdata``; and their numbers."""
+    keys = [
+        key for key, stretch in enumerate(pickled.stretches) if stretch.nbytes and stretch.storage._cdata in outside
+    ]
+    contents: list[Content] = list(pickled.stretches)
+    for key in keys:
+        contents[key] = bytes(STUB_BYTES)
+    return Archive(pickled, contents), keys
 
 
 def _complete(
