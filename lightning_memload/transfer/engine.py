@@ -310,8 +310,6 @@ class _Transfer:
         read = job.read
         staged = slot.view[: read.nbytes]
         read_fully(self._source, [staged], read.offset, name_at=self._name_at)
-        for check in job.checks:
-            self._verify(check, [staged[check.start : check.start + check.nbytes]])
         if job.piece is not None:
             slot.rearrange(self._copies[read.segments[0].target], job.piece, read.nbytes)
         else:
@@ -328,6 +326,9 @@ class _Transfer:
                     slot.tensor[segment.start : segment.start + segment.nbytes], non_blocking=self._stream is not None
                 )
         slot.mark()
+        # While the copies are on their way: the buffer is free again when both are done.
+        for check in job.checks:
+            self._verify(check, [staged[check.start : check.start + check.nbytes]])
 
     def _name_at(self, offset: int) -> str | None:
         for copy in self._copies:
