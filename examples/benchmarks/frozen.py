@@ -22,8 +22,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from common import MIB, aligned, digest, digest_of, header, median, number, positive
 from lightning.pytorch.plugins import CheckpointIO, TorchCheckpointIO
-from resume import MIB, SIZES, aligned, digest, digest_of, header, make_trainer, median, number, positive
+from resume import SIZES, make_trainer
 from save import GPT, NUM_TOKENS
 from torch import nn
 from torch.utils.data import DataLoader

@@ -15,7 +15,8 @@ from typing import Any
 import frozen
 import save
 import weight_loading
-from resume import GIB, VARIANTS, number
+from common import GIB, number
+from resume import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = ROOT / "README.md"

@@ -12,27 +12,39 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from common import (
+    GIB,
+    MIB,
+    Deliver,
+    digest,
+    evict,
+    header,
+    median,
+    number,
+    positive,
+    read_all,
+    rounded,
+    run_fresh,
+    synchronize,
+    time_of,
+    warm,
+)
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpt import GPT, SIZES
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-import lightning_memload
 from lightning_memload import MemoryEfficientRestore, meta_init, open_checkpoint
 from lightning_memload.checkpoint import LocalFile
 from lightning_memload.memory import MemoryMonitor
@@ -55,8 +67,6 @@ VARIANTS = {
     "callback-meta-init-unverified": "the same with verify=False",
     "callback-meta-init-cold": "the same with a cold page cache",
 }
-MIB = 1 << 20
-GIB = 1 << 30
 MAX_THREADS = 12
 
 
@@ -81,9 +91,12 @@ class SaveToFile(TorchCheckpointIO):
 
 
 class StopAtTrainingStart(L.Callback):
-    """Notes what the resume cost, writes it down and ends the process: nothing after the resume is of interest."""
+    """Delivers what the resume cost and ends the process: nothing after the resume is of interest."""
 
-    def __init__(self, monitor: MemoryMonitor, result: dict[str, Any], restore: MemoryEfficientRestore | None) -> None:
+    def __init__(
+        self, deliver: Deliver, monitor: MemoryMonitor, result: dict[str, Any], restore: MemoryEfficientRestore | None
+    ) -> None:
+        self.deliver = deliver
         self.monitor = monitor
         self.result = result
         self.restore = restore
@@ -100,34 +113,26 @@ class StopAtTrainingStart(L.Callback):
         if self.restore is not None and self.restore.report is not None:
             self.result["report"] = self.restore.report.as_dict()
         self.result["digest"] = digest(pl_module, trainer.optimizers)
-        print("RESULT", json.dumps(self.result), flush=True)
+        self.deliver(self.result)
+        sys.stdout.flush()
         os._exit(0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark, or one task of it in a process of its own."""
+    """Run the benchmark."""
     options = parse(arguments)
     options.data.mkdir(parents=True, exist_ok=True)
-    if options.task == "save":
-        save(options)
-        return 0
-    if options.task == "ceilings":
-        print("RESULT", json.dumps(ceilings(options)), flush=True)
-        return 0
-    if options.task:
-        resume(options)
-        return 1  # not reached: the callback ends the process
     path = checkpoint_path(options)
     if not path.exists():
-        run_task(options, "save")
-    limits = run_task(options, "ceilings")
+        run_fresh(save, options)
+    limits = run_fresh(ceilings, options)
     results: dict[str, list[dict[str, Any]]] = {}
     for repetition in range(options.repetitions):
         for variant in options.variants:
             if repetition and variant.endswith("-cold"):
                 continue  # Once: it takes as long as the disk does.
             (evict if variant.endswith("-cold") else warm)(path)
-            run = run_task(options, variant)
+            run = run_fresh(resume, options, variant)
             results.setdefault(variant, []).append(run)
             print(f"  {variant} #{repetition + 1}: {run['seconds']:.2f} s", file=sys.stderr, flush=True)
             # After every run, so that a run that is cut short leaves what it has measured.
@@ -146,30 +151,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if report["equal"] else 1
 
 
-def save(options: argparse.Namespace) -> None:
+def save(deliver: Deliver, options: argparse.Namespace) -> None:
     """Train one step and save an ordinary checkpoint."""
     L.seed_everything(0)
     trainer = make_trainer(options, [], plugins=[SaveToFile()], max_steps=1)
     model = ConfiguredGPT(options.size)
     trainer.fit(model, batches())
     trainer.save_checkpoint(checkpoint_path(options))
+    deliver(None)
 
 
-def resume(options: argparse.Namespace) -> None:
+def resume(deliver: Deliver, options: argparse.Namespace, variant: str) -> None:
     """Resume one variant until training starts."""
     torch.set_num_threads(min(16, os.cpu_count() or 1))
     if options.accelerator == "gpu":
         torch.zeros(1, device="cuda")  # the CUDA context is no part of a resume
     result: dict[str, Any] = {}
     started = time.perf_counter()
-    with meta_init("meta-init" in options.task):
-        model = (ConfiguredGPT if "configure-model" in options.task else GPT)(options.size)
+    with meta_init("meta-init" in variant):
+        model = (ConfiguredGPT if "configure-model" in variant else GPT)(options.size)
     result["build_seconds"] = time.perf_counter() - started
     restore = None
-    if options.task.startswith("callback"):
-        restore = MemoryEfficientRestore(verify="unverified" not in options.task)
+    if variant.startswith("callback"):
+        restore = MemoryEfficientRestore(verify="unverified" not in variant)
     monitor = MemoryMonitor("cuda" if options.accelerator == "gpu" else None)
-    stop = StopAtTrainingStart(monitor, result, restore)
+    stop = StopAtTrainingStart(deliver, monitor, result, restore)
     trainer = make_trainer(options, [*([restore] if restore else []), stop], max_steps=100)
     data = batches()
     monitor.start()
@@ -197,33 +203,10 @@ def batches() -> DataLoader[Any]:
     return DataLoader(torch.zeros(64, 17, dtype=torch.int64), batch_size=1)
 
 
-def digest(module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> str:
-    """Sum every weight and optimizer state, weighted by position, on its device: equal digests for equal bits."""
-    return digest_of(module.state_dict(), [optimizer.state_dict() for optimizer in optimizers])
-
-
-def digest_of(weights: dict[str, Any], optimizer_states: Sequence[dict[str, Any]], device: str | None = None) -> str:
-    """Sum what a checkpoint holds in the same way: on a device, or where each tensor is."""
-    tensors = [*weights.values()]
-    for optimizer_state in optimizer_states:
-        for state in optimizer_state["state"].values():
-            tensors.extend(value for value in state.values() if isinstance(value, torch.Tensor))
-    total = 0
-    for number, tensor in enumerate(tensors):
-        flat = tensor.detach().to(device or tensor.device).contiguous().view(-1).view(torch.uint8).view(-1)
-        words = flat[: flat.numel() // 4 * 4].view(torch.int32)
-        value = 0
-        for chunk in words.split(64 * MIB):
-            weights = torch.arange(1, 2 * chunk.numel(), 2, device=chunk.device)
-            value = value * 31 + int((chunk.long() * weights).sum())
-        total = (total * 1_000_003 + value + number) % (1 << 127)
-    return f"{len(tensors)}:{total:032x}"
-
-
 # The machine's own limits ---------------------------------------------------------------------------------------------
 
 
-def ceilings(options: argparse.Namespace) -> dict[str, Any]:
+def ceilings(deliver: Deliver, options: argparse.Namespace) -> None:
     """Measure what the machine can do at best, and what the engine does, on the same file in the same process."""
     path = checkpoint_path(options)
     default = choose_layout(128 * MIB, min(MAX_THREADS, available_cpus()))
@@ -239,38 +222,18 @@ def ceilings(options: argparse.Namespace) -> dict[str, Any]:
                 name = f"{layout.num_threads} threads, {layout.num_buffers} x {layout.block_bytes / MIB:.1f} MiB"
                 found["engine_gb_per_second"][name + ("" if verify else ", unverified")] = statistics.median(rates)
     if options.cold:
-        cold: dict[str, list[float]] = {"pread_cold_gb_per_second": [], "engine_cold_gb_per_second": []}
+        found["pread_cold_gb_per_second"] = []
         for _ in range(options.cold):
             evict(path)
-            cold["pread_cold_gb_per_second"].append(
-                path.stat().st_size / read_all(path, MAX_THREADS, 8 * MIB, drop=True) / 1e9
-            )
-            if options.accelerator == "gpu":
-                evict(path)
-                cold["engine_cold_gb_per_second"].append(engine(path, default, True, drop=True))
-        found.update(cold)
-    return found
+            seconds = read_all(path, MAX_THREADS, 8 * MIB, drop=True)
+            found["pread_cold_gb_per_second"].append(path.stat().st_size / seconds / 1e9)
+    deliver(found)
 
 
 SWEEP = tuple(
     RingLayout(threads, buffers, 128 * MIB // buffers)
-    for threads, buffers in ((4, 8), (8, 8), (8, 16), (10, 16), (12, 12), (14, 16), (16, 16), (16, 24))
+    for threads, buffers in ((4, 8), (8, 8), (8, 16), (10, 16), (12, 12), (14, 14), (14, 16), (16, 16), (16, 24))
 )
-
-
-def read_all(path: Path, threads: int, block_bytes: int, *, drop: bool = False) -> float:
-    """Read the whole file once, block by block, into one buffer per thread. Returns seconds."""
-    with LocalFile(path, drop_behind=drop) as file:
-        starts = iter(range(0, file.size_bytes, block_bytes))
-
-        def work() -> None:
-            buffer = memoryview(mmap.mmap(-1, block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-            for start in starts:
-                end = min(start + block_bytes, file.size_bytes)
-                while start < end:
-                    start += file.readv([buffer[: end - start]], start)
-
-        return time_of(lambda: in_threads(work, threads))
 
 
 def pinned_copy() -> float:
@@ -287,7 +250,7 @@ def pinned_copy() -> float:
     return 50 * host.numel() / time_of(copy) / 1e9
 
 
-def engine(path: Path, layout: RingLayout, verify: bool, *, drop: bool = False) -> float:
+def engine(path: Path, layout: RingLayout, verify: bool) -> float:
     """Stream every storage of the checkpoint into GPU memory. Returns GB/s, without the time to make the ring."""
     index = open_checkpoint(path)
     storages = [storage for storage in index.storages if storage.nbytes]
@@ -297,58 +260,14 @@ def engine(path: Path, layout: RingLayout, verify: bool, *, drop: bool = False) 
     ]
     records = [Record(s.key, s.offset, s.nbytes, s.crc32) for s in storages if verify and s.crc32 is not None]
     synchronize()
-    with StagingRing(layout, pinned=True) as ring, LocalFile(path, drop_behind=drop) as file:
+    with StagingRing(layout, pinned=True) as ring, LocalFile(path) as file:
         stats = transfer(
             file, copies, lambda: ring, num_threads=layout.num_threads, block_bytes=layout.block_bytes, records=records
         )
     return stats.bytes_read / stats.seconds / 1e9
 
 
-def in_threads(work: Callable[[], None], threads: int) -> None:
-    """Run the same work in several threads."""
-    with ThreadPoolExecutor(threads) as pool:
-        for future in [pool.submit(work) for _ in range(threads)]:
-            future.result()
-
-
-def time_of(work: Callable[[], object]) -> float:
-    """Seconds that the work takes."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def warm(path: Path) -> None:
-    """Bring the whole file into the page cache."""
-    read_all(path, 4, 8 * MIB)
-
-
-def evict(path: Path) -> None:
-    """Drop the file from the page cache."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def synchronize() -> None:
-    """Wait for the GPU, if there is one in use."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-# Processes, figures, table --------------------------------------------------------------------------------------------
-
-
-def run_task(options: argparse.Namespace, task: str) -> dict[str, Any]:
-    """Run one task in a fresh process and return what it found."""
-    command = [sys.executable, __file__, "--task", task, "--size", options.size, "--accelerator", options.accelerator]
-    command += ["--data", str(options.data)]
-    command += ["--sweep"] * options.sweep + ["--cold", str(options.cold)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or (not lines and task != "save"):
-        raise SystemExit(f"{task} failed with exit status {done.returncode}:\n{done.stdout}")
-    return dict(json.loads(lines[-1].removeprefix("RESULT "))) if lines else {}
+# Figures, table -------------------------------------------------------------------------------------------------------
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -411,76 +330,6 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def number(value: float | None, unit: int) -> str:
-    """Format a figure in a unit, a dash for an unknown one."""
-    return "-" if value is None else f"{value / unit:.2f}"
-
-
-def median(values: Sequence[float | None]) -> float | None:
-    """The median of what is known."""
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
-
-
-def above(start: int | None, peak: int | None) -> int | None:
-    """How far a level rose."""
-    return None if start is None or peak is None else max(0, peak - start)
-
-
-def aligned(rows: Sequence[Sequence[str]], num_labels: int) -> list[str]:
-    """Format rows as lines: the labels to the left, the figures behind them to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column < num_labels else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-
-
-def rounded(value: Any) -> Any:
-    """Round floats, inside containers too."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return round(value, 2) if isinstance(value, float) else value
-
-
-def header(benchmark: str, arguments: Sequence[str] | None) -> dict[str, Any]:
-    """Tell what was measured, how, where, and with what: the first entries of every result."""
-    # What is named in an absolute way is a matter of this machine alone.
-    given = arguments or sys.argv[1:]
-    shown = [Path(argument).name if Path(argument).is_absolute() else argument for argument in given]
-    return {
-        "benchmark": benchmark,
-        "command": " ".join([f"python examples/benchmarks/{benchmark.replace('-', '_')}.py", *shown]),
-        "machine": machine(),
-        "versions": versions(),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Describe the machine."""
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpus": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "system": platform.platform(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Name what was measured with."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": L.__version__,
-        "lightning_memload": lightning_memload.__version__,
-    }
-
-
 def checkpoint_path(options: argparse.Namespace) -> Path:
     """Where the checkpoint of this size lies."""
     return Path(options.data) / f"{options.size}.ckpt"
@@ -497,16 +346,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sweep", action="store_true", help="also try other numbers of threads and block sizes")
     parser.add_argument("--cold", type=int, default=0, help="how often to measure with a cold page cache too")
     parser.add_argument("--output", type=Path, help="write everything to this JSON file")
-    parser.add_argument("--task", default="", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
-
-
-def positive(text: str) -> int:
-    """Read a number of repetitions."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 if __name__ == "__main__":

@@ -33,25 +33,22 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
-from resume import (
+from common import (
     GIB,
     MIB,
-    SIZES,
-    ConfiguredGPT,
-    SaveToFile,
     above,
     aligned,
     digest,
     digest_of,
     header,
-    make_trainer,
     median,
     number,
     positive,
     synchronize,
     time_of,
 )
+from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
+from resume import SIZES, ConfiguredGPT, SaveToFile, make_trainer
 from torch.utils.data import DataLoader
 from zlib_ng import zlib_ng
 

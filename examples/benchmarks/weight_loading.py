@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -32,15 +29,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import (
+    GIB,
+    Deliver,
+    ProcessFailed,
+    above,
+    aligned,
+    digest,
+    evict,
+    flush,
+    header,
+    median,
+    number,
+    positive,
+    run_fresh,
+    synchronize,
+    versions,
+    warm,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gpt
-from resume import GIB, above, aligned, digest, evict, header, median, number, positive, synchronize, warm
 
-import lightning_memload
 from lightning_memload import load_weights, meta_init
 from lightning_memload.memory import MemoryMonitor
 
@@ -310,20 +323,13 @@ def instanttensor(config: gpt.GPTConfig, files: Files, device: torch.device) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark, or one row of it in a process of its own."""
+    """Run the benchmark."""
     options = parse(arguments)
-    if options.row == "save":
-        for size in {"tiny", options.size}:
-            save(SIZES[size], Files(options.data / size))
-        return 0
-    if options.row:
-        print("RESULT", json.dumps(attempt(options)), flush=True)
-        return 0
     files = Files(options.data / options.size)
     skipped = unavailable(options)
     names = [name for name in options.rows if name not in skipped]
     if not all(is_saved(Files(options.data / size), names) for size in ("tiny", options.size)):
-        run_row(options, "save")
+        run_fresh(save, options)
     results: dict[str, list[dict[str, Any]]] = {}
     report = summarize(options, arguments, files, results, skipped)
     for repetition in range(options.repetitions):
@@ -348,19 +354,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if report["correct"] and not failed else 1
 
 
-def attempt(options: argparse.Namespace) -> dict[str, Any]:
+def attempt(deliver: Deliver, options: argparse.Namespace, name: str) -> None:
     """Measure one row; a failure is a result too."""
     try:
-        return measure(options)
+        deliver(measure(options, name))
     except Exception as error:
         traceback.print_exc()
         message = str(error).replace(str(options.data), "DATA").strip().partition("\n")[0]
-        return {"error": f"{type(error).__name__}: {message}"}
+        deliver({"error": f"{type(error).__name__}: {message}"})
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Load one row's model, after a tiny one, and tell what that took."""
-    load = ROWS[options.row].load
+    load = ROWS[name].load
     device = torch.device(options.device)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
@@ -407,12 +413,20 @@ def read_once(model: nn.Module) -> None:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def save(config: gpt.GPTConfig, files: Files) -> None:
-    """Write the same weights in every form."""
+def save(deliver: Deliver, options: argparse.Namespace) -> None:
+    """Write the weights of both sizes."""
+    for size in {"tiny", options.size}:
+        save_model(SIZES[size], Files(options.data / size), torch.device(options.device))
+    deliver(None)
+
+
+def save_model(config: gpt.GPTConfig, files: Files, device: torch.device) -> None:
+    """Write the same weights in every form. They are made on the device, where that takes no time."""
     files.tensors.mkdir(parents=True, exist_ok=True)
     files.digest.unlink(missing_ok=True)
     torch.manual_seed(0)
-    model = GPT2(config)
+    with device:
+        model = GPT2(config)
     state_dict = model.state_dict()
     torch.save(state_dict, files.pt)
     save_file(state_dict, files.safetensors, metadata={"format": "pt"})  # as transformers says it, and accelerate asks
@@ -428,7 +442,7 @@ def save(config: gpt.GPTConfig, files: Files) -> None:
         serializer.close()
     for source in (files.pt, files.safetensors, files.tensors, files.tensorizer):
         for path in parts(source):
-            evict(path)  # which also writes it to the disk, so that nothing does while a row runs
+            flush(path)
     files.digest.write_text(digest(model, []))
 
 
@@ -458,17 +472,10 @@ def unavailable(options: argparse.Namespace) -> dict[str, str]:
 
 def run_row(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Run one row in a fresh process and return what it found, or why it failed."""
-    command = [sys.executable, __file__, "--row", name, "--size", options.size, "--device", options.device]
-    command += ["--data", str(options.data)]
     try:
-        limit = None if name == "save" else ROW_TIMEOUT_SECONDS
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=name == "save", timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"error": f"took longer than {ROW_TIMEOUT_SECONDS} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        return {"error": f"ended with exit status {done.returncode}"}
-    return dict(json.loads(lines[-1].removeprefix("RESULT ")))
+        return dict(run_fresh(attempt, options, name, timeout_seconds=ROW_TIMEOUT_SECONDS))
+    except ProcessFailed as error:
+        return {"error": str(error)}
 
 
 def summarize(
@@ -488,7 +495,7 @@ def summarize(
         rows[name]["repetitions"] = len(runs)
     return {
         **header("weight-loading", arguments),
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
         "size": options.size,
         "device": options.device,
         "page_cache": "cold" if options.cold else "warm",
@@ -556,17 +563,6 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def versions() -> dict[str, str]:
-    """Name what was measured with."""
-    installed = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in PACKAGES:
-        try:
-            installed[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return {**installed, "lightning_memload": lightning_memload.__version__}
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -577,7 +573,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("runs/weight-loading"), help="where the files are kept")
     parser.add_argument("--cold", action="store_true", help="drop the file from the page cache before every row")
     parser.add_argument("--output", type=Path, help="write everything to this JSON file")
-    parser.add_argument("--row", default="", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -30,14 +32,12 @@ def benchmark(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
 def in_this_process(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the rows without a process for each: only their peaks need one."""
 
-    def run_row(options: argparse.Namespace, name: str) -> dict[str, Any]:
-        options = argparse.Namespace(**{**vars(options), "row": name})
-        if name == "save":
-            benchmark.save(benchmark.SIZES["tiny"], benchmark.Files(options.data / "tiny"))
-            return {}
-        return dict(json.loads(json.dumps(benchmark.attempt(options))))
+    def run_fresh(work: Callable[..., None], *arguments: Any, timeout_seconds: float | None = None) -> Any:
+        delivered: list[Any] = []
+        work(delivered.append, *arguments)
+        return json.loads(json.dumps(delivered[0]))
 
-    monkeypatch.setattr(benchmark, "run_row", run_row)
+    monkeypatch.setattr(benchmark, "run_fresh", run_fresh)
 
 
 def run(benchmark: ModuleType, folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -96,8 +96,32 @@ def test_wrong_weights_and_failures_are_told(
 
 def test_rows_run_in_fresh_processes(benchmark: ModuleType, tmp_path: Path) -> None:
     # The files are there, so that the row is the only process.
-    benchmark.save(benchmark.SIZES["tiny"], benchmark.Files(tmp_path / "data" / "tiny"))
+    benchmark.save_model(benchmark.SIZES["tiny"], benchmark.Files(tmp_path / "data" / "tiny"), torch.device("cpu"))
     status, result = run(benchmark, tmp_path, "--repetitions", "1", "--rows", "ours-pt")
     assert status == 0
     assert result["not_run"] == {}
     assert result["rows"]["ours-pt"]["correct"] is True
+
+
+def deliver_a_number(deliver: Callable[[Any], None], given: int) -> None:
+    deliver({"pid": os.getpid(), "given": given, "imported": "lightning" in sys.modules})
+
+
+def end_early(deliver: Callable[[Any], None]) -> None:
+    os._exit(3)
+
+
+def deliver_too_late(deliver: Callable[[Any], None]) -> None:
+    time.sleep(600)
+
+
+def test_a_process_delivers_what_it_found_or_is_told_of(import_benchmark: Callable[[str], ModuleType]) -> None:
+    common = import_benchmark("common")
+    found = [common.run_fresh(deliver_a_number, given) for given in (1, 2)]
+    assert [run["given"] for run in found] == [1, 2]
+    assert len({os.getpid(), *(run["pid"] for run in found)}) == 3
+    assert all(run["imported"] for run in found)
+    with pytest.raises(common.ProcessFailed, match="exit status 3"):
+        common.run_fresh(end_early)
+    with pytest.raises(common.ProcessFailed, match="longer than 1 s"):
+        common.run_fresh(deliver_too_late, timeout_seconds=1)

@@ -1,0 +1,236 @@
+"""What the benchmarks share: fresh processes, the page cache, digests, figures as text, and where they come from."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import mmap
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lightning_memload
+from lightning_memload.checkpoint import LocalFile
+
+MIB = 1 << 20
+GIB = 1 << 30
+# What takes long to import, and a fresh process finds there already.
+IMPORTED = ["lightning", "safetensors.torch", "lightning_memload"]
+
+# Fresh processes ------------------------------------------------------------------------------------------------------
+
+Deliver = Callable[[Any], None]
+
+
+class ProcessFailed(Exception):
+    """A process ended without a result, or did not end in time."""
+
+
+def run_fresh(work: Callable[..., None], *arguments: Any, timeout_seconds: float | None = None) -> Any:
+    """Call ``work(deliver, *arguments)`` in a fresh process and return what it delivers.
+
+    The process is forked from one that has imported torch and Lightning and done nothing else: to import them takes
+    longer than most of what is measured.
+
+    Raises:
+        ProcessFailed: It ended without a result, or did not deliver one in time and was killed.
+    """
+    # Asking the driver in the ordinary way, while something is imported, would spoil CUDA for what is forked later.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(IMPORTED)
+    receiver, sender = processes.Pipe(duplex=False)
+    process = processes.Process(target=_deliver_result, args=(sender, work, arguments))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(timeout_seconds):
+            raise ProcessFailed(f"took longer than {timeout_seconds} s")
+        result = receiver.recv()
+    except EOFError:
+        process.join()
+        raise ProcessFailed(f"ended with exit status {process.exitcode}") from None
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        process.join()
+    return result
+
+
+def _deliver_result(sender: Connection, work: Callable[..., None], arguments: Iterable[Any]) -> None:
+    work(sender.send, *arguments)
+
+
+# Files and what is in them --------------------------------------------------------------------------------------------
+
+
+def read_all(path: Path, threads: int, block_bytes: int, *, drop: bool = False) -> float:
+    """Read the whole file once, block by block, into one buffer per thread. Returns seconds."""
+    with LocalFile(path, drop_behind=drop) as file:
+        starts = iter(range(0, file.size_bytes, block_bytes))
+
+        def work() -> None:
+            buffer = memoryview(mmap.mmap(-1, block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            for start in starts:
+                end = min(start + block_bytes, file.size_bytes)
+                while start < end:
+                    start += file.readv([buffer[: end - start]], start)
+
+        return time_of(lambda: in_threads(work, threads))
+
+
+def in_threads(work: Callable[[], None], threads: int) -> None:
+    """Run the same work in several threads."""
+    with ThreadPoolExecutor(threads) as pool:
+        for future in [pool.submit(work) for _ in range(threads)]:
+            future.result()
+
+
+def warm(path: Path) -> None:
+    """Bring the whole file into the page cache."""
+    read_all(path, 4, 8 * MIB)
+
+
+def flush(path: Path) -> None:
+    """Bring the whole file to the disk, so that nothing does while something is measured."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def evict(path: Path) -> None:
+    """Drop the file from the page cache."""
+    flush(path)
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def digest(module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> str:
+    """Sum every weight and optimizer state, weighted by position, on its device: equal digests for equal bits."""
+    return digest_of(module.state_dict(), [optimizer.state_dict() for optimizer in optimizers])
+
+
+def digest_of(weights: dict[str, Any], optimizer_states: Sequence[dict[str, Any]], device: str | None = None) -> str:
+    """Sum what a checkpoint holds in the same way: on a device, or where each tensor is."""
+    tensors = [*weights.values()]
+    for optimizer_state in optimizer_states:
+        for state in optimizer_state["state"].values():
+            tensors.extend(value for value in state.values() if isinstance(value, torch.Tensor))
+    total = 0
+    for number, tensor in enumerate(tensors):
+        flat = tensor.detach().to(device or tensor.device).contiguous().view(-1).view(torch.uint8).view(-1)
+        words = flat[: flat.numel() // 4 * 4].view(torch.int32)
+        value = 0
+        for chunk in words.split(64 * MIB):
+            weights = torch.arange(1, 2 * chunk.numel(), 2, device=chunk.device)
+            value = value * 31 + int((chunk.long() * weights).sum())
+        total = (total * 1_000_003 + value + number) % (1 << 127)
+    return f"{len(tensors)}:{total:032x}"
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one in use."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+def time_of(work: Callable[[], object]) -> float:
+    """Seconds that the work takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def median(values: Sequence[float | None]) -> float | None:
+    """The median of what is known."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def above(start: int | None, peak: int | None) -> int | None:
+    """How far a level rose."""
+    return None if start is None or peak is None else max(0, peak - start)
+
+
+def number(value: float | None, unit: int) -> str:
+    """Format a figure in a unit, a dash for an unknown one."""
+    return "-" if value is None else f"{value / unit:.2f}"
+
+
+def rounded(value: Any) -> Any:
+    """Round floats, inside containers too."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(value, 2) if isinstance(value, float) else value
+
+
+def aligned(rows: Sequence[Sequence[str]], num_labels: int) -> list[str]:
+    """Format rows as lines: the labels to the left, the figures behind them to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column < num_labels else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+# Where they come from -------------------------------------------------------------------------------------------------
+
+
+def header(benchmark: str, arguments: Sequence[str] | None) -> dict[str, Any]:
+    """Tell what was measured, how, where, and with what: the first entries of every result."""
+    # What is named in an absolute way is a matter of this machine alone.
+    given = arguments or sys.argv[1:]
+    shown = [Path(argument).name if Path(argument).is_absolute() else argument for argument in given]
+    return {
+        "benchmark": benchmark,
+        "command": " ".join([f"python examples/benchmarks/{benchmark.replace('-', '_')}.py", *shown]),
+        "machine": machine(),
+        "versions": versions("lightning"),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine."""
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpus": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "system": platform.platform(),
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Name what was measured with; packages as far as they are installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return {**found, "lightning_memload": lightning_memload.__version__}
+
+
+def positive(text: str) -> int:
+    """Read a number of repetitions."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
