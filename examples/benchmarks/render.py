@@ -48,7 +48,9 @@ def render(result: dict[str, Any]) -> str:
         "save": render_save,
         "weight-loading": render_weight_loading,
     }
-    return renderers[result["benchmark"]](result)
+    table = renderers[result["benchmark"]](result)
+    # What else the reader of these figures must know.
+    return f"{table}\n\n{result['remark']}" if "remark" in result else table
 
 
 def render_resume(result: dict[str, Any]) -> str:
