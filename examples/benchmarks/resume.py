@@ -2,8 +2,8 @@
 
 Every variant runs in fresh processes, several times, on the same checkpoint of a GPT with AdamW. The machine's own
 ceilings are measured in the same run: reading the file from the page cache with several threads, copying from
-page-locked memory to the GPU, and reading the file from a cold disk. ``--sweep`` also streams the file with other
-numbers of threads and block sizes. Medians are printed as a table and written as JSON.
+page-locked memory to the GPU, and reading the file from a cold disk. Medians are printed as a table and written as
+JSON.
 
     python examples/benchmarks/resume.py --size gpt2-xl --accelerator gpu --output resume.json
 """
@@ -36,27 +36,18 @@ from common import (
     rounded,
     run_fresh,
     synchronize,
-    time_of,
     warm,
 )
+from streaming import pinned_copy, stream
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpt import GPT, SIZES
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from lightning_memload import MemoryEfficientRestore, meta_init, open_checkpoint
-from lightning_memload.checkpoint import LocalFile
+from lightning_memload import MemoryEfficientRestore, meta_init
 from lightning_memload.memory import MemoryMonitor
-from lightning_memload.transfer import (
-    Record,
-    RingLayout,
-    StagingRing,
-    TensorCopy,
-    available_cpus,
-    choose_layout,
-    transfer,
-)
+from lightning_memload.transfer import available_cpus, choose_layout
 
 VARIANTS = {
     "stock": "stock Lightning",
@@ -209,18 +200,17 @@ def batches() -> DataLoader[Any]:
 def ceilings(deliver: Deliver, options: argparse.Namespace) -> None:
     """Measure what the machine can do at best, and what the engine does, on the same file in the same process."""
     path = checkpoint_path(options)
-    default = choose_layout(128 * MIB, min(MAX_THREADS, available_cpus()))
+    layout = choose_layout(128 * MIB, min(MAX_THREADS, available_cpus()))
     found: dict[str, Any] = {"pread_warm_gb_per_second": {}, "engine_gb_per_second": {}}
     for threads in (1, 4, 8, 16):
         seconds = min(read_all(path, threads, 8 * MIB) for _ in range(2))
         found["pread_warm_gb_per_second"][str(threads)] = path.stat().st_size / seconds / 1e9
     if options.accelerator == "gpu":
         found["pinned_copy_gb_per_second"] = pinned_copy()
-        for layout in (default, *SWEEP) if options.sweep else (default,):
-            for verify in (True, False):
-                rates = [engine(path, layout, verify) for _ in range(3)]
-                name = f"{layout.num_threads} threads, {layout.num_buffers} x {layout.block_bytes / MIB:.1f} MiB"
-                found["engine_gb_per_second"][name + ("" if verify else ", unverified")] = statistics.median(rates)
+        name = f"{layout.num_threads} threads, {layout.num_buffers} x {layout.block_bytes / MIB:.1f} MiB"
+        for verify in (True, False):
+            rates = [stream(path, layout, verify) for _ in range(3)]
+            found["engine_gb_per_second"][name + ("" if verify else ", unverified")] = statistics.median(rates)
     if options.cold:
         found["pread_cold_gb_per_second"] = []
         for _ in range(options.cold):
@@ -228,43 +218,6 @@ def ceilings(deliver: Deliver, options: argparse.Namespace) -> None:
             seconds = read_all(path, MAX_THREADS, 8 * MIB, drop=True)
             found["pread_cold_gb_per_second"].append(path.stat().st_size / seconds / 1e9)
     deliver(found)
-
-
-SWEEP = tuple(
-    RingLayout(threads, buffers, 128 * MIB // buffers)
-    for threads, buffers in ((4, 8), (8, 8), (8, 16), (10, 16), (12, 12), (14, 14), (14, 16), (16, 16), (16, 24))
-)
-
-
-def pinned_copy() -> float:
-    """Copy from page-locked memory to the GPU as fast as it goes. Returns GB/s."""
-    host = torch.empty(128 * MIB, dtype=torch.uint8, pin_memory=True)
-    device = torch.empty_like(host, device="cuda")
-
-    def copy() -> None:
-        for _ in range(50):
-            device.copy_(host, non_blocking=True)
-        synchronize()
-
-    copy()
-    return 50 * host.numel() / time_of(copy) / 1e9
-
-
-def engine(path: Path, layout: RingLayout, verify: bool) -> float:
-    """Stream every storage of the checkpoint into GPU memory. Returns GB/s, without the time to make the ring."""
-    index = open_checkpoint(path)
-    storages = [storage for storage in index.storages if storage.nbytes]
-    copies = [
-        TensorCopy(s.key, s.offset, torch.uint8, (1,), torch.empty(s.nbytes, dtype=torch.uint8, device="cuda"))
-        for s in storages
-    ]
-    records = [Record(s.key, s.offset, s.nbytes, s.crc32) for s in storages if verify and s.crc32 is not None]
-    synchronize()
-    with StagingRing(layout, pinned=True) as ring, LocalFile(path) as file:
-        stats = transfer(
-            file, copies, lambda: ring, num_threads=layout.num_threads, block_bytes=layout.block_bytes, records=records
-        )
-    return stats.bytes_read / stats.seconds / 1e9
 
 
 # Figures, table -------------------------------------------------------------------------------------------------------
@@ -343,7 +296,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=positive, default=3)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[v for v in VARIANTS if "cold" not in v])
     parser.add_argument("--data", type=Path, default=Path("runs/benchmark"), help="where the checkpoint is kept")
-    parser.add_argument("--sweep", action="store_true", help="also try other numbers of threads and block sizes")
     parser.add_argument("--cold", type=int, default=0, help="how often to measure with a cold page cache too")
     parser.add_argument("--output", type=Path, help="write everything to this JSON file")
     return parser.parse_args(arguments)

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 # Beyond 16 MiB a block nothing is gained; below 8 MiB the interpreter's lock limits the transfer, not the disk
-# (examples/benchmarks/resume.py --sweep, one H100 with 16 cores).
+# (examples/benchmarks/streaming.py, one H100 with 16 cores).
 _MAX_BLOCK_BYTES = 16 << 20
 _MIN_BLOCK_BYTES = 256 << 10
 # A thread needs one buffer to read into, and some buffers are on their way to the device.

@@ -15,7 +15,7 @@ import torch
 
 __all__ = ["available_cpus", "check_num_threads", "default_threads", "run_threads"]
 
-# Measured on one H100 with 16 cores (examples/benchmarks/resume.py --sweep). Into CPU memory more than 4 gain nothing.
+# Measured on one H100 with 16 cores (examples/benchmarks/streaming.py). Into CPU memory more than 4 gain nothing.
 _MAX_THREADS_DEVICE = 12
 _MAX_THREADS_CPU = 4
 
