@@ -162,8 +162,10 @@ def outcome_path(args: argparse.Namespace, task: str) -> Path:
 def pretrain(args: argparse.Namespace) -> Outcome:
     """Train a GPT from scratch and export it."""
     L.seed_everything(1, verbose=False)
-    model, losses = GPT(args.size), Losses()
+    losses = Losses()
     trainer = build_trainer(args, [losses], args.pretraining_steps)
+    with trainer.init_module():  # On the device at once: there all the random numbers take no time.
+        model = GPT(args.size)
     trainer.fit(model, datamodule=StandardLibrary(sequence_length=SEQUENCE_LENGTH, batch_size=1))
     export(model, weights_folder(args))
     return Outcome(weight_bytes(model), losses.values, digests(model), {})
