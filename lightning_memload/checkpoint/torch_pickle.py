@@ -28,6 +28,9 @@ __all__ = ["STUB_BYTES", "InertUnpickler", "Record", "read_structure", "walk_pic
 # What a file holds of a storage whose bytes lie elsewhere: one element or more of every type.
 STUB_BYTES = 16
 
+# What a million of may be in a pickle, and no tensor in any.
+_LEAVES = frozenset((int, float, str, bool, bytes, type(None)))
+
 # Pickling anything deeper runs into Python's recursion limit. A path costs memory for every level.
 _MAX_DEPTH = 1000
 
@@ -348,10 +351,10 @@ def _collect_tensors(file_name: str, root: Any) -> list[TensorInfo]:
         if len(path) == _MAX_DEPTH:
             raise UnmappableCheckpoint(f"{file_name} nests its objects more than {_MAX_DEPTH} deep.", path=file_name)
         if isinstance(value, dict):
-            children = [((*path, _path_key(key)), item) for key, item in value.items()]
+            children = [((*path, _path_key(key)), item) for key, item in value.items() if type(item) not in _LEAVES]
         else:
             items = value._parts if isinstance(value, _Opaque) else value
-            children = [((*path, position), item) for position, item in enumerate(items)]
+            children = [((*path, position), item) for position, item in enumerate(items) if type(item) not in _LEAVES]
         stack.extend(reversed(children))
     return found
 
