@@ -124,7 +124,7 @@ def kill_writers(folder: str, times: int, format: str = "torch", seed: int = 0) 
     """Kills so many processes in their second save, each before or after a random call of the system, and looks around.
 
     Args:
-        folder: Where, an empty one.
+        folder: Where, an empty one; made if there is none.
         times: How many.
         format: What they save: one of ``WRITERS``.
         seed: Of the moments.
@@ -138,6 +138,7 @@ def kill_writers(folder: str, times: int, format: str = "torch", seed: int = 0) 
     """
     torch.set_num_threads(1)  # threads of torch do not survive a fork
     path = Path(folder, "last.ckpt")
+    path.parent.mkdir(parents=True, exist_ok=True)
     moments = random.Random(seed)
     result = {"kills": 0, "in_the_middle": 0, "most_left": 0, "saves": 0}
     newest = 0
