@@ -11,11 +11,11 @@ pages (torch 2.7 or newer) instead of a copy of the whole file in memory.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import lightning as L
 import torch
-import torch.utils.serialization
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -68,5 +68,8 @@ class Quadrants(L.LightningDataModule):
 
 
 if __name__ == "__main__":
-    torch.utils.serialization.config.load.mmap = True
+    with contextlib.suppress(ModuleNotFoundError):  # torch 2.6 has no such switch
+        from torch.utils.serialization import config
+
+        config.load.mmap = True
     LightningCLI(Classifier, Quadrants, seed_everything_default=1)

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.fresh_process import memory_cgroup_obstacle
 
@@ -88,6 +89,10 @@ class TestFinetuneLowRam:
 
     @pytest.mark.memory
     @pytest.mark.cgroup
+    @pytest.mark.skipif(
+        tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7),
+        reason="torch 2.6 takes more for itself than is between the two ways of so small a model",
+    )
     def test_stock_is_killed_where_the_callback_trains(self, finetuned: tuple[Path, str]) -> None:
         _, output = finetuned
         assert "yes  under the limit stock was killed\n" in output
