@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_memload.errors import MetaTensorError, listed
 from lightning_memload.plugins.checkpoint_io import SaveFormat, StreamingCheckpointIO
@@ -193,7 +195,7 @@ class MemoryEfficientRestore(pl.Callback):
         if _averages_weights(trainer):
             self._io.begin_steps(tuple)
         else:
-            self._io.begin_steps(lambda: tensors_of_optimizers(trainer.optimizers, pl_module.buffers()))
+            self._io.begin_steps(lambda: tensors_of_optimizers(trainer.optimizers, pl_module.modules()))
             gate = _Gate(self._io.wait_until_written)
             hook = pl_module.register_load_state_dict_pre_hook(gate)  # type: ignore[no-untyped-call]
             self._forget_loads = hook.remove
@@ -256,6 +258,9 @@ class MemoryEfficientRestore(pl.Callback):
             path = self._run.path if self._run is not None else None
             raise _meta_error(pl_module, path, parameters, buffers)
         if self._run is not None:
+            parts = self._options.parts
+            if self._run.path is not None and parts is not None and "callbacks" not in parts:
+                _begin_averages(trainer, pl_module)
             self._run.end_weights()
 
     def _begin_stage(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -275,6 +280,7 @@ class MemoryEfficientRestore(pl.Callback):
                 "shards. Load the weights in configure_model, or start from a checkpoint of that strategy."
             )
         run.load_weights(source)
+        _begin_averages(trainer, pl_module)
         self._has_weights = weakref.ref(pl_module)
 
     def _make_io(self, *, wrapped: bool) -> StreamingCheckpointIO:
@@ -353,6 +359,23 @@ def _averages_weights(trainer: pl.Trainer) -> bool:
     names = {"WeightAveraging", "StochasticWeightAveraging"}
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return any(names & {kind.__name__ for kind in type(callback).__mro__} for callback in callbacks)
+
+
+def _begin_averages(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Lets Lightning's averages begin with the weights that a module has now.
+
+    Lightning's ``WeightAveraging`` copies the module in ``setup``, before weights are loaded, and takes them over only
+    where a checkpoint has the states of callbacks. Its average has no public name (2.6).
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, AveragedModel):
+            theirs = (*average.module.parameters(), *average.module.buffers())
+            ours = (*module.parameters(), *module.buffers())
+            with torch.no_grad():
+                for mine, value in zip(theirs, ours, strict=True):
+                    mine.copy_(value)
 
 
 def _meta_error(

@@ -64,14 +64,13 @@ def take_parts(
     """
     if not isinstance(checkpoint, dict):
         raise CheckpointFormatError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint.", path=path)
+    may_be_supplied = _hooks_load(trainer, module)
     if "state_dict" not in checkpoint and (parts is None or "weights" in parts):
-        weights = copy.copy(find_state_dict(checkpoint, path))  # which may be the checkpoint itself
-        checkpoint.clear()
-        checkpoint["state_dict"] = weights
+        _find_weights(checkpoint, path, may_be_supplied=may_be_supplied)
     if trainer.state.fn != "fit":
         checkpoint.setdefault(_VERSION_KEY, pl.__version__)
         return
-    if parts is not None or not is_overridden("on_load_checkpoint", module):  # which may yet supply what is missing
+    if parts is not None or not may_be_supplied:
         _require(checkpoint, parts, path, trainer)
     checkpoint.setdefault(_VERSION_KEY, pl.__version__)
     if parts is None:
@@ -88,6 +87,33 @@ def take_parts(
     for part in ("loops", "callbacks"):
         if part not in parts:
             checkpoint.pop(part, None)
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    if "loops" not in parts and datamodule is not None:
+        # Where the data goes on is a matter of how far the loops are. Lightning's name for its state.
+        checkpoint.pop(type(datamodule).__qualname__, None)
+
+
+def _hooks_load(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    """Whether somebody's ``on_load_checkpoint`` may yet supply what a checkpoint lacks."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    theirs = (callback for callback in callbacks if not type(callback).__module__.startswith("lightning"))
+    return is_overridden("on_load_checkpoint", module) or any(
+        is_overridden("on_load_checkpoint", callback, parent=pl.Callback) for callback in theirs
+    )
+
+
+def _find_weights(checkpoint: dict[str, Any], path: str, *, may_be_supplied: bool) -> None:
+    """Gives the weights of a checkpoint that is not Lightning's the name that Lightning asks for."""
+    try:
+        weights = find_state_dict(checkpoint, path)
+    except CheckpointFormatError:
+        if may_be_supplied:
+            return
+        raise
+    if weights is checkpoint:
+        weights = copy.copy(weights)
+        checkpoint.clear()
+    checkpoint["state_dict"] = weights
 
 
 def _require(checkpoint: dict[str, Any], parts: frozenset[str] | None, path: str, trainer: pl.Trainer) -> None:

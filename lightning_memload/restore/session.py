@@ -7,6 +7,7 @@ mapped or open.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import warnings
@@ -192,7 +193,13 @@ class RestoreSession:
         if any(other_start < end and start < other_end for other_start, other_end in neighbours):
             return None
         if self._pages is None:
-            self._pages = FileMapping(self.checkpoint.source)
+            try:
+                self._pages = FileMapping(self.checkpoint.source)
+            except OSError as error:
+                if error.errno != errno.ENOMEM:
+                    raise
+                # A second mapping of tens of thousands of files is more than Linux gives a process: they are copied.
+                return None
         self._given.insert(position, (start, end))
         storage = self._pages.storage(start, end - start)
         return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(storage, 0, tensor.shape, tensor.stride())

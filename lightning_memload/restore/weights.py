@@ -112,7 +112,10 @@ class WeightsRestore:
         by_tensor = {key: targets for key, targets in by_tensor.items() if targets[-1].value is not targets[-1].tensor}
         if not by_tensor:
             return  # A parent's hook did it.
-        sharing = _Sharing(root, [targets[-1] for targets in by_tensor.values()])
+        last = [targets[-1] for targets in by_tensor.values()]
+        if not any(target.tensor.is_meta or session.checkpoint.holds(target.value) for target in last):
+            return  # torch copies all of them. To look at the whole module for each of its submodules would take long.
+        sharing = _Sharing(root, last)
         stream: list[_Target] = []
         fresh: list[_Target] = []
         assignable: list[_Target] = []
@@ -227,7 +230,7 @@ def _find_targets(module: nn.Module, state_dict: dict[str, Any], prefix: str) ->
     """The pairs of tensors that torch would copy, in torch's order: parents first, parameters before buffers."""
     own_ways: tuple[str, ...] = ()
     for path, child in module.named_modules(remove_duplicate=False):
-        if path and not type(child)._load_from_state_dict.__module__.startswith("torch."):
+        if path and _has_own_ways(child):
             # It may replace, rename or rearrange what it and its children get: they are met when their turn comes.
             own_ways += (f"{path}.",)
         if f"{path}.".startswith(own_ways):
@@ -243,6 +246,15 @@ def _find_targets(module: nn.Module, state_dict: dict[str, Any], prefix: str) ->
                 continue
             if _is_plain(tensor) and tensor.shape == value.shape:
                 yield _Target(child_prefix + name, tensor, value)
+
+
+def _has_own_ways(module: nn.Module) -> bool:
+    """Whether code that is not torch's sees the values of a module before they are there."""
+    if not type(module)._load_from_state_dict.__module__.startswith("torch."):
+        return True
+    # torch (2.13) wraps each hook, and has no public name for them.
+    hooks = (getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values())
+    return any(getattr(hook, "__func__", hook) is not WeightsRestore._before_load for hook in hooks)
 
 
 def _is_plain(tensor: Any) -> TypeGuard[torch.Tensor]:

@@ -13,7 +13,7 @@ import atexit
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -169,7 +169,7 @@ class BackgroundSave:
             raise CheckpointWriteError(
                 f"{self.path} could not be saved: {changed} tensors of optimizers were changed in place outside an "
                 "optimizer's step while they were saved in the background, so the file would hold bytes of two states. "
-                "What was there is untouched. Change them before saving, or save with asynchronous=False.",
+                "What was there is untouched. Change them before saving, or do not save asynchronously.",
                 path=self.path,
                 needed_bytes=None,
                 free_bytes=None,
@@ -204,23 +204,33 @@ class BackgroundSave:
         atexit.unregister(self.result)
 
 
-def tensors_of_optimizers(optimizers: Iterable[Any], buffers: Iterable[torch.Tensor] = ()) -> list[torch.Tensor]:
+def tensors_of_optimizers(optimizers: Iterable[Any], modules: Iterable[torch.nn.Module] = ()) -> list[torch.Tensor]:
     """The parameters and states of optimizers, for :class:`BackgroundSave`.
 
     Args:
-        optimizers: Those that are not torch's are left out, and so are tensors of subclasses: what changes these, and
-            when, is not known.
-        buffers: Of the modules. What shares memory with one changes in a forward pass, and is left out.
+        optimizers: Those that are not torch's are left out, and so are tensors of subclasses and frozen parameters:
+            what changes these, and when, is not known.
+        modules: All modules. What they change in a forward pass is left out: what shares memory with a buffer, and
+            embeddings with a ``max_norm``.
     """
-    changing = {buffer.untyped_storage()._cdata for buffer in buffers if _is_plain(buffer)}
+    changing = {tensor.untyped_storage()._cdata for tensor in _changed_by_forward(modules) if _is_plain(tensor)}
     found: list[torch.Tensor] = []
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):
             continue
-        found += [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        # No step changes a frozen one, so somebody else does: the teacher of a student that it follows.
+        found += [parameter for parameter in parameters if parameter.requires_grad]
         for state in optimizer.state.values():
             found += [value for value in state.values() if isinstance(value, torch.Tensor)] if state else []
     return [tensor for tensor in found if _is_plain(tensor) and tensor.untyped_storage()._cdata not in changing]
+
+
+def _changed_by_forward(modules: Iterable[torch.nn.Module]) -> Iterator[torch.Tensor]:
+    for module in modules:
+        yield from module.buffers(recurse=False)
+        if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and module.max_norm is not None:
+            yield module.weight
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

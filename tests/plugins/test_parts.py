@@ -188,6 +188,68 @@ class TestRestore:
         seen, _ = restored(tmp_path, path, Supplies())
         assert_same(dict(saved["state_dict"]), seen["weights"], "weights")
 
+    @pytest.mark.parametrize("key", ["weights", "adapter"])
+    @pytest.mark.parametrize("stage", ["fit", "validate"])
+    def test_a_hook_may_supply_the_weights(self, tmp_path: Path, key: str, stage: str) -> None:
+        class Renamed(Scheduled):
+            def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+                checkpoint[key] = checkpoint.pop("state_dict")
+
+            def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+                checkpoint["state_dict"] = checkpoint[key]
+
+            def validation_step(self, batch: Any, batch_idx: int) -> None:
+                pass
+
+            def val_dataloader(self) -> Any:
+                return self.train_dataloader()
+
+        path = write_checkpoint(Case(Renamed, save_after=10), tmp_path)
+        modules = []
+        for callbacks in ([], [MemoryEfficientRestore()]):
+            torch.manual_seed(len(callbacks))
+            modules.append(Renamed())
+            torch.manual_seed(7)
+            trainer = make_trainer(tmp_path, callbacks, max_steps=12)
+            getattr(trainer, stage)(modules[-1], ckpt_path=path, **TRUSTED)
+            assert trainer.global_step == (12 if stage == "fit" else 0)
+        stock, ours = (module.state_dict() for module in modules)
+        assert all(torch.equal(value, ours[name]) for name, value in stock.items())
+
+    def test_a_callback_may_supply_optimizer_states(self, path: Path, tmp_path: Path) -> None:
+        class Supplies(L.Callback):
+            def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Any) -> None:
+                checkpoint["optimizer_states"] = checkpoint["mine"]
+
+        checkpoint = torch.load(path, weights_only=False)
+        checkpoint["mine"] = checkpoint.pop("optimizer_states")
+        torch.save(checkpoint, path)
+        trainer = make_trainer(tmp_path, [Supplies(), Counter(), MemoryEfficientRestore()], max_steps=12)
+        trainer.fit(Scheduled(), ckpt_path=path, **TRUSTED)
+        assert trainer.global_step == 12
+
+    @pytest.mark.parametrize(("parts", "position"), [(["weights"], 0), (["weights", "loops"], 3), (None, 3)])
+    def test_data_goes_on_with_the_loops(self, tmp_path: Path, parts: Any, position: int) -> None:
+        class Data(L.LightningDataModule):
+            position = 0
+
+            def train_dataloader(self) -> Any:
+                return Scheduled().train_dataloader()
+
+            def state_dict(self) -> dict[str, Any]:
+                return {"position": 3}
+
+            def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+                self.position = state_dict["position"]
+
+        trainer = make_trainer(tmp_path, max_steps=2)
+        trainer.fit(Scheduled(), datamodule=Data())
+        trainer.save_checkpoint(tmp_path / "data.ckpt")
+        data = Data()
+        trainer = make_trainer(tmp_path, [MemoryEfficientRestore(restore=parts)], max_steps=4)
+        trainer.fit(Scheduled(), datamodule=data, ckpt_path=tmp_path / "data.ckpt", **TRUSTED)
+        assert data.position == position
+
     def test_no_weights_at_all(self, path: Path, tmp_path: Path) -> None:
         torch.save({"epoch": 3}, path)
         with pytest.raises(CheckpointFormatError, match="No state dict is found"):
@@ -321,6 +383,21 @@ class TestWeightsFrom:
             make_trainer(tmp_path, [MemoryEfficientRestore(weights_from=tmp_path / "absent.pt")]).fit(module)
         assert not module._load_state_dict_pre_hooks
         make_trainer(tmp_path, [MemoryEfficientRestore()], max_steps=1).fit(module)
+
+
+@pytest.mark.skipif(not hasattr(L.pytorch.callbacks, "WeightAveraging"), reason="Lightning 2.5 has no such callback")
+@pytest.mark.parametrize("way", ["weights_from", "restore"])
+@pytest.mark.parametrize("first", [True, False])
+def test_averages_begin_with_the_weights(path: Path, tmp_path: Path, way: str, first: bool) -> None:
+    average = L.pytorch.callbacks.WeightAveraging(use_buffers=True)
+    average.should_update = lambda *_, **__: False
+    restore = MemoryEfficientRestore(**({"weights_from": path} if way == "weights_from" else {"restore": ["weights"]}))
+    trainer = make_trainer(tmp_path, [restore, average] if first else [average, restore], max_steps=2)
+    trainer.fit(Scheduled(), ckpt_path=path if way == "restore" else None, **(TRUSTED if way == "restore" else {}))
+    trainer.save_checkpoint(tmp_path / "averaged.ckpt")
+    expected = torch.load(path, weights_only=False)["state_dict"]
+    found = torch.load(tmp_path / "averaged.ckpt", weights_only=False)["state_dict"]
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 class Configured(L.LightningModule):

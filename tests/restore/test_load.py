@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lightning_memload import (
     open_checkpoint,
     save_directory,
 )
-from lightning_memload.restore import RestoreSession
+from lightning_memload.restore import RestoreSession, weights
 from tests.checkpoint.files import as_bytes
 from tests.fresh_process import run_fresh
 
@@ -319,6 +320,68 @@ class TestModulesWithWaysOfTheirOwn:
         torch.save({"0.weight": torch.ones(2, 2)}, path)
         with pytest.raises(IncompatibleWeightsError, match=r"size mismatch for 0\.weight[\s\S]*Other weights"):
             load_weights(nn.Sequential(Versioned()), path)
+
+
+class Upgrades(nn.Module):
+    """Its hook sees what is in the file, and changes what it gets."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.way = way
+        self.register_load_state_dict_pre_hook(Upgrades.upgrade)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def upgrade(self: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        q, k = f"{prefix}q.weight", f"{prefix}k.weight"
+        if self.way == "swap":
+            state_dict[q], state_dict[k] = state_dict[k], state_dict[q]
+        elif self.way == "drop":
+            del state_dict[q]
+        elif self.way == "keep":
+            state_dict[q] = self.q.weight.detach().clone()
+        elif self.way == "in place":
+            state_dict[q].mul_(2)
+        elif self.way == "transpose":
+            state_dict[q] = state_dict[q].t()
+        elif self.way == "numpy":
+            state_dict[q] = torch.from_numpy(state_dict[q].numpy() * 2)
+
+
+@pytest.mark.parametrize("way", ["swap", "drop", "keep", "in place", "transpose", "numpy"])
+@pytest.mark.parametrize("mode", ["copy", "assign"])
+def test_hooks_of_submodules_see_the_file(tmp_path: Path, way: str, mode: Any) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(nn.Sequential(nn.Linear(3, 3), Upgrades("none")).state_dict(), path)
+    expected = nn.Sequential(nn.Linear(3, 3), Upgrades(way))
+    module = nn.Sequential(nn.Linear(3, 3), Upgrades(way))
+    with torch.no_grad():
+        for ours, theirs in zip(module.parameters(), expected.parameters(), strict=True):
+            ours.copy_(theirs)
+    expected.load_state_dict(torch.load(path), strict=way != "drop")
+    load_weights(module, path, strict=way != "drop", mode=mode)
+    assert_equal(module, expected)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_each_submodule_looks_at_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool) -> None:
+    """What torch copies takes no longer for its being watched: one look at the whole module, not one for each child."""
+    looks: list[nn.Module] = []
+
+    class Sharing(weights._Sharing):
+        def __init__(self, module: nn.Module, targets: Any) -> None:
+            looks.append(module)
+            super().__init__(module, targets)
+
+    monkeypatch.setattr(weights, "_Sharing", Sharing)
+    path = tmp_path / "weights.pt"
+    module = nn.Sequential(*(nn.Linear(2, 2) for _ in range(50)))
+    torch.save(module.state_dict(), path, _use_new_zipfile_serialization=not legacy)
+    with warnings.catch_warnings():
+        if legacy:
+            warnings.simplefilter("ignore")
+        load_weights(nn.Sequential(*(nn.Linear(2, 2) for _ in range(50))), path)
+    assert len(looks) == (0 if legacy else 1)
 
 
 def test_in_inference_mode(path: Path) -> None:

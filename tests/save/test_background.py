@@ -183,7 +183,18 @@ def test_what_shares_memory_with_a_buffer_or_is_not_torchs_is_nobodys() -> None:
     weight, optimizer = make_optimizer(torch.optim.Adam)
     step(weight, optimizer, [])
     assert len(tensors_of_optimizers([optimizer, object()])) == 4
-    assert len(tensors_of_optimizers([optimizer], buffers=[weight.detach()[5:]])) == 3
+    module = torch.nn.Module()
+    module.register_buffer("view", weight.detach()[5:])
+    assert len(tensors_of_optimizers([optimizer], [module])) == 3
+
+
+def test_what_no_step_changes_or_a_forward_pass_does_is_nobodys() -> None:
+    student, teacher = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3).requires_grad_(False)
+    bounded, free = torch.nn.Embedding(4, 3, max_norm=1.0), torch.nn.Embedding(4, 3)
+    modules = [student, teacher, bounded, free]
+    optimizer = torch.optim.SGD([parameter for module in modules for parameter in module.parameters()])
+    found = tensors_of_optimizers([optimizer], modules)
+    assert {*map(id, found)} == {*map(id, (student.weight, student.bias, free.weight))}
 
 
 def test_a_change_outside_a_step_is_no_checkpoint(path: Path, disk: Disk) -> None:
