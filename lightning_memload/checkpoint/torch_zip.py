@@ -45,7 +45,10 @@ _ZIP_MAGIC = b"PK\x03\x04"
 # Reading a pickle takes time and memory in proportion to it: some 10 us and 100 bytes for each tensor.
 _MAX_PICKLE_BYTES = 2 << 30
 _MAX_ORDER_BYTES = 64
-_LOCAL_HEADER = struct.Struct("<4s22xHH")
+_LOCAL_HEADER = struct.Struct("<4s4xH16xHH")
+# What torch's messages have in common (2.6 to 2.13).
+_NOT_HANDED_OVER = "Callable map_location not supported"
+_ZIP_READER = ("PytorchStreamReader", "inline_container", "hasRecord")
 
 
 class TorchZip:
@@ -189,7 +192,8 @@ def load_onto(
         stubs: Keys of the storages that the zip file has only a stub of, see :func:`walk_pickle`.
 
     Raises:
-        CheckpointFormatError: The file changed since the index was read.
+        CheckpointFormatError: The file changed since the index was read, or torch finds it damaged.
+        UnmappableCheckpoint: A tensor is of a subclass whose storage torch gives to nobody.
         InsufficientMemoryError: See :class:`TorchZip`, as for all others.
     """
     handover: Any = _Handover(index, mapping, stubs)
@@ -199,7 +203,19 @@ def load_onto(
         with _without_reading(index, file) as mmap:
             return torch.load(path, map_location=handover, weights_only=weights_only, mmap=mmap)
     except Exception as error:
-        if isinstance(error, MemloadError) or os.fstat(descriptor).st_size == file.size_bytes:
+        if isinstance(error, MemloadError):
+            raise
+        if os.fstat(descriptor).st_size == file.size_bytes:
+            if _NOT_HANDED_OVER in str(error):
+                raise UnmappableCheckpoint(
+                    f"{file.name} holds a tensor of a subclass that torch builds in the ordinary way only.",
+                    path=file.name,
+                ) from error
+            if any(word in str(error) for word in _ZIP_READER):
+                raise CheckpointFormatError(
+                    f"{file.name} is damaged: {str(error).partition(chr(10))[0]}. Resume from another checkpoint.",
+                    path=file.name,
+                ) from error
             raise
         raise CheckpointFormatError(
             f"{file.name} had {file.size_bytes} bytes, and {os.fstat(descriptor).st_size} while it was loaded: it was "
@@ -291,12 +307,6 @@ def _read_entries(file: LocalFile | FilePart) -> list[zipfile.ZipInfo]:
 
 def _locate(file: LocalFile | FilePart, entry: zipfile.ZipInfo) -> Record:
     """Where the data of a record is."""
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise UnmappableCheckpoint(
-            f"{file.name} holds its record {entry.filename!r} compressed, so its tensors are not in the file as "
-            "they are.",
-            path=file.name,
-        )
     in_file = 0 <= entry.header_offset < file.size_bytes
     header = file.pread(_LOCAL_HEADER.size, entry.header_offset) if in_file else b""
     if len(header) < _LOCAL_HEADER.size or not header.startswith(_ZIP_MAGIC):
@@ -305,7 +315,19 @@ def _locate(file: LocalFile | FilePart, entry: zipfile.ZipInfo) -> Record:
             "record starts there. The file is damaged.",
             path=file.name,
         )
-    _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+    _, method, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+    if entry.compress_type != method:
+        raise CheckpointFormatError(
+            f"{file.name} is damaged: of record {entry.filename!r} the directory has compression "
+            f"{entry.compress_type}, but the bytes at {entry.header_offset}, beside its data, have {method}.",
+            path=file.name,
+        )
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise UnmappableCheckpoint(
+            f"{file.name} holds its record {entry.filename!r} compressed, so its tensors are not in the file as "
+            "they are.",
+            path=file.name,
+        )
     offset = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
     if entry.compress_size != entry.file_size:
         raise CheckpointFormatError(

@@ -6,6 +6,7 @@ Needs no Lightning and no GPU, runs no code from a checkpoint, and reads no more
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         verb.add_arguments(verb_parser)
     parsed = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # A name that the terminal has no letters for is no damage.
     try:
         return int(_VERBS[parsed.verb].run(parsed))
     except (MemloadError, OSError) as error:

@@ -89,6 +89,7 @@ class RestoreSession:
         self._to_free: list[torch.Tensor] = []
         # What pages_of gave away: start and end of each range, in order.
         self._pages: FileMapping | None = None
+        self._is_full = False
         self._given: list[tuple[int, int]] = []
         names: dict[str, str] = {}
         for tensor in checkpoint.index:
@@ -192,14 +193,16 @@ class RestoreSession:
         neighbours = self._given[max(0, position - 1) : position + 1]
         if any(other_start < end and start < other_end for other_start, other_end in neighbours):
             return None
-        if self._pages is None:
+        if self._pages is None and not self._is_full:
             try:
                 self._pages = FileMapping(self.checkpoint.source)
             except OSError as error:
                 if error.errno != errno.ENOMEM:
                     raise
                 # A second mapping of tens of thousands of files is more than Linux gives a process: they are copied.
-                return None
+                self._is_full = True
+        if self._pages is None:
+            return None
         self._given.insert(position, (start, end))
         storage = self._pages.storage(start, end - start)
         return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(storage, 0, tensor.shape, tensor.stride())

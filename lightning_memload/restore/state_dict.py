@@ -28,16 +28,18 @@ def find_state_dict(loaded: Any, path: str | os.PathLike[str], key: str | None =
     Args:
         loaded: The checkpoint.
         path: What to call it in messages.
-        key: Keys from the root to the state dict, joined by dots. ``None``: the checkpoint itself if it holds tensors
-            by name, else what it has under one of the usual keys.
+        key: Keys from the root to the state dict, joined by dots. ``None``: what the checkpoint has under one of the
+            usual keys, else itself if it holds tensors by name.
 
     Raises:
         CheckpointFormatError: There is none there.
     """
     if key is None:
-        candidates = [loaded]
-        if isinstance(loaded, Mapping):
-            candidates += [loaded[name] for name in _STATE_DICT_KEYS if name in loaded]
+        # Tensors beside it (the best accuracy) make no state dict of the checkpoint.
+        candidates = (
+            [loaded[name] for name in _STATE_DICT_KEYS if name in loaded] if isinstance(loaded, Mapping) else []
+        )
+        candidates.append(loaded)
         found = next((candidate for candidate in candidates if _is_state_dict(candidate)), None)
     else:
         found = loaded

@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -57,6 +58,7 @@ class Replacement:
 
     Raises:
         IsADirectoryError: A file is to replace a directory.
+        FileExistsError: ``path`` is a device, a pipe or a socket, which nobody wants replaced.
         OSError: There is no directory to write to, or writing to it is not allowed.
     """
 
@@ -64,6 +66,8 @@ class Replacement:
         self._may_exchange = is_directory or over_directory
         if not self._may_exchange and os.path.isdir(path) and not os.path.islink(path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if _is_special(path):
+            raise FileExistsError(errno.EEXIST, "A device, a pipe or a socket is not replaced", path)
         self.path = path
         self.is_committed = False
         self._parent = os.path.dirname(path) or "."
@@ -105,6 +109,14 @@ class Replacement:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _is_special(path: str) -> bool:
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))
 
 
 def remove_leftovers(directory: str) -> None:

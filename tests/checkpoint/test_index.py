@@ -276,6 +276,14 @@ class TestNotMappable:
         with pytest.raises(UnmappableCheckpoint, match="none of the known formats"):
             open_checkpoint(path)
 
+    def test_what_only_the_directory_calls_compressed_is_damaged(self, path: Path) -> None:
+        torch.save({"weight": torch.ones(3)}, path)
+        data = bytearray(path.read_bytes())
+        data[data.index(b"PK\x01\x02") + 10] ^= 8
+        path.write_bytes(data)
+        with pytest.raises(CheckpointFormatError, match="the directory has compression 8"):
+            open_checkpoint(path)
+
     def test_compressed(self, tmp_path: Path, path: Path) -> None:
         (tmp_path / "plain").write_bytes(save_bytes(nested()))
         with zipfile.ZipFile(tmp_path / "plain") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:

@@ -123,3 +123,16 @@ main(["inspect", ARGS["path"]])
 RESULT = [name for name in ("lightning", "pytorch_lightning", "lightning_fabric") if name in sys.modules]
 """
     assert run_fresh(program, path=folder / "sound.ckpt").result == []
+
+
+def test_a_name_that_the_output_has_no_letters_for(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(3)}, tmp_path / "名.pt")
+    for verb in ("verify", "inspect"):
+        done = subprocess.run(
+            [sys.executable, "-m", "lightning_memload", verb, str(tmp_path / "名.pt")],
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert r"\u540d.pt" in done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import warnings
 from pathlib import Path
@@ -24,7 +25,7 @@ from lightning_memload import (
     open_checkpoint,
     save_directory,
 )
-from lightning_memload.restore import RestoreSession, weights
+from lightning_memload.restore import RestoreSession, session, weights
 from tests.checkpoint.files import as_bytes
 from tests.fresh_process import run_fresh
 
@@ -110,6 +111,10 @@ class TestWhere:
         load_weights(module, path)
         assert_equal(module, saved)
 
+    def test_tensors_beside_it_make_no_state_dict_of_the_checkpoint(self, path: Path) -> None:
+        torch.save({"state_dict": Net().state_dict(), "best_acc1": torch.tensor(0.7), "epoch": 3}, path)
+        assert load_weights(Net(), path) == ([], [])
+
     @pytest.mark.parametrize("key", ["ema.params", "a.b"])
     def test_by_key(self, path: Path, key: str) -> None:
         saved = Net()
@@ -135,6 +140,15 @@ class TestWhere:
         torch.save(torch.ones(3), path)
         with pytest.raises(CheckpointFormatError, match=r"No state dict is found.*a Tensor"):
             load_weights(Net(), path)
+
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+    def test_a_subclass_that_torch_builds_by_itself(self, path: Path) -> None:
+        expected, module = Net(), Net()
+        masked = torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False]))
+        torch.save({"state_dict": expected.state_dict(), "masked": masked}, path)
+        with pytest.warns(UserWarning, match="subclass that torch builds in the ordinary way only"):
+            load_weights(module, path, weights_only=False)
+        assert_equal(module, expected)
 
     def test_a_legacy_file_is_loaded_with_a_warning(self, path: Path) -> None:
         saved = Net()
@@ -418,6 +432,21 @@ class TestParts:
         assert set(keys.missing_keys) == {"head.weight", "head.bias", "body.2.running_mean", "body.2.running_var"}
         assert torch.equal(module.head.weight, head.weight)
         assert torch.equal(module.body[1].weight, saved.body[1].weight)
+
+    def test_assign_copies_what_cannot_be_mapped_twice(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Linux maps some 65,000 files in a process, and a directory may have half of that."""
+        tries: list[object] = []
+
+        def refuse(source: object) -> None:
+            tries.append(source)
+            raise OSError(errno.ENOMEM, "cannot map")
+
+        monkeypatch.setattr(session, "FileMapping", refuse)
+        expected, module = Net(), Net()
+        torch.save(expected.state_dict(), path)
+        load_weights(module, path, mode="assign")
+        assert_equal(module, expected)
+        assert len(tries) == 1
 
     def test_assign_reads_nothing(self, path: Path, read: list[int]) -> None:
         torch.save(Net().state_dict(), path)

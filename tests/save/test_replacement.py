@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,20 @@ def test_a_link_is_replaced_and_its_target_stays(tmp_path: Path) -> None:
     write(tmp_path / "last", b"last")
     assert not (tmp_path / "last").is_symlink()
     assert (tmp_path / "best").read_bytes() == b"best"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))])
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path: Path, make: Callable[[str], None]) -> None:
+    path = str(tmp_path / "special")
+    try:
+        make(path)
+    except OSError as error:
+        pytest.skip(f"none can be made here: {error}")
+    before = os.stat(path)
+    with pytest.raises(FileExistsError):
+        Replacement(path)
+    assert os.stat(path) == before
+    assert os.listdir(tmp_path) == ["special"]
 
 
 def test_a_directory_is_not_replaced(tmp_path: Path) -> None:
