@@ -48,8 +48,10 @@ def load_from_checkpoint(
 ) -> Module:
     """Builds a LightningModule from a checkpoint, as ``LightningModule.load_from_checkpoint`` does.
 
-    The module is built under :func:`meta_init`, so it takes no memory before its weights are there; ``configure_model``
-    and ``on_load_checkpoint`` are called as always; optimizer states are never read.
+    The module is built under :func:`meta_init`, so it takes no memory before its weights are there, and what needs
+    values while it is built is built again in memory, with a warning; ``configure_model`` and ``on_load_checkpoint``
+    are called as always; optimizer states are never read. Layers that the file lacks get the initial values of their
+    own ``reset_parameters``, whatever the module's constructor does to them afterwards.
 
     Args:
         cls: The class to build.
@@ -92,23 +94,30 @@ def load_from_checkpoint(
         if "pytorch-lightning_version" in checkpoint:
             checkpoint = _pl_migrate_checkpoint(checkpoint, os.fspath(path))
         checkpoint.setdefault(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(overrides)
-        with meta_init():
-            module = _build(cls, checkpoint, overrides)
-            if strict is not None and module._strict_loading is not None and strict != module.strict_loading:
-                raise ValueError(
-                    f"load_from_checkpoint(strict={strict}) contradicts {type(module).__name__}.strict_loading="
-                    f"{module.strict_loading}. Set the same value for both."
-                )
-            module.configure_model()
+        module = _build_whole(cls, checkpoint, overrides)
+        if strict is not None and module._strict_loading is not None and strict != module.strict_loading:
+            raise ValueError(
+                f"load_from_checkpoint(strict={strict}) contradicts {type(module).__name__}.strict_loading="
+                f"{module.strict_loading}. Set the same value for both."
+            )
         module.on_load_checkpoint(checkpoint)
         weights = WeightsSource(os.fspath(path), strict=module.strict_loading if strict is None else strict)
         keys = weights.stream(checkpoint["state_dict"], module, session, assign=options.assigns)
         del checkpoint  # what is referred to when the session ends is copied
     if keys.missing_keys:
-        rank_zero_warn(f"{path} lacks keys of the module, which got initial values: {keys.missing_keys}")
+        rank_zero_warn(
+            f"{path} lacks keys of the module, which got the initial values of their layers: {keys.missing_keys}"
+        )
     if keys.unexpected_keys:
         rank_zero_warn(f"{path} has keys that the module lacks: {keys.unexpected_keys}")
     return module.to(session.device)
+
+
+@meta_init()
+def _build_whole(cls: type[Module], checkpoint: dict[str, Any], overrides: dict[str, Any]) -> Module:
+    module = _build(cls, checkpoint, overrides)
+    module.configure_model()
+    return module
 
 
 def _build(cls: type[Module], checkpoint: dict[str, Any], overrides: dict[str, Any]) -> Module:

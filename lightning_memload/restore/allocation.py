@@ -6,14 +6,15 @@ contents of an object. The values come from elsewhere: a checkpoint, or the modu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
 from lightning_memload.errors import MetaTensorError
 
-__all__ = ["empty_on", "materialize", "meta_names", "replace_data"]
+__all__ = ["empty_on", "materialize", "meta_names", "replace_data", "without_weak_references"]
 
 
 def replace_data(tensor: torch.Tensor, new: torch.Tensor, *, name: str) -> torch.Tensor:
@@ -51,6 +52,24 @@ def replace_data(tensor: torch.Tensor, new: torch.Tensor, *, name: str) -> torch
         if value:
             setattr(tensor, key, value)
     return new.detach()
+
+
+@contextlib.contextmanager
+def without_weak_references(root: nn.Module) -> Iterator[None]:
+    """Lets recurrent layers that are on meta forget the weak references to their weights, and make them anew.
+
+    They keep such references to find out whether somebody put other weights in place (torch 2.13). What makes them has
+    no public name; torch's own ``_apply`` does the same.
+    """
+    layers = [module for module in root.modules() if isinstance(module, nn.RNNBase)]
+    layers = [layer for layer in layers if any(parameter.is_meta for parameter in layer.parameters())]
+    for layer in layers:
+        layer._flat_weight_refs = []
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._init_flat_weights()
 
 
 def meta_names(module: nn.Module) -> tuple[list[str], list[str]]:

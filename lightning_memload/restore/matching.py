@@ -137,7 +137,9 @@ def _incompatible(
     if unexpected:
         lines.append(f"  {len(unexpected)} unexpected: {listed(unexpected)}")
     done = "Other weights were loaded." if changed else "Nothing was changed."
-    lines.append(f"{done} Use rename= or strip_prefix= for other names, exclude= for new layers, or strict=False.")
+    # Shapes have to be the same whether strict or not.
+    advice = "Use rename= or strip_prefix= for other names, exclude= for new layers"
+    lines.append(f"{done} {advice}, or strict=False." if missing or unexpected else f"{done} {advice}.")
     return IncompatibleWeightsError(
         "\n".join(lines),
         path=path,

@@ -109,6 +109,17 @@ class meta_init:
                     exclude = (*exclude, error.module_class)
                     needed = ", ".join(error.names) or "a tensor on meta"
                     reasons.append(f"{error.module_class.__name__} needs the value of {needed}")
+                except RuntimeError as error:
+                    if not construction.took_memory:
+                        raise
+                    # torch refuses in words of its own what cannot be done without values, and does not say to whom.
+                    result = build(*args, **kwargs)
+                    warnings.warn(
+                        f"Built everything in memory, since under meta_init it fails: {type(error).__name__}: {error}. "
+                        "The restore fills it in place, as any module.",
+                        stacklevel=2,
+                    )
+                    return result
             if reasons:
                 excluded_bytes = sum(construction.excluded_bytes.values())
                 warnings.warn(
@@ -121,20 +132,51 @@ class meta_init:
         return built
 
 
+class _Active(threading.local):
+    """The constructions that are going on in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.constructions: list[_Construction] = []
+
+
+_ACTIVE = _Active()
+_HOOKS_LOCK = threading.Lock()
+
+
+@functools.cache
+def _install_hooks() -> None:
+    """Registers the hooks, once and for good: every thread that builds a module runs through torch's dict of them."""
+    register_module_parameter_registration_hook(_on_parameter)
+    register_module_buffer_registration_hook(_on_part)
+    register_module_module_registration_hook(_on_part)
+
+
+def _on_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    if _ACTIVE.constructions:
+        _ACTIVE.constructions[-1].on_parameter(module, name, parameter)
+
+
+def _on_part(module: nn.Module, name: str, part: object) -> None:
+    if _ACTIVE.constructions:
+        _ACTIVE.constructions[-1].on_part(module, name, part)
+
+
 @contextlib.contextmanager
 def _construct_on_meta(construction: _Construction) -> Iterator[None]:
-    with contextlib.ExitStack() as hooks:
-        for handle in (
-            register_module_parameter_registration_hook(construction.on_parameter),
-            register_module_buffer_registration_hook(construction.on_part),
-            register_module_module_registration_hook(construction.on_part),
-        ):
-            hooks.callback(handle.remove)
-        # Weak references to a tensor forbid to give it memory later.
-        hooks.callback(construction.forget)
+    with _HOOKS_LOCK:
+        _install_hooks()
+    outer = _ACTIVE.constructions[-1] if _ACTIVE.constructions else None
+    _ACTIVE.constructions.append(construction)
+    try:
         with construction:
             yield
         construction.check()
+        if outer is not None:
+            outer.adopt(construction)
+    finally:
+        _ACTIVE.constructions.pop()
+        # Weak references to a tensor forbid to give it memory later.
+        construction.forget()
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,20 +228,20 @@ class _Construction(TorchFunctionMode):
 
     def __init__(self, exclude: tuple[type[nn.Module], ...]) -> None:
         super().__init__()
-        self._thread = threading.get_ident()
-        self._exclude = exclude
+        # One within another one builds in memory what either is to.
+        outer = _ACTIVE.constructions[-1]._exclude if _ACTIVE.constructions else ()
+        self._exclude: tuple[type[nn.Module], ...] = (*outer, *exclude)
         self._origins: dict[int, tuple[weakref.ref[torch.Tensor], _Origin]] = {}
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
         # The memory that each parameter had. A storage that is referred to weakly keeps its identity for itself.
         self._storages: dict[int, StorageWeakRef] = {}
         self._registering = False
+        self.took_memory = False
         # By identity: a tied parameter is registered twice. What the excluded classes cost.
         self.excluded_bytes: dict[int, int] = {}
 
     def on_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         """Takes a parameter its memory when it is registered. It stays the same object."""
-        if threading.get_ident() != self._thread:
-            return
         self.on_part(module, name, parameter)
         if type(parameter) is not nn.Parameter or self._origin(parameter) is not None:
             return
@@ -221,6 +263,7 @@ class _Construction(TorchFunctionMode):
             self.excluded_bytes[id(parameter)] = parameter.nbytes
             return False
         self._storages[id(parameter)] = StorageWeakRef(parameter.untyped_storage())
+        self.took_memory = True
         empty = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
         try:
             replace_data(parameter, empty, name="")
@@ -231,8 +274,14 @@ class _Construction(TorchFunctionMode):
 
     def on_part(self, module: nn.Module, name: str, part: object) -> None:
         """Remembers a module, for :meth:`check`."""
-        if threading.get_ident() == self._thread:
-            self._modules[id(module)] = weakref.ref(module)
+        self._modules[id(module)] = weakref.ref(module)
+
+    def adopt(self, inner: _Construction) -> None:
+        """Goes on with what was built in a construction within this one."""
+        self._origins |= inner._origins
+        self._modules |= inner._modules
+        self._storages |= inner._storages
+        self.excluded_bytes |= inner.excluded_bytes
 
     def forget(self) -> None:
         """Ends all references."""
@@ -309,7 +358,7 @@ class _Construction(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._registering:
+        if self._registering or self is not _ACTIVE.constructions[-1]:
             return func(*args, **kwargs)
         on_meta = [tensor for tensor in _tensors((*args, *kwargs.values())) if tensor.is_meta]
         if not on_meta:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lightning_memload.checkpoint import ChunkedTensor, span_bytes
-from lightning_memload.restore.allocation import empty_on, materialize, replace_data
+from lightning_memload.restore.allocation import empty_on, materialize, replace_data, without_weak_references
 from lightning_memload.restore.session import Move, RestoreSession
 
 __all__ = ["WeightsRestore"]
@@ -152,7 +152,8 @@ class WeightsRestore:
         # Only now, when everything has arrived, does the module change.
         replacements |= assign
         filled = [targets[-1] for targets in by_tensor.values() if targets[-1].key in replacements]
-        old = [replace_data(target.tensor, replacements[target.key], name=target.key) for target in filled]
+        with without_weak_references(module):
+            old = [replace_data(target.tensor, replacements[target.key], name=target.key) for target in filled]
         session.free_at_end(old)
         self.assigned_bytes += sum(pages.nbytes for pages in assign.values())
         done = {target.key for target in stream} | assign.keys()

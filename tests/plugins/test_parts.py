@@ -400,6 +400,12 @@ def test_averages_begin_with_the_weights(path: Path, tmp_path: Path, way: str, f
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+class NeedsValues(TinyModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = next(self.parameters()).sum().item()
+
+
 class Configured(L.LightningModule):
     """Hyperparameters, a layer of configure_model, and a hook."""
 
@@ -448,6 +454,13 @@ class TestLoadFromCheckpoint:
         assert torch.equal(ours.table, torch.arange(3.0))
         assert all(parameter.requires_grad for parameter in ours.parameters())
 
+    def test_what_needs_values_is_built_in_memory(self, tmp_path: Path) -> None:
+        path = write_checkpoint(Case(NeedsValues), tmp_path)
+        expected = torch.load(path, weights_only=False)["state_dict"]
+        with pytest.warns(UserWarning, match="NeedsValues needs the value"):
+            module = load_from_checkpoint(NeedsValues, path, weights_only=False)
+        assert_same(dict(expected), dict(module.state_dict()), "weights")
+
     def test_overrides(self, path: Path) -> None:
         activation = nn.ReLU()
         ours = load_from_checkpoint(Configured, path, activation=activation)
@@ -462,7 +475,7 @@ class TestLoadFromCheckpoint:
             assert len(load_from_checkpoint(Configured, path, depth=2, strict=False).layers) == 2
         with pytest.raises(TypeError, match=r"Configured\.__init__\(\) take no map_location, widht\. The device"):
             load_from_checkpoint(Configured, path, map_location="cpu", widht=3)
-        with pytest.warns(UserWarning, match=r"lacks keys of the module, which got initial values: \['layers\.3"):
+        with pytest.warns(UserWarning, match=r"lacks keys of the module, .* their layers: \['layers\.3"):
             deeper = load_from_checkpoint(Configured, path, depth=4, strict=False)
         assert deeper.layers[3].weight.std() > 0
 

@@ -398,6 +398,19 @@ def test_each_submodule_looks_at_itself_only(tmp_path: Path, monkeypatch: pytest
     assert len(looks) == (0 if legacy else 1)
 
 
+@pytest.mark.parametrize("mode", ["copy", "assign"])
+def test_recurrent_layers_on_meta(path: Path, mode: Any) -> None:
+    """Their weak references to their weights forbid to exchange these."""
+    expected, module = nn.LSTM(2, 3, num_layers=2), nn.LSTM(2, 3, num_layers=2).to("meta")
+    parameters = list(module.parameters())
+    torch.save(expected.state_dict(), path)
+    load_weights(module, path, device="cpu", mode=mode)
+    inputs = torch.randn(4, 1, 2)
+    assert torch.equal(module(inputs)[0], expected(inputs)[0])
+    assert all(ours is theirs for ours, theirs in zip(module._flat_weights, module.parameters(), strict=True))
+    assert all(ours is theirs for ours, theirs in zip(parameters, module.parameters(), strict=True))
+
+
 def test_in_inference_mode(path: Path) -> None:
     torch.save(Net().state_dict(), path)
     with torch.inference_mode():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import threading
 import warnings
 import weakref
@@ -508,3 +509,102 @@ def test_hooks_on_parameters_stay(tmp_path: Path) -> None:
     module(torch.ones(1, 3)).sum().backward()
     assert calls == ["gradient", "accumulated"]
     assert not module.weight.grad.any()
+
+
+class _NeedsValues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.scale = self.layer.weight.sum().item()
+
+
+class _Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _NeedsValues()
+        self.outer = nn.Linear(2, 2)
+
+
+class TestWithinOneAnother:
+    def check(self, module: _Around) -> None:
+        assert not module.inner.layer.weight.is_meta
+        assert module.outer.weight.is_meta
+
+    def test_either_says_what_is_built_in_memory(self) -> None:
+        with meta_init():
+            with meta_init(exclude=(_NeedsValues,)):
+                self.check(_Around())
+            assert nn.Linear(2, 2).weight.is_meta
+        with meta_init(exclude=(_NeedsValues,)), meta_init():
+            self.check(_Around())
+
+    def test_the_decorator_finds_out_in_a_block_too(self) -> None:
+        with meta_init(), pytest.warns(UserWarning, match="_NeedsValues needs the value"):
+            self.check(meta_init()(_Around)())
+
+    def test_what_was_built_within_is_still_known(self) -> None:
+        module = nn.Module()
+
+        def build() -> None:
+            with meta_init():
+                module.inner = nn.Linear(2, 2)
+            module.total = module.inner.weight.sum()
+            module.outer = nn.Linear(2, 2)
+
+        with pytest.raises(MetaTensorError, match=r"Module.total \(from Linear.weight\)"), meta_init():
+            build()
+
+
+def test_threads_build_beside_one_another() -> None:
+    """torch runs through its hooks at every registration, in every thread."""
+    failures: list[BaseException] = []
+
+    def build() -> None:
+        try:
+            for _ in range(50):
+                with meta_init():
+                    on_meta = nn.ParameterList([nn.Parameter(torch.zeros(2)) for _ in range(20)])
+                assert all(parameter.is_meta for parameter in on_meta)
+                assert not nn.Linear(2, 2).weight.is_meta
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=build) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+class _SavesItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        torch.save(self.layer.state_dict(), io.BytesIO())
+
+
+class _RunsBackward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.layer(torch.ones(1, 2)).sum().backward()
+
+
+class TestWhatTorchRefuses:
+    @pytest.mark.parametrize("kind", [_SavesItself, _RunsBackward])
+    def test_the_decorator_builds_it_in_memory(self, kind: type[Any]) -> None:
+        with pytest.warns(UserWarning, match="Built everything in memory, since under meta_init it fails"):
+            module = meta_init()(kind)()
+        assert not module.layer.weight.is_meta
+
+    def test_an_error_of_its_own_is_its_own(self) -> None:
+        calls: list[int] = []
+
+        def build() -> None:
+            calls.append(1)
+            raise RuntimeError("no such thing")
+
+        with pytest.raises(RuntimeError, match="no such thing"):
+            meta_init()(build)()
+        assert calls == [1]
