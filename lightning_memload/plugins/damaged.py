@@ -94,9 +94,11 @@ def _choose(path: str) -> str:
     if siblings.intact is None:
         return path
     more = f" (and {len(problems) - _MAX_LISTED} more problems)" if len(problems) > _MAX_LISTED else ""
+    known = f"{path} is damaged: "
+    found = " ".join(problems[:_MAX_LISTED]).removeprefix(known)
     rank_zero_warn(
-        f"{path} is damaged: {' '.join(problems[:_MAX_LISTED])}{more} Resuming from {siblings.intact} instead, the "
-        f"newest checkpoint beside it that is intact{_counted(siblings.damaged)}."
+        f"{known}{found}{more} Resuming from {siblings.intact} instead, the newest checkpoint beside it that is "
+        f"intact{_counted(siblings.damaged)}."
     )
     return siblings.intact
 
