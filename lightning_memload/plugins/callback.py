@@ -371,11 +371,11 @@ def _begin_averages(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     for callback in callbacks:
         average = getattr(callback, "_average_model", None)
         if isinstance(average, AveragedModel):
-            theirs = (*average.module.parameters(), *average.module.buffers())
-            ours = (*module.parameters(), *module.buffers())
+            copied = dict((*average.module.named_parameters(), *average.module.named_buffers()))
             with torch.no_grad():
-                for mine, value in zip(theirs, ours, strict=True):
-                    mine.copy_(value)
+                for name, value in (*module.named_parameters(), *module.named_buffers()):
+                    if name in copied:
+                        copied[name].copy_(value)
 
 
 def _meta_error(

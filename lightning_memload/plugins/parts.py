@@ -96,7 +96,8 @@ def take_parts(
 def _hooks_load(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
     """Whether somebody's ``on_load_checkpoint`` may yet supply what a checkpoint lacks."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    theirs = (callback for callback in callbacks if not type(callback).__module__.startswith("lightning"))
+    ours = ("lightning", "pytorch_lightning", "lightning_memload")
+    theirs = (callback for callback in callbacks if type(callback).__module__.partition(".")[0] not in ours)
     return is_overridden("on_load_checkpoint", module) or any(
         is_overridden("on_load_checkpoint", callback, parent=pl.Callback) for callback in theirs
     )
