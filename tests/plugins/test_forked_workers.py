@@ -29,13 +29,16 @@ class HeldByWorker(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         assert torch.utils.data.get_worker_info() is not None
-        opened = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_link(fd)]
+        opened = [_target(fd) for fd in os.listdir("/proc/self/fd")]
         held = self.path in opened or self.path in Path("/proc/self/maps").read_text()
         return torch.full((FEATURES,), float(held)), torch.zeros(FEATURES)
 
 
-def _is_link(fd: str) -> bool:
-    return os.path.islink(f"/proc/self/fd/{fd}")
+def _target(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:
+        return ""  # of the listing itself, or one that another thread has closed meanwhile
 
 
 class Looks(TinyModule):
