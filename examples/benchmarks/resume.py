@@ -47,7 +47,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from lightning_memload import MemoryEfficientRestore, meta_init
 from lightning_memload.memory import MemoryMonitor
-from lightning_memload.transfer import available_cpus, choose_layout
+from lightning_memload.transfer import choose_layout, default_threads
 
 VARIANTS = {
     "stock": "stock Lightning",
@@ -58,7 +58,7 @@ VARIANTS = {
     "callback-meta-init-unverified": "the same with verify=False",
     "callback-meta-init-cold": "the same with a cold page cache",
 }
-MAX_THREADS = 12
+COLD_THREADS = 12
 
 
 class ConfiguredGPT(GPT):
@@ -200,7 +200,7 @@ def batches() -> DataLoader[Any]:
 def ceilings(deliver: Deliver, options: argparse.Namespace) -> None:
     """Measure what the machine can do at best, and what the engine does, on the same file in the same process."""
     path = checkpoint_path(options)
-    layout = choose_layout(128 * MIB, min(MAX_THREADS, available_cpus()))
+    layout = choose_layout(128 * MIB, default_threads(torch.device("cuda")))
     found: dict[str, Any] = {"pread_warm_gb_per_second": {}, "engine_gb_per_second": {}}
     for threads in (1, 4, 8, 16):
         seconds = min(read_all(path, threads, 8 * MIB) for _ in range(2))
@@ -215,7 +215,7 @@ def ceilings(deliver: Deliver, options: argparse.Namespace) -> None:
         found["pread_cold_gb_per_second"] = []
         for _ in range(options.cold):
             evict(path)
-            seconds = read_all(path, MAX_THREADS, 8 * MIB, drop=True)
+            seconds = read_all(path, COLD_THREADS, 8 * MIB, drop=True)
             found["pread_cold_gb_per_second"].append(path.stat().st_size / seconds / 1e9)
     deliver(found)
 
