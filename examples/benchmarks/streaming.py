@@ -1,12 +1,13 @@
 """Measure the engine alone: a file from the page cache onto a device, with other threads, buffers and block sizes.
 
 For each layout of the staging ring: GB/s with and without checksums, and what the threads are at meanwhile, in percent
-of their time: reading, taking checksums, waiting for the copies from their buffer, submitting copies, recording the
-event that ends them. Each of these includes getting back the interpreter's lock. The rest is the interpreter. Beside
-that stand the machine's own limits: reading with several threads, and copying from page-locked memory.
+of their time. Those that read: reading, taking checksums; the rest is waiting for a buffer. The one that has buffers
+copied: submitting copies, recording the event that ends them, waiting for that event; the rest is waiting for a
+buffer too. Each of these includes getting back the interpreter's lock. Beside that stand the machine's own limits:
+reading with several threads, and copying from page-locked memory.
 
     python examples/benchmarks/streaming.py --device cuda
-    python examples/benchmarks/streaming.py --device cuda --layouts 12x12x10.5 8x16x2 --switch-interval 0.0005
+    python examples/benchmarks/streaming.py --device cuda --layouts 12x24x5.33 8x16x2 --switch-interval 0.0005
 """
 
 from __future__ import annotations
@@ -35,22 +36,25 @@ from lightning_memload.transfer import Record, RingLayout, StagingRing, TensorCo
 # Threads x buffers x MiB of a block. The first are 128 MiB; a smaller ring may stay in the processor's cache.
 LAYOUTS = {
     "cuda": (
-        "8x8x16",
         "8x16x8",
-        "12x12x10.5",
-        "14x14x9",
-        "16x16x8",
-        "12x24x5",
-        "12x12x5",
+        "10x16x8",
+        "12x16x8",
+        "12x20x6.4",
+        "12x24x5.33",
+        "14x20x6.4",
+        "14x28x4.57",
+        "16x24x5.33",
+        "16x32x4",
         "12x24x2.5",
         "8x16x2",
-        "8x8x8",
     ),
-    "cpu": ("1x1x16", "2x2x16", "4x4x16"),
+    "cpu": ("1x2x16", "2x4x16", "4x8x16"),
 }
 # Of the file: those of a transformer layer, in MiB.
 TENSORS = (30, 40, 40, 10, 0.006, 0.03)
-SHARES = ("read", "checksum", "wait", "copy", "record")
+# What each reading thread does, and what the calling thread does.
+SHARES = ("read", "checksum", "copy", "record", "wait")
+READING = SHARES[:2]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -100,11 +104,11 @@ def measure(path: Path, layout: RingLayout, options: argparse.Namespace) -> dict
     }
     with timed() as seconds:
         stream(path, layout, True, options.device)
-    whole = seconds.pop("whole") * layout.num_threads
+    whole = {share: seconds["whole"] * (layout.num_threads if share in READING else 1) for share in SHARES}
     return {
         "gb_per_second": rates[True],
         "unverified_gb_per_second": rates[False],
-        "percent": {share: 100 * seconds[share] / whole for share in SHARES},
+        "percent": {share: 100 * seconds[share] / whole[share] for share in SHARES},
     }
 
 
@@ -144,8 +148,8 @@ def timed() -> Iterator[Counter[str]]:
     with (
         mock.patch.object(LocalFile, "readv", take("read", LocalFile.readv)),
         mock.patch.object(checksums, "zlib_ng", checks),
-        mock.patch.object(engine._Slot, "wait", take("wait", engine._Slot.wait)),
-        mock.patch.object(engine._Slot, "mark", take("record", engine._Slot.mark)),
+        mock.patch.object(engine._Buffer, "wait", take("wait", engine._Buffer.wait)),
+        mock.patch.object(engine._Buffer, "mark", take("record", engine._Buffer.mark)),
         mock.patch.object(torch.Tensor, "copy_", take("copy", torch.Tensor.copy_)),
         mock.patch.object(engine._Transfer, "run", take("whole", engine._Transfer.run)),
     ):

@@ -28,7 +28,7 @@ __all__ = [
     "start_ring",
 ]
 
-# Beyond 16 MiB a block nothing is gained; below 8 MiB the interpreter's lock limits the transfer, not the disk
+# Beyond 16 MiB a block nothing is gained; below 4 MiB the interpreter's lock limits the transfer
 # (examples/benchmarks/streaming.py, one H100 with 16 cores).
 _MAX_BLOCK_BYTES = 16 << 20
 _MIN_BLOCK_BYTES = 256 << 10
@@ -84,12 +84,11 @@ def choose_layout(budget_bytes: int, num_threads: int) -> RingLayout:
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got {num_threads}.")
     num_threads = min(num_threads, budget_bytes // MIN_BUDGET_BYTES)
-    # Reading a block takes ten times as long as copying it to the device, so with several threads somebody is always
-    # reading, and fewer, larger blocks beat spare buffers.
-    num_buffers = max(2, num_threads)
+    # One to read into, and one that waits for its copy or is on its way.
+    num_buffers = 2 * num_threads
     # Whole pages, so that reads of neighbouring blocks do not share one.
     block_bytes = min(budget_bytes // num_buffers, _MAX_BLOCK_BYTES) // mmap.PAGESIZE * mmap.PAGESIZE
-    return RingLayout(num_threads, min(budget_bytes // block_bytes, 2 * num_threads), block_bytes)
+    return RingLayout(num_threads, num_buffers, block_bytes)
 
 
 class StagingRing:

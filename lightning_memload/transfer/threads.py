@@ -7,7 +7,6 @@ what they are at, and none outlives the call.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -46,29 +45,38 @@ def check_num_threads(num_threads: int | None) -> None:
         raise ValueError(f"num_threads must be at least 1, or None to choose, got {num_threads}.")
 
 
-def run_threads(work: Callable[[], None], num_threads: int, stop: threading.Event) -> None:
+def run_threads(
+    work: Callable[[], None],
+    num_threads: int,
+    stop: Callable[[], object],
+    *,
+    meanwhile: Callable[[], None] | None = None,
+) -> None:
     """Does the same work in several threads and returns when all of them have ended.
 
     Args:
-        work: Is called once in each thread. Must look at ``stop`` often.
+        work: Is called once in each thread.
         num_threads: How many.
-        stop: Is set when a thread has failed, and at the end.
+        stop: Makes ``work`` end soon, wherever it is. Called when a thread has failed, by that thread, and at the end.
+        meanwhile: Is called in this thread while the others work. Must end when they do.
 
     Raises:
-        BaseException: What the first of the failed threads raised.
+        BaseException: What ``meanwhile`` raised, or the first of the failed threads.
     """
 
     def work_or_stop() -> None:
         try:
             work()
         except BaseException:
-            stop.set()
+            stop()
             raise
 
     with ThreadPoolExecutor(num_threads, thread_name_prefix="memload") as pool:
-        futures = [pool.submit(work_or_stop) for _ in range(num_threads)]
         try:
+            futures = [pool.submit(work_or_stop) for _ in range(num_threads)]
+            if meanwhile is not None:
+                meanwhile()
             for future in futures:
                 future.result()
         finally:
-            stop.set()
+            stop()

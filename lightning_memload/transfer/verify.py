@@ -220,7 +220,7 @@ class _Verification:
             if self.num_threads == 1:
                 self._work(source)
                 return
-            run_threads(lambda: self._work(source), self.num_threads, self._stop)
+            run_threads(lambda: self._work(source), self.num_threads, self._stop.set)
         finally:
             source.close()
 

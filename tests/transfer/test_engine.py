@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lightning_memload.checkpoint import ByteSource, load_mapped
 from lightning_memload.errors import CheckpointReadError, ChecksumError
 from lightning_memload.transfer import Record, StagingRing, TensorCopy, TransferStats, choose_layout, transfer
-from lightning_memload.transfer.engine import _Transfer
+from lightning_memload.transfer.engine import _Buffer, _Transfer
 from tests.checkpoint.files import ALL_DTYPES, as_bytes, layouts, of_dtype
 from tests.fresh_process import run_fresh
 
@@ -112,6 +112,12 @@ def many(count: int, numel: int = 5000) -> tuple[bytes, list[TensorCopy], list[R
         )
         data += raw
     return bytes(data), copies, records
+
+
+def converted(count: int) -> tuple[Memory, list[TensorCopy]]:
+    """Copies that go through the staging ring, since their type changes."""
+    data, copies, _ = many(count)
+    return Memory(data), [TensorCopy(c.name, c.offset, c.dtype, c.stride, c.destination.double()) for c in copies]
 
 
 def assert_arrived(data: bytes, copies: Sequence[TensorCopy]) -> None:
@@ -266,8 +272,10 @@ class TestReading:
 
     @pytest.mark.parametrize("number", [0, 1, 5, 17])
     @pytest.mark.parametrize("threads", [1, 2, 8])
-    @pytest.mark.parametrize("converted", [False, True])
-    def test_a_failing_disk(self, number: int, threads: int, converted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("is_converted", [False, True])
+    def test_a_failing_disk(
+        self, number: int, threads: int, is_converted: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         running: list[_Transfer] = []
         run = _Transfer.run
         monkeypatch.setattr(_Transfer, "run", lambda self: running.append(self) or run(self))
@@ -276,11 +284,11 @@ class TestReading:
             if call == number:
                 raise OSError(errno.EIO, "Input/output error")
             # A read of memory is over before the thread that failed runs again: hold the others' until it has.
-            assert call < number or running[0]._stop.wait(20)
+            assert call < number or running[0]._stopped.wait(20)
 
         data, copies, _ = many(20)
-        if converted:
-            copies = [TensorCopy(c.name, c.offset, c.dtype, c.stride, c.destination.double()) for c in copies]
+        if is_converted:
+            _, copies = converted(20)
         source = Memory(data, fail=fail)
         with pytest.raises(
             CheckpointReadError, match=r"Reading tensor\d+ from memory\.ckpt failed at byte \d+: .*Input/output"
@@ -336,6 +344,34 @@ class TestReading:
         with pytest.raises(kind, match="stop"):
             move(source, copies, threads=3, budget=4 << 20, block=5000, on_progress=interrupt)
         assert source.calls <= 6
+
+    @pytest.mark.parametrize("failing", ["copy", "wait"])
+    def test_a_device_that_fails_ends_threads_that_wait_for_buffers(
+        self, failing: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(self: _Buffer) -> None:
+            raise RuntimeError("CUDA error")
+
+        # The buffers are never free, so all threads come to wait for one.
+        monkeypatch.setattr(_Buffer, "is_free", lambda self: False)
+        monkeypatch.setattr(_Buffer, "mark" if failing == "copy" else "wait", fail)
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            move(*converted(40), threads=3, budget=2 << 20, block=5000)
+
+    def test_a_thread_that_cannot_be_had_ends_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        started: list[threading.Thread] = []
+        start = threading.Thread.start
+
+        def refuse_the_third(thread: threading.Thread) -> None:
+            started.append(thread)
+            if len(started) == 3:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        source, copies = converted(40)
+        monkeypatch.setattr(threading.Thread, "start", refuse_the_third)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            move(source, copies, threads=3, budget=2 << 20, block=5000)
 
     @pytest.mark.parametrize(("threads", "block"), [(1, 1 << 20), (2, 4096)])
     def test_a_ring_that_is_too_small(self, threads: int, block: int) -> None:

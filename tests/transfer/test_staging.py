@@ -25,7 +25,7 @@ def test_never_above_the_budget(budget: int, threads: int) -> None:
     assert 1 <= layout.num_threads <= threads
     assert layout.block_bytes % mmap.PAGESIZE == 0
     assert layout.num_buffers * layout.block_bytes == layout.nbytes
-    assert layout.num_buffers >= max(2, layout.num_threads)
+    assert layout.num_buffers == 2 * layout.num_threads
     assert layout.nbytes > budget // 2 or layout.block_bytes == 16 * MIB
 
 
@@ -40,7 +40,7 @@ def test_what_cannot_work_is_refused(budget: int, threads: int, message: str) ->
 
 def test_defaults() -> None:
     layout = choose_layout(128 * MIB, 12)
-    assert layout.num_threads == layout.num_buffers == 12
+    assert (layout.num_threads, layout.num_buffers) == (12, 24)
     assert layout.nbytes > 127 * MIB
     assert choose_layout(MIN_BUDGET_BYTES, 8) == RingLayout(1, 2, MIN_BUDGET_BYTES // 2)
 
