@@ -11,14 +11,16 @@ JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import torch
@@ -159,9 +161,9 @@ def resume(deliver: Deliver, options: argparse.Namespace, variant: str) -> None:
         torch.zeros(1, device="cuda")  # the CUDA context is no part of a resume
     result: dict[str, Any] = {}
     started = time.perf_counter()
-    with meta_init("meta-init" in variant):
+    with meta_init("meta-init" in variant), drawn_as_zeros(options.skip_init):
         model = (ConfiguredGPT if "configure-model" in variant else GPT)(options.size)
-    result["build_seconds"] = time.perf_counter() - started
+    result["build_seconds"] = None if options.skip_init else time.perf_counter() - started
     restore = None
     if variant.startswith("callback"):
         restore = MemoryEfficientRestore(verify="unverified" not in variant)
@@ -172,6 +174,20 @@ def resume(deliver: Deliver, options: argparse.Namespace, variant: str) -> None:
     monitor.start()
     stop.started = time.perf_counter()
     trainer.fit(model, data, ckpt_path=checkpoint_path(options))
+
+
+@contextlib.contextmanager
+def drawn_as_zeros(enabled: bool) -> Iterator[None]:
+    """Within, layers draw no random numbers. They have their memory, which a restore fills with other values."""
+
+    def zero(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.nn.init.zeros_(tensor)
+
+    names = ("normal_", "kaiming_uniform_", "uniform_") if enabled else ()
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(torch.nn.init, name, zero))
+        yield
 
 
 def make_trainer(options: argparse.Namespace, callbacks: list[L.Callback], **arguments: Any) -> L.Trainer:
@@ -297,6 +313,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[v for v in VARIANTS if "cold" not in v])
     parser.add_argument("--data", type=Path, default=Path("runs/benchmark"), help="where the checkpoint is kept")
     parser.add_argument("--cold", type=int, default=0, help="how often to measure with a cold page cache too")
+    parser.add_argument("--skip-init", action="store_true", help="draw no weights that the restore overwrites anyway")
     parser.add_argument("--output", type=Path, help="write everything to this JSON file")
     return parser.parse_args(arguments)
 

@@ -226,12 +226,12 @@ class Records:
         self._layout: RingLayout | None = None
         if any(content.nbytes for content in on_devices):
             # A small checkpoint needs no more buffers than it has bytes.
-            device_bytes = max(sum(content.nbytes for content in on_devices), num_threads * MIN_BUDGET_BYTES)
+            device_bytes = max(sum(content.nbytes for content in on_devices), MIN_BUDGET_BYTES)
             self._layout = choose_layout(min(host_budget_bytes, device_bytes), num_threads)
         devices = {content.storage.device for content in on_devices if content.storage.device.type == "cuda"}
         # The values may still be in the making on the stream of this thread; another one may write them.
         self._made = {device: torch.cuda.current_stream(device).record_event() for device in devices}
-        self.num_threads = self._layout.num_threads if self._layout else num_threads
+        self.num_threads = num_threads
         self.staging_bytes = self._layout.nbytes if self._layout else 0
 
     def write(self, target: Target, order: Order | None = None) -> list[int]:

@@ -31,9 +31,9 @@ __all__ = [
 # Beyond 16 MiB a block nothing is gained; below 4 MiB the interpreter's lock limits the transfer
 # (examples/benchmarks/streaming.py, one H100 with 16 cores).
 _MAX_BLOCK_BYTES = 16 << 20
-_MIN_BLOCK_BYTES = 256 << 10
-# A thread needs one buffer to read into, and some buffers are on their way to the device.
-MIN_BUDGET_BYTES = 2 * _MIN_BLOCK_BYTES
+# With less for each thread, fewer threads are faster.
+_THREAD_BUDGET_BYTES = 2 << 20
+MIN_BUDGET_BYTES = 512 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def choose_layout(budget_bytes: int, num_threads: int) -> RingLayout:
         raise ValueError(f"The host budget is {budget_bytes} bytes; at least {MIN_BUDGET_BYTES} bytes are needed.")
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got {num_threads}.")
-    num_threads = min(num_threads, budget_bytes // MIN_BUDGET_BYTES)
+    num_threads = max(1, min(num_threads, budget_bytes // _THREAD_BUDGET_BYTES))
     # One to read into, and one that waits for its copy or is on its way.
     num_buffers = 2 * num_threads
     # Whole pages, so that reads of neighbouring blocks do not share one.

@@ -42,6 +42,7 @@ def test_defaults() -> None:
     layout = choose_layout(128 * MIB, 12)
     assert (layout.num_threads, layout.num_buffers) == (12, 24)
     assert layout.nbytes > 127 * MIB
+    assert choose_layout(8 * MIB, 12) == RingLayout(4, 8, MIB)  # fewer threads before blocks get small
     assert choose_layout(MIN_BUDGET_BYTES, 8) == RingLayout(1, 2, MIN_BUDGET_BYTES // 2)
 
 
