@@ -15,7 +15,7 @@ from typing import Any
 import frozen
 import save
 import weight_loading
-from common import GIB, number
+from common import GIB, median, number
 from resume import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -58,26 +58,43 @@ def render_resume(result: dict[str, Any]) -> str:
     versions = result["versions"]
     stock = result["variants"]["stock"]
     size = f"{result['checkpoint_bytes'] / 1e9:.2f} GB"
+    repetitions = str(stock["repetitions"])
+    if any(variant.endswith("-cold") for variant in result["variants"]):
+        repetitions += ", once with a cold one"
     software = f"torch {versions['torch']}, Lightning {versions['lightning']}"
     lines = [
         f"**{result['size']} with AdamW, a checkpoint of {size} in a warm page cache.** "
-        f"{place(result)}, {software}; median of {stock['repetitions']}. All ways gave the same bits: "
+        f"{place(result)}, {software}; median of {repetitions}. All ways gave the same bits: "
         f"{'yes' if result['equal'] else 'no'}.",
         "",
-        "| | `fit()` to training, s | times faster | host memory above start, GiB | GPU peak, GiB |",
-        "|---|---:|---:|---:|---:|",
+        "| | `fit()` to training, s | times faster | host memory above start, GiB | GPU peak, GiB | streaming, GB/s |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
-    for variant, row in result["variants"].items():
+    for variant in [variant for variant in VARIANTS if variant in result["variants"]]:
+        row = result["variants"][variant]
         cells = [
             VARIANTS[variant],
             number(row["seconds"], 1),
-            f"{stock['seconds'] / row['seconds']:.1f}",
+            # The stock way was measured with a warm cache only.
+            "-" if variant.endswith("-cold") else f"{stock['seconds'] / row['seconds']:.1f}",
             number(row["host_above_start_bytes"], GIB),
             number(row["cuda_allocated_peak_bytes"], GIB),
+            number(row["streaming_gb_per_second"], 1),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines.extend(["", f"`{result['command']}`"])
+    lines.extend(["", f"This machine at its best, GB/s: {at_best(result['ceilings'])}.", "", f"`{result['command']}`"])
     return "\n".join(lines)
+
+
+def at_best(ceilings: dict[str, Any]) -> str:
+    """Say what the machine can do at best."""
+    threads, rate = max(ceilings["pread_warm_gb_per_second"].items(), key=lambda item: item[1])
+    found = [f"reading the page cache with {threads} threads {rate:.1f}"]
+    if "pinned_copy_gb_per_second" in ceilings:
+        found.append(f"copying from page-locked memory to the GPU {ceilings['pinned_copy_gb_per_second']:.1f}")
+    if ceilings.get("pread_cold_gb_per_second"):
+        found.append(f"reading a cold file {median(ceilings['pread_cold_gb_per_second']):.2f}")
+    return ", ".join(found)
 
 
 def render_save(result: dict[str, Any]) -> str:

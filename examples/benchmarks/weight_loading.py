@@ -221,7 +221,7 @@ def ours_safetensors(config: gpt.GPTConfig, files: Files, device: torch.device) 
     return model
 
 
-@row("ours, in 8 MiB of host memory", reads="safetensors", group="ours", only="cuda")
+@row("**lightning_memload**, `host_budget_mib=8`", reads="safetensors", group="ours", only="cuda")
 def ours_safetensors_8_mib(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
     """The budget is a hard bound, and may be small."""
     with meta_init():

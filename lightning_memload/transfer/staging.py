@@ -31,7 +31,7 @@ __all__ = [
 # Beyond 16 MiB a block nothing is gained; below 4 MiB the interpreter's lock limits the transfer
 # (examples/benchmarks/streaming.py, one H100 with 16 cores).
 _MAX_BLOCK_BYTES = 16 << 20
-# With less for each thread, fewer threads are faster.
+# With less for each thread there are fewer of them, rather than smaller blocks.
 _THREAD_BUDGET_BYTES = 2 << 20
 MIN_BUDGET_BYTES = 512 << 10
 
