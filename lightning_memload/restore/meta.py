@@ -57,10 +57,11 @@ class meta_init:
 
     Args:
         enabled: ``False`` makes the context do nothing, for scripts that decide at run time.
-        exclude: Module classes to build as always, with everything their ``__init__`` builds.
+        exclude: Module classes to build as always, with everything their ``__init__`` builds; one, or several.
 
     Raises:
         MetaTensorError: A value was needed. Names the parameter, and the class to exclude.
+        TypeError: Something in ``exclude`` is no class.
 
     Example:
         >>> with meta_init():
@@ -68,9 +69,12 @@ class meta_init:
         >>> trainer.fit(model, ckpt_path="last.ckpt")
     """
 
-    def __init__(self, enabled: bool = True, *, exclude: Iterable[type[nn.Module]] = ()) -> None:
+    def __init__(self, enabled: bool = True, *, exclude: type[nn.Module] | Iterable[type[nn.Module]] = ()) -> None:
         self._enabled = enabled
-        self._exclude = tuple(exclude)
+        self._exclude = (exclude,) if isinstance(exclude, type) else tuple(exclude)
+        for excluded in self._exclude:
+            if not isinstance(excluded, type):
+                raise TypeError(f"meta_init(exclude=...) takes module classes, got {excluded!r}.")
         self._entered: list[contextlib.ExitStack] = []
 
     def __enter__(self) -> None:
@@ -303,8 +307,8 @@ class _Construction(TorchFunctionMode):
         owners: dict[int, dict[int, tuple[nn.Module, str, torch.Tensor]]] = {}
         modules = [module for reference in self._modules.values() if (module := reference()) is not None]
         for module in modules:
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is None or type(tensor) not in (torch.Tensor, nn.Parameter):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items(), *_attributes(module).items()):
+                if type(tensor) not in (torch.Tensor, nn.Parameter):
                     continue
                 if tensor.layout is not torch.strided or not tensor.numel():
                     continue
@@ -334,13 +338,10 @@ class _Construction(TorchFunctionMode):
             module = reference()
             if module is None:
                 continue
-            # Old weight_norm, spectral_norm and prune (torch 2.13, torch.nn.utils) set such an attribute before every
-            # forward. Neither a module's hooks nor its non-persistent buffers have public names.
-            hooks = module._forward_pre_hooks.values()
-            computed = {getattr(hook, key, None) for hook in hooks for key in ("name", "_tensor_name")}
+            # torch (2.13) has no public name for them.
             unsaved = {name: module._buffers.get(name) for name in module._non_persistent_buffers_set}
-            for name, value in (*unsaved.items(), *vars(module).items()):
-                if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter) and name not in computed:
+            for name, value in (*unsaved.items(), *_attributes(module).items()):
+                if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
                     origin = self._origin(value)
                     if origin is not None:
                         found.append((name, module, origin))
@@ -424,6 +425,17 @@ class _Construction(TorchFunctionMode):
             names=names,
             module_class=owner,
         )
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What hangs on a module, without what is made anew before every forward.
+
+    That is what the old weight_norm, spectral_norm and prune do (torch 2.13, torch.nn.utils). A module's hooks have no
+    public name.
+    """
+    hooks = module._forward_pre_hooks.values()
+    made_anew = {getattr(hook, key, None) for hook in hooks for key in ("name", "_tensor_name")}
+    return {name: value for name, value in vars(module).items() if name not in made_anew}
 
 
 def _advice(owner: type | None) -> str:

@@ -358,7 +358,7 @@ def test_refused_with_name(name: str, tmp_path: Path) -> None:
     assert "Linear.weight" in caught.value.names
     assert caught.value.module_class is Reader
     # What the message says.
-    with meta_init(exclude=[Reader]):
+    with meta_init(exclude=Reader if name == "forward" else [Reader]):
         module = Net(READS[name])
     assert_falls_back(module, name, tmp_path)
     # The same by itself.
@@ -487,6 +487,20 @@ class TestSharedMemory:
         storages = [tensor.untyped_storage().data_ptr() for tensor in module.inner.state_dict().values()]
         assert len(set(storages)) < len(storages)
 
+    def test_with_an_attribute(self) -> None:
+        class Attribute(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                memory = torch.zeros(4)
+                self.w = nn.Parameter(memory)
+                self.first = memory[:2]
+
+        with pytest.raises(MetaTensorError, match=r"Attribute\.w and Attribute\.first share memory"), meta_init():
+            _ = Attribute()
+        with pytest.warns(UserWarning, match="despite meta_init: Attribute needs"):
+            module = meta_init()(Attribute)()
+        assert module.first.data_ptr() == module.w.data_ptr()
+
     def test_what_is_gone_shares_nothing(self) -> None:
         with meta_init():
             module = nn.Linear(3, 3)
@@ -524,6 +538,12 @@ class _Around(nn.Module):
         super().__init__()
         self.inner = _NeedsValues()
         self.outer = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("exclude", ["Linear", [nn.Linear, "Linear"], [None]])
+def test_only_classes_can_be_excluded(exclude: Any) -> None:
+    with pytest.raises(TypeError, match="takes module classes, got"):
+        meta_init(exclude=exclude)
 
 
 class TestWithinOneAnother:
