@@ -176,6 +176,7 @@ class _Transfer:
         if layout and (num_threads > layout.num_threads or block_bytes > layout.block_bytes):
             raise ValueError(f"{num_threads} threads with blocks of {block_bytes} bytes do not fit {layout}.")
         self._num_threads = max(1, min(num_threads, len(jobs)))
+        self._inference_mode = torch.is_inference_mode_enabled()
         self._bytes = [_byte_view(copy.destination) if _is_raw(copy) else None for copy in copies]
         # Buffers to read into; ``None`` wakes a thread that waits for one in vain.
         self._empty: queue.SimpleQueue[_Buffer | None] = queue.SimpleQueue()
@@ -184,7 +185,7 @@ class _Transfer:
         # Buffers to copy from; ``None`` for each thread that has ended.
         self._full: queue.SimpleQueue[tuple[_Job, _Buffer] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._stopped = threading.Event()
+        self._stopped = False
         self._bytes_read = 0
         self._bytes_verified = 0
         self._checksums = PartialChecksums([record.nbytes for record in self._records])
@@ -228,43 +229,48 @@ class _Transfer:
         )
 
     def _stop(self) -> None:
-        self._stopped.set()
+        self._stopped = True
         for _ in range(self._num_threads):
             self._empty.put(None)
 
     def _next_job(self) -> _Job | None:
         with self._lock:
-            return None if self._stopped.is_set() else next(self._jobs, None)
+            return None if self._stopped else next(self._jobs, None)
 
     def _read_all(self) -> None:
-        """Reads, in each of the threads."""
+        """Reads, in each of the threads. What stays on the CPU they convert as well."""
         try:
-            while (job := self._next_job()) is not None:
-                if self._device is None and job.piece is None:
-                    self._read_directly(job)
-                else:
-                    buffer = self._empty.get()
-                    if buffer is None:
-                        return
-                    self._read(job, [(0, buffer.view[: job.read.nbytes])])
-                    self._full.put((job, buffer))
-                self._advance(job.read.nbytes)
+            # Both are properties of a thread.
+            with torch.inference_mode(self._inference_mode), torch.no_grad():
+                while (job := self._next_job()) is not None:
+                    if self._device is None and job.piece is None:
+                        self._read_directly(job)
+                    else:
+                        buffer = self._empty.get()
+                        if buffer is None:
+                            return
+                        self._read(job, [(0, buffer.view[: job.read.nbytes])])
+                        if self._device is None:
+                            self._copy(job, buffer)
+                            self._empty.put(buffer)
+                        else:
+                            self._full.put((job, buffer))
+                    self._advance(job.read.nbytes)
         finally:
             self._full.put(None)
 
     def _copy_all(self) -> None:
-        """Copies from the staging buffers, in the calling thread, until all threads have ended."""
+        """Copies from the staging buffers to the device, in the calling thread, until all threads have ended."""
         running = self._num_threads
         under_way: deque[_Buffer] = deque()
         with torch.no_grad(), on_stream(self._stream):
             while running:
                 while under_way and under_way[0].is_free():
                     self._empty.put(under_way.popleft())
-                try:
-                    filled = self._full.get(block=not under_way)
-                except queue.Empty:
+                if under_way and self._full.empty():
                     under_way[0].wait()
                     continue
+                filled = self._full.get()
                 if filled is None:
                     running -= 1
                     continue

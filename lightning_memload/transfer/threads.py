@@ -6,9 +6,10 @@ what they are at, and none outlives the call.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -52,31 +53,59 @@ def run_threads(
     *,
     meanwhile: Callable[[], None] | None = None,
 ) -> None:
-    """Does the same work in several threads and returns when all of them have ended.
+    """Does the same work in several threads and returns when all of them have ended, however often it is interrupted.
 
     Args:
-        work: Is called once in each thread.
+        work: Is called once in each thread, and ends at once if ``stop`` was called before.
         num_threads: How many.
-        stop: Makes ``work`` end soon, wherever it is. Called when a thread has failed, by that thread, and at the end.
+        stop: Makes ``work`` end soon, wherever it is. Called when a thread has failed, by that thread, and at the end,
+            perhaps several times. Must take no lock: an interruption may end it anywhere.
         meanwhile: Is called in this thread while the others work. Must end when they do.
 
     Raises:
         BaseException: What ``meanwhile`` raised, or the first of the failed threads.
     """
+    errors: list[BaseException] = []
 
     def work_or_stop() -> None:
         try:
             work()
-        except BaseException:
+        except BaseException as error:
+            errors.append(error)
             stop()
-            raise
 
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="memload") as pool:
+    # Not an executor: its locks stay taken when it is interrupted while it starts a thread.
+    threads = [threading.Thread(target=work_or_stop, name=f"memload_{number}") for number in range(num_threads)]
+    try:
+        for thread in threads:
+            thread.start()
+        if meanwhile is not None:
+            meanwhile()
+        _join(threads)
+    finally:
+        _stop_and_join(threads, stop)
+    if errors:
         try:
-            futures = [pool.submit(work_or_stop) for _ in range(num_threads)]
-            if meanwhile is not None:
-                meanwhile()
-            for future in futures:
-                future.result()
+            raise errors[0]
         finally:
+            errors.clear()  # or what failed would keep itself alive
+
+
+def _stop_and_join(threads: Sequence[threading.Thread], stop: Callable[[], object]) -> None:
+    interruption: BaseException | None = None
+    while True:
+        try:
             stop()
+            _join(threads)
+            break
+        except BaseException as error:
+            interruption = error
+    if interruption is not None:
+        raise interruption
+
+
+def _join(threads: Sequence[threading.Thread]) -> None:
+    for thread in threads:
+        # One that was not started cannot be joined. One whose start was interrupted finds that it is to stop.
+        with contextlib.suppress(RuntimeError):
+            thread.join()

@@ -188,7 +188,7 @@ class _Verification:
         self._unreadable: set[int] = set()
         self._checksums = PartialChecksums([section.nbytes for section in self._sections])
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._stopped = False
         self._reads = _cut_into_reads(self._sections)
         self._progress: Callable[[int, int], None] | None = None
 
@@ -220,13 +220,16 @@ class _Verification:
             if self.num_threads == 1:
                 self._work(source)
                 return
-            run_threads(lambda: self._work(source), self.num_threads, self._stop.set)
+            run_threads(lambda: self._work(source), self.num_threads, self._stop)
         finally:
             source.close()
 
+    def _stop(self) -> None:
+        self._stopped = True
+
     def _work(self, source: FileSet) -> None:
         buffer = memoryview(bytearray(_BLOCK_BYTES))
-        while not self._stop.is_set():
+        while not self._stopped:
             with self._lock:
                 parts = next(self._reads, None)
             if parts is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,15 @@ from hypothesis import strategies as st
 
 from lightning_memload.checkpoint import ByteSource, load_mapped
 from lightning_memload.errors import CheckpointReadError, ChecksumError
-from lightning_memload.transfer import Record, StagingRing, TensorCopy, TransferStats, choose_layout, transfer
+from lightning_memload.transfer import (
+    Record,
+    RingLayout,
+    StagingRing,
+    TensorCopy,
+    TransferStats,
+    choose_layout,
+    transfer,
+)
 from lightning_memload.transfer.engine import _Buffer, _Transfer
 from tests.checkpoint.files import ALL_DTYPES, as_bytes, layouts, of_dtype
 from tests.fresh_process import run_fresh
@@ -25,6 +34,7 @@ from tests.fresh_process import run_fresh
 pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")]
 
 KIB = 1 << 10
+MIB = 1 << 20
 
 
 @dataclass
@@ -68,13 +78,14 @@ def move(
     copies: Sequence[TensorCopy],
     *,
     threads: int = 3,
-    budget: int = 512 * KIB,
+    layout: RingLayout | None = None,
     block: int | None = None,
     records: Sequence[Record] = (),
     **options: Any,
 ) -> TransferStats:
     """Transfers with a ring of its own, and checks that nothing is left of it."""
-    layout = choose_layout(budget, threads)
+    layout = layout or choose_layout(threads * 2 * MIB, threads)
+    assert layout.num_threads == threads
     rings: list[StagingRing] = []
 
     def ring() -> StagingRing:
@@ -118,6 +129,31 @@ def converted(count: int) -> tuple[Memory, list[TensorCopy]]:
     """Copies that go through the staging ring, since their type changes."""
     data, copies, _ = many(count)
     return Memory(data), [TensorCopy(c.name, c.offset, c.dtype, c.stride, c.destination.double()) for c in copies]
+
+
+PLAN = _Transfer._plan
+
+
+def pretend_a_device(self: _Transfer, block_bytes: int) -> Any:
+    """As if the destinations were on another device than the CPU."""
+    self._device = torch.device("cpu")
+    return PLAN(self, block_bytes)
+
+
+@pytest.fixture
+def device_that_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose buffers are never free, so that all threads come to wait for one."""
+    monkeypatch.setattr(_Transfer, "_plan", pretend_a_device)
+    monkeypatch.setattr(_Buffer, "is_free", lambda self: False)
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 def assert_arrived(data: bytes, copies: Sequence[TensorCopy]) -> None:
@@ -214,10 +250,8 @@ class TestValues:
         assert parameter.requires_grad
 
     @settings(max_examples=60, deadline=None)
-    @given(
-        drawn=st.data(), threads=st.integers(1, 8), budget=st.integers(512 * KIB, 3 << 20), block=st.integers(16, 3000)
-    )
-    def test_random_layouts(self, drawn: st.DataObject, threads: int, budget: int, block: int) -> None:
+    @given(drawn=st.data(), threads=st.integers(1, 8), spare=st.integers(0, 8), block=st.integers(16, 3000))
+    def test_random_layouts(self, drawn: st.DataObject, threads: int, spare: int, block: int) -> None:
         dtypes = [torch.float32, torch.int16, torch.complex64, torch.bool, torch.uint8]
         base = torch.randint(0, 2, (20_000,), dtype=torch.uint8)
         copies, wanted = [], []
@@ -234,7 +268,13 @@ class TestValues:
             )
             copies.append(TensorCopy(str(number), start, dtype, tuple(stride), destination))
             wanted.append(torch.zeros(shape, dtype=target).copy_(value))
-        move(Memory(bytes(base.numpy())), copies, threads=threads, budget=budget, block=block)
+        move(
+            Memory(bytes(base.numpy())),
+            copies,
+            threads=threads,
+            layout=RingLayout(threads, threads + spare, 3000),
+            block=block,
+        )
         for copy, want in zip(copies, wanted, strict=True):
             assert as_bytes(copy.destination) == as_bytes(want)
 
@@ -245,7 +285,7 @@ class TestValues:
         crc = zlib.crc32(bytes(4))
         copies = [TensorCopy(str(n), 192 * (n // 2), torch.float32, (1,), torch.ones(1)) for n in range(count)]
         records = [Record(str(n), 192 * n, 4, crc) for n in range(count // 2)]
-        stats = move(Memory(data), copies, budget=64 << 20, threads=2, records=records)
+        stats = move(Memory(data), copies, threads=2, records=records)
         assert stats.bytes_verified == 4 * count // 2
         assert stats.seconds < 20
         assert not any(copy.destination.item() for copy in copies)
@@ -267,7 +307,7 @@ class TestReading:
     @pytest.mark.parametrize("threads", [1, 4])
     def test_short_reads(self, short: int, threads: int) -> None:
         data, copies, records = many(6, 300)
-        move(Memory(data, short=short), copies, threads=threads, budget=4 << 20, block=1000, records=records)
+        move(Memory(data, short=short), copies, threads=threads, block=1000, records=records)
         assert_arrived(data, copies)
 
     @pytest.mark.parametrize("number", [0, 1, 5, 17])
@@ -284,7 +324,7 @@ class TestReading:
             if call == number:
                 raise OSError(errno.EIO, "Input/output error")
             # A read of memory is over before the thread that failed runs again: hold the others' until it has.
-            assert call < number or running[0]._stopped.wait(20)
+            assert call < number or eventually(lambda: running[0]._stopped)
 
         data, copies, _ = many(20)
         if is_converted:
@@ -293,7 +333,7 @@ class TestReading:
         with pytest.raises(
             CheckpointReadError, match=r"Reading tensor\d+ from memory\.ckpt failed at byte \d+: .*Input/output"
         ) as caught:
-            move(source, copies, threads=threads, budget=8 << 20, block=10_000)
+            move(source, copies, threads=threads, block=10_000)
         error = caught.value
         assert (error.path, error.errno) == ("memory.ckpt", errno.EIO)
         copy = next(copy for copy in copies if copy.name == error.key)
@@ -324,13 +364,13 @@ class TestReading:
 
         data, copies, _ = many(8)
         with pytest.raises(CheckpointReadError):
-            move(Memory(data, fail=fail), copies, threads=2, budget=4 << 20, block=20_000)
+            move(Memory(data, fail=fail), copies, threads=2, block=20_000)
         assert ended.is_set()
 
     def test_progress(self) -> None:
         seen: list[int] = []
         data, copies, _ = many(8)
-        stats = move(Memory(data), copies, threads=4, budget=4 << 20, block=9000, on_progress=seen.append)
+        stats = move(Memory(data), copies, threads=4, block=9000, on_progress=seen.append)
         assert sum(seen) == stats.bytes_read
         assert stats.num_threads == 4
 
@@ -342,9 +382,10 @@ class TestReading:
         data, copies, _ = many(20)
         source = Memory(data)
         with pytest.raises(kind, match="stop"):
-            move(source, copies, threads=3, budget=4 << 20, block=5000, on_progress=interrupt)
+            move(source, copies, threads=3, block=5000, on_progress=interrupt)
         assert source.calls <= 6
 
+    @pytest.mark.usefixtures("device_that_is_busy")
     @pytest.mark.parametrize("failing", ["copy", "wait"])
     def test_a_device_that_fails_ends_threads_that_wait_for_buffers(
         self, failing: str, monkeypatch: pytest.MonkeyPatch
@@ -352,11 +393,49 @@ class TestReading:
         def fail(self: _Buffer) -> None:
             raise RuntimeError("CUDA error")
 
-        # The buffers are never free, so all threads come to wait for one.
-        monkeypatch.setattr(_Buffer, "is_free", lambda self: False)
         monkeypatch.setattr(_Buffer, "mark" if failing == "copy" else "wait", fail)
         with pytest.raises(RuntimeError, match="CUDA error"):
-            move(*converted(40), threads=3, budget=2 << 20, block=5000)
+            move(*converted(40), block=5000)
+
+    @pytest.mark.usefixtures("device_that_is_busy")
+    def test_interruptions_one_after_the_other_end_all_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupt(self: _Buffer) -> None:
+            raise KeyboardInterrupt
+
+        interruptions: list[int] = []
+        stop = _Transfer._stop
+
+        def interrupted(self: _Transfer) -> None:
+            interruptions.append(1)
+            if len(interruptions) < 3:
+                raise KeyboardInterrupt
+            stop(self)
+
+        monkeypatch.setattr(_Buffer, "wait", interrupt)
+        monkeypatch.setattr(_Transfer, "_stop", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            move(*converted(40), block=5000)
+        assert len(interruptions) == 3
+
+    def test_the_calling_thread_alone_talks_to_a_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        threads: set[str] = set()
+        rearrange = _Buffer.rearrange
+
+        def note(self: _Buffer, *arguments: Any) -> None:
+            threads.add(threading.current_thread().name.partition("_")[0])
+            rearrange(self, *arguments)
+
+        monkeypatch.setattr(_Buffer, "rearrange", note)
+        source, copies = converted(40)
+        move(source, copies, block=5000)
+        assert threads == {"memload"}  # for the CPU all of them convert
+        threads.clear()
+        monkeypatch.setattr(_Transfer, "_plan", pretend_a_device)
+        source, again = converted(40)
+        move(source, again, block=5000)
+        assert threads == {threading.current_thread().name}
+        for copy, other in zip(copies, again, strict=True):
+            assert torch.equal(copy.destination, other.destination)
 
     def test_a_thread_that_cannot_be_had_ends_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
         started: list[threading.Thread] = []
@@ -371,7 +450,7 @@ class TestReading:
         source, copies = converted(40)
         monkeypatch.setattr(threading.Thread, "start", refuse_the_third)
         with pytest.raises(RuntimeError, match="can't start new thread"):
-            move(source, copies, threads=3, budget=2 << 20, block=5000)
+            move(source, copies, threads=3, block=5000)
 
     @pytest.mark.parametrize(("threads", "block"), [(1, 1 << 20), (2, 4096)])
     def test_a_ring_that_is_too_small(self, threads: int, block: int) -> None:
@@ -399,14 +478,14 @@ class TestChecksums:
         data, copies, records = many(3, 2000)
         if converted:
             copies = [TensorCopy(c.name, c.offset, c.dtype, c.stride, c.destination.double()) for c in copies]
-        stats = move(Memory(data), copies, threads=threads, budget=4 << 20, block=block, records=records)
+        stats = move(Memory(data), copies, threads=threads, block=block, records=records)
         assert stats.bytes_verified == sum(record.nbytes for record in records)
         for record in records:
             for position in (0, 1, 1023, 1024, 4000, record.nbytes - 1):
                 damaged = bytearray(data)
                 damaged[record.offset + position] ^= 0x10
                 with pytest.raises(ChecksumError, match=rf"{record.name}\b.*") as caught:
-                    move(Memory(bytes(damaged)), copies, threads=threads, budget=4 << 20, block=block, records=records)
+                    move(Memory(bytes(damaged)), copies, threads=threads, block=block, records=records)
                 error = caught.value
                 assert (error.key, error.offset, error.path) == (record.name, record.offset, "memory.ckpt")
                 raw = damaged[record.offset : record.offset + record.nbytes]
@@ -423,7 +502,7 @@ class TestChecksums:
                 later.set()
 
         data, copies, records = many(1)
-        stats = move(Memory(data, fail=wait), copies, threads=2, budget=4 << 20, block=2000, records=records)
+        stats = move(Memory(data, fail=wait), copies, threads=2, block=2000, records=records)
         assert stats.bytes_verified == records[0].nbytes
 
     def test_only_what_is_read_and_known_is_judged(self) -> None:
