@@ -317,7 +317,13 @@ class MemoryEfficientRestore(pl.Callback):
 
     def _finish(self, trainer: pl.Trainer) -> None:
         run = self._take_run()
-        report = run.finish() if run is not None else None
+        if run is None:
+            return
+        try:
+            report = run.finish()
+        except BaseException:
+            run.abort()
+            raise
         if report is None:
             return
         self.report = report

@@ -145,14 +145,17 @@ def _build(cls: type[Module], checkpoint: dict[str, Any], overrides: dict[str, A
                 f"The file asks for {class_path!r}, which is no subclass of {cls.__name__} that was imported. If you "
                 "trust it, import the module that defines the class first."
             )
-    if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in signature.values()):
-        unknown = [] if whole in names or class_path is not None else sorted(set(overrides) - set(names))
-        if unknown:
-            # Lightning drops them in silence, a misspelt one and its own map_location alike.
-            raise TypeError(
-                f"load_from_checkpoint() and {cls.__name__}.__init__() take no {', '.join(unknown)}. The device is "
-                "given as device=; load_weights() takes a part of the weights, or other names."
-            )
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.values())
+    unknown = sorted(set(overrides) - set(names))
+    if takes_any or whole in names or class_path is not None:
+        unknown = [name for name in unknown if name == "map_location"]  # Lightning's own; no hyperparameter of anybody
+    if unknown:
+        # Lightning drops them in silence, misspelt ones too.
+        raise TypeError(
+            f"load_from_checkpoint() and {cls.__name__}.__init__() take no {', '.join(unknown)}. The device is "
+            "given as device=; load_weights() takes a part of the weights, or other names."
+        )
+    if not takes_any:
         arguments = {name: value for name, value in arguments.items() if name in names}
     if instantiator is None:
         return cls(**arguments)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -240,14 +241,15 @@ class RestoreRun:
         The mapping is left to the tensors on top of it: an exception still refers to them, and copying them out now
         could take the memory that just ran out.
         """
-        self._end_streaming()
-        if self._checkpoint is not None:
-            # Lightning (2.6) keeps the checkpoint of a failed restore until its next run, and with it the mapping.
-            self._trainer._checkpoint_connector._loaded_checkpoint = {}
-            self._checkpoint = None
-        if self._session is not None:
-            self._session.close(detach=False)
-        self._stop_measuring()
+        with ExitStack() as stack:
+            stack.callback(self._stop_measuring)
+            if self._session is not None:
+                stack.callback(self._session.close, detach=False)
+            if self._checkpoint is not None:
+                # Lightning (2.6) keeps the checkpoint of a failed restore until its next run, and with it the mapping.
+                self._trainer._checkpoint_connector._loaded_checkpoint = {}
+                self._checkpoint = None
+            self._end_streaming()
 
     # --------------------------------------------------------------------------------------------------------------
 
@@ -348,12 +350,14 @@ class RestoreRun:
         if self._collects:
             gc.enable()
             self._collects = False
-        if self._ring is not None:
-            self._ring.close()
-        self.end_weights()
-        for optimizer in self._optimizers:
-            optimizer.remove()
+        # If one of them is interrupted the others end all the same. The last one comes first.
+        with ExitStack() as stack:
+            if self._bar is not None:
+                stack.callback(self._bar.close)
+            for optimizer in self._optimizers:
+                stack.callback(optimizer.remove)
+            stack.callback(self.end_weights)
+            if self._ring is not None:
+                stack.callback(self._ring.close)
         self._optimizers.clear()
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar = None

@@ -298,10 +298,11 @@ class _Construction(TorchFunctionMode):
 
         Raises:
             MetaTensorError: A buffer that no checkpoint holds, or an attribute, was computed from a parameter on meta,
-                or a parameter on meta shares its memory.
+                a parameter on meta shares its memory, or belongs to what torch.jit compiled.
         """
         self._check_values()
         self._check_sharing()
+        self._check_scripts()
 
     def _check_sharing(self) -> None:
         owners: dict[int, dict[int, tuple[nn.Module, str, torch.Tensor]]] = {}
@@ -331,6 +332,18 @@ class _Construction(TorchFunctionMode):
                 names=names,
                 module_class=owner,
             )
+
+    def _check_scripts(self) -> None:
+        for reference in self._modules.values():
+            module = reference()
+            for name, part in module._modules.items() if module is not None else ():
+                if isinstance(part, torch.jit.ScriptModule) and any(value.is_meta for value in part.parameters()):
+                    raise MetaTensorError(
+                        f"{type(module).__name__}.{name} was compiled by torch.jit, whose parameters can be given no "
+                        f"memory later. {_advice(type(module))}",
+                        names=(f"{type(module).__name__}.{name}",),
+                        module_class=type(module),
+                    )
 
     def _check_values(self) -> None:
         found: list[tuple[str, nn.Module, _Origin]] = []

@@ -129,6 +129,8 @@ class WeightsRestore:
                     fresh.append(target)
             elif self._may_assign(target, session.device, sharing):
                 assignable.append(target)
+            elif target.tensor.device == session.device and _overlaps_itself(target.tensor):
+                continue  # An expanded buffer: torch refuses it, and says which.
             else:
                 stream.append(target)
         assign: dict[str, torch.Tensor] = {}
@@ -219,8 +221,16 @@ class _Sharing:
         return id(target.tensor) in self._overlapping
 
 
-def _has_memory(tensor: torch.Tensor) -> bool:
+def _has_memory(tensor: Any) -> TypeGuard[torch.Tensor]:
     return _is_plain(tensor) and not tensor.is_meta and tensor.numel() > 0
+
+
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _memory_of(tensor: torch.Tensor) -> tuple[str, int]:
+    return str(tensor.device), tensor.untyped_storage().data_ptr()
 
 
 def _end(tensor: torch.Tensor) -> int:
@@ -228,14 +238,26 @@ def _end(tensor: torch.Tensor) -> int:
 
 
 def _find_targets(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> Iterator[_Target]:
-    """The pairs of tensors that torch would copy, in torch's order: parents first, parameters before buffers."""
+    """The pairs of tensors that torch would copy, in torch's order: parents first, parameters before buffers.
+
+    Not those that somebody else's code is going to see or to replace before torch copies them, nor what shares memory
+    with such: they are met when the turn of their own module comes.
+    """
+    taken: list[tuple[str, nn.Module]] = []
+    left: list[nn.Module] = []
     own_ways: tuple[str, ...] = ()
+    overrides = _overrides_load(module)
     for path, child in module.named_modules(remove_duplicate=False):
-        if path and _has_own_ways(child):
-            # It may replace, rename or rearrange what it and its children get: they are met when their turn comes.
+        # What overrides it may go on with what its children get, after it has called torch's.
+        if path and (overrides or _has_own_ways(child)):
             own_ways += (f"{path}.",)
         if f"{path}.".startswith(own_ways):
-            continue
+            left.append(child)
+        else:
+            taken.append((path, child))
+    tensors = [tensor for child in left for tensor in (*child._parameters.values(), *child._buffers.values())]
+    later = {id(tensor) for tensor in tensors} | {_memory_of(tensor) for tensor in tensors if _has_memory(tensor)}
+    for path, child in taken:
         child_prefix = f"{prefix}{path}." if path else prefix
         # torch 2.13 has no public name for non-persistent buffers; load_state_dict itself reads this set. Filling such
         # a buffer from a key that happens to exist would hide torch's "unexpected key".
@@ -245,13 +267,20 @@ def _find_targets(module: nn.Module, state_dict: dict[str, Any], prefix: str) ->
             value = state_dict.get(child_prefix + name)
             if not isinstance(value, ChunkedTensor) and not _is_plain(value):
                 continue
-            if _is_plain(tensor) and tensor.shape == value.shape:
-                yield _Target(child_prefix + name, tensor, value)
+            if not _is_plain(tensor) or tensor.shape != value.shape:
+                continue
+            if path and later and (id(tensor) in later or (_has_memory(tensor) and _memory_of(tensor) in later)):
+                continue
+            yield _Target(child_prefix + name, tensor, value)
+
+
+def _overrides_load(module: nn.Module) -> bool:
+    return not type(module)._load_from_state_dict.__module__.startswith("torch.")
 
 
 def _has_own_ways(module: nn.Module) -> bool:
     """Whether code that is not torch's sees the values of a module before they are there."""
-    if not type(module)._load_from_state_dict.__module__.startswith("torch."):
+    if _overrides_load(module):
         return True
     # torch (2.13) wraps each hook, and has no public name for them.
     hooks = (getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values())

@@ -99,10 +99,13 @@ class Replacement:
         """Removes what has the temporary name: ours, or the old directory after an exchange. Twice is fine."""
         if self.descriptor < 0:
             return
-        with contextlib.suppress(OSError):
-            _remove(self.temporary_path)
-        os.close(self.descriptor)
-        self.descriptor = -1
+        try:
+            with contextlib.suppress(OSError):
+                _remove(self.temporary_path)
+        finally:
+            # What is locked counts as somebody's, and is never removed.
+            os.close(self.descriptor)
+            self.descriptor = -1
 
     def __enter__(self) -> Replacement:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import traceback
 import weakref
 import zipfile
@@ -24,6 +25,7 @@ from lightning_memload import (
     StreamingCheckpointIO,
     meta_init,
 )
+from lightning_memload.transfer import LazyRing
 from tests.plugins.harness import FEATURES, TRUSTED, Case, TinyModule, adamw, make_trainer, write_checkpoint
 from tests.plugins.test_callback import assert_clean, flip_byte
 
@@ -405,3 +407,25 @@ def test_io_alone_maps(path: Path) -> None:
     assert torch.equal(
         checkpoint["state_dict"]["first.weight"], torch.load(path, weights_only=False)["state_dict"]["first.weight"]
     )
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_interrupted_while_it_ends(path: Path, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[int] = []
+    close = LazyRing.close
+
+    def interrupted(self: LazyRing) -> None:
+        close(self)
+        closed.append(1)
+        if len(closed) <= times:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(LazyRing, "close", interrupted)
+    module = TinyModule(adamw)
+    trainer = make_trainer(path.parent, [MemoryEfficientRestore()], max_epochs=1)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer.fit(module, ckpt_path=path, **TRUSTED)
+    assert len(closed) > times
+    assert_clean(trainer, module)
+    assert not [thread.name for thread in threading.enumerate() if "memload" in thread.name]
+    fit(TinyModule(adamw), path, MemoryEfficientRestore())

@@ -400,6 +400,12 @@ def test_averages_begin_with_the_weights(path: Path, tmp_path: Path, way: str, f
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+class Scripted(TinyModule):
+    def __init__(self) -> None:
+        super().__init__(adamw)
+        self.layer = torch.jit.script(nn.Linear(2, 2))
+
+
 class NeedsValues(TinyModule):
     def __init__(self) -> None:
         super().__init__()
@@ -478,6 +484,22 @@ class TestLoadFromCheckpoint:
         with pytest.warns(UserWarning, match=r"lacks keys of the module, .* their layers: \['layers\.3"):
             deeper = load_from_checkpoint(Configured, path, depth=4, strict=False)
         assert deeper.layers[3].weight.std() > 0
+
+    def test_a_class_that_takes_anything_takes_no_map_location(self, path: Path) -> None:
+        class Anything(Configured):
+            def __init__(self, **kwargs: Any) -> None:
+                super().__init__(**kwargs)
+
+        with pytest.raises(TypeError, match=r"take no map_location\. The device is given as device="):
+            load_from_checkpoint(Anything, path, map_location="cpu")
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit")
+    def test_what_torch_jit_compiles_is_built_in_memory(self, tmp_path: Path) -> None:
+        path = write_checkpoint(Case(Scripted), tmp_path)
+        expected = torch.load(path, weights_only=False)["state_dict"]
+        with pytest.warns(UserWarning, match=r"Scripted needs the value of Scripted\.layer"):
+            module = load_from_checkpoint(Scripted, path, weights_only=False)
+        assert_same(dict(expected), dict(module.state_dict()), "weights")
 
     def test_strictness_of_the_module(self, path: Path) -> None:
         class Loose(Configured):

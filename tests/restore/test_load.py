@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +261,25 @@ class TestNames:
             load_weights(module, path)
 
 
+def test_what_failed_is_gone_without_the_garbage_collector(path: Path) -> None:
+    module = Net()
+    torch.save(module.state_dict(), path)
+    data = bytearray(path.read_bytes())
+    data[next(iter(open_checkpoint(path).storages)).offset + 1] ^= 1
+    path.write_bytes(data)
+    counts = []
+    gc.disable()
+    try:
+        for _ in range(3):
+            with pytest.raises(ChecksumError):
+                load_weights(module, path)
+            counts.append((len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count(str(path))))
+    finally:
+        gc.enable()
+    assert counts[0] == counts[-1]
+    assert counts[0][1] == 0
+
+
 class Versioned(nn.Module):
     """Converts what its first version saved, told by the version in the state dict, as torch documents it."""
 
@@ -286,7 +307,93 @@ class Transposes(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def swap(state: dict[str, Any], a: str, b: str) -> None:
+    state[a], state[b] = state[b], state[a]
+
+
+def copy_and_change(state: dict[str, Any], a: str, b: str) -> None:
+    state[b] = state[a]
+    state[a] = state[a] + 1
+
+
+AFTERWARDS: dict[str, Callable[[dict[str, Any], str, str], object]] = {
+    "swaps": swap,
+    "copies": copy_and_change,
+    "changes": lambda state, a, b: state[a].mul_(2),
+    "transposes": lambda state, a, b: state.update({a: state[a].t()}),
+    "goes through numpy": lambda state, a, b: state.update({a: torch.from_numpy(state[a].numpy() * 2)}),
+    "fuses": lambda state, a, b: state.update({a: state[a] / 3 + state[b]}),
+}
+
+
+class GoesOn(nn.Module):
+    """Changes what its children get, after it has called torch's."""
+
+    def __init__(self, then: str) -> None:
+        super().__init__()
+        self.then = AFTERWARDS[then]
+        self.own = nn.Parameter(torch.randn(3))
+        self.a, self.b = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.then(state_dict, f"{prefix}a.weight", f"{prefix}b.0.weight")
+
+
+class RenamedEmbedding(nn.Embedding):
+    """Has a way of its own, which does nothing here."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if prefix + "old" in state_dict:
+            state_dict[prefix + "weight"] = state_dict.pop(prefix + "old")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Tied(nn.Module):
+    """One weight, or one memory, under two names, of which one loads in its own way."""
+
+    def __init__(self, own_way_first: bool, one_object: bool) -> None:
+        super().__init__()
+        kinds = (RenamedEmbedding, nn.Embedding) if own_way_first else (nn.Embedding, RenamedEmbedding)
+        self.a, self.b = (kind(4, 4) for kind in kinds)
+        self.b.weight = self.a.weight if one_object else nn.Parameter(self.a.weight.data)
+
+
 class TestModulesWithWaysOfTheirOwn:
+    @pytest.mark.parametrize("meta", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("then", AFTERWARDS)
+    @pytest.mark.parametrize("within", [False, True])
+    def test_what_happens_after_torchs(
+        self, path: Path, then: str, dtype: torch.dtype, meta: bool, within: bool
+    ) -> None:
+        def make() -> nn.Module:
+            return (nn.Sequential(nn.Linear(2, 2), GoesOn(then)) if within else GoesOn(then)).to(dtype)
+
+        torch.save({name: torch.randn(value.shape) for name, value in make().state_dict().items()}, path)
+        expected = make()
+        expected.load_state_dict(torch.load(path))
+        with meta_init(meta):
+            module = make()
+        load_weights(module, path)
+        assert_equal(module, expected)
+
+    def test_an_expanded_buffer_is_refused_by_name(self, path: Path) -> None:
+        module = nn.Linear(2, 2)
+        module.register_buffer("wide", torch.zeros(1, 4).expand(5, 4))
+        torch.save({**nn.Linear(2, 2).state_dict(), "wide": torch.ones(5, 4)}, path)
+        with pytest.raises(IncompatibleWeightsError, match='the parameter named "wide"'):
+            load_weights(module, path)
+
+    @pytest.mark.parametrize("one_object", [False, True])
+    @pytest.mark.parametrize("own_way_first", [False, True])
+    def test_the_last_of_tied_weights_counts(self, path: Path, own_way_first: bool, one_object: bool) -> None:
+        torch.save({name: torch.randn(4, 4) for name in ("a.weight", "b.weight")}, path)
+        expected, module = Tied(own_way_first, one_object), Tied(own_way_first, one_object)
+        expected.load_state_dict(torch.load(path))
+        load_weights(module, path)
+        assert_equal(module, expected)
+
     @pytest.mark.parametrize("prefix", ["", "model."])
     @pytest.mark.parametrize("old", [False, True])
     def test_versions_are_kept(self, path: Path, prefix: str, old: bool) -> None:

@@ -45,6 +45,20 @@ def test_what_is_not_committed_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_interrupted_while_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is locked looks as if somebody wrote it, so nobody would ever remove it."""
+
+    def interrupt(path: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch, Replacement(str(tmp_path / "file")) as left:
+        patch.setattr("lightning_memload.save.replacement._remove", interrupt)
+    assert left.descriptor < 0
+    assert len(os.listdir(tmp_path)) == 1
+    write(tmp_path / "file", b"new")
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_a_name_without_a_directory_is_in_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(Path("file"), b"new")
