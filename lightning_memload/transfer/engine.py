@@ -1,10 +1,10 @@
 """The engine: threads that carry out a plan, from a byte source into tensors.
 
-Each thread takes the next read in file order. For tensors in CPU memory the bytes go straight to their place; for other
-devices they go into a staging buffer, and from there the calling thread has them copied while the others read on. It
-alone talks to the device: when every thread does, each waits for the others there (a quarter slower on an H100). A
-buffer is used again only after its last copy has ended. Checksums are taken from the bytes on their way. What the
-engine does not know: modules, optimizers, file formats.
+Each thread takes the next read in file order. Into CPU memory it reads straight, or converts what it has read; for
+other devices the bytes go into a staging buffer, and from there the calling thread has them copied while the others
+read on. It alone talks to the device: when every thread does, each waits for the others there (a quarter slower on an
+H100). A buffer is used again only after its last copy has ended. Checksums are taken from the bytes on their way. What
+the engine does not know: modules, optimizers, file formats.
 """
 
 from __future__ import annotations
