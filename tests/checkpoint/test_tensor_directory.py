@@ -100,7 +100,7 @@ def stream(index: Checkpoint, mapped: MappedCheckpoint, *, verify: bool = True) 
     values = {tensor.name: torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in index}
     copies = [TensorCopy(t.name, t.file_range[0], t.dtype, t.stride, values[t.name]) for t in index]
     records = [Record(s.key, s.offset, s.nbytes, s.crc32) for s in index.storages if s.crc32 is not None]
-    layout = choose_layout(4 << 20, 4)
+    layout = choose_layout(8 << 20, 4)
     with StagingRing(layout, pinned=False) as ring:
         transfer(
             mapped.source, copies, lambda: ring, num_threads=4, block_bytes=layout.block_bytes,
