@@ -77,6 +77,10 @@ class WeightsRestore:
         self._strict = strict
         self._later_bytes = later_bytes
         self.assigned_bytes = 0
+        # What each key had in the file, and the versions of the tensors since: whether somebody changed them meanwhile.
+        self._values: dict[str, torch.Tensor] = {}
+        self._versions: dict[int, int] = {}
+        self._disturbed: set[int] = set()
         # ScriptModules refuse hooks. A parent's hook finds their parameters; one that is loaded by itself is torch's.
         hookable = [child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule)]
         self._handles = [child.register_load_state_dict_pre_hook(self._before_load) for child in hookable]
@@ -91,6 +95,7 @@ class WeightsRestore:
         # A copy of the module may keep this object: nothing of the restore, or of the Trainer, may hang on it.
         self._session = self._root = None
         self._later_bytes = dict
+        self._values.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightsRestore:
         # A module that is copied during the restore takes its hooks along; they end with this one's.
@@ -105,6 +110,30 @@ class WeightsRestore:
         session, root = self._session, self._root
         if session is None or root is None:
             return
+        tensors: list[tuple[str, torch.Tensor | None]] = [*module._parameters.items(), *module._buffers.items()]
+        own = [(f"{prefix}{name}", tensor) for name, tensor in tensors if tensor is not None]
+        for key, tensor in own:
+            if key in self._values and state_dict.get(key) is tensor and self._is_disturbed(tensor):
+                state_dict[key] = self._values[key]
+        self._stream(session, root, module, state_dict, prefix)
+        for key, tensor in own:
+            if key in self._values and state_dict.get(key) is tensor:
+                # torch copies it onto itself now.
+                self._versions[id(tensor)] = self._versions.get(id(tensor), 0) + 1
+
+    def _is_disturbed(self, tensor: torch.Tensor) -> bool:
+        """Whether code that ran since it was filled has changed it. Then torch's order counts, and it is filled again.
+
+        A module's ``set_extra_state``, a post-hook, or a ``_load_from_state_dict`` may do so to modules after it.
+        """
+        if _version_of(tensor) != self._versions[id(tensor)]:
+            self._disturbed.add(id(tensor))
+        return id(tensor) in self._disturbed
+
+    def _stream(
+        self, session: RestoreSession, root: nn.Module, module: nn.Module, state_dict: dict[str, Any], prefix: str
+    ) -> None:
+        overrides = _overrides_load(module)
         by_tensor: dict[int, list[_Target]] = {}
         for target in _find_targets(module, state_dict, prefix):
             by_tensor.setdefault(id(target.tensor), []).append(target)
@@ -127,7 +156,7 @@ class WeightsRestore:
                 # A value that somebody made: torch copies it, into memory that has to exist.
                 if target.tensor.is_meta:
                     fresh.append(target)
-            elif self._may_assign(target, session.device, sharing):
+            elif not overrides and self._may_assign(target, session.device, sharing):
                 assignable.append(target)
             elif target.tensor.device == session.device and _overlaps_itself(target.tensor):
                 continue  # An expanded buffer: torch refuses it, and says which.
@@ -160,9 +189,14 @@ class WeightsRestore:
         self.assigned_bytes += sum(pages.nbytes for pages in assign.values())
         done = {target.key for target in stream} | assign.keys()
         for targets in by_tensor.values():
-            if targets[-1].key in done:
-                for alias in targets:
-                    state_dict[alias.key] = alias.tensor
+            if targets[-1].key not in done:
+                continue
+            for alias in targets:
+                if overrides:
+                    continue  # It may go on with the value, so it gets that, and torch copies it once more.
+                self._values[alias.key] = alias.value
+                state_dict[alias.key] = alias.tensor
+            self._versions[id(targets[-1].tensor)] = _version_of(targets[-1].tensor)
 
     def _may_assign(self, target: _Target, device: torch.device, sharing: _Sharing) -> bool:
         tensor, value = target.tensor, target.value
@@ -223,6 +257,10 @@ class _Sharing:
 
 def _has_memory(tensor: Any) -> TypeGuard[torch.Tensor]:
     return _is_plain(tensor) and not tensor.is_meta and tensor.numel() > 0
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:

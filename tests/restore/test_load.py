@@ -28,6 +28,7 @@ from lightning_memload import (
     save_directory,
 )
 from lightning_memload.restore import RestoreSession, session, weights
+from lightning_memload.transfer.engine import _Transfer
 from tests.checkpoint.files import as_bytes
 from tests.fresh_process import run_fresh
 
@@ -357,6 +358,119 @@ class Tied(nn.Module):
         kinds = (RenamedEmbedding, nn.Embedding) if own_way_first else (nn.Embedding, RenamedEmbedding)
         self.a, self.b = (kind(4, 4) for kind in kinds)
         self.b.weight = self.a.weight if one_object else nn.Parameter(self.a.weight.data)
+
+
+class ResetsLater(nn.Module):
+    """Changes what torch loads after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def get_extra_state(self) -> int:
+        return 1
+
+    def set_extra_state(self, state: Any) -> None:
+        self.a.reset_parameters()
+
+
+class Online(nn.Linear):
+    """Copies itself to a target that torch loads after it."""
+
+    target: list[nn.Linear]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        with torch.no_grad():
+            self.target[0].weight.copy_(self.weight)
+
+
+class Anchor(nn.Linear):
+    """Keeps what it was loaded with, and changes the state dict, which is nothing to its weight."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.anchor = state_dict[f"{prefix}weight"]
+        with torch.no_grad():
+            state_dict[f"{prefix}bias"].mul_(3)
+
+
+class Touches(nn.Module):
+    """Changes the weight of another one."""
+
+    def __init__(self, other: nn.Module) -> None:
+        super().__init__()
+        self.other = [other]
+
+    def get_extra_state(self) -> int:
+        return 1
+
+    def set_extra_state(self, state: Any) -> None:
+        with torch.no_grad():
+            self.other[0].weight.add_(1)
+
+
+def with_post_hook() -> nn.Module:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def change(*_: Any) -> None:
+        with torch.no_grad():
+            module[2].weight.fill_(7)
+
+    module[1].register_load_state_dict_post_hook(change)
+    return module
+
+
+def online_and_target() -> nn.Module:
+    module = nn.Sequential(Online(4, 4), nn.Linear(4, 4))
+    module[0].target = [module[1]]
+    return module
+
+
+def tied_around(between: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    first, last = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+    last.weight = first.weight
+    return nn.Sequential(first, between(last), nn.Sequential(nn.Linear(4, 4)), last)
+
+
+# How often the engine runs: what nobody has changed is not read again.
+DISTURBED: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "extra state": (lambda: nn.Sequential(nn.Linear(2, 2), ResetsLater(), nn.Linear(2, 2)), 2),
+    "post-hook": (with_post_hook, 2),
+    "sibling": (online_and_target, 3),
+    "anchor": (lambda: nn.Sequential(nn.Linear(2, 2), Anchor(4, 4)), 2),
+    "tied": (lambda: tied_around(lambda last: nn.Linear(2, 2)), 1),
+    "tied and changed": (lambda: tied_around(Touches), 2),
+}
+
+
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("mode", ["copy", "assign"])
+@pytest.mark.parametrize("name", DISTURBED)
+def test_what_changes_while_others_load(
+    name: str, mode: Any, meta: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, num_transfers = DISTURBED[name]
+    state = make().state_dict()
+    state.update({key: torch.randn_like(value) for key, value in state.items() if isinstance(value, torch.Tensor)})
+    torch.save(state, path)
+    expected = make()
+    expected.load_state_dict(torch.load(path))
+    with meta_init(meta):
+        module = make()
+    transfers: list[int] = []
+    run = _Transfer.run
+    monkeypatch.setattr(_Transfer, "run", lambda self: transfers.append(1) or run(self))
+    load_weights(module, path, mode=mode)
+    ours, theirs = module.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(ours[key], value), key
+    if mode == "copy":
+        assert len(transfers) == num_transfers
+    if name == "anchor":
+        assert type(module[1].anchor) is torch.Tensor
+        assert torch.equal(module[1].anchor, state["1.weight"])
 
 
 class TestModulesWithWaysOfTheirOwn:
