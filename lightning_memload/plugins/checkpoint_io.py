@@ -24,7 +24,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_memload.checkpoint import MappedCheckpoint, UnmappableCheckpoint, load_mapped
 from lightning_memload.memory import MemoryMonitor
 from lightning_memload.report import SaveReport
-from lightning_memload.save import BackgroundSave, Save, SaveStats, plan_directory_save, plan_torch_save, write_torch
+from lightning_memload.save import (
+    BackgroundSave,
+    Save,
+    SaveStats,
+    is_in_step,
+    plan_directory_save,
+    plan_torch_save,
+    write_torch,
+)
 
 __all__ = ["LoadObserver", "SaveFormat", "SaveObserver", "StreamingCheckpointIO"]
 
@@ -33,6 +41,9 @@ SaveFormat = Literal["torch", "directory", "safetensors+state"]
 # Lightning 2.6 added the argument and passes None on to torch; Lightning 2.5 always loaded with False.
 _STOCK_TAKES_WEIGHTS_ONLY = "weights_only" in inspect.signature(TorchCheckpointIO.load_checkpoint).parameters
 _STOCK_WEIGHTS_ONLY = None if _STOCK_TAKES_WEIGHTS_ONLY else False
+# In a file of this name the launchers of Lightning (2.5, 2.6) that fork or spawn hand the trained weights to the main
+# process, where no callback has installed anything.
+_LAUNCHER_FILE = ".temp.ckpt"
 
 
 class LoadObserver(Protocol):
@@ -164,12 +175,13 @@ class StreamingCheckpointIO(TorchCheckpointIO):
 
         With ``asynchronous=True`` a local checkpoint holds, bit for bit, the state at the time of the call, and gets
         its name later. Within ``fit`` with ``MemoryEfficientRestore``, parameters and optimizer states are written
-        while the next batch runs forward and backward, which only reads them; before an optimizer's step changes them
-        the step waits. Everything else is written when this returns. Without that callback all is, and only the disk is
-        not waited for. After training the file has its place when this returns. The next save, load, removal of a
-        checkpoint, and the end of the process keep their order with it. A parameter that code of yours changes in place
-        between this call and the next step makes the save fail instead of tearing it, unless it is changed through
-        ``.data``, which torch does not count.
+        while the next batch runs forward and backward, which only read them; before an optimizer's step changes them
+        the step waits. Everything else is written when this returns; so is everything when this is called within the
+        step (from ``training_step``, say, which Lightning runs in its closure), and without that callback, where only
+        the disk is not waited for. After training the file has its place when this returns. The next save, load,
+        removal of a checkpoint, and the end of the process keep their order with it. A parameter that code of yours
+        changes in place between this call and the next step makes the save fail instead of tearing it, unless it is
+        changed through ``.data``, which torch does not count.
 
         Args:
             checkpoint: What to save.
@@ -188,13 +200,14 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         file also what its file system buffers.
         """
         self.teardown()
-        if storage_options is not None or (sys.platform != "linux" and self.format == "torch"):
+        format = "torch" if os.path.basename(path) == _LAUNCHER_FILE else self.format
+        if storage_options is not None or (sys.platform != "linux" and format == "torch"):
             super().save_checkpoint(checkpoint, str(path), storage_options)
             return
         filesystem, target = url_to_fs(str(path))
-        if self.format != "torch" and (sys.platform != "linux" or not isinstance(filesystem, LocalFileSystem)):
+        if format != "torch" and (sys.platform != "linux" or not isinstance(filesystem, LocalFileSystem)):
             raise ValueError(
-                f"StreamingCheckpointIO(format={self.format!r}) saves to local disks on Linux only, and was given "
+                f"StreamingCheckpointIO(format={format!r}) saves to local disks on Linux only, and was given "
                 f"{path}. Use format='torch'."
             )
         filesystem.makedirs(os.path.dirname(path), exist_ok=True)
@@ -206,7 +219,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
                     stats = write_torch(checkpoint, file, name=str(path), host_budget_bytes=self._host_budget_bytes)
                 self._end_save(measuring, stats, stats.seconds)
                 return
-            save = self._plan(checkpoint, target)
+            save = self._plan(checkpoint, target, format)
             if not self.asynchronous or self._after_training:
                 stats = save.run()
                 self._end_save(measuring, stats, stats.seconds)
@@ -216,15 +229,15 @@ class StreamingCheckpointIO(TorchCheckpointIO):
             raise
         self._save_in_background(save, measuring)
 
-    def _plan(self, checkpoint: dict[str, Any], target: str) -> Save:
-        if self.format == "torch":
+    def _plan(self, checkpoint: dict[str, Any], target: str, format: SaveFormat) -> Save:
+        if format == "torch":
             return plan_torch_save(checkpoint, target, host_budget_bytes=self._host_budget_bytes)
         return plan_directory_save(
             checkpoint,
             target,
             host_budget_bytes=self._host_budget_bytes,
             link_unchanged_from=self._before,
-            safetensors=self.format == "safetensors+state",
+            safetensors=format == "safetensors+state",
         )
 
     def _save_in_background(self, save: Save, measuring: _Measuring) -> None:
@@ -235,8 +248,8 @@ class StreamingCheckpointIO(TorchCheckpointIO):
                 self._end_save(measuring, stats, stats.pickle_seconds + background.blocked_seconds)
 
         # Lightning's AsyncCheckpointIO saves copies from a thread of its own; there is nothing to wait for.
-        trains_here = threading.get_ident() == self._training_thread
-        self._background = BackgroundSave(save, self._changed_in_steps() if trains_here else (), on_end=end)
+        may_wait = threading.get_ident() == self._training_thread and not is_in_step()
+        self._background = BackgroundSave(save, self._changed_in_steps() if may_wait else (), on_end=end)
 
     def _end_save(self, measuring: _Measuring, stats: SaveStats, blocked_seconds: float) -> None:
         self.last_save, self._before = stats, stats.path

@@ -10,6 +10,7 @@ bytes of two states. Writes that torch does not count (through ``.data``, or a r
 from __future__ import annotations
 
 import atexit
+import inspect
 import os
 import threading
 import time
@@ -23,7 +24,7 @@ from lightning_memload.errors import CheckpointWriteError
 from lightning_memload.save.saving import Save, SaveStats
 from lightning_memload.save.writing import Order
 
-__all__ = ["BackgroundSave", "tensors_of_optimizers"]
+__all__ = ["BackgroundSave", "is_in_step", "tensors_of_optimizers"]
 
 
 class BackgroundSave:
@@ -167,9 +168,9 @@ class BackgroundSave:
         changed = sum(tensor._version != version for tensor, version in self._versions)
         if changed:
             raise CheckpointWriteError(
-                f"{self.path} could not be saved: {changed} tensors of optimizers were changed in place outside an "
-                "optimizer's step while they were saved in the background, so the file would hold bytes of two states. "
-                "What was there is untouched. Change them before saving, or do not save asynchronously.",
+                f"{self.path} could not be saved: {changed} parameters or optimizer states were changed in place "
+                "outside an optimizer's step while they were saved in the background, so the file would hold bytes of "
+                "two states. What was there is untouched. Change them before saving, or do not save asynchronously.",
                 path=self.path,
                 needed_bytes=None,
                 free_bytes=None,
@@ -202,6 +203,22 @@ class BackgroundSave:
             self._hook.remove()
             self._hook = None
         atexit.unregister(self.result)
+
+
+def is_in_step() -> bool:
+    """Whether this thread is within an optimizer's step, in its closure that is: it changes tensors when that ends.
+
+    Lightning runs ``training_step``, backward and the hooks around them in there. A save that begins then has missed
+    the moment before the step in which it could have made it wait.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_name == "step" and code.co_argcount else None
+        if isinstance(owner, torch.optim.Optimizer):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def tensors_of_optimizers(optimizers: Iterable[Any], modules: Iterable[torch.nn.Module] = ()) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,56 @@ def train(folder: Path, callbacks: list[Any], module: Any = None, **options: Any
     trainer = make_trainer(folder, callbacks, **{"max_epochs": 2, **options})
     trainer.fit(module)
     return module
+
+
+class DataSGD(torch.optim.Optimizer):
+    """Writes in a way that torch does not count, as many optimizers do."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(parameter.grad, alpha=-0.1)
+        return loss
+
+
+class SaveWithin(L.Callback):
+    """Saves within the optimizer's step: Lightning runs these hooks in its closure."""
+
+    def __init__(self, hook: str, folder: Path) -> None:
+        self.folder = folder
+        self.states: list[Any] = []
+        setattr(self, hook, self.save)
+
+    def save(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        # The next save waits for the one before, and with it for what that missed.
+        if len(self.states) < 2:
+            self.states.append(copy.deepcopy(dict(pl_module.state_dict())))
+            trainer.save_checkpoint(self.folder / f"{len(self.states)}.ckpt")
+
+
+@pytest.mark.parametrize("make_optimizer", [adamw, DataSGD])
+@pytest.mark.parametrize("hook", ["on_before_backward", "on_after_backward", "on_before_optimizer_step"])
+def test_a_save_within_a_step_is_of_the_state_before_it(
+    tmp_path: Path, hook: str, make_optimizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = writing.LocalSink.write
+
+    def slowly(sink: Any, buffers: Sequence[Any], offset: int) -> None:
+        time.sleep(0.05)
+        write(sink, buffers, offset)
+
+    monkeypatch.setattr(writing.LocalSink, "write", slowly)
+    monkeypatch.setattr(writing, "_DIRECT_BLOCK_BYTES", 1024)
+    saver = SaveWithin(hook, tmp_path)
+    train(tmp_path, [MemoryEfficientRestore(asynchronous_save=True), saver], Normalised(make_optimizer), max_epochs=1)
+    assert len(saver.states) == 2
+    for number, weights in enumerate(saver.states, start=1):
+        saved = torch.load(tmp_path / f"{number}.ckpt", **TRUSTED)
+        assert_same(weights, dict(saved["state_dict"]), "state_dict")
 
 
 @pytest.mark.usefixtures("lazy")

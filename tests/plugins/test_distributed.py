@@ -45,13 +45,16 @@ class Writing(L.Callback):
         (pathlib.Path(self.folder) / f"{trainer.global_rank}.json").write_text(json.dumps(result))
 
 
-def main(path, folder, strategy, ours):
+def main(path, folder, strategy, ours, save_format="torch"):
     torch.manual_seed(2)
     module = TinyModule(adamw)
-    restore = MemoryEfficientRestore() if ours else None
+    restore = MemoryEfficientRestore(save_format=save_format) if ours else None
     callbacks = [Writing(folder, restore), *([restore] if ours else [])]
     trainer = make_trainer(folder, callbacks, max_epochs=2, devices=2, strategy=strategy)
     trainer.fit(module, ckpt_path=path, **TRUSTED)
+    if strategy != "ddp":
+        weights = [p.detach().flatten()[0].item().hex() for p in module.parameters()]
+        (pathlib.Path(folder) / "main.json").write_text(json.dumps(weights))
 
 
 ARGUMENTS = json.loads(os.environ["MEMLOAD_TEST_ARGUMENTS"])
@@ -60,11 +63,11 @@ if __name__ == "__main__":
 """
 
 
-def ranks(path: Path, folder: Path, strategy: str, *, ours: bool) -> list[dict[str, Any]]:
+def ranks(path: Path, folder: Path, strategy: str, *, ours: bool, **options: str) -> list[dict[str, Any]]:
     folder.mkdir()
     program = folder / "program.py"
     program.write_text(PROGRAM)
-    arguments = {"path": str(path), "folder": str(folder), "strategy": strategy, "ours": ours}
+    arguments = {"path": str(path), "folder": str(folder), "strategy": strategy, "ours": ours, **options}
     repository = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, str(program)],
@@ -114,6 +117,16 @@ def test_ranks_train_as_stock(strategy: str, path: Path, stock: list[dict[str, A
     assert largest["value"] == max(peaks)
     assert peaks[largest["rank"]] == largest["value"]
     assert ours[0]["losses"] != ours[1]["losses"]
+
+
+@pytest.mark.parametrize("save_format", ["directory", "safetensors+state"])
+def test_launchers_get_the_weights_in_every_format(
+    save_format: str, path: Path, stock: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """They are loaded in the main process, where nobody has installed anything."""
+    ours = ranks(path, tmp_path / "ours", "ddp_fork", ours=True, save_format=save_format)
+    assert ours[0]["weights"] == stock[0]["weights"]
+    assert json.loads((tmp_path / "ours" / "main.json").read_text()) == stock[0]["weights"]
 
 
 def test_launchers_pass_a_bare_state_dict(tmp_path: Path) -> None:

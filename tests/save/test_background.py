@@ -204,7 +204,9 @@ def test_a_change_outside_a_step_is_no_checkpoint(path: Path, disk: Disk) -> Non
         weight.clamp_(-1, 1)
     disk.goes_on.set()
     save.wait_until_written()
-    with pytest.raises(CheckpointWriteError, match=r"file\.pt could not be saved: 1 tensors .* outside an optimizer's"):
+    with pytest.raises(
+        CheckpointWriteError, match=r"file\.pt could not be saved: 1 parameters .* outside an optimizer's"
+    ):
         save.result()
     save.result()  # told once
     assert torch.load(path) == {"old": 1}
