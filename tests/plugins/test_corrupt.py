@@ -24,7 +24,7 @@ from lightning_memload import (
 )
 from tests.plugins.harness import TRUSTED, Case, TinyModule, adamw, make_trainer, write_checkpoint
 from tests.plugins.test_callback import assert_clean, flip_byte
-from tests.plugins.test_distributed import PROGRAM, ranks
+from tests.plugins.test_distributed import ranks
 
 
 def truncate(path: Path) -> None:
@@ -197,11 +197,8 @@ def test_the_word_last(on_corrupt: Any, tmp_path: Path) -> None:
     assert str(again.ckpt_path).endswith("epoch=0-step=8.ckpt")
 
 
-def test_all_ranks_take_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = PROGRAM.replace("MemoryEfficientRestore()", "MemoryEfficientRestore(on_corrupt='previous')")
-    monkeypatch.setattr("tests.plugins.test_distributed.PROGRAM", program)
-    assert program != PROGRAM
+def test_all_ranks_take_the_same(folder: Path, tmp_path: Path) -> None:
     flip_weight(folder / "last.ckpt")
-    results = ranks(folder / "last.ckpt", tmp_path / "ranks", "ddp_fork", ours=True)
+    results = ranks(folder / "last.ckpt", tmp_path / "ranks", "ddp_fork", ours=True, on_corrupt="previous")
     assert [result["report"]["path"] for result in results] == [str(folder / "step=5.ckpt")] * 2
     assert [result["report"]["global_step"] for result in results] == [5, 5]

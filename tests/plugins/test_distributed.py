@@ -45,10 +45,10 @@ class Writing(L.Callback):
         (pathlib.Path(self.folder) / f"{trainer.global_rank}.json").write_text(json.dumps(result))
 
 
-def main(path, folder, strategy, ours, save_format="torch"):
+def main(path, folder, strategy, ours, **options):
     torch.manual_seed(2)
     module = TinyModule(adamw)
-    restore = MemoryEfficientRestore(save_format=save_format) if ours else None
+    restore = MemoryEfficientRestore(**options) if ours else None
     callbacks = [Writing(folder, restore), *([restore] if ours else [])]
     trainer = make_trainer(folder, callbacks, max_epochs=2, devices=2, strategy=strategy)
     trainer.fit(module, ckpt_path=path, **TRUSTED)
