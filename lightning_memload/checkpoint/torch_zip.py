@@ -316,19 +316,15 @@ def _locate(file: LocalFile | FilePart, entry: zipfile.ZipInfo) -> Record:
             path=file.name,
         )
     _, method, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-    if entry.compress_type != method:
-        raise CheckpointFormatError(
-            f"{file.name} is damaged: of record {entry.filename!r} the directory has compression "
-            f"{entry.compress_type}, but the bytes at {entry.header_offset}, beside its data, have {method}.",
-            path=file.name,
-        )
+    offset = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+    if entry.compress_type != method and (damage := check_entry(file, entry, offset)) is not None:
+        raise CheckpointFormatError(damage.problem, path=file.name)
     if entry.compress_type != zipfile.ZIP_STORED:
         raise UnmappableCheckpoint(
             f"{file.name} holds its record {entry.filename!r} compressed, so its tensors are not in the file as "
             "they are.",
             path=file.name,
         )
-    offset = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
     if entry.compress_size != entry.file_size:
         raise CheckpointFormatError(
             f"{file.name}: record {entry.filename!r} is stored as it is, but the directory gives it "

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch.optim.swa_utils import AveragedModel
 
 from lightning_memload.errors import MetaTensorError, listed
 from lightning_memload.plugins.checkpoint_io import SaveFormat, StreamingCheckpointIO
@@ -25,6 +23,7 @@ from lightning_memload.plugins.saves import SaveLog
 from lightning_memload.plugins.seams import (
     before_move,
     before_stage,
+    begin_averages,
     install_io,
     keep_strategy_on_device,
     let_teardown_pass,
@@ -260,7 +259,7 @@ class MemoryEfficientRestore(pl.Callback):
         if self._run is not None:
             parts = self._options.parts
             if self._run.path is not None and parts is not None and "callbacks" not in parts:
-                _begin_averages(trainer, pl_module)
+                begin_averages(trainer, pl_module)
             self._run.end_weights()
 
     def _begin_stage(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -280,7 +279,7 @@ class MemoryEfficientRestore(pl.Callback):
                 "shards. Load the weights in configure_model, or start from a checkpoint of that strategy."
             )
         run.load_weights(source)
-        _begin_averages(trainer, pl_module)
+        begin_averages(trainer, pl_module)
         self._has_weights = weakref.ref(pl_module)
 
     def _make_io(self, *, wrapped: bool) -> StreamingCheckpointIO:
@@ -365,23 +364,6 @@ def _averages_weights(trainer: pl.Trainer) -> bool:
     names = {"WeightAveraging", "StochasticWeightAveraging"}
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return any(names & {kind.__name__ for kind in type(callback).__mro__} for callback in callbacks)
-
-
-def _begin_averages(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Lets Lightning's averages begin with the weights that a module has now.
-
-    Lightning's ``WeightAveraging`` copies the module in ``setup``, before weights are loaded, and takes them over only
-    where a checkpoint has the states of callbacks. Its average has no public name (2.6).
-    """
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
-        average = getattr(callback, "_average_model", None)
-        if isinstance(average, AveragedModel):
-            copied = dict((*average.module.named_parameters(), *average.module.named_buffers()))
-            with torch.no_grad():
-                for name, value in (*module.named_parameters(), *module.named_buffers()):
-                    if name in copied:
-                        copied[name].copy_(value)
 
 
 def _meta_error(

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
 from lightning_memload.restore import meta_names
@@ -21,6 +23,7 @@ from lightning_memload.restore import meta_names
 __all__ = [
     "before_move",
     "before_stage",
+    "begin_averages",
     "install_io",
     "keep_strategy_on_device",
     "let_teardown_pass",
@@ -154,3 +157,20 @@ def keep_strategy_on_device(strategy: Strategy) -> None:
                 module.__dict__.pop("cpu", None)
 
     strategy.__dict__["teardown"] = teardown_in_place
+
+
+def begin_averages(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Lets Lightning's averages begin with the weights that a module has now.
+
+    Lightning's ``WeightAveraging`` copies the module in ``setup``, before weights are loaded, and takes them over only
+    where a checkpoint has the states of callbacks. Its average has no public name (2.6).
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, AveragedModel):
+            copied = dict((*average.module.named_parameters(), *average.module.named_buffers()))
+            with torch.no_grad():
+                for name, value in (*module.named_parameters(), *module.named_buffers()):
+                    if name in copied:
+                        copied[name].copy_(value)

@@ -304,9 +304,12 @@ class _Construction(TorchFunctionMode):
         self._check_sharing()
         self._check_scripts()
 
+    def _alive(self) -> list[nn.Module]:
+        return [module for reference in self._modules.values() if (module := reference()) is not None]
+
     def _check_sharing(self) -> None:
         owners: dict[int, dict[int, tuple[nn.Module, str, torch.Tensor]]] = {}
-        modules = [module for reference in self._modules.values() if (module := reference()) is not None]
+        modules = self._alive()
         for module in modules:
             for name, tensor in (*module._parameters.items(), *module._buffers.items(), *_attributes(module).items()):
                 if type(tensor) not in (torch.Tensor, nn.Parameter):
@@ -334,9 +337,8 @@ class _Construction(TorchFunctionMode):
             )
 
     def _check_scripts(self) -> None:
-        for reference in self._modules.values():
-            module = reference()
-            for name, part in module._modules.items() if module is not None else ():
+        for module in self._alive():
+            for name, part in module._modules.items():
                 if isinstance(part, torch.jit.ScriptModule) and any(value.is_meta for value in part.parameters()):
                     raise MetaTensorError(
                         f"{type(module).__name__}.{name} was compiled by torch.jit, whose parameters can be given no "
@@ -347,10 +349,7 @@ class _Construction(TorchFunctionMode):
 
     def _check_values(self) -> None:
         found: list[tuple[str, nn.Module, _Origin]] = []
-        for reference in self._modules.values():
-            module = reference()
-            if module is None:
-                continue
+        for module in self._alive():
             # torch (2.13) has no public name for them.
             unsaved = {name: module._buffers.get(name) for name in module._non_persistent_buffers_set}
             for name, value in (*unsaved.items(), *_attributes(module).items()):

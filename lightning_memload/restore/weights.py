@@ -187,16 +187,15 @@ class WeightsRestore:
             old = [replace_data(target.tensor, replacements[target.key], name=target.key) for target in filled]
         session.free_at_end(old)
         self.assigned_bytes += sum(pages.nbytes for pages in assign.values())
+        if overrides:
+            return  # It may go on with the values, so it gets them, and torch copies them once more.
         done = {target.key for target in stream} | assign.keys()
         for targets in by_tensor.values():
-            if targets[-1].key not in done:
-                continue
-            for alias in targets:
-                if overrides:
-                    continue  # It may go on with the value, so it gets that, and torch copies it once more.
-                self._values[alias.key] = alias.value
-                state_dict[alias.key] = alias.tensor
-            self._versions[id(targets[-1].tensor)] = _version_of(targets[-1].tensor)
+            if targets[-1].key in done:
+                for alias in targets:
+                    self._values[alias.key] = alias.value
+                    state_dict[alias.key] = alias.tensor
+                self._versions[id(targets[-1].tensor)] = _version_of(targets[-1].tensor)
 
     def _may_assign(self, target: _Target, device: torch.device, sharing: _Sharing) -> bool:
         tensor, value = target.tensor, target.value
@@ -235,7 +234,7 @@ class _Sharing:
 
     def __init__(self, module: nn.Module, targets: Sequence[_Target]) -> None:
         tensors = {id(t): t for t in (*module.parameters(), *module.buffers()) if _has_memory(t)}
-        self._owners = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+        self._owners = Counter(map(_memory_of, tensors.values()))
         self._overlapping: set[int] = set()
         in_memory = [target.tensor for target in targets if _has_memory(target.tensor) and self.shares(target.tensor)]
         in_memory.sort(key=lambda tensor: (str(tensor.device), tensor.data_ptr()))
@@ -248,7 +247,7 @@ class _Sharing:
 
     def shares(self, tensor: torch.Tensor) -> bool:
         """Whether another parameter or buffer has the same storage."""
-        return self._owners[tensor.untyped_storage().data_ptr()] > 1
+        return self._owners[_memory_of(tensor)] > 1
 
     def overlaps(self, target: _Target) -> bool:
         """Whether filling the target writes to memory of another one too."""

@@ -125,10 +125,15 @@ def many(count: int, numel: int = 5000) -> tuple[bytes, list[TensorCopy], list[R
     return bytes(data), copies, records
 
 
+def in_doubles(copies: Sequence[TensorCopy]) -> list[TensorCopy]:
+    """The same copies, but through the staging ring, since their type changes."""
+    return [TensorCopy(c.name, c.offset, c.dtype, c.stride, c.destination.double()) for c in copies]
+
+
 def converted(count: int) -> tuple[Memory, list[TensorCopy]]:
-    """Copies that go through the staging ring, since their type changes."""
+    """Many copies that go through the staging ring."""
     data, copies, _ = many(count)
-    return Memory(data), [TensorCopy(c.name, c.offset, c.dtype, c.stride, c.destination.double()) for c in copies]
+    return Memory(data), in_doubles(copies)
 
 
 PLAN = _Transfer._plan
@@ -328,7 +333,7 @@ class TestReading:
 
         data, copies, _ = many(20)
         if is_converted:
-            _, copies = converted(20)
+            copies = in_doubles(copies)
         source = Memory(data, fail=fail)
         with pytest.raises(
             CheckpointReadError, match=r"Reading tensor\d+ from memory\.ckpt failed at byte \d+: .*Input/output"
@@ -477,7 +482,7 @@ class TestChecksums:
     def test_a_flipped_byte_anywhere(self, block: int, threads: int, converted: bool) -> None:
         data, copies, records = many(3, 2000)
         if converted:
-            copies = [TensorCopy(c.name, c.offset, c.dtype, c.stride, c.destination.double()) for c in copies]
+            copies = in_doubles(copies)
         stats = move(Memory(data), copies, threads=threads, block=block, records=records)
         assert stats.bytes_verified == sum(record.nbytes for record in records)
         for record in records:
