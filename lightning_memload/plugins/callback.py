@@ -8,14 +8,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import lightning.pytorch as pl
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_memload.errors import MetaTensorError, listed
 from lightning_memload.plugins.checkpoint_io import SaveFormat, StreamingCheckpointIO
+from lightning_memload.plugins.compat import Callback, classes
 from lightning_memload.plugins.damaged import OnCorrupt, name_intact_sibling
 from lightning_memload.plugins.parts import Part, check_parts
 from lightning_memload.plugins.run import Mode, RestoreOptions, RestoreRun
@@ -34,12 +33,15 @@ from lightning_memload.restore import WeightsSource, meta_names
 from lightning_memload.save import tensors_of_optimizers
 from lightning_memload.transfer import check_host_budget, check_num_threads
 
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
 __all__ = ["MemoryEfficientRestore"]
 
 _MIB = 2**20
 
 
-class MemoryEfficientRestore(pl.Callback):
+class MemoryEfficientRestore(Callback):
     """Restores checkpoints straight from the file onto the training device, with a hard bound on host memory.
 
     Works with every entry point that takes ``ckpt_path`` (``fit``, ``validate``, ``test``, ``predict``), on an ordinary
@@ -240,7 +242,7 @@ class MemoryEfficientRestore(pl.Callback):
         if self._io is not None and self._log:
             # Lightning does so when the loggers have ended. An error waits until then, but for one that it would lose:
             # its AsyncCheckpointIO tells the IO within nothing.
-            if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+            if isinstance(trainer.strategy.checkpoint_io, classes("lightning.pytorch.plugins.io.AsyncCheckpointIO")):
                 trainer.strategy.checkpoint_io.teardown()
                 self._io.teardown()
             self._io.wait()

@@ -18,11 +18,11 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_memload.checkpoint import MappedCheckpoint, UnmappableCheckpoint, load_mapped
 from lightning_memload.memory import MemoryMonitor
+from lightning_memload.plugins.compat import TorchCheckpointIO, classes
 from lightning_memload.report import SaveReport
 from lightning_memload.save import (
     BackgroundSave,
@@ -38,9 +38,6 @@ __all__ = ["LoadObserver", "SaveFormat", "SaveObserver", "StreamingCheckpointIO"
 
 SaveFormat = Literal["torch", "directory", "safetensors+state"]
 
-# Lightning 2.6 added the argument and passes None on to torch; Lightning 2.5 always loaded with False.
-_STOCK_TAKES_WEIGHTS_ONLY = "weights_only" in inspect.signature(TorchCheckpointIO.load_checkpoint).parameters
-_STOCK_WEIGHTS_ONLY = None if _STOCK_TAKES_WEIGHTS_ONLY else False
 # In a file of this name the launchers of Lightning (2.5, 2.6) that fork or spawn hand the trained weights to the main
 # process, where no callback has installed anything.
 _LAUNCHER_FILE = ".temp.ckpt"
@@ -284,14 +281,15 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         self,
         path: str | os.PathLike[str],
         map_location: Any = None,
-        weights_only: bool | None = _STOCK_WEIGHTS_ONLY,
+        weights_only: bool | Literal["stock"] | None = "stock",
     ) -> dict[str, Any]:
         """Loads a checkpoint.
 
         Args:
             path: Path or URL.
             map_location: As in ``torch.load``. Anything but the CPU means an ordinary load.
-            weights_only: Passed to ``torch.load`` exactly as given.
+            weights_only: Passed to ``torch.load`` exactly as given. ``"stock"``: what Lightning's own plugin passes,
+                ``None`` from 2.6 on, and ``False`` before.
 
         Returns:
             The checkpoint. Its tensors lie in the file: reading one maps its pages, writing to one copies them.
@@ -305,6 +303,9 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         Peak memory: that of the checkpoint without its tensors.
         """
         self.teardown()
+        if weights_only == "stock":
+            # Only a Trainer of 2.5 gives no such argument, which it does not know.
+            weights_only = None if all(map(_takes_weights_only, _stock())) else False
         filesystem, local_path = url_to_fs(str(path))
         if not filesystem.exists(local_path):
             raise FileNotFoundError(f"Checkpoint file not found: {path}")
@@ -334,11 +335,22 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         return checkpoint  # type: ignore[no-any-return]
 
     def _load_ordinarily(self, path: Any, map_location: Any, weights_only: bool | None) -> Any:
-        options: dict[str, Any] = {"weights_only": weights_only} if _STOCK_TAKES_WEIGHTS_ONLY else {}
+        stock = next((kind for kind in _stock() if _takes_weights_only(kind)), TorchCheckpointIO)
+        options: dict[str, Any] = {"weights_only": weights_only} if _takes_weights_only(stock) else {}
         if map_location is not None:
             options["map_location"] = map_location
         with _without_mmap():
-            return super().load_checkpoint(path, **options)
+            return stock.load_checkpoint(self, path, **options)
+
+
+def _stock() -> tuple[type[TorchCheckpointIO], ...]:
+    """Lightning's own plugins: two, perhaps of two versions, where both of its packages are imported."""
+    return classes("lightning.fabric.plugins.io.torch_io.TorchCheckpointIO")
+
+
+def _takes_weights_only(stock: type[TorchCheckpointIO]) -> bool:
+    """Whether a plugin has the argument, which Lightning 2.6 added."""
+    return "weights_only" in inspect.signature(stock.load_checkpoint).parameters
 
 
 class _Measuring:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_memload.checkpoint import UnmappableCheckpoint
 from lightning_memload.errors import CheckpointFormatError, CheckpointReadError
 from lightning_memload.restore import find_siblings
 from lightning_memload.transfer import verify_checkpoint
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 __all__ = ["OnCorrupt", "choose_intact", "name_intact_sibling"]
 

@@ -9,21 +9,21 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.data import AttributeDict
-from lightning.pytorch.utilities.migration import pl_legacy_patch
-from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.plugins.compat import classes, package_of
 from lightning_memload.restore import LoadOptions, WeightsSource, find_state_dict, meta_init, open_any
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 __all__ = ["load_from_checkpoint"]
 
-Module = TypeVar("Module", bound=pl.LightningModule)
+Module = TypeVar("Module", bound="pl.LightningModule")
 
 # Before Lightning 1.0; load_from_checkpoint still reads them.
 _PAST_HYPER_PARAMETERS_KEYS = ("hparams", "module_arguments")
@@ -72,7 +72,7 @@ def load_from_checkpoint(
     Raises:
         CheckpointFormatError: The file is damaged, or holds no weights.
         IncompatibleWeightsError: The weights do not fit, see :func:`load_weights`.
-        TypeError: An argument is neither one of these nor one of ``cls``.
+        TypeError: An argument is neither one of these nor one of ``cls``, or ``cls`` is no LightningModule.
         ValueError: ``strict`` contradicts the module's ``strict_loading``, or the file names code to build the module
             with that is not LightningCLI's.
 
@@ -81,8 +81,14 @@ def load_from_checkpoint(
     Example:
         >>> model = load_from_checkpoint(LitGPT, "last.ckpt", device="cuda", dropout=0.0)
     """
+    if not issubclass(cls, classes("lightning.pytorch.LightningModule")):
+        raise TypeError(
+            f"load_from_checkpoint() builds LightningModules, and {cls.__qualname__} is none. Build it yourself, and "
+            "give it its weights with load_weights()."
+        )
     options = LoadOptions(torch.device(device), mode, host_budget_mib, num_threads, verify, check_fit)
-    with pl_legacy_patch():
+    package = package_of(cls)
+    with package.reading_old_pickles():
         checkpoint, session = options.open(lambda: open_any(path, weights_only))
     with options.closing(session):
         if not isinstance(checkpoint, dict):
@@ -92,7 +98,7 @@ def load_from_checkpoint(
         if "state_dict" not in checkpoint:
             checkpoint = {"state_dict": find_state_dict(checkpoint, path)}
         if "pytorch-lightning_version" in checkpoint:
-            checkpoint = _pl_migrate_checkpoint(checkpoint, os.fspath(path))
+            checkpoint = package.migrate(checkpoint, os.fspath(path))
         checkpoint.setdefault(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(overrides)
         module = _build_whole(cls, checkpoint, overrides)
         if strict is not None and module._strict_loading is not None and strict != module.strict_loading:
@@ -128,7 +134,8 @@ def _build(cls: type[Module], checkpoint: dict[str, Any], overrides: dict[str, A
     kind = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_TYPE)
     if kind:
         # A class, or in old files its name, which was always this one.
-        saved = AttributeDict(saved) if isinstance(kind, str) else kind(saved)
+        named = package_of(cls).find("lightning.fabric.utilities.data.AttributeDict")
+        saved = named(saved) if isinstance(kind, str) else kind(saved)
     signature = inspect.signature(cls.__init__).parameters
     names = [name for name, parameter in signature.items() if parameter.kind not in _VARIADIC][1:]
     whole = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)
@@ -159,6 +166,5 @@ def _build(cls: type[Module], checkpoint: dict[str, Any], overrides: dict[str, A
         arguments = {name: value for name, value in arguments.items() if name in names}
     if instantiator is None:
         return cls(**arguments)
-    from lightning.pytorch.cli import instantiate_module
-
-    return instantiate_module(cls, arguments)
+    instantiate = package_of(cls).find("lightning.pytorch.cli.instantiate_module")
+    return instantiate(cls, arguments)  # type: ignore[no-any-return]

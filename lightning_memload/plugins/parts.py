@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from typing import Any, Literal, get_args
-
-import lightning.pytorch as pl
-from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_memload.errors import CheckpointFormatError, IncompleteCheckpointError
+from lightning_memload.plugins.compat import package_of
 from lightning_memload.restore import find_state_dict
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 __all__ = ["Part", "check_parts", "take_parts"]
 
@@ -68,15 +68,15 @@ def take_parts(
     if "state_dict" not in checkpoint and (parts is None or "weights" in parts):
         _find_weights(checkpoint, path, may_be_supplied=may_be_supplied)
     if trainer.state.fn != "fit":
-        checkpoint.setdefault(_VERSION_KEY, pl.__version__)
+        checkpoint.setdefault(_VERSION_KEY, package_of(trainer).version)
         return
     if parts is not None or not may_be_supplied:
         _require(checkpoint, parts, path, trainer)
-    checkpoint.setdefault(_VERSION_KEY, pl.__version__)
+    checkpoint.setdefault(_VERSION_KEY, package_of(trainer).version)
     if parts is None:
         return
     # Old checkpoints first become what the keys below are about.
-    _pl_migrate_checkpoint(checkpoint, path)
+    package_of(trainer).migrate(checkpoint, path)
     if "weights" not in parts:
         # The module's own tensors: loading them changes nothing, and hooks find what they expect.
         checkpoint["state_dict"] = module.state_dict(keep_vars=True)
@@ -98,9 +98,13 @@ def _hooks_load(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     ours = ("lightning", "pytorch_lightning", "lightning_memload")
     theirs = (callback for callback in callbacks if type(callback).__module__.partition(".")[0] not in ours)
-    return is_overridden("on_load_checkpoint", module) or any(
-        is_overridden("on_load_checkpoint", callback, parent=pl.Callback) for callback in theirs
+    return _loads(module, "lightning.pytorch.LightningModule") or any(
+        _loads(callback, "lightning.pytorch.Callback") for callback in theirs
     )
+
+
+def _loads(thing: object, parent: str) -> bool:
+    return package_of(thing).overrides("on_load_checkpoint", thing, parent)
 
 
 def _find_weights(checkpoint: dict[str, Any], path: str, *, may_be_supplied: bool) -> None:

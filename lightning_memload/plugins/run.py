@@ -12,16 +12,15 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from tqdm.auto import tqdm
 
 from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.memory import MemoryMonitor
+from lightning_memload.plugins.compat import classes
 from lightning_memload.plugins.damaged import choose_intact
 from lightning_memload.plugins.parts import take_parts
 from lightning_memload.plugins.rank_maxima import reduce_maxima
@@ -36,12 +35,19 @@ from lightning_memload.restore import (
 )
 from lightning_memload.transfer import LazyRing, TransferStats, start_ring
 
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
 __all__ = ["Mode", "RestoreOptions", "RestoreRun"]
 
 Mode = Literal["auto", "assign", "copy"]
 
 # Restores shorter than this show no bar.
 _BAR_DELAY_SECONDS = 1.0
+_TRUE_PRECISIONS = (
+    "lightning.pytorch.plugins.precision.HalfPrecision",
+    "lightning.pytorch.plugins.precision.DoublePrecision",
+)
 _TRUE_PRECISION_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 # In every checkpoint of a Trainer; Lightning cannot go on without it.
 # Worth a garbage collection before it is copied out of the file for good.
@@ -282,7 +288,7 @@ class RestoreRun:
     def _true_precision(self) -> torch.dtype | None:
         """The dtype that the precision plugin is going to convert the module to, if converting is all that it does."""
         plugin = self._trainer.precision_plugin
-        if isinstance(plugin, (HalfPrecision, DoublePrecision)):
+        if isinstance(plugin, classes(*_TRUE_PRECISIONS)):
             return _TRUE_PRECISION_DTYPES.get(str(plugin.precision))
         return None
 

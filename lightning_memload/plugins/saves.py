@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from typing import TYPE_CHECKING
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_memload.report import SaveReport
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 __all__ = ["SaveLog"]
 

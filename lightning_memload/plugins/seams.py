@@ -7,18 +7,19 @@ objects stay as they are. Each says why no hook would do, and with which version
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
+from lightning_memload.plugins.compat import classes
 from lightning_memload.restore import meta_names
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch.strategies import Strategy
 
 __all__ = [
     "before_move",
@@ -30,12 +31,18 @@ __all__ = [
     "loads_by_itself",
 ]
 
-_SELF_LOADING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+_SELF_LOADING = (
+    "lightning.pytorch.strategies.FSDPStrategy",
+    "lightning.pytorch.strategies.ModelParallelStrategy",
+    "lightning.pytorch.strategies.DeepSpeedStrategy",
+)
+_WRAPPING = "lightning.pytorch.plugins.io.wrapper._WrappingCheckpointIO"
+_STOCK = "lightning.fabric.plugins.io.torch_io.TorchCheckpointIO"
 
 
 def loads_by_itself(strategy: Strategy) -> bool:
     """Whether a strategy loads checkpoints without the CheckpointIO, and gives meta parameters memory when it likes."""
-    return isinstance(strategy, _SELF_LOADING)
+    return isinstance(strategy, classes(*_SELF_LOADING))
 
 
 def install_io(trainer: pl.Trainer, make: Callable[..., StreamingCheckpointIO]) -> StreamingCheckpointIO | None:
@@ -58,9 +65,9 @@ def install_io(trainer: pl.Trainer, make: Callable[..., StreamingCheckpointIO]) 
     # Lightning 2.6 fills in its own IO when the public property is read, also inside a wrapping IO that has none yet,
     # and does not tell afterwards whether the user gave it. The connector knows what the user gave.
     io = strategy._checkpoint_io
-    if io is None or (type(io) is TorchCheckpointIO and trainer._accelerator_connector.checkpoint_io is None):
+    if io is None or (type(io) in classes(_STOCK) and trainer._accelerator_connector.checkpoint_io is None):
         io = strategy.checkpoint_io = make(wrapped=False)
-    while isinstance(io, _WrappingCheckpointIO):
+    while isinstance(io, classes(_WRAPPING)):
         if io.checkpoint_io is None:
             io.checkpoint_io = make(wrapped=True)
         io = io.checkpoint_io
