@@ -111,7 +111,7 @@ def test_tensors_within_other_objects_are_found(path: Path) -> None:
 
 
 def test_a_checkpoint_of_lightning(path: Path) -> None:
-    import lightning as L
+    import tests.lightning as L
 
     class Model(L.LightningModule):
         def __init__(self) -> None:

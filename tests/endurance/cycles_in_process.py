@@ -38,10 +38,11 @@ _KILL_AFTER_SECONDS = 0.05
 
 def _make_net() -> Any:
     """A module that trains one layer in each step: the limit leaves no room for the gradients of all."""
-    import lightning as L
     import torch
     from torch import nn
     from torch.utils.data import DataLoader, TensorDataset
+
+    import tests.lightning as L
 
     class Net(L.LightningModule):
         def __init__(self) -> None:
@@ -84,7 +85,7 @@ def cycle(folder: str, *, ours: bool, format: str = "torch") -> None:
     Never returns. ``cycle.json`` then holds what it saw. It dies by ``SIGUSR2``, for which nobody has a handler, so
     that it can be told from a process that was killed for its memory.
     """
-    import lightning as L
+    import tests.lightning as L
 
     path, seen_path = Path(folder, "last.ckpt"), Path(folder, "cycle.json")
     before = json.loads(seen_path.read_text()) if path.exists() else None
@@ -138,8 +139,7 @@ def _held() -> dict[str, int]:
 
 def training_bytes(folder: str) -> int:
     """The peak of anonymous memory of training alone, which neither resumes nor saves."""
-    import lightning as L
-
+    import tests.lightning as L
     from lightning_memload import MemoryMonitor
 
     class Train(L.Callback):
@@ -217,7 +217,7 @@ class _Enough(Exception):
 
 def cycle_in_one_process(folder: str, num_cycles: int, format: str = "torch") -> list[dict[str, int]]:
     """Trains, saves and resumes again and again in one process; returns what it holds after each cycle."""
-    import lightning as L
+    import tests.lightning as L
 
     path = Path(folder, "last.ckpt")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.plugins import TorchCheckpointIO
+from tests.lightning.pytorch.plugins import TorchCheckpointIO
 
 # Of Lightning, about a training this small.
 pytestmark = pytest.mark.filterwarnings("ignore")

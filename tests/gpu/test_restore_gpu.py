@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+import tests.lightning as L
 from lightning_memload import ChecksumError, InsufficientMemoryError, MemoryEfficientRestore, meta_init
 from lightning_memload.checkpoint import LocalFile
 from lightning_memload.memory import MemoryMonitor

@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from safetensors.torch import load_file
+from tests.lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from tests.lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
 from torch.utils.data import DataLoader
 
+import tests.lightning as L
 from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO, open_checkpoint, save_directory
 from lightning_memload.checkpoint import load_mapped
 from lightning_memload.memory import MemoryMonitor

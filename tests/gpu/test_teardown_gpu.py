@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 
+import tests.lightning as L
 from lightning_memload import MemoryEfficientRestore
 from tests.fresh_process import run_fresh
 

@@ -19,11 +19,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import tests.lightning as L
 from lightning_memload import ChecksumError, MemoryEfficientRestore, meta_init
 from lightning_memload.memory import MemoryMonitor
 from lightning_memload.memory.host import read_status

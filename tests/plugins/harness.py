@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.plugins.io import async_plugin
+from tests.lightning.pytorch.plugins.io import async_plugin
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import tests.lightning as L
 from lightning_memload import MemoryEfficientRestore, meta_init
 
 # Our own checkpoints hold more than weights. Lightning 2.5 has no such argument and always loads so.

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from tests.lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from tests.lightning.pytorch.loggers import Logger
+from tests.lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
 
+import tests.lightning as L
 from lightning_memload import CheckpointWriteError, MemoryEfficientRestore, StreamingCheckpointIO
 from lightning_memload.save import BackgroundSave, writing
 from tests.plugins.harness import FEATURES, TRUSTED, Recorded, adamw, assert_same, make_trainer
@@ -371,7 +371,7 @@ def test_every_save_is_logged_once_at_its_step(tmp_path: Path, way: str, caplog:
     logger, saver = Memory(), SaveOften(tmp_path)
     plugins = [AsyncCheckpointIO()] if way == "Lightning's" else []
     callbacks = [MemoryEfficientRestore(**WAYS[way]), saver]
-    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+    with caplog.at_level("INFO", logger=f"{L.PYTORCH}.utilities.rank_zero"):
         train(tmp_path, callbacks, max_epochs=1, logger=logger, plugins=plugins)
     assert [step for step, _ in logger.saves] == list(range(1, 9))
     for number, (_, figures) in enumerate(logger.saves):
@@ -396,7 +396,7 @@ def test_a_save_after_fit_is_told_and_not_logged(tmp_path: Path, caplog: pytest.
     logger = Memory()
     trainer = make_trainer(tmp_path, [MemoryEfficientRestore()], max_epochs=1, logger=logger)
     trainer.fit(Normalised())
-    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+    with caplog.at_level("INFO", logger=f"{L.PYTORCH}.utilities.rank_zero"):
         trainer.save_checkpoint(tmp_path / "end.ckpt")
     assert "end.ckpt: 0.00 GiB" in caplog.text
     assert not logger.saves

@@ -7,14 +7,14 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 import torchmetrics
-from lightning.pytorch.plugins.precision import MixedPrecision
+from tests.lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import tests.lightning as L
 from tests.plugins.harness import FEATURES, Case, Recorded, TinyModule, adamw, callbacks_of, same_resume
 
 # Optimizers ---------------------------------------------------------------------------------------------------------
@@ -513,7 +513,7 @@ def with_adamw() -> TinyModule:
 def _weight_averaging() -> dict[str, Case]:
     """Lightning's own averaging callbacks, which came with Lightning 2.6."""
     try:
-        from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+        from tests.lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
     except ImportError:
         return {}
     return {

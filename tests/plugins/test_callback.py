@@ -13,14 +13,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tests.lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from tests.lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import tests.lightning as L
 from lightning_memload import (
     ChecksumError,
     InsufficientMemoryError,
@@ -510,7 +510,7 @@ import pickle
 import tempfile
 import warnings
 
-import lightning as L
+import tests.lightning as L
 
 from lightning_memload import MemoryEfficientRestore
 from tests.plugins.harness import TRUSTED, Case, TinyModule, adamw, make_trainer, write_checkpoint
@@ -565,7 +565,7 @@ def test_self_loading_strategies_are_measured_and_left_alone(
 ) -> None:
     """FSDP and its like need GPUs; a stand-in takes their place here."""
     trainer = make_trainer(tmp_path, [restore := MemoryEfficientRestore()])
-    monkeypatch.setattr(seams, "_SELF_LOADING", (type(trainer.strategy),))
+    monkeypatch.setattr(seams, "_SELF_LOADING", ("lightning.pytorch.strategies.SingleDeviceStrategy",))
     with pytest.warns(UserWarning, match="SingleDeviceStrategy loads checkpoints by itself") as caught:
         trainer.validate(Evaluated(), loader(), ckpt_path=path, **TRUSTED)
     assert len([w for w in caught if "by itself" in str(w.message)]) == 1
@@ -579,7 +579,7 @@ def test_weights_that_a_self_loading_strategy_would_leave_out_are_refused(
     tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(tmp_path, [MemoryEfficientRestore(weights_from=path)], max_steps=1)
-    monkeypatch.setattr(seams, "_SELF_LOADING", (type(trainer.strategy),))
+    monkeypatch.setattr(seams, "_SELF_LOADING", ("lightning.pytorch.strategies.SingleDeviceStrategy",))
     with (
         pytest.warns(UserWarning, match="loads checkpoints by itself"),
         pytest.raises(ValueError, match=r"weights_from=\.\.\.\) cannot fill modules that SingleDeviceStrategy shards"),

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 
+import tests.lightning as L
 from lightning_memload import CheckpointReadError, MemoryEfficientRestore
 from lightning_memload.save import replacement, save_directory
 from tests.plugins.harness import TRUSTED, Case, TinyModule, adamw, assert_same, make_trainer, write_checkpoint

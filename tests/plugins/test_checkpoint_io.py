@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from tests.lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from tests.lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO
 from tests.plugins.harness import TRUSTED, Case, TinyModule, adamw, make_trainer, write_checkpoint

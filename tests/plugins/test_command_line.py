@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.fresh_process import run_fresh
+from tests.lightning import PYTORCH
 from tests.plugins.harness import TRUSTED
 
 pytest.importorskip("jsonargparse")
@@ -19,7 +20,8 @@ PROGRAM = """
 import warnings
 
 import torch
-from lightning.pytorch.cli import LightningCLI
+from tests.lightning import PYTORCH
+from tests.lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 from lightning_memload import MemoryMonitor
@@ -79,7 +81,7 @@ trainer:
         mode: copy
         host_budget_mib: 16
         num_threads: 2
-    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+    - class_path: {package}.callbacks.ModelCheckpoint
       init_args:
         dirpath: {folder}
         filename: saved
@@ -90,7 +92,7 @@ model:
 
 def configure(folder: Path, *, epochs: int, extra: int) -> Path:
     config = folder / f"config{epochs}.yaml"
-    config.write_text(CONFIG.format(epochs=epochs, extra=extra, folder=folder))
+    config.write_text(CONFIG.format(package=PYTORCH, epochs=epochs, extra=extra, folder=folder))
     return config
 
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from tests.lightning.pytorch.callbacks import ModelCheckpoint
+from tests.lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
+import tests.lightning as L
 from lightning_memload import (
     CheckpointFormatError,
     ChecksumError,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from tests.lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO
 from lightning_memload.checkpoint import ChunkedTensor, load_mapped, open_checkpoint
@@ -35,10 +35,10 @@ import pathlib
 import warnings
 
 warnings.simplefilter("ignore")
-import lightning as L
+import tests.lightning as L
 import torch
 import torch.distributed.checkpoint as dcp
-from lightning.pytorch.strategies import ModelParallelStrategy
+from tests.lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 

@@ -15,8 +15,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from tests.lightning.pytorch.callbacks import ModelCheckpoint
+from tests.lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_memload import CheckpointWriteError, MemoryEfficientRestore, StreamingCheckpointIO, verify_checkpoint
 from lightning_memload.checkpoint import load_mapped

@@ -22,7 +22,7 @@ import pathlib
 import warnings
 
 warnings.simplefilter("ignore")
-import lightning as L
+import tests.lightning as L
 import torch
 
 from lightning_memload import MemoryEfficientRestore

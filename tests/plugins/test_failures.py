@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import nn
 
+import tests.lightning as L
 from lightning_memload import (
     CheckpointFormatError,
     ChecksumError,

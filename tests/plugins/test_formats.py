@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tests.lightning as L
 from lightning_memload import (
     MemoryEfficientRestore,
     StreamingCheckpointIO,

@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import lightning as L
 import pytest
 import torch
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint, LearningRateFinder, ModelCheckpoint, OnExceptionCheckpoint
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.tuner import Tuner
+from tests.lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from tests.lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from tests.lightning.pytorch.callbacks import Checkpoint, LearningRateFinder, ModelCheckpoint, OnExceptionCheckpoint
+from tests.lightning.pytorch.plugins.io import AsyncCheckpointIO
+from tests.lightning.pytorch.strategies import SingleDeviceStrategy
+from tests.lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, TensorDataset
 
+import tests.lightning as L
 from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO, load_from_checkpoint
 from lightning_memload.checkpoint import load_mapped
 from lightning_memload.plugins.checkpoint_io import SaveFormat

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from tests.lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+import tests.lightning as L
 from lightning_memload import (
     CheckpointFormatError,
     IncompatibleWeightsError,
@@ -546,7 +546,7 @@ class TestLoadFromCheckpoint:
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, for what Lightning calls
     def test_what_the_command_line_saves(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from lightning.pytorch.cli import LightningCLI
+        from tests.lightning.pytorch.cli import LightningCLI
 
         monkeypatch.setattr("sys.argv", ["train.py"])
         cli = LightningCLI(

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import lightning as L
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import AsyncCheckpointIO, async_plugin
+from tests.lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from tests.lightning.pytorch.callbacks import ModelCheckpoint
+from tests.lightning.pytorch.plugins.io import AsyncCheckpointIO, async_plugin
 
+import tests.lightning as L
 from lightning_memload import CheckpointWriteError, MemoryEfficientRestore, StreamingCheckpointIO, open_checkpoint
 from lightning_memload.checkpoint import load_mapped
 from tests.plugins.harness import TRUSTED, TinyModule, adamw, assert_same, make_trainer

@@ -9,12 +9,12 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+import tests.lightning as L
 from lightning_memload import MemoryEfficientRestore, meta_init
 from tests.plugins.harness import FEATURES, TRUSTED, Recorded, assert_same, make_trainer
 
@@ -233,7 +233,7 @@ class TestWhoseIO:
         assert restore.report.mode == "copy"
 
     def test_lightnings_own_given_on_purpose(self, tmp_path: Path) -> None:
-        from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+        from tests.lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
         path = save(Two(), tmp_path)
         module, restore = Two(), MemoryEfficientRestore()

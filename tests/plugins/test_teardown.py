@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 
+import tests.lightning as L
 from lightning_memload import MemoryEfficientRestore
 from tests.plugins.harness import TinyModule, adamw, make_trainer
 from tests.plugins.test_callback import assert_clean
@@ -28,7 +28,7 @@ class Moved(TinyModule):
 @pytest.fixture
 def moved_optimizers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many optimizers each call was to move: one in the setup of a run, one in its teardown."""
-    import lightning.pytorch.strategies.strategy as strategy_module
+    import tests.lightning.pytorch.strategies.strategy as strategy_module
 
     seen: list[int] = []
     monkeypatch.setattr(strategy_module, "_optimizers_to_device", lambda given, device: seen.append(len(given)))

@@ -74,7 +74,7 @@ def measure(path: str, num_bytes: int, known_bytes: int, host_budget_mib: int) -
         ``file_bytes``. The ways: ``ours`` and ``stock``, the plugins; ``staged``: host memory through the ring, as a
         device's would go; ``stream``: in order, as to a remote file; ``known``: no save, but a known allocation.
     """
-    from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+    from tests.lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
     from lightning_memload import StreamingCheckpointIO
 
