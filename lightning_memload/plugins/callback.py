@@ -16,6 +16,7 @@ from lightning_memload.errors import MetaTensorError, listed
 from lightning_memload.plugins.checkpoint_io import SaveFormat, StreamingCheckpointIO
 from lightning_memload.plugins.compat import Callback, classes
 from lightning_memload.plugins.damaged import OnCorrupt, name_intact_sibling
+from lightning_memload.plugins.mixed_imports import name_mixed_imports
 from lightning_memload.plugins.parts import Part, check_parts
 from lightning_memload.plugins.run import Mode, RestoreOptions, RestoreRun
 from lightning_memload.plugins.saves import SaveLog
@@ -232,6 +233,7 @@ class MemoryEfficientRestore(Callback):
         self._close_saves()
         self._abort()
         let_teardown_pass(pl_module)
+        name_mixed_imports(exception, trainer, pl_module)
         if restoring and trainer.is_global_zero:
             name_intact_sibling(exception, str(trainer.ckpt_path), advise_option=not self._options.replaces_damaged)
 

@@ -1,0 +1,71 @@
+"""What an error means that Lightning raises because its two packages are mixed in one run.
+
+A Trainer of one package uses a callback, a logger or a data module of the other as far as that goes, and often that is
+all the way: mixing is no error here. Where it ends, Lightning says "Expected a parent".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from lightning_memload.plugins.compat import classes, package_of
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+__all__ = ["name_mixed_imports"]
+
+# What checks of a type, and names that a class does not have, end in.
+_ERRORS = (AssertionError, AttributeError, TypeError, ValueError)
+_LIGHTNING = ("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning")
+_KINDS = (
+    "lightning.pytorch.LightningModule",
+    "lightning.pytorch.LightningDataModule",
+    "lightning.pytorch.Callback",
+    "lightning.pytorch.loggers.Logger",
+)
+
+
+def name_mixed_imports(exception: BaseException, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Adds to an error that Lightning raises which objects of the run come from another package than the Trainer.
+
+    Args:
+        exception: Any error of a run. One of another kind, or of other code than Lightning's, is left alone.
+        trainer: The Trainer.
+        module: Its module.
+    """
+    if not isinstance(exception, _ERRORS) or not _is_raised_by_lightning(exception.__traceback__):
+        return
+    home = package_of(trainer)
+    kinds, own = classes(*_KINDS), tuple(home.find(kind) for kind in _KINDS)
+    strangers = [
+        f"{type(thing).__qualname__} from {package_of(thing).pytorch}"
+        for thing in _objects(trainer, module)
+        if isinstance(thing, kinds) and not isinstance(thing, own)
+    ]
+    if strangers:
+        exception.args = (
+            f"{str(exception).rstrip('.')}. The Trainer comes from {home.pytorch}, and these objects do not: "
+            f"{', '.join(dict.fromkeys(strangers))}. A class of one package is unknown to the other. Import all of "
+            "them from one package.",
+        )
+
+
+def _is_raised_by_lightning(traceback: TracebackType | None) -> bool:
+    name = ""
+    while traceback is not None:
+        name = str(traceback.tb_frame.f_globals.get("__name__", ""))
+        traceback = traceback.tb_next
+    return name.partition(".")[0] in _LIGHTNING
+
+
+def _objects(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[object]:
+    yield module
+    yield trainer.datamodule  # type: ignore[attr-defined]
+    yield from trainer.callbacks  # type: ignore[attr-defined]
+    yield from trainer.loggers
+    for loop in (trainer.fit_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        # What was given as dataloaders: a data module of the other package counts as one. No public name (2.5, 2.6).
+        yield getattr(getattr(loop, "_data_source", None), "instance", None)
