@@ -13,11 +13,22 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-versio
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: test
-test: $(INSTALLED) ## Run the test suite (tests that need a GPU are skipped without one)
+test: $(INSTALLED) test-names ## Run the test suite (tests that need a GPU are skipped without one)
 	@$(BIN)/python -m pytest
+
+# Every tenth case only, to save minutes; without --every all of them pass too. Twice quiet: the last line is the suite's.
+.PHONY: test-names
+test-names: $(INSTALLED) ## Run the tests that enter Lightning with its other name, pytorch_lightning
+	@echo "With pytorch_lightning:"
+	@TEST_LIGHTNING=pytorch_lightning $(BIN)/python -m pytest -qq --every 10 tests/plugins --ignore=tests/plugins/test_packages.py
+
+# VERSIONS="3.12:2.8.0:2.5.5" chooses others: python:torch:lightning. Needs these Pythons and some GB of disk.
+.PHONY: test-versions
+test-versions: ## Run tests with the oldest and the newest Python, torch and Lightning, in fresh environments
+	@$(PYTHON) tests/versions.py $(VERSIONS)
 
 .PHONY: test-gpu
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 
@@ -18,6 +19,25 @@ def _cuda_obstacle() -> str | None:
 
 
 _cgroup_obstacle = cache(memory_cgroup_obstacle)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", type=int, default=1, help="run every n-th case of each parametrised test, and all others")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out cases as ``--every`` says: a second run with another Lightning need not take as long as the first."""
+    every = config.getoption("--every")
+    numbers: Counter[str] = Counter()
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        (left_out if numbers[test] % every else kept).append(item)
+        numbers[test] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 
 __all__ = ["PYTORCH", "Callback", "LightningDataModule", "LightningModule", "Trainer", "seed_everything"]
 
@@ -16,8 +17,9 @@ PYTORCH = os.environ.get("TEST_LIGHTNING", "lightning.pytorch")
 _NAMES = {PYTORCH: "pytorch", {"lightning.pytorch": "lightning.fabric"}.get(PYTORCH, "lightning_fabric"): "fabric"}
 
 pytorch = importlib.import_module(PYTORCH)
-for _module in ("cli", "tuner", "utilities.migration.utils"):
-    importlib.import_module(f"{PYTORCH}.{_module}")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of jsonargparse, about the cli of Lightning 2.5
+    importlib.import_module(f"{PYTORCH}.cli")
 for _name, _alias in _NAMES.items():
     for _known in [known for known in sys.modules if f"{known}.".startswith(f"{_name}.")]:
         sys.modules[f"{__name__}.{_alias}{_known.removeprefix(_name)}"] = sys.modules[_known]
