@@ -22,7 +22,7 @@ _cgroup_obstacle = cache(memory_cgroup_obstacle)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every", type=int, default=1, help="run every n-th case of each parametrised test, and all others")
+    parser.addoption("--every", type=int, default=1, help="run every n-th case of each test that has cases")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
