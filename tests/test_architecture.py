@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 FLOORS = {
     "errors": 0,
     "checkpoint": 1,
+    "distributed": 1,
     "memory": 1,
     "transfer": 2,
     "restore": 3,
@@ -110,7 +111,9 @@ class TestFloors:
     def test_every_room_of_the_design_is_read(self) -> None:
         read = {module_name(file).split(".")[1] for file in package_files() if file.parent.name != PACKAGE}
         assert (
-            {"checkpoint", "memory", "transfer", "restore", "save", "report", "plugins", "cli"} <= read <= set(FLOORS)
+            {"checkpoint", "distributed", "memory", "transfer", "restore", "save", "report", "plugins", "cli"}
+            <= read
+            <= set(FLOORS)
         )
 
     @pytest.mark.parametrize(

@@ -1,0 +1,231 @@
+"""Messages between the processes of one run, through the key-value store of the default process group.
+
+No collective is used. A collective needs every rank: it waits for a rank that has no callback, or meets another
+collective of that rank. A message in the store waits for nothing, and a reader knows whom it may wait for:
+
+1. each process that takes part announces itself before a barrier that the run has anyway;
+2. after that barrier it meets the others: it knows whether every rank takes part, and has a place among them;
+3. from then on the processes exchange small JSON messages, with a limit for each wait;
+4. a process that leaves says so, and no other one waits for it.
+
+One run announces itself after another: keys contain the number of announcements, which no two runs have in common.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from typing import Any, Protocol
+
+import torch
+
+__all__ = ["Companions", "KeyValueStore", "LostCompanion"]
+
+_ANNOUNCED = "lightning_memload/announced"
+_AGREEING = "lightning_memload/agreeing"
+
+_EXCHANGE_SECONDS = 5.0
+# A rank that reads a checkpoint gives a sign at least this often. A collective waits as long (10 minutes with NCCL).
+_SIGN_SECONDS = 5.0
+_SILENCE_SECONDS = 600.0
+_FIRST_POLL_SECONDS = 0.001
+_LAST_POLL_SECONDS = 0.1
+
+
+class KeyValueStore(Protocol):
+    """What is used of a ``torch.distributed.Store``."""
+
+    def add(self, key: str, value: int, /) -> int:
+        """Adds to a counter, which begins at 0, and returns its new value."""
+        ...
+
+    def set(self, key: str, value: str, /) -> object:
+        """Sets a value."""
+        ...
+
+    def get(self, key: str, /) -> bytes:
+        """A value that is set."""
+        ...
+
+    def check(self, keys: list[str], /) -> bool:
+        """Whether all keys have values. Returns at once."""
+        ...
+
+
+class LostCompanion(Exception):
+    """A rank has left the run, or has been silent for too long.
+
+    Attributes:
+        ranks: The ranks whose message is missing.
+    """
+
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        super().__init__(f"rank {', '.join(map(str, ranks))} failed, or was silent for {_SILENCE_SECONDS:.0f} s")
+        self.ranks = ranks
+
+
+class Companions:
+    """The processes of one run that announced themselves.
+
+    Args:
+        store: Keys and values that all processes of the run share.
+        rank: Of this process.
+        world_size: Number of processes of the run, those that do not take part included.
+        agrees: Whether this process takes part in agreements, not only in exchanges.
+    """
+
+    def __init__(self, store: KeyValueStore, rank: int, world_size: int, *, agrees: bool) -> None:
+        self._store = store
+        self._rank, self._world_size, self._agrees = rank, world_size, agrees
+        self._run = 0
+        self._slot: int | None = None
+        self._rounds = 0
+        self._everyone_agrees = False
+        self._has_left = False
+        self._signed_at = 0.0
+        self._store.add(_ANNOUNCED, 1)
+        self._store.add(_AGREEING, int(agrees))
+
+    @classmethod
+    def announce(cls, *, agrees: bool) -> Companions | None:
+        """Announces this process to the others of its default process group.
+
+        Returns:
+            The companions, ``None`` where there is no process group or it has no usable store.
+        """
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return None
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        # MPI has no store; and no figure is worth a failed run.
+        with contextlib.suppress(Exception):
+            return cls(_default_store(), rank, world_size, agrees=agrees)
+        return None
+
+    def meet(self) -> None:
+        """Counts who takes part. Call it after a barrier that follows all announcements of the run."""
+        with contextlib.suppress(Exception):
+            self._run = self._store.add(_ANNOUNCED, 0)
+            self._everyone_agrees = self._store.add(_AGREEING, 0) == self._world_size
+            self._slot = self._store.add(self._key("slots"), 1) - 1
+
+    @property
+    def can_agree(self) -> bool:
+        """Whether every rank of the run takes part in agreements. The same on all ranks unless one fails."""
+        return self._everyone_agrees and self._slot is not None
+
+    def agree(self, message: Any) -> dict[int, Any]:
+        """Gives a message to all ranks and waits for theirs. Every rank must call it equally often.
+
+        Waits for as long as each rank gives signs of life.
+
+        Args:
+            message: Anything that JSON can hold.
+
+        Returns:
+            The messages of all ranks, by rank, the same on every rank.
+
+        Raises:
+            LostCompanion: A rank has left, or was silent for ten minutes.
+        """
+        assert self.can_agree
+        self._rounds += 1
+        try:
+            told = self._gather(f"round{self._rounds}", message, self._world_size, deadline=None)
+        except Exception as error:
+            raise LostCompanion((0,)) from error  # whose process holds the store
+        missing = tuple(sorted(set(range(self._world_size)) - set(told)))
+        if missing:
+            raise LostCompanion(missing)
+        return told
+
+    def claim(self, name: str) -> bool:
+        """Whether this process is the first of all ranks to ask for a piece of work since the last agreement."""
+        try:
+            return self._store.add(self._key(f"claim{self._rounds}/{name}"), 1) == 1
+        except Exception as error:
+            raise LostCompanion((0,)) from error
+
+    def sign(self, *_: object) -> None:
+        """Gives a sign of life, in any thread. Cheap enough to be called after every read."""
+        now = time.monotonic()
+        if now - self._signed_at > _SIGN_SECONDS:
+            self._signed_at = now
+            with contextlib.suppress(Exception):
+                self._store.add(self._key(f"sign/{self._slot}"), 1)
+
+    def exchange(self, message: Any) -> dict[int, Any]:
+        """Gives a message to all companions and collects theirs, once in a run and not longer than some seconds.
+
+        Call it after a barrier that follows :meth:`meet`. Never raises.
+
+        Returns:
+            The messages by rank, in the order of ranks: of this rank at least, and of each that answered in time.
+        """
+        if self._slot is not None:
+            with contextlib.suppress(Exception):
+                slots = self._store.add(self._key("slots"), 0)
+                return self._gather("exchange", message, slots, deadline=time.monotonic() + _EXCHANGE_SECONDS)
+        return {self._rank: message}
+
+    def leave(self) -> None:
+        """Ends this. No companion waits for this process any more."""
+        if self._has_left:
+            return
+        self._has_left = True
+        with contextlib.suppress(Exception):
+            self._store.add(_AGREEING, -int(self._agrees))
+            if self._slot is not None:
+                self._store.set(self._key(f"left/{self._slot}"), "")
+
+    # --------------------------------------------------------------------------------------------------------------
+
+    def _key(self, name: str) -> str:
+        return f"lightning_memload/{self._run}/{name}"
+
+    def _gather(self, topic: str, message: Any, slots: int, *, deadline: float | None) -> dict[int, Any]:
+        """The first one collects all messages and gives them to the others: each reads one, not one of every rank."""
+        self._store.set(self._key(f"{topic}/{self._slot}"), json.dumps([self._rank, message]))
+        for leader in range(slots):
+            if leader == self._slot:
+                heard = [self._hear(f"{topic}/{slot}", slot, deadline) for slot in range(slots)]
+                told = sorted((item for item in heard if item is not None), key=lambda item: item[0])
+                self._store.set(self._key(f"{topic}/all"), json.dumps(told))
+                return dict(told)
+            # It may leave before it has collected them, and then the next one does. The extra second: it waits as long.
+            told = self._hear(f"{topic}/all", leader, None if deadline is None else deadline + 1)
+            if told is not None:
+                return dict(told)
+        return {self._rank: message}
+
+    def _hear(self, name: str, slot: int, deadline: float | None) -> Any:
+        """A message, ``None`` if the companion in that place has left, or is too late. No deadline: while it lives."""
+        key, left, sign = self._key(name), self._key(f"left/{slot}"), self._key(f"sign/{slot}")
+        limit = time.monotonic() + _SILENCE_SECONDS if deadline is None else deadline
+        pause, signs = _FIRST_POLL_SECONDS, 0
+        # Not wait(): it holds the store's lock, which other threads of torch need, and cannot be interrupted.
+        while not self._store.check([key]):
+            if self._store.check([left]):
+                if self._store.check([key]):
+                    break
+                return None
+            if deadline is None:
+                self.sign()
+                seen = self._store.add(sign, 0)
+                if seen != signs:
+                    signs, limit = seen, time.monotonic() + _SILENCE_SECONDS
+            if time.monotonic() > limit:
+                return None
+            time.sleep(pause)
+            pause = min(2 * pause, _LAST_POLL_SECONDS)
+        return json.loads(self._store.get(key))
+
+
+def _default_store() -> KeyValueStore:
+    """The store of the default process group.
+
+    torch (2.6 to 2.14) has no public name for it, and a store of our own would need an address that all ranks know.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
