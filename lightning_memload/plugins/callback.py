@@ -22,12 +22,12 @@ from lightning_memload.plugins.run import Mode, RestoreOptions, RestoreRun
 from lightning_memload.plugins.saves import SaveLog
 from lightning_memload.plugins.seams import (
     before_move,
-    before_stage,
     begin_averages,
     install_io,
     keep_strategy_on_device,
     let_teardown_pass,
     loads_by_itself,
+    when_set_up,
 )
 from lightning_memload.report import RestoreReport
 from lightning_memload.restore import WeightsSource, meta_names
@@ -178,7 +178,8 @@ class MemoryEfficientRestore(Callback):
             self._undo.append(io.observe(self._run))
         if not loads_by_itself(trainer.strategy):
             self._undo.append(before_move(trainer.strategy, lambda: self._end_weights(trainer, pl_module)))
-        self._undo.append(before_stage(trainer.strategy, lambda: self._begin_stage(trainer, pl_module)))
+        meet = self._run.meet_companions
+        self._undo.append(when_set_up(trainer.strategy, meet, lambda: self._begin_stage(trainer, pl_module)))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The optimizers exist now, their states come next."""

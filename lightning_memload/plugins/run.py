@@ -19,6 +19,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from tqdm.auto import tqdm
 
 from lightning_memload.checkpoint import MappedCheckpoint
+from lightning_memload.distributed import Companions
 from lightning_memload.memory import MemoryMonitor
 from lightning_memload.plugins.compat import classes
 from lightning_memload.plugins.damaged import choose_intact
@@ -102,8 +103,14 @@ class RestoreRun:
         self._counted = TransferStats()
         self._ring: LazyRing | None = None
         self._collects = False
+        self._companions = Companions.announce(agrees=False) if trainer.world_size > 1 else None
         if not streams:
             self._total.start()
+
+    def meet_companions(self) -> None:
+        """Counts the ranks that take part in this restore. All of them have announced themselves."""
+        if self._companions is not None:
+            self._companions.meet()
 
     # What the CheckpointIO tells us ---------------------------------------------------------------------------------
 
@@ -200,7 +207,9 @@ class RestoreRun:
                 self._optimizers.append(OptimizerRestore(optimizer, self._session, name=name, parameters=parameters))
 
     def finish(self) -> RestoreReport | None:
-        """Ends the restore. Every rank must call it.
+        """Ends the restore.
+
+        With several processes it waits some seconds at most for the figures of the other ranks that take part.
 
         Returns:
             The report, ``None`` if nothing was restored.
@@ -236,9 +245,10 @@ class RestoreRun:
             rank=self._trainer.global_rank,
             world_size=self._trainer.world_size,
         )
-        if self._trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
-            maxima = reduce_maxima(report.figures(), list(MEMORY_FIGURES), self._device)
-            report = replace(report, maxima=maxima)
+        if self._companions is not None:
+            maxima, ranks = reduce_maxima(report.figures(), list(MEMORY_FIGURES), report.rank, self._companions)
+            report = replace(report, maxima=maxima, maxima_ranks=ranks)
+            self._companions.leave()
         return report
 
     def abort(self) -> None:
@@ -248,6 +258,8 @@ class RestoreRun:
         could take the memory that just ran out.
         """
         with ExitStack() as stack:
+            if self._companions is not None:
+                stack.callback(self._companions.leave)
             stack.callback(self._stop_measuring)
             if self._session is not None:
                 stack.callback(self._session.close, detach=False)

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "before_move",
-    "before_stage",
     "begin_averages",
     "install_io",
     "keep_strategy_on_device",
     "let_teardown_pass",
     "loads_by_itself",
+    "when_set_up",
 ]
 
 _SELF_LOADING = (
@@ -101,22 +101,31 @@ def before_move(strategy: Strategy, action: Callable[[], object]) -> Callable[[]
     return lambda: strategy.__dict__.pop("model_to_device", None) and None
 
 
-def before_stage(strategy: Strategy, action: Callable[[], object]) -> Callable[[], None]:
-    """Has something done when all is restored, and before a data loader forks its workers.
+def when_set_up(
+    strategy: Strategy, after_setup: Callable[[], object], before_stage: Callable[[], object]
+) -> Callable[[], None]:
+    """Has something done when every rank has called ``setup``, and again when all is restored.
 
-    These keep what is mapped and what is not yet freed for as long as they live. Lightning (2.5, 2.6) calls no hook of
-    a callback in between, but for the sanity check, which a resume leaves out. So the barrier at the start of the stage
-    is shadowed.
+    The latter is before a data loader forks its workers, which keep what is mapped and what is not yet freed for as
+    long as they live. Lightning (2.5, 2.6) calls no hook of a callback at either place, but for the sanity check, which
+    a resume leaves out. So its barriers there are shadowed. Both actions begin after the barrier: every rank is there.
+
+    Args:
+        strategy: Whose barriers.
+        after_setup: Is done when all callbacks of all ranks have been set up, and nothing is loaded yet.
+        before_stage: Is done when all is restored.
 
     Returns:
         A function that ends this.
     """
     barrier = strategy.barrier
+    actions = {"post_setup": after_setup, "run-stage": before_stage}
 
     def barrier_then_action(*args: Any, **kwargs: Any) -> None:
         barrier(*args, **kwargs)
-        if "run-stage" in (*args, *kwargs.values()):
-            action()
+        for name in (*args, *kwargs.values()):
+            if name in actions:
+                actions[name]()
 
     strategy.__dict__["barrier"] = barrier_then_action
     return lambda: strategy.__dict__.pop("barrier", None) and None

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lightning_memload.errors import listed
 from lightning_memload.memory import MemoryPeaks
 
 __all__ = ["MEMORY_FIGURES", "PhaseReport", "RankMaximum", "RestoreReport"]
@@ -80,7 +81,8 @@ class RestoreReport:
         num_threads: Threads that read.
         rank: Of this process.
         world_size: Number of processes.
-        maxima: Over all ranks, by the name of the figure; empty for a single process.
+        maxima: Over the ranks in ``maxima_ranks``, by the name of the figure; empty for a single process.
+        maxima_ranks: The ranks whose figures are known here: those that have the callback and answered in time.
     """
 
     path: str
@@ -100,6 +102,7 @@ class RestoreReport:
     rank: int = 0
     world_size: int = 1
     maxima: Mapping[str, RankMaximum] = field(default_factory=dict)
+    maxima_ranks: tuple[int, ...] = ()
 
     def figures(self) -> dict[str, int]:
         """The memory figures of the whole restore that are known, in bytes, by name."""
@@ -107,7 +110,7 @@ class RestoreReport:
         return {name: value for name, value in known.items() if value is not None}
 
     def scalars(self) -> dict[str, float]:
-        """What is logged: ``memload/...``, memory in GiB and as the maximum over all ranks, times in seconds."""
+        """What is logged: ``memload/...``, memory in GiB and as the maximum over ``maxima_ranks``, times in seconds."""
         scalars: dict[str, float] = {"memload/seconds": self.total.seconds}
         for phase in self.phases:
             scalars[f"memload/{phase.name}_seconds"] = phase.seconds
@@ -157,9 +160,13 @@ class RestoreReport:
             parts.append(f"copied by torch {_gib(self.bytes_copied_ordinarily)}")
         maximum = self.maxima.get("host_anonymous_above_start")
         if maximum:
-            parts.append(
-                f"most host anonymous of {self.world_size} ranks +{_gib(maximum.value)} on rank {maximum.rank}"
+            known = self.maxima_ranks
+            of = (
+                f"{len(known)} ranks"
+                if len(known) == self.world_size
+                else f"ranks {listed(known)} of {self.world_size}"
             )
+            parts.append(f"most host anonymous of {of} +{_gib(maximum.value)} on rank {maximum.rank}")
         return "; ".join(parts)
 
 

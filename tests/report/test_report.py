@@ -121,6 +121,7 @@ def test_table_names_the_worst_rank_and_ordinary_copies() -> None:
     report = gpu_report(
         world_size=4,
         maxima={"host_anonymous_above_start": RankMaximum(3 * GIB, 2)},
+        maxima_ranks=(0, 1, 2, 3),
         bytes_copied_ordinarily=GIB,
     )
     footer = report.table().splitlines()[-1]
