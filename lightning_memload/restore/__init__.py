@@ -5,7 +5,15 @@ from lightning_memload.restore.load import LoadOptions, WeightsSource, load_weig
 from lightning_memload.restore.meta import meta_init
 from lightning_memload.restore.optimizer import OptimizerRestore, mapped_bytes
 from lightning_memload.restore.session import Move, RestoreSession
-from lightning_memload.restore.siblings import Siblings, find_siblings
+from lightning_memload.restore.siblings import (
+    Siblings,
+    Verdict,
+    find_siblings,
+    fingerprint,
+    is_training_checkpoint,
+    judge_sibling,
+    list_siblings,
+)
 from lightning_memload.restore.state_dict import find_state_dict, rename_keys
 from lightning_memload.restore.weights import WeightsRestore
 
@@ -15,10 +23,15 @@ __all__ = [
     "OptimizerRestore",
     "RestoreSession",
     "Siblings",
+    "Verdict",
     "WeightsRestore",
     "WeightsSource",
     "find_siblings",
     "find_state_dict",
+    "fingerprint",
+    "is_training_checkpoint",
+    "judge_sibling",
+    "list_siblings",
     "load_weights",
     "mapped_bytes",
     "materialize",

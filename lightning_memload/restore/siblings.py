@@ -6,16 +6,29 @@ replacement. Each is read completely and verified before it is named.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-from lightning_memload.checkpoint import open_checkpoint
+from lightning_memload.checkpoint import find_format, open_checkpoint
 from lightning_memload.errors import MemloadError
 from lightning_memload.transfer import verify_checkpoint
 
-__all__ = ["Siblings", "find_siblings"]
+__all__ = [
+    "Siblings",
+    "Verdict",
+    "find_siblings",
+    "fingerprint",
+    "is_training_checkpoint",
+    "judge_sibling",
+    "list_siblings",
+]
+
+Verdict = Literal["intact", "damaged", "other"]
 
 _STEP = re.compile(r"step=?(\d+)")
 
@@ -60,25 +73,72 @@ def find_siblings(path: str, *, timeout_seconds: float | None = None) -> Sibling
             raise _Late
 
     damaged: list[str] = []
-    candidates = _newest_first(path)
+    candidates = list_siblings(path)
     for number, candidate in enumerate(candidates):
         try:
             hurry()
-            if not any(tensor.path[0] == "state_dict" for tensor in open_checkpoint(candidate) if tensor.path):
-                continue
-            if not verify_checkpoint(candidate, progress=hurry).is_damaged:
-                return Siblings(candidate, tuple(damaged), ())
-            damaged.append(candidate)
+            verdict = judge_sibling(candidate, progress=hurry)
         except _Late:
             return Siblings(None, tuple(damaged), tuple(candidates[number:]))
-        except (MemloadError, OSError):
-            # No checkpoint at all, or one that is damaged beyond an index.
-            continue
+        if verdict == "intact":
+            return Siblings(candidate, tuple(damaged), ())
+        if verdict == "damaged":
+            damaged.append(candidate)
     return Siblings(None, tuple(damaged), ())
 
 
-def _newest_first(path: str) -> list[str]:
-    """Everything beside a checkpoint, each file once, without what is hidden: temporary files of a save are."""
+def is_training_checkpoint(candidate: str) -> bool:
+    """Whether something has an index in which there are weights under ``state_dict``. No tensor is read."""
+    try:
+        return any(tensor.path[0] == "state_dict" for tensor in open_checkpoint(candidate) if tensor.path)
+    except (MemloadError, OSError):
+        return False
+
+
+def judge_sibling(candidate: str, *, progress: Callable[[int, int], None]) -> Verdict:
+    """Verifies a checkpoint of a training.
+
+    Args:
+        candidate: What lies beside a checkpoint.
+        progress: As for ``verify_checkpoint``; what it raises ends this.
+
+    Returns:
+        ``"other"`` is what is no checkpoint of a training at all, or one that is damaged beyond an index.
+
+    Peak memory: as for ``verify_checkpoint``.
+    """
+    if not is_training_checkpoint(candidate):
+        return "other"
+    try:
+        return "damaged" if verify_checkpoint(candidate, progress=progress).is_damaged else "intact"
+    except (MemloadError, OSError):
+        return "other"
+
+
+def fingerprint(path: str) -> str | None:
+    """What two copies of an intact checkpoint have in common, and no two different checkpoints do.
+
+    It is made of the checksums that the checkpoint records, so no tensor data is read.
+
+    Returns:
+        ``None`` if the checkpoint has bytes without a checksum, or cannot be read.
+    """
+    try:
+        sections = find_format(path).take_inventory(path).sections
+    except (MemloadError, OSError):
+        return None
+    if any(section.crc32 is None and section.nbytes for section in sections):
+        return None
+    words = sorted(f"{section.key} {section.nbytes} {section.crc32}" for section in sections)
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+def list_siblings(path: str) -> list[str]:
+    """Everything beside a checkpoint, newest first, each file once. What is hidden is left out, as files of a save are.
+
+    Raises:
+        OSError: The directory cannot be listed.
+    """
     folder = os.path.dirname(path) or "."
     seen: set[tuple[int, int]] = set()
     if os.path.exists(path):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lightning_memload import save_directory
-from lightning_memload.restore import Siblings, find_siblings
+from lightning_memload.restore import Siblings, find_siblings, fingerprint
 
 
 def write(path: Path, age_seconds: float, *, damaged: bool = False) -> str:
@@ -73,3 +75,19 @@ def test_when_the_time_is_over(tmp_path: Path) -> None:
     last = write(tmp_path / "last.ckpt", 0)
     newer, older = write(tmp_path / "newer.ckpt", 1), write(tmp_path / "older.ckpt", 2)
     assert find_siblings(last, timeout_seconds=-1) == Siblings(None, (), (newer, older))
+
+
+def test_copies_have_the_same_fingerprint_and_nothing_else_has(tmp_path: Path) -> None:
+    one = write(tmp_path / "one.ckpt", 0)
+    shutil.copyfile(one, tmp_path / "copy.ckpt")
+    other = {"state_dict": {"weight": torch.ones(50)}, "epoch": 2}
+    torch.save(other, tmp_path / "other.ckpt")
+    save_directory(other, tmp_path / "saved")
+    marks = [fingerprint(str(tmp_path / name)) for name in ("one.ckpt", "copy.ckpt", "other.ckpt", "saved")]
+    assert None not in marks
+    assert marks[0] == marks[1]
+    assert len(set(marks)) == 3
+    # What records no checksums may hold anything.
+    save_file({"weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert fingerprint(str(tmp_path / "model.safetensors")) is None
+    assert fingerprint(str(tmp_path / "absent")) is None
