@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_memload.errors import MetaTensorError, listed
 from lightning_memload.plugins.checkpoint_io import SaveFormat, StreamingCheckpointIO
 from lightning_memload.plugins.compat import Callback, classes
-from lightning_memload.plugins.damaged import OnCorrupt, name_intact_sibling
+from lightning_memload.plugins.damaged import OnCorrupt, tell_of_damage
 from lightning_memload.plugins.mixed_imports import name_mixed_imports
 from lightning_memload.plugins.parts import Part, check_parts
 from lightning_memload.plugins.run import Mode, RestoreOptions, RestoreRun
@@ -73,7 +73,8 @@ class MemoryEfficientRestore(Callback):
             module, and not when ``ckpt_path`` is given, so one configuration starts a finetuning and resumes it.
         on_corrupt: What to do when the file of ``ckpt_path`` is damaged. ``"raise"``: the error names the newest
             checkpoint in the same directory that is intact. ``"previous"``: that one is restored instead, with a
-            warning; the file is verified completely before anything is restored, which reads it once more.
+            warning; the file is verified completely before anything is restored, which reads it once more. Every rank
+            verifies its own file, and all restore the same checkpoint, or all raise. Give it on every rank.
         keep_on_device: Leave the module and the optimizer states where they are when ``fit`` ends. Lightning moves
             them to host memory then, which takes as much of it as the training took of the device's.
         asynchronous_save: Let training go on while a local checkpoint is written, without a copy of the model; see
@@ -235,8 +236,9 @@ class MemoryEfficientRestore(Callback):
         self._abort()
         let_teardown_pass(pl_module)
         name_mixed_imports(exception, trainer, pl_module)
-        if restoring and trainer.is_global_zero:
-            name_intact_sibling(exception, str(trainer.ckpt_path), advise_option=not self._options.replaces_damaged)
+        if restoring:
+            advise = not self._options.replaces_damaged
+            tell_of_damage(exception, str(trainer.ckpt_path), trainer, advise_option=advise)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Ends a restore after which nothing was left to train or to evaluate, and tells of the last save."""
@@ -256,6 +258,8 @@ class MemoryEfficientRestore(Callback):
     def _end_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """All weights are there, or never will be: the module is about to move, and may be copied from then on."""
         # Not in setup: whether there is a checkpoint, and what configure_model builds, is known only now.
+        if self._run is not None:
+            self._run.on_no_load()
         self._load_weights(trainer, pl_module)
         parameters, buffers = meta_names(pl_module)
         if parameters or buffers:

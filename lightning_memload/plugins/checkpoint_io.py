@@ -306,14 +306,11 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         if weights_only == "stock":
             # Only a Trainer of 2.5 gives no such argument, which it does not know.
             weights_only = None if all(map(_takes_weights_only, _stock())) else False
+        for observer in self._observers:
+            path = observer.on_load_start(str(path))
         filesystem, local_path = url_to_fs(str(path))
         if not filesystem.exists(local_path):
             raise FileNotFoundError(f"Checkpoint file not found: {path}")
-        for observer in self._observers:
-            chosen = observer.on_load_start(str(path))
-            if chosen != str(path):
-                path = chosen
-                filesystem, local_path = url_to_fs(chosen)
         checkpoint: Any
         mapped: MappedCheckpoint | None = None
         try:

@@ -1,109 +1,317 @@
-"""What happens when the checkpoint of ``ckpt_path`` is damaged: an error that helps, or another checkpoint."""
+"""What happens when the checkpoint of ``ckpt_path`` is damaged: an error that helps, or another checkpoint.
+
+Ranks may have a file each, on disks of their own. So each looks at its own. If all are intact nothing changes. If not,
+all ranks go on with one checkpoint that has the same name and contents everywhere, or none does.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import logging
 import os
-from typing import TYPE_CHECKING, Literal
-
-from lightning_utilities.core.rank_zero import rank_zero_warn
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_memload.checkpoint import UnmappableCheckpoint
-from lightning_memload.errors import CheckpointFormatError, CheckpointReadError
-from lightning_memload.restore import find_siblings
+from lightning_memload.distributed import Companions, LostCompanion
+from lightning_memload.errors import CheckpointFormatError, CheckpointReadError, MemloadError, listed
+from lightning_memload.restore import (
+    Siblings,
+    Verdict,
+    find_siblings,
+    fingerprint,
+    is_training_checkpoint,
+    judge_sibling,
+    list_siblings,
+)
 from lightning_memload.transfer import verify_checkpoint
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["OnCorrupt", "choose_intact", "name_intact_sibling"]
+__all__ = ["OnCorrupt", "choose_intact", "tell_of_damage"]
 
 OnCorrupt = Literal["raise", "previous"]
 
-# An error that is about to be raised waits no longer than this for what it could say more.
-_SEARCH_SECONDS = 60.0
+_log = logging.getLogger(__name__)
+
+# An error that is about to be raised waits no longer than this for what it could say more. Lightning's launcher and
+# torchrun kill all processes some seconds after the first one has died.
+_SEARCH_SECONDS = 5.0
 _MAX_LISTED = 3
 
 
-def name_intact_sibling(exception: BaseException, path: str, *, advise_option: bool) -> None:
+def tell_of_damage(exception: BaseException, path: str, trainer: pl.Trainer, *, advise_option: bool) -> None:
     """Adds to the error of a damaged checkpoint which one in the same directory is intact.
+
+    With several processes, error and addition are also logged as soon as they are known: the failure of another rank
+    may end this process before it raises.
 
     Args:
         exception: Any error of a restore; others are left alone.
         path: The checkpoint.
+        trainer: The Trainer.
         advise_option: Tell of ``on_corrupt="previous"`` too.
     """
     if isinstance(exception, UnmappableCheckpoint) or not os.path.lexists(path):
         return
     if not isinstance(exception, (CheckpointFormatError, CheckpointReadError)):
         return
-    try:
-        siblings = find_siblings(path, timeout_seconds=_SEARCH_SECONDS)
-    except Exception:
-        return  # what went wrong first is what the user must see
+    _log_on_rank(trainer, str(exception.args[0]))
+    words = _search(exception, path, trainer, advise_option=advise_option)
+    if words is not None:
+        _log_on_rank(trainer, words)
+        exception.args = (f"{exception.args[0]} {words}", *exception.args[1:])
+
+
+def _search(
+    exception: CheckpointFormatError | CheckpointReadError, path: str, trainer: pl.Trainer, *, advise_option: bool
+) -> str | None:
+    """What can be told of the checkpoints beside a damaged one, ``None`` if there is nothing to tell."""
     folder = os.path.dirname(path) or "."
+    newest: list[str] = []
+    found: list[Siblings] = []
+
+    def search() -> None:
+        # What went wrong first is what the user must see.
+        with contextlib.suppress(Exception):
+            newest.extend(itertools.islice(filter(is_training_checkpoint, list_siblings(path)), 1))
+            if newest:
+                _log_on_rank(trainer, f"The newest other checkpoint in {folder} is {newest[0]}. It is being verified.")
+            found.append(find_siblings(path, timeout_seconds=_SEARCH_SECONDS))
+
+    # In a thread: a read from a disk that hangs ends at no deadline.
+    thread = threading.Thread(target=search, name="memload_siblings", daemon=True)
+    thread.start()
+    thread.join(_SEARCH_SECONDS + 0.5)
+    siblings = found[0] if found else Siblings(None, (), tuple(newest))
     if siblings.intact is not None:
         exception.intact_sibling = siblings.intact
         words = (
             f"The newest intact checkpoint in {folder} is {siblings.intact}: resume with ckpt_path={siblings.intact!r}"
         )
-        words += ", or let MemoryEfficientRestore(on_corrupt='previous') do so by itself." if advise_option else "."
-    elif siblings.unknown:
-        words = f"Whether {siblings.unknown[0]} is intact could not be told in {_SEARCH_SECONDS:.0f} s."
-    else:
-        words = f"There is no intact checkpoint in {folder}" + _counted(siblings.damaged) + "."
-    exception.args = (f"{exception.args[0]} {words}", *exception.args[1:])
+        return words + (
+            ", or let MemoryEfficientRestore(on_corrupt='previous') do so by itself." if advise_option else "."
+        )
+    if siblings.unknown:
+        (candidate, *_), tried = siblings.unknown, _counted(siblings.damaged)
+        return (
+            f"The newest other checkpoint in {folder} is {candidate}{tried}. {_SEARCH_SECONDS:.0f} s were too short to "
+            f"verify it: lightning_memload.verify_checkpoint({candidate!r}) tells whether it is intact."
+        )
+    return f"There is no intact checkpoint in {folder}{_counted(siblings.damaged)}." if found else None
 
 
-def choose_intact(path: str, trainer: pl.Trainer) -> str:
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    """What one rank found at its own ``ckpt_path``. It travels as JSON.
+
+    Attributes:
+        path: The rank's ``ckpt_path``, ``None`` where it restores none.
+        file: Which file that is, the same word for all processes of a machine that see the same file.
+        problems: What is wrong with it, ``None`` where another rank looks at the same file.
+        exists: Whether there is anything at the path.
+    """
+
+    path: str | None
+    file: str = ""
+    problems: Sequence[str] | None = ()
+    exists: bool = True
+
+
+def choose_intact(path: str | None, trainer: pl.Trainer, companions: Companions | None) -> str | None:
     """Verifies a checkpoint, and chooses the newest intact one in its directory if it is damaged.
 
-    Rank 0 decides for all; every rank must call it. When there is no other choice it is the path itself, whose error
-    then comes from loading it.
+    Every rank verifies its own file, ranks of one machine that have the same file only once, and all choose the same:
+    of the files with the same name and contents in the directories of all ranks, the newest. When there is no other
+    choice for a single process it is the path itself, whose error then comes from loading it.
 
     Args:
-        path: What ``ckpt_path`` names.
+        path: What ``ckpt_path`` names, ``None`` on a rank that restores nothing.
         trainer: The Trainer, which henceforth says that the chosen one is its ``ckpt_path``.
+        companions: The other processes, ``None`` for a single one.
+
+    Returns:
+        The path to restore from, on this rank.
+
+    Raises:
+        CheckpointFormatError: The file of a rank is damaged or missing, and no other is intact on all ranks. Raised on
+            every rank.
+        MemloadError: Another rank failed meanwhile.
     """
-    chosen = path
-    if trainer.is_global_zero:
-        # Whatever goes wrong, the other ranks wait for an answer.
-        try:
-            chosen = _choose(path)
-        except Exception as error:
-            rank_zero_warn(f"{path} could not be verified before it is restored: {error}")
-    chosen = trainer.strategy.broadcast(chosen)
+    if trainer.world_size > 1 and (companions is None or not companions.can_agree):
+        if path is not None:
+            warnings.warn(
+                f"MemoryEfficientRestore(on_corrupt='previous') is ignored on rank {trainer.global_rank}: another "
+                "checkpoint must be chosen by all ranks together, and not every rank has this option, or the processes "
+                "have no process group with a key-value store. Give the callback to every rank.",
+                stacklevel=2,
+            )
+        return path
+    try:
+        chosen = _choose(path, companions, trainer.global_rank)
+    except LostCompanion as error:
+        raise MemloadError(
+            f"The ranks cannot agree which checkpoint to restore instead of a damaged one, since {error}. The error of "
+            f"that rank tells more. ckpt_path of rank {trainer.global_rank}: {path}."
+        ) from error
     if chosen != path:
         # Not the public setter: it would make the path that of all later calls too.
         trainer._checkpoint_connector._ckpt_path = chosen
     return chosen
 
 
-def _choose(path: str) -> str:
-    if not os.path.exists(path):
-        rank_zero_warn(f"on_corrupt='previous' is ignored: {path} is not a local file.")
+def _choose(path: str | None, companions: Companions | None, rank: int) -> str | None:
+    told = _tell(asdict(_look(path, companions)), companions, rank)
+    findings = _resolved({other: _Finding(**finding) for other, finding in told.items()})
+    bad = {other: finding for other, finding in findings.items() if finding.problems}
+    if not bad or not any(finding.exists for finding in findings.values()):
+        return path  # a path that exists nowhere is a mistake, not damage
+    listings: dict[int, list[str]] = {}
+    if path is not None and all(finding.path is not None for finding in findings.values()):
+        listings = _tell(_names(path, is_sound=rank not in bad), companions, rank)
+    names = listings[min(listings)] if listings else []
+    common = [name for name in names if all(name in listing for listing in listings.values())]
+    damaged: list[str] = []
+    for name in common:
+        assert path is not None
+        candidate = os.path.join(os.path.dirname(path), name)
+        verdict = _judge(candidate, companions, rank)
+        if verdict == "damaged":
+            damaged.append(candidate)
+        elif verdict == "intact":
+            if rank == 0:
+                one = len({finding.path for finding in findings.values()}) == 1
+                chosen = f"{candidate} instead" if one else f"{name} instead, beside each rank's own ckpt_path"
+                where = " on all ranks" if len(findings) > 1 else ""
+                warnings.warn(
+                    f"{_described(findings, bad)} Resuming from {chosen}, the newest other checkpoint there that is "
+                    f"intact{where}{_counted(damaged)}.",
+                    stacklevel=2,
+                )
+            return candidate
+    if len(findings) == 1:
         return path
+    raise CheckpointFormatError(
+        f"{_described(findings, bad)} on_corrupt='previous' finds no other checkpoint that is intact, with the same "
+        f"name and contents, beside the ckpt_path of every rank{_counted(damaged)}. "
+        f"{_apart(listings, common)}Give a ckpt_path that is intact on all {len(findings)} ranks.",
+        path=str(next(iter(bad.values())).path),
+    )
+
+
+def _look(path: str | None, companions: Companions | None) -> _Finding:
+    """Verifies the file at a path, unless another rank does."""
+    if path is None:
+        return _Finding(None)
+    if not os.path.exists(path):
+        if "://" not in path:
+            return _Finding(path, problems=("it does not exist.",), exists=False)
+        warnings.warn(f"on_corrupt='previous' is ignored: {path} is not a local file.", stacklevel=2)
+        return _Finding(path)
+    file = _identity(path)
+    if companions is not None and file and not companions.claim(file):
+        return _Finding(path, file, problems=None)
     try:
-        report = verify_checkpoint(path)
+        report = verify_checkpoint(path, progress=False if companions is None else companions.sign)
+        problems = [str(item) for item in report.damage]
     except UnmappableCheckpoint:
-        return path  # of torch < 1.6, or compressed: nobody can tell
+        problems = []  # of torch < 1.6, or compressed: it has no checksums
     except CheckpointFormatError as error:
         problems = [str(error)]
-    else:
-        if not report.is_damaged:
-            return path
-        problems = [str(item) for item in report.damage]
-    siblings = find_siblings(path)
-    if siblings.intact is None:
-        return path
-    more = f" (and {len(problems) - _MAX_LISTED} more problems)" if len(problems) > _MAX_LISTED else ""
-    known = f"{path} is damaged: "
-    found = " ".join(problems[:_MAX_LISTED]).removeprefix(known)
-    rank_zero_warn(
-        f"{known}{found}{more} Resuming from {siblings.intact} instead, the newest checkpoint beside it that is "
-        f"intact{_counted(siblings.damaged)}."
-    )
-    return siblings.intact
+    except Exception as error:
+        warnings.warn(f"{path} could not be verified before it is restored: {error}", stacklevel=2)
+        problems = []
+    shown = [problem.removeprefix(f"{path} is damaged: ") for problem in problems[:_MAX_LISTED]]
+    if len(problems) > _MAX_LISTED:
+        shown[-1] += f" (and {len(problems) - _MAX_LISTED} more problems)"
+    return _Finding(path, file, tuple(shown))
 
 
-def _counted(damaged: tuple[str, ...]) -> str:
+def _judge(candidate: str, companions: Companions | None, rank: int) -> Verdict:
+    """Whether a checkpoint is intact on all ranks, and the same on all of them."""
+    file = _identity(candidate)
+    mine: list[str | None] = [file, None, None]
+    if companions is None or not file or companions.claim(file):
+        verdict = judge_sibling(candidate, progress=_silent if companions is None else companions.sign)
+        mine = [file, verdict, fingerprint(candidate) if companions is not None else None]
+    told = list(_tell(mine, companions, rank).values())
+    # Of each file, what the rank found that looked at it.
+    files = {file or str(number): (verdict, mark) for number, (file, verdict, mark) in enumerate(told) if verdict}
+    verdicts = {verdict for verdict, _ in files.values()}
+    if verdicts != {"intact"}:
+        return "damaged" if "damaged" in verdicts else "other"
+    marks = {mark for _, mark in files.values()}
+    return "intact" if len(files) == 1 or (len(marks) == 1 and None not in marks) else "other"
+
+
+def _silent(*_: int) -> None:
+    """Tells of no progress."""
+
+
+def _names(path: str, *, is_sound: bool) -> list[str]:
+    """The names that a rank could take, newest first: those beside its file, and its own if that is sound."""
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = [os.path.basename(sibling) for sibling in list_siblings(path)]
+    return [os.path.basename(path), *names] if is_sound else names
+
+
+def _identity(path: str) -> str:
+    """A word that two processes have in common if they see the same file, ``""`` where that is not known."""
+    try:
+        # Not the name of the machine: two may have the same, and numbers of files mean something on one only.
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            machine = file.read().strip()
+        status = os.stat(path)
+    except OSError:
+        return ""
+    return f"{machine} {status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
+
+
+def _tell(message: Any, companions: Companions | None, rank: int) -> dict[int, Any]:
+    return {rank: message} if companions is None else companions.agree(message)
+
+
+def _resolved(findings: dict[int, _Finding]) -> dict[int, _Finding]:
+    """Gives each rank what another one found out about the same file."""
+    known = {finding.file: finding.problems for finding in findings.values() if finding.problems is not None}
+    return {
+        rank: finding if finding.problems is not None else replace(finding, problems=known[finding.file])
+        for rank, finding in findings.items()
+    }
+
+
+def _described(findings: Mapping[int, _Finding], bad: Mapping[int, _Finding]) -> str:
+    """What is wrong, a sentence for each damaged file, with the ranks whose file it is."""
+    ranks: dict[tuple[str | None, bool, tuple[str, ...]], list[int]] = {}
+    for rank, finding in bad.items():
+        ranks.setdefault((finding.path, finding.exists, tuple(finding.problems or ())), []).append(rank)
+    sentences = []
+    for (path, exists, problems), whose in ranks.items():
+        where = "" if len(whose) == len(findings) else f" on rank {listed(whose)} of {len(findings)}"
+        sentences.append(f"{path} is damaged{where}: {' '.join(problems)}" if exists else f"{path} is missing{where}.")
+    if len(bad) < len(findings) and not all(finding.path for finding in findings.values()):
+        sentences.append("Other ranks restore no checkpoint.")
+    return " ".join(sentences)
+
+
+def _apart(listings: Mapping[int, list[str]], common: list[str]) -> str:
+    """A sentence for each file that only some of the ranks have."""
+    names = dict.fromkeys(name for listing in listings.values() for name in listing if name not in common)
+    having = {name: [rank for rank, listing in listings.items() if name in listing] for name in names}
+    return "".join(f"Only rank {listed(having[name])} can take {name}. " for name in list(names)[:_MAX_LISTED])
+
+
+def _counted(damaged: Sequence[str]) -> str:
     return f" ({', '.join(damaged[:_MAX_LISTED])} damaged as well)" if damaged else ""
+
+
+def _log_on_rank(trainer: pl.Trainer, message: str) -> None:
+    """Logs an error at once, on whatever rank: standard error where logging is not configured. Not of one process."""
+    if trainer.world_size > 1:
+        _log.error("[rank %d of %d] %s", trainer.global_rank, trainer.world_size, message)

@@ -25,6 +25,7 @@ from lightning_memload.plugins.compat import classes
 from lightning_memload.plugins.damaged import choose_intact
 from lightning_memload.plugins.parts import take_parts
 from lightning_memload.plugins.rank_maxima import reduce_maxima
+from lightning_memload.plugins.seams import all_ranks_load
 from lightning_memload.report import MEMORY_FIGURES, PhaseReport, RestoreReport
 from lightning_memload.restore import (
     OptimizerRestore,
@@ -103,7 +104,8 @@ class RestoreRun:
         self._counted = TransferStats()
         self._ring: LazyRing | None = None
         self._collects = False
-        self._companions = Companions.announce(agrees=False) if trainer.world_size > 1 else None
+        self._chooses = options.replaces_damaged and streams and all_ranks_load(trainer.strategy)
+        self._companions = Companions.announce(agrees=self._chooses) if trainer.world_size > 1 else None
         if not streams:
             self._total.start()
 
@@ -120,8 +122,18 @@ class RestoreRun:
             return path  # a user's hook loads another checkpoint by itself
         self._begin(path)
         if self._options.replaces_damaged:
-            self.path = choose_intact(path, self._trainer)
+            self.path = None  # Until one is chosen: an error of the choice says all that is to be said.
+            self.path = self._choose(path)
         return self.path or path
+
+    def on_no_load(self) -> None:
+        """Tells ranks that choose another checkpoint for all that this one restores none, unless it did."""
+        if self._chooses and self._companions is not None and self._companions.can_agree:
+            self._choose(None)
+
+    def _choose(self, path: str | None) -> str | None:
+        self._chooses = False
+        return choose_intact(path, self._trainer, self._companions)
 
     def load_weights(self, source: WeightsSource) -> None:
         """Streams the weights of a checkpoint into the module, without a resume.

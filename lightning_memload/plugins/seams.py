@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
-from lightning_memload.plugins.compat import classes
+from lightning_memload.plugins.compat import classes, package_of
 from lightning_memload.restore import meta_names
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
 __all__ = [
+    "all_ranks_load",
     "before_move",
     "begin_averages",
     "install_io",
@@ -43,6 +44,16 @@ _STOCK = "lightning.fabric.plugins.io.torch_io.TorchCheckpointIO"
 def loads_by_itself(strategy: Strategy) -> bool:
     """Whether a strategy loads checkpoints without the CheckpointIO, and gives meta parameters memory when it likes."""
     return isinstance(strategy, classes(*_SELF_LOADING))
+
+
+def all_ranks_load(strategy: Strategy) -> bool:
+    """Whether each rank asks the CheckpointIO for its checkpoint, before the module is moved to its device.
+
+    Another strategy may load on one rank and hand on what it got. If that rank waited for the others they would wait
+    for it.
+    """
+    stock = package_of(strategy).find("lightning.pytorch.strategies.Strategy")
+    return type(strategy).load_checkpoint is stock.load_checkpoint and not strategy.restore_checkpoint_after_setup
 
 
 def install_io(trainer: pl.Trainer, make: Callable[..., StreamingCheckpointIO]) -> StreamingCheckpointIO | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from tests.plugins.harness import Case, TinyModule, adamw, make_trainer, write_checkpoint
+from tests.plugins.test_callback import flip_byte
 
 # Run as __main__, so that every rank finds the classes again.
 PROGRAM = """
@@ -86,6 +88,49 @@ def ranks(path: Path, folder: Path, strategy: str, *, ours: bool, **options: str
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+# Several fits in one process group: each rank has a folder of its own, and its own idea of the callback.
+UNEQUAL = """
+import json
+import os
+import pathlib
+import warnings
+
+import torch
+
+from lightning_memload import MemoryEfficientRestore
+from tests.plugins.harness import TRUSTED, TinyModule, adamw, make_trainer
+
+
+def fit(name, options, checkpoint="last.ckpt"):
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    folder = pathlib.Path(os.environ["MEMLOAD_TEST_FOLDER"])
+    restore = MemoryEfficientRestore(**options[rank]) if options[rank] is not None else None
+    torch.manual_seed(2)
+    module = TinyModule(adamw)
+    trainer = make_trainer(folder, [restore] if restore else [], max_epochs=2, devices=2, strategy="ddp")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, ckpt_path=folder / f"node{rank}" / checkpoint, **TRUSTED)
+    result = {
+        "losses": [loss.item().hex() for loss in module.losses],
+        "weights": [p.detach().flatten()[0].item().hex() for p in module.parameters()],
+        "path": str(trainer.ckpt_path),
+        "report": restore and restore.report.as_dict(),
+        "warnings": [str(item.message) for item in caught],
+    }
+    (folder / f"{name}.{rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    fit("stock", [None, None])
+    fit("rank 0 only", [{}, None])
+    fit("rank 1 only", [None, {"on_corrupt": "previous"}])
+    fit("both", [{"log": False, "on_corrupt": "previous"}, {"on_corrupt": "previous"}])
+    fit("damaged", [{"on_corrupt": "previous"}] * 2, "damaged.ckpt")
+    fit("error", [{}, {}], "damaged.ckpt")
+"""
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(Case(lambda: TinyModule(adamw)), tmp_path_factory.mktemp("distributed"))
@@ -113,10 +158,58 @@ def test_ranks_train_as_stock(strategy: str, path: Path, stock: list[dict[str, A
     maxima = ours[0]["report"]["maxima"]
     assert maxima == ours[1]["report"]["maxima"]
     peaks = [result["report"]["total"]["peaks"]["anonymous_peak_bytes"] for result in ours]
+    assert [result["report"]["maxima_ranks"] for result in ours] == [[0, 1]] * 2
     largest = maxima["host_anonymous_peak"]
     assert largest["value"] == max(peaks)
     assert peaks[largest["rank"]] == largest["value"]
     assert ours[0]["losses"] != ours[1]["losses"]
+
+
+def test_ranks_that_are_not_alike(path: Path, tmp_path: Path) -> None:
+    """No rank waits for one that does not take part, and all train as stock, with the same checkpoint."""
+    for rank in range(2):
+        folder = tmp_path / f"node{rank}"
+        folder.mkdir()
+        for name in ("last.ckpt", "damaged.ckpt"):
+            shutil.copyfile(path, folder / name)
+    flip_byte(tmp_path / "node1" / "damaged.ckpt", "state_dict.second.weight")
+    program = tmp_path / "program.py"
+    program.write_text(UNEQUAL)
+    environment = {
+        **os.environ,
+        "MEMLOAD_TEST_FOLDER": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=150, check=False
+    )
+
+    def results(name: str) -> list[dict[str, Any]]:
+        files = [tmp_path / f"{name}.{rank}.json" for rank in range(2)]
+        assert all(file.exists() for file in files), done.stdout[-2000:] + done.stderr[-6000:]
+        return [json.loads(file.read_text()) for file in files]
+
+    stock = results("stock")
+    for name, reporting in {"rank 0 only": [0], "rank 1 only": [1], "both": [0, 1], "damaged": [0, 1]}.items():
+        for rank, (expected, actual) in enumerate(zip(stock, results(name), strict=True)):
+            assert actual["losses"] == expected["losses"], name
+            assert actual["weights"] == expected["weights"], name
+            assert actual["path"] == str(tmp_path / f"node{rank}" / "last.ckpt")
+            report = actual["report"]
+            assert (report is not None) is (rank in reporting)
+            if report is not None:
+                assert report["maxima_ranks"] == reporting
+                assert report["maxima"]["host_anonymous_peak"]["rank"] in reporting
+            told = [words for words in actual["warnings"] if "on_corrupt" in words or "Resuming" in words]
+            assert len(told) == ((name == "rank 1 only" and rank == 1) or (name == "damaged" and rank == 0)), told
+    # The rank that finds the damage tells of it, and the run ends.
+    assert done.returncode != 0
+    assert not list(tmp_path.glob("error.*.json"))
+    assert f"[rank 1 of 2] {tmp_path}/node1/damaged.ckpt is damaged: " in done.stderr
+    assert (
+        f"[rank 1 of 2] The newest intact checkpoint in {tmp_path}/node1 is {tmp_path}/node1/last.ckpt" in done.stderr
+    )
 
 
 @pytest.mark.parametrize("save_format", ["directory", "safetensors+state"])
