@@ -96,7 +96,7 @@ class RestoreRun:
         self._checkpoint: Any = None
         self._session: RestoreSession | None = None
         self._weights: WeightsRestore | None = None
-        self._optimizers: list[OptimizerRestore] = []
+        self._optimizers: OptimizerRestore | None = None
         self._bar: tqdm[Any] | None = None
         self._total = MemoryMonitor(self._device)
         self._phases: list[PhaseReport] = []
@@ -213,10 +213,7 @@ class RestoreRun:
         if self._session is None:
             return
         parameters = dict(self._module.named_parameters(remove_duplicate=False))
-        for number, optimizer in enumerate(optimizers):
-            if hasattr(optimizer, "register_load_state_dict_pre_hook"):
-                name = f"optimizer_states[{number}]"
-                self._optimizers.append(OptimizerRestore(optimizer, self._session, name=name, parameters=parameters))
+        self._optimizers = OptimizerRestore(optimizers, self._session, parameters=parameters, loaded=self._checkpoint)
 
     def finish(self) -> RestoreReport | None:
         """Ends the restore.
@@ -384,10 +381,10 @@ class RestoreRun:
         with ExitStack() as stack:
             if self._bar is not None:
                 stack.callback(self._bar.close)
-            for optimizer in self._optimizers:
-                stack.callback(optimizer.remove)
+            if self._optimizers is not None:
+                stack.callback(self._optimizers.remove)
             stack.callback(self.end_weights)
             if self._ring is not None:
                 stack.callback(self._ring.close)
-        self._optimizers.clear()
+        self._optimizers = None
         self._bar = None

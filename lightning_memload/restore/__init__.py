@@ -3,8 +3,9 @@
 from lightning_memload.restore.allocation import materialize, meta_names
 from lightning_memload.restore.load import LoadOptions, WeightsSource, load_weights, open_any
 from lightning_memload.restore.meta import meta_init
-from lightning_memload.restore.optimizer import OptimizerRestore, mapped_bytes
+from lightning_memload.restore.optimizer import OptimizerRestore
 from lightning_memload.restore.session import Move, RestoreSession
+from lightning_memload.restore.settling import mapped_bytes
 from lightning_memload.restore.siblings import (
     Siblings,
     Verdict,

@@ -1,13 +1,15 @@
 """Streaming into optimizers, behind torch's own ``load_state_dict``.
 
 A pre-hook allocates every state tensor where, and as what, torch would put it afterwards, streams into it and hands it
-back. Torch's conversion is then a no-op, so each state exists once, on its device, and never in host memory.
+back. Torch's conversion is then a no-op, so each state exists once, on its device, and never in host memory. A state
+that torch takes as it is stays the object that it is, and gets ordinary memory in place of the file's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,22 +18,29 @@ from torch.optim import Optimizer
 from lightning_memload.checkpoint import ChunkedTensor
 from lightning_memload.errors import OptimizerMismatchError, listed
 from lightning_memload.restore.session import Move, RestoreSession
+from lightning_memload.restore.settling import Settlement, plan_settlements, tensors_by_storage
 
-__all__ = ["OptimizerRestore", "mapped_bytes"]
+__all__ = ["OptimizerRestore"]
 
 # What torch.compile and activation checkpointing put into the names of a module, and no strategy saves.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 class OptimizerRestore:
-    """Makes an optimizer's ``load_state_dict`` stream from the mapped checkpoint while it is installed.
+    """Makes the ``load_state_dict`` of optimizers stream from the mapped checkpoint while it is installed.
+
+    A wrapper need not have hooks of its own: the torch optimizers within it are found through its attributes, and their
+    states are streamed when the wrapper loads them. What the wrapper does with other tensors it does with the mapped
+    ones, as with any others.
 
     Args:
-        optimizer: Any optimizer with torch's ``register_load_state_dict_pre_hook``.
+        optimizers: Any objects with a ``load_state_dict``.
         session: The restore.
-        name: What to call it in messages, for example ``optimizer_states[0]``.
+        name: What to call them in messages, with their number.
         parameters: The module's parameters by name, for checkpoints that keep the states under these names, as
             distributed ones do.
+        loaded: The loaded checkpoint. Tensors of it that share memory with a state that stays as it is share the
+            state's new memory too.
 
     Raises:
         OptimizerMismatchError: (from ``load_state_dict``) The checkpoint's names are not those of the parameters that
@@ -42,21 +51,32 @@ class OptimizerRestore:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizers: Sequence[Any],
         session: RestoreSession,
         *,
-        name: str = "optimizer",
+        name: str = "optimizer_states",
         parameters: Mapping[str, torch.Tensor] | None = None,
+        loaded: Any = None,
     ) -> None:
         self._session: RestoreSession | None = session
-        self._name = name
         self._parameters = parameters or {}
-        self._handle = optimizer.register_load_state_dict_pre_hook(self._before_load)
+        self._loaded = loaded
+        self._owners: dict[int, list[torch.Tensor]] | None = None
+        self._names: dict[int, str] = {}
+        self._handles = []
+        for number, optimizer in enumerate(optimizers):
+            for hooked in _optimizers_with_hooks(optimizer):
+                if id(hooked) not in self._names:
+                    self._names[id(hooked)] = f"{name}[{number}]"
+                    # torch's own: a wrapper may forward the method to an optimizer that is met later anyway.
+                    self._handles.append(Optimizer.register_load_state_dict_pre_hook(hooked, self._before_load))
 
     def remove(self) -> None:
-        """Removes the hook. Removing twice is fine."""
-        self._handle.remove()
-        self._session = None
+        """Removes the hooks. Removing twice is fine."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._session = self._loaded = self._owners = None
         self._parameters = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerRestore:
@@ -70,7 +90,8 @@ class OptimizerRestore:
         session = self._session
         if session is None:
             return None
-        state_dict = _in_live_order(state_dict, optimizer, self._parameters, self._name)
+        name = self._names.get(id(optimizer), "optimizer")
+        state_dict = _in_live_order(state_dict, optimizer, self._parameters, name)
         saved_groups = state_dict.get("param_groups", [])
         if [len(group["params"]) for group in saved_groups] != [len(g["params"]) for g in optimizer.param_groups]:
             return state_dict  # torch refuses this; no byte need be read for that
@@ -78,19 +99,60 @@ class OptimizerRestore:
         for saved, group in zip(saved_groups, optimizer.param_groups, strict=True):
             for number, parameter in zip(saved["params"], group["params"], strict=True):
                 parameters[number] = (parameter, saved)
-        placement = _Placement(session, self._name)
+        placement = _Placement(session, name)
         state = {
             number: placement.place(value, (number,), *parameters.get(number, (None, {})))
             for number, value in state_dict.get("state", {}).items()
         }
-        needed: dict[torch.device, int] = {}
+        settlements = self._settle(session, placement.kept, state_dict)
+        needed = Counter({torch.device("cpu"): sum(settlement.nbytes for settlement in settlements)})
         for plan in placement.planned.values():
-            needed[plan.device] = needed.get(plan.device, 0) + plan.nbytes
+            needed[plan.device] += plan.nbytes
         session.require(needed)
         moves = {number: plan.allocate() for number, plan in placement.planned.items()}
-        session.move(list(moves.values()))
+        session.move([*moves.values(), *(settlement.allocate() for settlement in settlements)])
+        for settlement in settlements:
+            settlement.end()
         filled = {number: move.destination for number, move in moves.items()}
         return {**state_dict, "state": {number: _fill(value, filled) for number, value in state.items()}}
+
+    def _settle(
+        self, session: RestoreSession, kept: Mapping[str, torch.Tensor], state_dict: dict[str, Any]
+    ) -> list[Settlement]:
+        """Plans ordinary memory for all states that torch takes as they are."""
+        if not kept:
+            return []
+        if self._owners is None:
+            self._owners = tensors_by_storage(self._loaded, session.checkpoint)
+        return plan_settlements(kept, self._owners, tensors_by_storage(state_dict, session.checkpoint))
+
+
+def _optimizers_with_hooks(optimizer: Any) -> Iterator[Optimizer]:
+    """An optimizer and those that it wraps, as far as they have torch's hooks: each once, wrappers first."""
+    seen: set[int] = set()
+    queue = deque([optimizer])
+    while queue:
+        item = queue.popleft()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, dict):
+            queue.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            queue.extend(item)
+        elif item is optimizer or all(
+            callable(getattr(type(item), name, None)) for name in ("step", "load_state_dict")
+        ):
+            # Of the object itself: a wrapper that forwards attributes shows the hooks of another one. They have no
+            # public name (torch 2.6 to 2.14), and a subclass that never calls Optimizer.__init__ lacks them.
+            own: dict[str, Any] = getattr(item, "__dict__", {})
+            if isinstance(item, Optimizer) and isinstance(own.get("_optimizer_load_state_dict_pre_hooks"), dict):
+                yield item
+            queue.extend(value for name, value in own.items() if name not in ("state", "param_groups"))
+
+
+def _is_optimizer(kind: type) -> bool:
+    return all(callable(getattr(kind, name, None)) for name in ("step", "load_state_dict"))
 
 
 def _in_live_order(
@@ -158,13 +220,19 @@ class _Planned:
 
 
 class _Placement:
-    """Finds the mapped tensors in a state and decides where each belongs."""
+    """Finds the mapped tensors in a state and decides where each belongs.
+
+    Attributes:
+        planned: What is going to have memory of its own: torch would convert or move it.
+        kept: What torch takes as it is, by name.
+    """
 
     def __init__(self, session: RestoreSession, name: str) -> None:
         self._checkpoint = session.checkpoint
         self._name = name
         self.planned: dict[int, _Planned] = {}
-        self._shared: dict[int, _Planned] = {}
+        self.kept: dict[str, torch.Tensor] = {}
+        self._chunked: dict[int, _Planned] = {}
 
     def place(
         self, value: Any, path: tuple[Any, ...], parameter: torch.Tensor | None, group: dict[str, Any], key: Any = None
@@ -177,8 +245,11 @@ class _Placement:
             name = ".".join(str(part) for part in (self._name, "state", *path))
             plan = _Planned(name, value, device, dtype)
             if device.type == "cpu" and dtype == value.dtype:
-                # Nothing to convert: torch takes the tensor itself, so parameters that share it go on sharing it.
-                plan = self._shared.setdefault(id(value), plan)
+                if not isinstance(value, ChunkedTensor):
+                    self.kept[name] = value
+                    return value
+                # It has no memory that others could share, but may itself be the state of several parameters.
+                plan = self._chunked.setdefault(id(value), plan)
             self.planned[id(plan)] = plan
             return plan
         if isinstance(value, dict):
@@ -214,20 +285,3 @@ def _torch_policy(
             return parameter.device, torch.float32
         return torch.device("cpu"), value.dtype
     return parameter.device, parameter.dtype if parameter.is_floating_point() else value.dtype
-
-
-def mapped_bytes(value: Any, session: RestoreSession) -> int:
-    """Bytes of all tensors in a nested structure that still lie in the checkpoint's file."""
-    return sum(tensor.nbytes for tensor in _tensors(value) if session.checkpoint.holds(tensor))
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, torch.Tensor):
-            yield item
-        elif isinstance(item, dict):
-            stack.extend(item.values())
-        elif isinstance(item, (list, tuple)):
-            stack.extend(item)

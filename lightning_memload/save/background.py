@@ -225,15 +225,16 @@ def tensors_of_optimizers(optimizers: Iterable[Any], modules: Iterable[torch.nn.
     """The parameters and states of optimizers, for :class:`BackgroundSave`.
 
     Args:
-        optimizers: Those that are not torch's are left out, and so are tensors of subclasses and frozen parameters:
-            what changes these, and when, is not known.
+        optimizers: Those whose steps torch does not announce are ignored (other classes, and wrappers that never call
+            ``Optimizer.__init__``), and so are tensors of subclasses and frozen parameters: what changes these, and
+            when, is not known.
         modules: All modules. What they change in a forward pass is left out: what shares memory with a buffer, and
             embeddings with a ``max_norm``.
     """
     changing = {tensor.untyped_storage()._cdata for tensor in _changed_by_forward(modules) if _is_plain(tensor)}
     found: list[torch.Tensor] = []
     for optimizer in optimizers:
-        if not isinstance(optimizer, torch.optim.Optimizer):
+        if not isinstance(optimizer, torch.optim.Optimizer) or not getattr(type(optimizer).step, "hooked", False):
             continue
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         # No step changes a frozen one, so somebody else does: the teacher of a student that it follows.

@@ -363,7 +363,7 @@ def _groups(identities: Mapping[Any, int]) -> list[list[Any]]:
 def _shared_states(optimizer: torch.optim.Optimizer) -> list[list[Any]]:
     """Which states of an optimizer are one tensor."""
     found = {}
-    for number, state in optimizer.state_dict()["state"].items():
+    for number, state in optimizer.state_dict().get("state", {}).items():  # wrappers may have none
         for key, value in state.items() if isinstance(state, dict) else ():
             if isinstance(value, torch.Tensor) and value.numel():
                 found[number, key] = id(value)

@@ -323,7 +323,7 @@ def test_names_of_wrapped_modules(tmp_path: Path) -> None:
         f"_orig_mod.{name.replace('.', '._checkpoint_wrapped_module.')}": parameter
         for name, parameter in module.named_parameters()
     }
-    restore = OptimizerRestore(optimizer, session, parameters=wrapped)
+    restore = OptimizerRestore([optimizer], session, parameters=wrapped)
     optimizer.load_state_dict(loaded["optim"])
     restore.remove()
     session.close()

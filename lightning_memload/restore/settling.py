@@ -1,0 +1,115 @@
+"""Giving tensors that stay in use ordinary memory in place of the file's, while each stays the object that it is.
+
+What shares memory in the loaded checkpoint shares it afterwards: the storage moves as a whole, and every tensor of the
+checkpoint that lies in it moves along. So whatever an optimizer or a wrapper does with such tensors, by value or by
+reference, comes out as if the checkpoint had been loaded into memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from lightning_memload.checkpoint import ChunkedTensor, MappedCheckpoint
+from lightning_memload.restore.session import Move, RestoreSession
+
+__all__ = ["Settlement", "mapped_bytes", "plan_settlements", "tensors_by_storage"]
+
+
+class Settlement:
+    """The move of one storage from the file to ordinary memory.
+
+    Args:
+        name: What to call it in messages.
+        tensors: All tensors that lie in it. At least one.
+    """
+
+    __slots__ = ("_fresh", "_name", "_storage", "_tensors")
+
+    def __init__(self, name: str, tensors: list[torch.Tensor]) -> None:
+        self._name = name
+        self._tensors = tensors
+        self._storage = tensors[0].untyped_storage()
+        self._fresh: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self._storage.nbytes()
+
+    def allocate(self) -> Move:
+        """The move of its bytes, into memory that is allocated now."""
+        self._fresh = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
+        return Move(self._name, _whole(self._storage), self._fresh)
+
+    def end(self) -> None:
+        """Gives the tensors their new memory, which is filled."""
+        assert self._fresh is not None
+        storage = self._fresh.untyped_storage()
+        for tensor in self._tensors:
+            placed = torch.empty(0, dtype=tensor.dtype, device="cpu")
+            tensor.data = placed.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def plan_settlements(kept: Mapping[str, torch.Tensor], *owners: Mapping[int, list[torch.Tensor]]) -> list[Settlement]:
+    """One settlement for every storage under some tensors.
+
+    A storage with a tensor whose bytes are not its values (conjugate views, subclasses) is passed over: it stays in the
+    file until the session lets go of it.
+
+    Args:
+        kept: The tensors, by what to call them in messages.
+        owners: What :func:`tensors_by_storage` found; all tensors that are moved.
+    """
+    names = {tensor.untyped_storage()._cdata: name for name, tensor in reversed(list(kept.items()))}
+    settlements = []
+    for key, name in names.items():
+        candidates = {id(tensor): tensor for found in owners for tensor in found.get(key, ())}.values()
+        # What was found earlier may have moved since, and the identity of its old storage be another one's now.
+        tensors = [tensor for tensor in candidates if tensor.untyped_storage()._cdata == key]
+        if tensors and all(map(_is_movable, tensors)):
+            settlements.append(Settlement(name, tensors))
+    return settlements
+
+
+def tensors_by_storage(value: Any, checkpoint: MappedCheckpoint) -> dict[int, list[torch.Tensor]]:
+    """The tensors in a nested structure that lie in the checkpoint's file, by the identity of their storages.
+
+    Tensors in several parts have no storage and are passed over.
+    """
+    found: dict[int, list[torch.Tensor]] = {}
+    for tensor in _tensors(value):
+        if checkpoint.holds(tensor) and not isinstance(tensor, ChunkedTensor):
+            found.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+    return found
+
+
+def mapped_bytes(value: Any, session: RestoreSession) -> int:
+    """Bytes of all tensors in a nested structure that still lie in the checkpoint's file."""
+    return sum(tensor.nbytes for tensor in _tensors(value) if session.checkpoint.holds(tensor))
+
+
+def _whole(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, 0, (storage.nbytes(),), (1,))
+
+
+def _is_movable(tensor: torch.Tensor) -> bool:
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_quantized
+    return plain and not (tensor.is_conj() or tensor.is_neg())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in dicts, lists and tuples, each once."""
+    seen: set[int] = set()
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if not isinstance(item, (torch.Tensor, dict, list, tuple)) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            yield item
+        else:
+            stack.extend(item.values() if isinstance(item, dict) else item)
