@@ -10,6 +10,8 @@ import copy
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
+
 from lightning_memload.errors import CheckpointFormatError, IncompleteCheckpointError
 from lightning_memload.plugins.compat import package_of
 from lightning_memload.restore import find_state_dict
@@ -78,8 +80,7 @@ def take_parts(
     # Old checkpoints first become what the keys below are about.
     package_of(trainer).migrate(checkpoint, path)
     if "weights" not in parts:
-        # The module's own tensors: loading them changes nothing, and hooks find what they expect.
-        checkpoint["state_dict"] = module.state_dict(keep_vars=True)
+        checkpoint["state_dict"] = _own_weights(module)
     if "optimizer" not in parts:
         checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
         checkpoint.pop(type(trainer.precision_plugin).__qualname__, None)
@@ -91,6 +92,19 @@ def take_parts(
     if "loops" not in parts and datamodule is not None:
         # Where the data goes on is a matter of how far the loops are. Lightning's name for its state.
         checkpoint.pop(type(datamodule).__qualname__, None)
+
+
+def _own_weights(module: pl.LightningModule) -> dict[str, Any]:
+    """What a checkpoint of the module as it is would have: loading it changes nothing, and hooks find what they expect.
+
+    Asked for as Lightning does when it saves, since a module may have a ``state_dict`` without arguments.
+    """
+    weights: dict[str, Any] = module.state_dict()
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, value in weights.items():
+        if isinstance(value, torch.Tensor) and value.is_meta and name in own:
+            weights[name] = own[name]  # Nobody can tell that another tensor on meta is this one.
+    return weights
 
 
 def _hooks_load(trainer: pl.Trainer, module: pl.LightningModule) -> bool:

@@ -113,8 +113,11 @@ class WeightsRestore:
         tensors: list[tuple[str, torch.Tensor | None]] = [*module._parameters.items(), *module._buffers.items()]
         own = [(f"{prefix}{name}", tensor) for name, tensor in tensors if tensor is not None]
         for key, tensor in own:
-            if key in self._values and state_dict.get(key) is tensor and self._is_disturbed(tensor):
+            value = state_dict.get(key)
+            if key in self._values and value is tensor and self._is_disturbed(tensor):
                 state_dict[key] = self._values[key]
+            elif not _overrides_load(module) and _is_alias(value, tensor):
+                state_dict[key] = tensor  # It has these values: torch would copy them onto themselves, byte by byte.
         self._stream(session, root, module, state_dict, prefix)
         for key, tensor in own:
             if key in self._values and state_dict.get(key) is tensor:
@@ -256,6 +259,18 @@ class _Sharing:
 
 def _has_memory(tensor: Any) -> TypeGuard[torch.Tensor]:
     return _is_plain(tensor) and not tensor.is_meta and tensor.numel() > 0
+
+
+def _is_alias(value: Any, tensor: torch.Tensor) -> bool:
+    return (
+        value is not tensor
+        and _has_memory(value)
+        and _has_memory(tensor)
+        and value.data_ptr() == tensor.data_ptr()
+        and (value.device, value.dtype, value.shape, value.stride())
+        == (tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        and not (value.is_conj() or value.is_neg() or tensor.is_conj() or tensor.is_neg())
+    )
 
 
 def _version_of(tensor: torch.Tensor) -> int:

@@ -188,6 +188,46 @@ class TestRestore:
         seen, _ = restored(tmp_path, path, Supplies())
         assert_same(dict(saved["state_dict"]), seen["weights"], "weights")
 
+    @pytest.mark.parametrize("kind", ["Dropping", "Renaming", "Editing"])
+    def test_weights_that_stay_are_loaded_in_the_way_of_the_module(self, tmp_path: Path, kind: str) -> None:
+        seen_by_hook: list[dict[str, Any]] = []
+
+        class Hooked(Scheduled):
+            def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+                seen_by_hook.append(dict(checkpoint["state_dict"]))
+
+        class Dropping(Hooked):
+            strict_loading = False  # type: ignore[assignment]
+
+            def state_dict(self) -> Any:  # type: ignore[override]
+                return {name: value for name, value in super().state_dict().items() if name.startswith("second")}
+
+        class Renaming(Hooked):
+            def state_dict(self) -> Any:  # type: ignore[override]
+                return {f"net.{name}": value for name, value in super().state_dict().items()}
+
+            def load_state_dict(self, state_dict: Any, strict: bool = True) -> Any:  # type: ignore[override]
+                return super().load_state_dict({name[4:]: value for name, value in state_dict.items()}, strict)
+
+        class Editing(Hooked):
+            def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+                super().on_load_checkpoint(checkpoint)
+                checkpoint["state_dict"]["second.bias"][:2] = 7.0  # a parameter that is trained would refuse that
+                checkpoint["state_dict"]["first.bias"] = checkpoint["state_dict"]["first.bias"] + 1
+
+        build = {"Dropping": Dropping, "Renaming": Renaming, "Editing": Editing}[kind]
+        path = write_checkpoint(Case(build), tmp_path)
+        saved = torch.load(path, weights_only=False)
+        torch.manual_seed(4)
+        module = build()
+        initial = {name: value.clone() for name, value in module.state_dict().items()}
+        if kind == "Editing":
+            initial["second.bias"][:2], initial["first.bias"] = 7.0, initial["first.bias"] + 1
+        seen, _ = restored(tmp_path, path, module, restore=["optimizer", "loops"])
+        assert_same(initial, seen["weights"], "weights")
+        assert list(seen_by_hook[-1]) == list(saved["state_dict"])
+        assert (seen["step"], len(seen["optimizer"][0])) == (5, 4)
+
     @pytest.mark.parametrize("key", ["weights", "adapter"])
     @pytest.mark.parametrize("stage", ["fit", "validate"])
     def test_a_hook_may_supply_the_weights(self, tmp_path: Path, key: str, stage: str) -> None:
