@@ -9,12 +9,14 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.plugins.arguments import LoadingOptions, lightnings_option, split_arguments
 from lightning_memload.plugins.compat import classes, package_of
 from lightning_memload.restore import LoadOptions, WeightsSource, find_state_dict, meta_init, open_any
 
@@ -35,16 +37,9 @@ _CLI_INSTANTIATORS = ("lightning.pytorch.cli.instantiate_module", "pytorch_light
 def load_from_checkpoint(
     cls: type[Module],
     path: str | os.PathLike[str],
-    *,
-    device: torch.device | str = "cpu",
-    mode: Literal["copy", "assign"] = "copy",
-    strict: bool | None = None,
-    weights_only: bool | None = None,
-    host_budget_mib: int = 128,
-    num_threads: int | None = None,
-    verify: bool = True,
-    check_fit: bool = True,
-    **overrides: Any,
+    options: LoadingOptions | None = None,
+    /,
+    **arguments: Any,
 ) -> Module:
     """Builds a LightningModule from a checkpoint, as ``LightningModule.load_from_checkpoint`` does.
 
@@ -53,18 +48,26 @@ def load_from_checkpoint(
     are called as always; optimizer states are never read. Layers that the file lacks get the initial values of their
     own ``reset_parameters``, whatever the module's constructor does to them afterwards.
 
+    Options are keywords, ``device="cuda"``, like the module's own arguments. A keyword that the constructor of ``cls``
+    names is the module's, as in Lightning, even if there is an option of the same name; so is one that the file has as
+    a hyperparameter, if the constructor takes any keyword. ``strict``, ``weights_only`` and ``hparams_file`` are always
+    options, as in Lightning. A warning tells what a keyword was taken as where it could be either one. To say which one
+    is meant, pass the options as a dict after the path: then every keyword is the module's.
+
     Args:
         cls: The class to build.
-        path: A checkpoint of any known format. Without hyperparameters in it all must be given as ``overrides``.
-        device: Where the module shall be. Lightning revives every tensor on the device that it was saved from.
-        mode: See :func:`load_weights`.
+        path: A checkpoint of any known format. Without hyperparameters in it all must be given as keywords.
+        options: The options. ``None``: those among the keywords.
+        arguments: Options, and arguments for ``cls``, which take the place of the hyperparameters in the file.
+
+    The options are:
+        device: Where the module shall be, ``"cpu"`` by default. Lightning revives every tensor on the device that it
+            was saved from.
+        mode: ``"copy"`` or ``"assign"``, see :func:`load_weights`.
         strict: As in Lightning. ``None``: the module's ``strict_loading``.
-        weights_only: Passed to ``torch.load`` exactly as given.
-        host_budget_mib: See :func:`load_weights`.
-        num_threads: See :func:`load_weights`.
-        verify: See :func:`load_weights`.
-        check_fit: See :func:`load_weights`.
-        overrides: Arguments for ``cls``, which take the place of the hyperparameters in the file.
+        weights_only: Passed to ``torch.load`` exactly as given, ``None`` by default.
+        hparams_file: As in Lightning: a ``.yaml`` or ``.csv`` file that takes the place of the hyperparameters.
+        host_budget_mib, num_threads, verify, check_fit: See :func:`load_weights`.
 
     Returns:
         The module, on ``device``, in training mode as any new module.
@@ -72,33 +75,35 @@ def load_from_checkpoint(
     Raises:
         CheckpointFormatError: The file is damaged, or holds no weights.
         IncompatibleWeightsError: The weights do not fit, see :func:`load_weights`.
-        TypeError: An argument is neither one of these nor one of ``cls``, or ``cls`` is no LightningModule.
-        ValueError: ``strict`` contradicts the module's ``strict_loading``, or the file names code to build the module
-            with that is not LightningCLI's.
+        TypeError: An argument is neither an option nor one of ``cls`` (Lightning drops such an argument in silence), or
+            ``cls`` is no LightningModule.
+        ValueError: ``strict`` contradicts the module's ``strict_loading``, an option is out of its range, or the file
+            names code to build the module with that is not LightningCLI's.
 
     Peak memory: the weights once on ``device``, and ``host_budget_mib`` on the host if that is not the CPU.
 
     Example:
         >>> model = load_from_checkpoint(LitGPT, "last.ckpt", device="cuda", dropout=0.0)
+        >>> model = load_from_checkpoint(LitGPT, "last.ckpt", {"device": "cuda"}, mode="an argument of LitGPT")
     """
     if not issubclass(cls, classes("lightning.pytorch.LightningModule")):
         raise TypeError(
             f"load_from_checkpoint() builds LightningModules, and {cls.__qualname__} is none. Build it yourself, and "
             "give it its weights with load_weights()."
         )
-    options = LoadOptions(torch.device(device), mode, host_budget_mib, num_threads, verify, check_fit)
-    package = package_of(cls)
-    with package.reading_old_pickles():
-        checkpoint, session = options.open(lambda: open_any(path, weights_only))
-    with options.closing(session):
-        if not isinstance(checkpoint, dict):
-            raise CheckpointFormatError(
-                f"{path} holds a {type(checkpoint).__name__}, not a dict.", path=os.fspath(path)
-            )
-        if "state_dict" not in checkpoint:
-            checkpoint = {"state_dict": find_state_dict(checkpoint, path)}
-        if "pytorch-lightning_version" in checkpoint:
-            checkpoint = package.migrate(checkpoint, os.fspath(path))
+    checkpoint, mapped = _open(cls, path, lightnings_option("weights_only", options, arguments))
+    hparams_file = lightnings_option("hparams_file", options, arguments)
+    if hparams_file is not None:
+        checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY] = _read_hyper_parameters(cls, hparams_file)
+    saved = _saved_hyper_parameters(cls, checkpoint)
+    takes_whole = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME) in inspect.signature(cls.__init__).parameters
+    asked, overrides = split_arguments(
+        _find_class(saved.get("_class_path")) or cls, options, arguments, saved, takes_hyper_parameters=takes_whole
+    )
+    strict = asked.get("strict")
+    loading = _load_options(asked)
+    _, session = loading.open(lambda: (None, mapped))
+    with loading.closing(session):
         checkpoint.setdefault(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(overrides)
         module = _build_whole(cls, checkpoint, overrides)
         if strict is not None and module._strict_loading is not None and strict != module.strict_loading:
@@ -108,7 +113,7 @@ def load_from_checkpoint(
             )
         module.on_load_checkpoint(checkpoint)
         weights = WeightsSource(os.fspath(path), strict=module.strict_loading if strict is None else strict)
-        keys = weights.stream(checkpoint["state_dict"], module, session, assign=options.assigns)
+        keys = weights.stream(checkpoint["state_dict"], module, session, assign=loading.assigns)
         del checkpoint  # what is referred to when the session ends is copied
     if keys.missing_keys:
         rank_zero_warn(
@@ -117,6 +122,57 @@ def load_from_checkpoint(
     if keys.unexpected_keys:
         rank_zero_warn(f"{path} has keys that the module lacks: {keys.unexpected_keys}")
     return module.to(session.device)
+
+
+def _open(
+    cls: type[pl.LightningModule], path: str | os.PathLike[str], weights_only: bool | None
+) -> tuple[dict[str, Any], MappedCheckpoint]:
+    """The checkpoint, as it would be if a Lightning of today had saved it, and its mapping."""
+    package = package_of(cls)
+    with package.reading_old_pickles():
+        checkpoint, mapped = open_any(path, weights_only)
+    if not isinstance(checkpoint, dict):
+        raise CheckpointFormatError(f"{path} holds a {type(checkpoint).__name__}, not a dict.", path=os.fspath(path))
+    if "state_dict" not in checkpoint:
+        checkpoint = {"state_dict": find_state_dict(checkpoint, path)}
+    if "pytorch-lightning_version" in checkpoint:
+        checkpoint = package.migrate(checkpoint, os.fspath(path))
+    return checkpoint, mapped
+
+
+def _load_options(asked: LoadingOptions) -> LoadOptions:
+    return LoadOptions(
+        torch.device(asked.get("device", "cpu")),
+        asked.get("mode", "copy"),
+        asked.get("host_budget_mib", 128),
+        asked.get("num_threads"),
+        asked.get("verify", True),
+        asked.get("check_fit", True),
+    )
+
+
+def _read_hyper_parameters(cls: type[pl.LightningModule], path: str | os.PathLike[str]) -> Any:
+    """As ``LightningModule.load_from_checkpoint`` of Lightning 2.5 and 2.6 does."""
+    package, extension = package_of(cls), str(path).rpartition(".")[2].lower()
+    if extension == "csv":
+        return package.find("lightning.pytorch.core.saving.load_hparams_from_tags_csv")(path)
+    if extension in ("yml", "yaml"):
+        return package.find("lightning.pytorch.core.saving.load_hparams_from_yaml")(path)
+    raise ValueError(f"hparams_file must be a .csv, .yml or .yaml file, got {path}.")
+
+
+def _saved_hyper_parameters(cls: type[pl.LightningModule], checkpoint: dict[str, Any]) -> dict[str, Any]:
+    saved: dict[str, Any] = {}
+    for key in (*_PAST_HYPER_PARAMETERS_KEYS, cls.CHECKPOINT_HYPER_PARAMS_KEY):
+        saved.update(checkpoint.get(key, {}))
+    return saved
+
+
+def _find_class(path: Any) -> type | None:
+    """The class of this name, if its module is imported."""
+    home, _, name = str(path).rpartition(".")
+    found = getattr(sys.modules.get(home), name, None)
+    return found if isinstance(found, type) else None
 
 
 @meta_init()
@@ -128,9 +184,7 @@ def _build_whole(cls: type[Module], checkpoint: dict[str, Any], overrides: dict[
 
 def _build(cls: type[Module], checkpoint: dict[str, Any], overrides: dict[str, Any]) -> Module:
     """An instance of the class with the hyperparameters of a checkpoint, by the rules of Lightning 2.5 and 2.6."""
-    saved: dict[str, Any] = {}
-    for key in (*_PAST_HYPER_PARAMETERS_KEYS, cls.CHECKPOINT_HYPER_PARAMS_KEY):
-        saved.update(checkpoint.get(key, {}))
+    saved = _saved_hyper_parameters(cls, checkpoint)
     kind = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_TYPE)
     if kind:
         # A class, or in old files its name, which was always this one.
@@ -145,9 +199,8 @@ def _build(cls: type[Module], checkpoint: dict[str, Any], overrides: dict[str, A
         raise ValueError(f"The file asks to be built by {instantiator!r}, which is not LightningCLI's. It was not run.")
     class_path = arguments.get("_class_path")
     if instantiator is not None and class_path is not None:
-        home, _, name = str(class_path).rpartition(".")
-        found = getattr(sys.modules.get(home), name, None)
-        if not (isinstance(found, type) and issubclass(found, cls)):
+        found = _find_class(class_path)
+        if found is None or not issubclass(found, cls):
             raise ValueError(
                 f"The file asks for {class_path!r}, which is no subclass of {cls.__name__} that was imported. If you "
                 "trust it, import the module that defines the class first."

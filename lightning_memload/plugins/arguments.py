@@ -1,0 +1,152 @@
+"""Whose a keyword of ``load_from_checkpoint`` is: an option of ours, or an argument of the module.
+
+A module may have arguments called ``mode`` or ``device``, and Lightning passes them on. So what a constructor names is
+the module's, as with Lightning, and options can be given apart from all keywords. Where a keyword could be either one a
+warning tells which it was: none is swallowed in silence.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal, TypedDict
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+
+__all__ = ["LoadingOptions", "lightnings_option", "split_arguments"]
+
+
+class LoadingOptions(TypedDict, total=False):
+    """The options of ``load_from_checkpoint``, see there."""
+
+    device: torch.device | str
+    mode: Literal["copy", "assign"]
+    strict: bool | None
+    weights_only: bool | None
+    hparams_file: str | os.PathLike[str] | None
+    host_budget_mib: int
+    num_threads: int | None
+    verify: bool
+    check_fit: bool
+
+
+def _is_device(value: Any) -> bool:
+    try:
+        torch.device(value)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+
+
+# Which values each option can have.
+_OPTIONS: dict[str, Callable[[Any], bool]] = {
+    "device": _is_device,
+    "mode": lambda value: value in ("copy", "assign"),
+    "strict": _is_flag,
+    "weights_only": _is_flag,
+    "hparams_file": lambda value: value is None or isinstance(value, (str, os.PathLike)),
+    "host_budget_mib": _is_number,
+    "num_threads": _is_number,
+    "verify": _is_flag,
+    "check_fit": _is_flag,
+}
+# Options of Lightning's load_from_checkpoint (2.5, 2.6) too, which it never passes on to a module.
+_LIGHTNINGS = ("strict", "weights_only", "hparams_file")
+
+
+def lightnings_option(
+    name: Literal["weights_only", "hparams_file"], options: LoadingOptions | None, keywords: Mapping[str, Any]
+) -> Any:
+    """An option of Lightning's, ``None`` if it is not given. It is needed before the rest can be split."""
+    value = (keywords if options is None else options).get(name)
+    return value if options is not None or _OPTIONS[name](value) else None
+
+
+def split_arguments(
+    cls: type,
+    options: LoadingOptions | None,
+    keywords: Mapping[str, Any],
+    saved: Collection[str],
+    *,
+    takes_hyper_parameters: bool,
+) -> tuple[LoadingOptions, dict[str, Any]]:
+    """Splits keywords into options and arguments of the module, with a warning where either would do.
+
+    Args:
+        cls: The class.
+        options: Options that are given apart: then all keywords are the module's. ``None``: none are.
+        keywords: The keywords.
+        saved: Names of the hyperparameters in the file.
+        takes_hyper_parameters: Whether the class takes all of them as one argument.
+
+    Raises:
+        TypeError: There is no such option.
+    """
+    if options is not None:
+        unknown = [name for name in options if name not in _OPTIONS]
+        if unknown:
+            raise TypeError(f"load_from_checkpoint() has no option {', '.join(unknown)}, only {', '.join(_OPTIONS)}.")
+        return options, dict(keywords)
+    names, takes_any = _arguments_of(cls)
+    takes_any = takes_any or takes_hyper_parameters
+    ours: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
+    for name, value in keywords.items():
+        could_be_ours = name in _OPTIONS and _OPTIONS[name](value)
+        has_it = name in names or (takes_any and name in saved)
+        if name not in _OPTIONS:
+            theirs[name] = value
+        elif name in _LIGHTNINGS and could_be_ours:
+            ours[name] = value
+            if has_it:
+                _tell(cls, name, value, "the option of load_from_checkpoint(), as in Lightning, not as the argument of")
+        elif has_it:
+            theirs[name] = value
+            if could_be_ours:
+                _tell(cls, name, value, "the argument of")
+        elif takes_any and not could_be_ours:
+            theirs[name] = value
+            _tell(cls, name, value, "an argument of")
+        else:
+            ours[name] = value
+            if takes_any:
+                _tell(cls, name, value, "the option of load_from_checkpoint(), not as an argument of")
+    return LoadingOptions(**ours), theirs  # type: ignore[typeddict-item]
+
+
+def _tell(cls: type, name: str, value: Any, what: str) -> None:
+    rank_zero_warn(
+        f"{name}={value!r} is taken as {what} {cls.__name__}. To say which one is meant, give the options of "
+        f"load_from_checkpoint() as a dict after the path, {{{name!r}: ...}} or {{}}: then all keywords are arguments "
+        f"of {cls.__name__}."
+    )
+
+
+def _arguments_of(cls: type) -> tuple[set[str], bool]:
+    """The arguments that a class can be built with by name, and whether its constructor takes any other keyword."""
+    names: set[str] = set()
+    takes_any: bool | None = None
+    for base in cls.__mro__:
+        if base is nn.Module:
+            break
+        if "__init__" not in base.__dict__:
+            continue
+        kinds = inspect.Parameter
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]  # type: ignore[misc]
+        names.update(p.name for p in parameters if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD))
+        goes_on = any(p.kind is kinds.VAR_KEYWORD for p in parameters)
+        takes_any = goes_on if takes_any is None else takes_any
+        if not goes_on:
+            break  # Else what is not named goes on to the next class, as a rule.
+    return names, bool(takes_any)
