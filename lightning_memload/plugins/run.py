@@ -236,6 +236,8 @@ class RestoreRun:
             kept = session.close()
         self._stop_measuring()
         stats = session.stats if session is not None else TransferStats()
+        if self._mode == "assign" and session is not None and not session.bytes_assigned:
+            self._mode, self._mode_reason = "copy", "no parameter could be the file's pages"
         report = RestoreReport(
             path=str(self.path or self._trainer.ckpt_path),
             stage=self._stage,
@@ -246,7 +248,7 @@ class RestoreRun:
             phases=tuple(self._phases),
             total=PhaseReport("total", self._total.peaks.seconds, stats.bytes_read, stats.seconds, self._total.peaks),
             bytes_verified=stats.bytes_verified,
-            bytes_assigned=self._weights.assigned_bytes if self._weights else 0,
+            bytes_assigned=session.bytes_assigned if session else 0,
             bytes_copied_ordinarily=session.bytes_copied_ordinarily if session else 0,
             bytes_kept=kept,
             staging_bytes=stats.staging_bytes,

@@ -117,6 +117,8 @@ class RestoreReport:
         scalars["memload/read_gib"] = self.total.bytes_read / _GIB
         if self.total.bytes_per_second is not None:
             scalars["memload/read_gib_per_second"] = self.total.bytes_per_second / _GIB
+        if self.bytes_assigned:
+            scalars["memload/assigned_gib"] = self.bytes_assigned / _GIB
         for name, value in self.figures().items():
             maximum = self.maxima.get(name)
             scalars[f"memload/{name}_gib"] = (maximum.value if maximum else value) / _GIB
@@ -156,6 +158,8 @@ class RestoreReport:
             parts.append(f"pinned {_gib(peaks.pinned_peak_bytes)}")
         if self.bytes_verified:
             parts.append(f"verified {_gib(self.bytes_verified)}")
+        if self.bytes_assigned:
+            parts.append(f"assigned {_gib(self.bytes_assigned)} of the file, not read")
         if self.bytes_copied_ordinarily:
             parts.append(f"copied by torch {_gib(self.bytes_copied_ordinarily)}")
         maximum = self.maxima.get("host_anonymous_above_start")

@@ -83,6 +83,7 @@ class RestoreSession:
         checkpoint.source.drop_behind = drop_behind
         self.stats = TransferStats()
         self.bytes_copied_ordinarily = 0
+        self.bytes_assigned = 0
         self._ring = ring
         self._on_progress = on_progress
         self._on_pinned = on_pinned

@@ -76,7 +76,6 @@ class WeightsRestore:
         self._keep_memory = keep_memory
         self._strict = strict
         self._later_bytes = later_bytes
-        self.assigned_bytes = 0
         # What each key had in the file, and the versions of the tensors since: whether somebody changed them meanwhile.
         self._values: dict[str, torch.Tensor] = {}
         self._versions: dict[int, int] = {}
@@ -189,7 +188,7 @@ class WeightsRestore:
         with without_weak_references(module):
             old = [replace_data(target.tensor, replacements[target.key], name=target.key) for target in filled]
         session.free_at_end(old)
-        self.assigned_bytes += sum(pages.nbytes for pages in assign.values())
+        session.bytes_assigned += sum(pages.nbytes for pages in assign.values())
         if overrides:
             return  # It may go on with the values, so it gets them, and torch copies them once more.
         done = {target.key for target in stream} | assign.keys()

@@ -357,6 +357,22 @@ class TestWeightsFrom:
         assert (callback.report.global_step, callback.report.path) == (0, str(path))
         assert callback.report.total.bytes_read >= sum(value.nbytes for value in weights.values())
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_assigned_bytes_are_reported(self, pretrained: Any, tmp_path: Path, dtype: torch.dtype) -> None:
+        path, weights = pretrained
+        callback = MemoryEfficientRestore(mode="assign", weights_from=WeightsSource(path, strip_prefix="net."))
+        with meta_init():
+            module = TinyModule(adamw).to(dtype)
+        make_trainer(tmp_path, [callback], max_steps=0).fit(module)
+        report, nbytes = callback.report, sum(value.nbytes for value in weights.values())
+        assert report is not None
+        if dtype == torch.float32:
+            assert (report.bytes_assigned, report.total.bytes_read) == (nbytes, 0)
+            assert (report.mode, report.mode_reason) == ("assign", "as configured")
+        else:  # what must be converted cannot be the file's pages
+            assert report.bytes_assigned == 0 < nbytes <= report.total.bytes_read
+            assert (report.mode, report.mode_reason) == ("copy", "no parameter could be the file's pages")
+
     def test_only_once_for_a_module(self, pretrained: Any, tmp_path: Path) -> None:
         path, weights = pretrained
         module = TinyModule(adamw)

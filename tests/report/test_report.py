@@ -128,6 +128,13 @@ def test_table_names_the_worst_rank_and_ordinary_copies() -> None:
     assert footer.endswith("copied by torch 1.00 GiB; most host anonymous of 4 ranks +3.00 GiB on rank 2")
 
 
+def test_assigned_bytes_are_in_the_table_and_logged() -> None:
+    report = bare_report(mode="assign", mode_reason="as configured", bytes_assigned=3 * GIB)
+    assert report.table().splitlines()[-1] == "mode assign (as configured); assigned 3.00 GiB of the file, not read"
+    assert report.scalars()["memload/assigned_gib"] == 3.0
+    assert "memload/assigned_gib" not in bare_report().scalars()
+
+
 def test_scalars_have_their_units() -> None:
     assert gpu_report().scalars() == pytest.approx(
         {
