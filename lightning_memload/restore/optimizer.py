@@ -8,6 +8,7 @@ that torch takes as it is stays the object that it is, and gets ordinary memory 
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 from lightning_memload.checkpoint import ChunkedTensor
 from lightning_memload.errors import OptimizerMismatchError, listed
 from lightning_memload.restore.session import Move, RestoreSession
-from lightning_memload.restore.settling import Settlement, plan_settlements, tensors_by_storage
+from lightning_memload.restore.settling import Settlement, mapped_bytes, plan_settlements, tensors_by_storage
 
 __all__ = ["OptimizerRestore"]
 
@@ -91,6 +92,15 @@ class OptimizerRestore:
         if session is None:
             return None
         name = self._names.get(id(optimizer), "optimizer")
+        if self._is_followed(optimizer):
+            nbytes = mapped_bytes(state_dict, session)
+            warnings.warn(
+                f"{name} has load_state_dict pre-hooks that were registered after on_fit_start of "
+                f"MemoryEfficientRestore began. They see the states as the checkpoint has them, so {nbytes} bytes are "
+                "copied by torch instead of streamed. Register them in configure_optimizers.",
+                stacklevel=2,
+            )
+            return None
         state_dict = _in_live_order(state_dict, optimizer, self._parameters, name)
         saved_groups = state_dict.get("param_groups", [])
         if [len(group["params"]) for group in saved_groups] != [len(g["params"]) for g in optimizer.param_groups]:
@@ -115,6 +125,11 @@ class OptimizerRestore:
             settlement.end()
         filled = {number: move.destination for number, move in moves.items()}
         return {**state_dict, "state": {number: _fill(value, filled) for number, value in state.items()}}
+
+    def _is_followed(self, optimizer: Optimizer) -> bool:
+        """Whether hooks run after this one, which must not get states that are moved or converted already."""
+        *_, last = optimizer._optimizer_load_state_dict_pre_hooks.values()
+        return last != self._before_load
 
     def _settle(
         self, session: RestoreSession, kept: Mapping[str, torch.Tensor], state_dict: dict[str, Any]

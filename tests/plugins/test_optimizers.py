@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,13 @@ import torch
 from torch import nn
 
 import tests.lightning as L
-from lightning_memload import open_checkpoint
+from lightning_memload import MemoryEfficientRestore, open_checkpoint
 from lightning_memload.save import tensors_of_optimizers
-from tests.plugins.harness import (
-    Case,
-    TinyModule,
-    same_resume,
-)
+from tests.plugins.harness import Case, TinyModule, adamw, assert_same, resume, same_resume, write_checkpoint
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
-
-
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=0.01)
 
 
 class Slow(torch.optim.Optimizer):
@@ -285,6 +278,32 @@ def test_what_a_wrapper_hands_to_a_torch_optimizer_is_streamed_and_the_rest_is_k
     streamed = sizes["state_dict"] + sizes["inner"]
     assert streamed <= report.total.bytes_read < streamed + sizes["slow"] // 2
     assert sizes["slow"] <= report.bytes_kept < sizes["slow"] + 32768
+
+
+class Late(TinyModule):
+    """Registers a hook that looks at the saved states when the optimizers are about to be restored."""
+
+    def on_fit_start(self) -> None:
+        def hook(optimizer: Any, state_dict: Any) -> Any:
+            state = {
+                number: {**state, "exp_avg": state["exp_avg"] * 2, "itemsize": state["exp_avg"].itemsize}
+                for number, state in state_dict["state"].items()
+            }
+            return {**state_dict, "state": state}
+
+        self.trainer.optimizers[0].register_load_state_dict_pre_hook(hook)
+
+
+def test_hooks_that_come_later_see_what_was_saved(tmp_path: Path) -> None:
+    """The module is float32 here and bfloat16 when it resumes, so that states are converted."""
+    case = Case(lambda: Late(adamw))
+    path = write_checkpoint(Case(lambda: TinyModule(adamw)), tmp_path)
+    half = replace(case, trainer={"precision": "bf16-true"})
+    _, stock = resume(half, path, tmp_path, None)
+    with pytest.warns(UserWarning, match=r"^optimizer_states\[0\] has load_state_dict pre-hooks .* so \d+ bytes"):
+        _, ours = resume(half, path, tmp_path, MemoryEfficientRestore())
+    assert_same(stock.ended, ours.ended, "ended")
+    assert ours.restored["optimizers"][0]["state"][0]["itemsize"] == 4
 
 
 @pytest.mark.parametrize("make", [Averaged, Forwarding], ids=lambda make: make.__name__)
