@@ -63,6 +63,7 @@ class OptimizerRestore:
         self._parameters = parameters or {}
         self._loaded = loaded
         self._owners: dict[int, list[torch.Tensor]] | None = None
+        self._known: set[int] = set()
         self._names: dict[int, str] = {}
         self._handles = []
         for number, optimizer in enumerate(optimizers):
@@ -139,7 +140,9 @@ class OptimizerRestore:
             return []
         if self._owners is None:
             self._owners = tensors_by_storage(self._loaded, session.checkpoint)
-        return plan_settlements(kept, self._owners, tensors_by_storage(state_dict, session.checkpoint))
+            self._known = {id(tensor) for tensors in self._owners.values() for tensor in tensors}
+        others = tensors_by_storage(state_dict, session.checkpoint, self._known)
+        return plan_settlements(kept, self._owners, others)
 
 
 def _optimizers_with_hooks(optimizer: Any) -> Iterator[Optimizer]:

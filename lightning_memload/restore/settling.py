@@ -7,7 +7,7 @@ reference, comes out as if the checkpoint had been loaded into memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,18 +35,31 @@ class Settlement:
         self._fresh: torch.Tensor | None = None
 
     @property
+    def _is_simple(self) -> bool:
+        """Whether one tensor is all of the storage, as nearly every state is."""
+        first = self._tensors[0]
+        return len(self._tensors) == 1 and first.is_contiguous() and first.nbytes == self.nbytes
+
+    @property
     def nbytes(self) -> int:
         """Bytes that it takes."""
         return self._storage.nbytes()
 
     def allocate(self) -> Move:
         """The move of its bytes, into memory that is allocated now."""
+        first = self._tensors[0]
+        if self._is_simple:
+            self._fresh = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device="cpu")
+            return Move(self._name, first, self._fresh)
         self._fresh = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
         return Move(self._name, _whole(self._storage), self._fresh)
 
     def end(self) -> None:
         """Gives the tensors their new memory, which is filled."""
         assert self._fresh is not None
+        if self._is_simple:
+            self._tensors[0].data = self._fresh
+            return
         storage = self._fresh.untyped_storage()
         for tensor in self._tensors:
             placed = torch.empty(0, dtype=tensor.dtype, device="cpu")
@@ -74,14 +87,16 @@ def plan_settlements(kept: Mapping[str, torch.Tensor], *owners: Mapping[int, lis
     return settlements
 
 
-def tensors_by_storage(value: Any, checkpoint: MappedCheckpoint) -> dict[int, list[torch.Tensor]]:
+def tensors_by_storage(
+    value: Any, checkpoint: MappedCheckpoint, known: Container[int] = ()
+) -> dict[int, list[torch.Tensor]]:
     """The tensors in a nested structure that lie in the checkpoint's file, by the identity of their storages.
 
-    Tensors in several parts have no storage and are passed over.
+    Tensors in several parts have no storage and are passed over, and so are those whose ``id`` is known already.
     """
     found: dict[int, list[torch.Tensor]] = {}
     for tensor in _tensors(value):
-        if checkpoint.holds(tensor) and not isinstance(tensor, ChunkedTensor):
+        if id(tensor) not in known and checkpoint.holds(tensor) and not isinstance(tensor, ChunkedTensor):
             found.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
     return found
 
