@@ -12,8 +12,9 @@ from lightning_memload.checkpoint.index import (
     span_elements,
 )
 from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
+from lightning_memload.checkpoint.lease import FileWatch
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint, span_bytes
-from lightning_memload.checkpoint.mapping import FileMapping
+from lightning_memload.checkpoint.mapping import DetachedError, FileMapping
 from lightning_memload.checkpoint.safetensors_header import SAFETENSORS_DTYPES
 from lightning_memload.checkpoint.source import ByteSource, FilePart, FileSet, LocalFile, read_fully
 
@@ -25,11 +26,13 @@ __all__ = [
     "ChunkInfo",
     "ChunkedTensor",
     "Damage",
+    "DetachedError",
     "FileMapping",
     "FilePart",
     "FilePiece",
     "FileSet",
     "FileSpan",
+    "FileWatch",
     "Inventory",
     "LocalFile",
     "MappedCheckpoint",

@@ -7,6 +7,7 @@ The answer is a few bytes of arithmetic, and ``None`` for whatever somebody wrot
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ import torch
 
 from lightning_memload.checkpoint.chunked import ChunkedTensor, ChunkedValues, FilePiece
 from lightning_memload.checkpoint.index import Checkpoint, ChunkInfo, span_elements
+from lightning_memload.checkpoint.lease import FileWatch
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.source import FileSet
 from lightning_memload.errors import CheckpointFormatError
@@ -40,6 +42,8 @@ class MappedCheckpoint:
         self.source = source
         self.mapping = mapping
         self._chunked: weakref.WeakSet[ChunkedValues] = weakref.WeakSet()
+        self._watch: FileWatch | None = None
+        self._lock = threading.RLock()
 
     @classmethod
     def unmapped(cls, path: str | os.PathLike[str]) -> MappedCheckpoint:
@@ -119,21 +123,40 @@ class MappedCheckpoint:
         chunked = sum(values.nbytes for values in self._chunked if values.memory is None)
         return chunked + (self.mapping.referenced_bytes if self.mapping is not None else 0)
 
-    def detach(self) -> int:
+    def watch(self) -> str | None:
+        """Makes this detach by itself when somebody is about to change a file in place, until it is detached.
+
+        Returns:
+            Why that cannot be, ``None`` if it is so.
+        """
+        watch = FileWatch(self.source)
+        refusal = watch.begin()
+        if refusal is None and watch.guard(lambda: self.detach(beside_others=True)):
+            self._watch = watch
+        return refusal
+
+    def detach(self, *, beside_others: bool = False) -> int:
         """Lets go of the files: what somebody still refers to becomes ordinary memory.
+
+        Args:
+            beside_others: See :meth:`FileMapping.detach`.
 
         Returns:
             Bytes that were read or copied because somebody still refers to them.
 
         Raises:
-            CheckpointReadError: Reading a chunked tensor failed.
+            CheckpointReadError: Reading failed.
         """
-        kept = 0
-        for values in list(self._chunked):
-            if values.memory is None:
-                kept += values.read().nbytes
-        kept += self.mapping.detach() if self.mapping is not None else 0
-        self.source.close()
+        with self._lock:
+            kept = 0
+            for values in list(self._chunked):
+                if values.memory is None:
+                    kept += values.read().nbytes
+            kept += self.mapping.detach(beside_others=beside_others) if self.mapping is not None else 0
+            self.source.close()
+        watch, self._watch = self._watch, None
+        if watch is not None and watch is not threading.current_thread():
+            watch.end()
         return kept
 
 

@@ -3,7 +3,8 @@
 ``torch.load(mmap=True)`` maps the same way but reserves memory for the whole file, so it refuses files larger than
 RAM and swap; this mapping reserves nothing. Pages are copied when they are written, never written back. The mapping
 knows which of its bytes somebody wrote (:meth:`FileMapping.are_pristine`), and can let go of the file while tensors on
-top of it live on (:meth:`FileMapping.detach`). Linux only: both rest on ``/proc/self/pagemap`` and ``mremap``.
+top of it live on (:meth:`FileMapping.detach`), by itself if a :class:`FileWatch` guards it. Linux only: all of this
+rests on ``/proc/self/pagemap``, ``mremap`` and leases.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import errno
 import mmap
 import os
 import sys
+import threading
+import time
 import weakref
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -21,10 +24,12 @@ from typing import Any
 import torch
 
 from lightning_memload.checkpoint.index import FileSpan
+from lightning_memload.checkpoint.lease import FileWatch
 from lightning_memload.checkpoint.source import FileSet, LocalFile
+from lightning_memload.checkpoint.steps import wait_for_steps
 from lightning_memload.errors import CheckpointReadError
 
-__all__ = ["FileMapping"]
+__all__ = ["DetachedError", "FileMapping"]
 
 _PAGE = mmap.PAGESIZE
 # Python names MAP_NORESERVE from 3.11 on; the value is the one of x86-64 and arm64.
@@ -34,8 +39,16 @@ _MREMAP_MAYMOVE_FIXED = 0x1 | 0x2
 _PROT_NONE = 0
 # detach() copies this much at a time, so that its own need stays small.
 _DETACH_CHUNK_BYTES = 32 << 20
+# Beside other threads less, which takes some 3 ms: what they write to these bytes meanwhile is lost.
+_SMALL_CHUNK_BYTES = 8 << 20
+# How long a writer to the file is held for optimizers, of the 45 s that Linux gives.
+_STEPS_SECONDS = 20.0
 # pagemap is read for this many pages at a time, with 8 bytes for each.
 _PAGEMAP_CHUNK_PAGES = 256 << 10
+
+
+class DetachedError(RuntimeError):
+    """The mapping has let go of the file already."""
 
 
 class FileMapping:
@@ -45,16 +58,19 @@ class FileMapping:
     it shows their bytes.
 
     Args:
-        source: The open files. They must not be truncated while somebody reads tensors on top of the mapping: that
-            kills the process (SIGBUS), as with every mapping.
+        source: The open files. Unless a watch guards them, they must not be changed in place while tensors on top of
+            the mapping are read: that changes their values, or kills the process (SIGBUS), as with every mapping.
+        watch: Watches these files. When one is about to change, the mapping detaches. It then reads what it needs from
+            the watch's files, so ``source`` may be closed before, and ends the watch with the last storage.
 
     Raises:
+        DetachedError: A file is being changed already.
         OSError: The kernel refuses the mapping.
     """
 
     supported = sys.platform == "linux"
 
-    def __init__(self, source: FileSet) -> None:
+    def __init__(self, source: FileSet, watch: FileWatch | None = None) -> None:
         self.source = source
         self.nbytes = max(1, source.nbytes)
         # Addresses for all of them first: nobody else can then take the place of the next file.
@@ -71,25 +87,46 @@ class FileMapping:
         region: Any = type("_MappedBytes", (ctypes.c_char * self.nbytes,), {}).from_address(self._base)  # type: ignore[attr-defined]
         # Not at exit: parameters may still lie here, and others' exit handlers may read them.
         weakref.finalize(region, _munmap, self._base, self.nbytes).atexit = False
-        self._bytes = memoryview(region).cast("B")
+        self._bytes: memoryview | None = memoryview(region).cast("B")
         # Spans that a storage still refers to: torch holds the memoryview that it was given until the storage dies.
         self._spans: weakref.WeakValueDictionary[int, memoryview] = weakref.WeakValueDictionary()
         self._ranges: dict[int, tuple[int, int]] = {}
         self._attached = True
         self._pagemap: tuple[int, int] | None = None
+        # Storages are made, and the file is let go, by one thread at a time. A finalizer may do so within either.
+        self._lock = threading.RLock()
+        self._is_detaching = False
+        self._is_watched = watch is not None
+        if watch is not None:
+            assert watch.files is not None
+            self.source = watch.files
+            weakref.finalize(region, watch.end).atexit = False
+            if not watch.guard(lambda: self.detach(beside_others=True)):
+                raise DetachedError(f"{source.files[0].name} is being rewritten in place.")
 
     def storage(self, offset: int, nbytes: int) -> torch.UntypedStorage:
         """A CPU storage over ``nbytes`` of the file from ``offset`` on. No byte is read.
 
         Writing to it is safe and stays in this process.
+
+        Raises:
+            DetachedError: The file was let go of.
+            ValueError: There are no such bytes.
         """
         if not 0 <= offset < offset + nbytes <= self.nbytes:
             raise ValueError(f"bytes {offset} to {offset + nbytes} are not within the {self.nbytes} mapped bytes")
-        span = self._bytes[offset : offset + nbytes]
-        token = len(self._ranges)
-        self._spans[token] = span
-        self._ranges[token] = (offset, nbytes)
-        return torch.frombuffer(span, dtype=torch.uint8).untyped_storage()
+        with self._lock:
+            if self._bytes is None or not self._attached:
+                raise DetachedError(f"{self.source.place(offset)[0]} was let go of.")
+            span = self._bytes[offset : offset + nbytes]
+            token = len(self._ranges)
+            self._spans[token] = span
+            self._ranges[token] = (offset, nbytes)
+            return torch.frombuffer(span, dtype=torch.uint8).untyped_storage()
+
+    def leave_to_storages(self) -> None:
+        """Hands out no more storages. From here on the mapping goes with the last of them, whoever refers to this."""
+        self._bytes = None
 
     def offset_of(self, tensor: torch.Tensor) -> int | None:
         """File offset of the tensor's first element, ``None`` when its memory is not the file's."""
@@ -145,14 +182,18 @@ class FileMapping:
             weakref.finalize(self, os.close, self._pagemap[1])
         return self._pagemap[1]
 
-    def detach(self) -> int:
+    def detach(self, *, beside_others: bool = False) -> int:
         """Lets go of the file: what storages still refer to becomes ordinary memory, at the same addresses.
 
         Tensors keep their values and stay valid. Afterwards the process maps no byte of the file and holds no
-        descriptor of it, so it can be deleted and its disk space is returned.
+        descriptor of it, so it can be deleted and its disk space is returned. A watch closes its own.
 
         What nobody wrote to is read from the file, not from the mapping: of a file that was cut short meanwhile, that
         would kill the process.
+
+        Args:
+            beside_others: Other threads go on meanwhile. Optimizers are waited for, so that none of what they write is
+                lost, for 20 s at most.
 
         Returns:
             Bytes that were copied because somebody still refers to them.
@@ -163,28 +204,48 @@ class FileMapping:
 
         Peak memory is the returned bytes, which stay, plus at most 32 MiB.
         """
-        if not self._attached:
-            return 0
+        with self._lock:
+            if not self._attached or self._is_detaching:
+                return 0
+            # The addresses are this mapping's for as long as one of these is: the rest may go meanwhile.
+            region = self._bytes
+            spans = {token: span for token, span in self._spans.items() if span is not None}
+            self._is_detaching = True
+            try:
+                alive = [self._ranges[token] for token in spans]
+                copied, failure = 0, None
+                if spans or region is not None:
+                    copied, failure = self._take_out(alive, beside_others)
+                self._attached = False
+            finally:
+                self._is_detaching = False
+                spans.clear()
+            if not self._is_watched:
+                self.source.close()
+        if failure is not None:
+            raise failure
+        return copied
+
+    def _take_out(self, alive: list[tuple[int, int]], beside_others: bool) -> tuple[int, CheckpointReadError | None]:
+        """Puts ordinary memory in the place of some ranges, and nothing in the place of all others."""
         copied = 0
         position = 0
         failure: CheckpointReadError | None = None
-        alive = sorted(self._ranges[token] for token in list(self._spans))
-        for start, end in _page_ranges(alive, self.nbytes):
+        chunk_bytes = _SMALL_CHUNK_BYTES if beside_others else _DETACH_CHUNK_BYTES
+        deadline = time.monotonic() + (_STEPS_SECONDS if beside_others else 0.0)
+        for start, end in _page_ranges(sorted(alive), self.nbytes):
             self._blank(position, start)
-            for chunk in range(start, end, _DETACH_CHUNK_BYTES):
-                size = min(_DETACH_CHUNK_BYTES, end - chunk)
+            for chunk in range(start, end, chunk_bytes):
+                size = min(chunk_bytes, end - chunk)
                 # Filled beside and moved over the old pages in one step, so that no other thread sees a gap.
                 fresh = _mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+                wait_for_steps(deadline)
                 failure = self._copy(chunk, min(size, self.nbytes - chunk), fresh) or failure
                 _mremap_over(fresh, size, self._base + chunk)
                 copied += size
             position = end
         self._blank(position, _page_up(self.nbytes))
-        self._attached = False
-        self.source.close()
-        if failure is not None:
-            raise failure
-        return copied
+        return copied, failure
 
     def _copy(self, start: int, nbytes: int, address: int) -> CheckpointReadError | None:
         """Copies bytes, from the first of a page on: of pages that somebody wrote to from there, else from the file."""

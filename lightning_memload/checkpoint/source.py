@@ -6,6 +6,8 @@ several threads at once and keep no position. Whoever needs every byte asks thro
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import errno
 import os
 from bisect import bisect_right
@@ -173,6 +175,39 @@ class LocalFile:
             self._advise(descriptor)
         return descriptor
 
+    @property
+    def is_open(self) -> bool:
+        """Whether this holds a descriptor: neither closed nor opened anew for every read."""
+        return self._fd >= 0
+
+    def fileno(self) -> int:
+        """The descriptor, which stays this object's; -1 when there is none."""
+        return self._fd
+
+    def reopened(self) -> LocalFile:
+        """The very same file, whatever its name is by now, under a descriptor that shares nothing with this one.
+
+        Raises:
+            OSError: It cannot be opened, or it was changed since it was opened.
+        """
+        other = LocalFile(self._path if self._reopens else f"/proc/self/fd/{self._fd}")
+        other._path = self._path
+        if other._state != self._state:
+            other.close()
+            raise OSError(errno.ESTALE, "the file was changed since the checkpoint was opened", self._path)
+        return other
+
+    def is_changed(self) -> bool:
+        """Whether the file has another size or time of modification than when it was opened.
+
+        One that has lost its name to another file is not changed.
+        """
+        try:
+            state = _state_from(os.fstat(self._fd) if self.is_open else os.stat(self._path))
+        except OSError:
+            return False
+        return state[:2] == self._state[:2] and state != self._state
+
     def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fills buffers from an offset, see :class:`ByteSource`."""
         if not self._reopens:
@@ -279,7 +314,10 @@ class FilePart:
 
 
 def _state_of(descriptor: int) -> tuple[int, int, int, int]:
-    status = os.fstat(descriptor)
+    return _state_from(os.fstat(descriptor))
+
+
+def _state_from(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -304,6 +342,22 @@ class FileSet:
     def nbytes(self) -> int:
         """Length of the run, from the first byte of the first file to the last byte of the last."""
         return self.spans[-1].start + self.spans[-1].nbytes if self.spans else 0
+
+    def reopened(self) -> FileSet:
+        """The very same files under other descriptors, see :meth:`LocalFile.reopened`.
+
+        Raises:
+            OSError: One cannot be opened, or was changed since it was opened. None stays open.
+        """
+        other = copy.copy(self)
+        with contextlib.ExitStack() as stack:
+            other.files = tuple(stack.enter_context(file.reopened()) for file in self.files)
+            stack.pop_all()
+        return other
+
+    def changed_files(self) -> list[str]:
+        """Those that were written to in place since they were opened, as far as size and time tell."""
+        return [file.name for file in self.files if file.is_changed()]
 
     @property
     def drop_behind(self) -> bool:
