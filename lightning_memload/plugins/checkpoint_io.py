@@ -12,6 +12,9 @@ import inspect
 import os
 import sys
 import threading
+import warnings
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol, get_args
 
@@ -21,6 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_memload.checkpoint import MappedCheckpoint, UnmappableCheckpoint, load_mapped
+from lightning_memload.errors import MemloadError
 from lightning_memload.memory import MemoryMonitor
 from lightning_memload.plugins.compat import TorchCheckpointIO, classes
 from lightning_memload.report import SaveReport
@@ -54,8 +58,12 @@ class LoadObserver(Protocol):
         """
         ...
 
-    def on_load_end(self, path: str, checkpoint: Any, mapped: MappedCheckpoint | None) -> None:
-        """Called with what Lightning is going to get; ``mapped`` is ``None`` if it was loaded the ordinary way."""
+    def on_load_end(self, path: str, checkpoint: Any, mapped: MappedCheckpoint | None) -> bool | None:
+        """Called with what Lightning is going to get; ``mapped`` is ``None`` if it was loaded the ordinary way.
+
+        Returns:
+            Whether this observer lets go of the mapped files.
+        """
         ...
 
 
@@ -292,7 +300,12 @@ class StreamingCheckpointIO(TorchCheckpointIO):
                 ``None`` from 2.6 on, and ``False`` before.
 
         Returns:
-            The checkpoint. Its tensors lie in the file: reading one maps its pages, writing to one copies them.
+            The checkpoint. Its tensors lie in the file: reading one maps its pages, writing to one copies them. What is
+            still referred to when the checkpoint itself is let go of (Lightning does so before training starts)
+            becomes ordinary memory, and so does all of it before another program changes the file in place. The latter
+            needs a lease of Linux: on network file systems, and files of other users, such a change reaches tensors
+            that are still in the file, and cutting it short ends the process. For this a ``dict`` comes as a kind of
+            ``OrderedDict``.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -327,8 +340,9 @@ class StreamingCheckpointIO(TorchCheckpointIO):
                 f"{reason} It is loaded the ordinary way: the whole checkpoint in host memory, on every rank."
             )
             checkpoint = self._load_ordinarily(path, map_location, weights_only)
-        for observer in self._observers:
-            observer.on_load_end(str(path), checkpoint, mapped)
+        is_taken = [observer.on_load_end(str(path), checkpoint, mapped) for observer in self._observers]
+        if mapped is not None and not any(is_taken):
+            checkpoint = _detach_at_end(checkpoint, mapped)
         return checkpoint  # type: ignore[no-any-return]
 
     def _load_ordinarily(self, path: Any, map_location: Any, weights_only: bool | None) -> Any:
@@ -382,6 +396,58 @@ def _register(observers: list[Any], observer: Any) -> Callable[[], None]:
             observers.remove(observer)
 
     return remove
+
+
+class _Loaded(OrderedDict[Any, Any]):
+    """A loaded checkpoint that lets go of its files when it is let go of itself.
+
+    Copies and pickles of it are plain ``OrderedDict``, which is loaded everywhere, also with ``weights_only=True``.
+    """
+
+    __slots__ = ("mapped",)
+    mapped: MappedCheckpoint | None
+
+    def __del__(self) -> None:
+        # Not at exit: what others' exit handlers read may lie in the files.
+        if getattr(self, "mapped", None) is not None and not sys.is_finalizing():
+            # What only this refers to goes first, and is not read.
+            self.clear()
+            _detach(self.mapped)
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, (), vars(self) or None, None, iter(self.items())
+
+    def copy(self) -> Any:
+        return OrderedDict(self)
+
+
+def _detach_at_end(checkpoint: Any, mapped: MappedCheckpoint) -> Any:
+    """Lets go of the files when a loaded checkpoint is let go of, or somebody is about to change them.
+
+    CheckpointIOs are told of no end of a restore (Lightning 2.5, 2.6).
+
+    Returns:
+        The checkpoint to hand out.
+    """
+    mapped.watch()
+    if type(checkpoint) in (dict, OrderedDict):
+        whole = _Loaded(checkpoint)
+        vars(whole).update(getattr(checkpoint, "__dict__", {}))  # a state dict has its _metadata there
+        whole.mapped = mapped
+        return whole
+    try:
+        weakref.finalize(checkpoint, _detach, mapped).atexit = False
+    except TypeError:
+        mapped.detach()  # a list, say
+    return checkpoint
+
+
+def _detach(mapped: MappedCheckpoint | None) -> None:
+    try:
+        if mapped is not None:
+            mapped.detach()
+    except (MemloadError, OSError) as error:
+        warnings.warn(f"{error} Tensors of the checkpoint that are still in use may be wrong.", stacklevel=2)
 
 
 def _without_mmap() -> contextlib.AbstractContextManager[Any]:
