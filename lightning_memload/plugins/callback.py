@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_memload.checkpoint import FileSet
 from lightning_memload.errors import MetaTensorError, listed
 from lightning_memload.plugins.checkpoint_io import SaveFormat, StreamingCheckpointIO
 from lightning_memload.plugins.compat import Callback, classes
@@ -54,8 +55,11 @@ class MemoryEfficientRestore(Callback):
     Args:
         mode: ``"copy"`` streams every tensor into memory of its own. ``"assign"`` makes CPU parameters the file's own
             pages: nothing is read until it is used and the kernel can take it back; the first write to a page makes it
-            ordinary memory, checksums are not compared, and the file must not be truncated in place while the model
-            lives (replacing it by a new file is fine). ``"auto"`` assigns for evaluation on the CPU, else copies.
+            ordinary memory, and checksums are not compared. Before another program changes the file in place they
+            become ordinary memory too, with their values, and a warning says so; where Linux cannot tell (network file
+            systems, files of other users, a directory of very many files) a change is noticed afterwards only, with
+            a warning at the end of the stage or the start of the next. Replacing the file by a new one is fine.
+            ``"auto"`` assigns for evaluation on the CPU where Linux can tell, else copies.
         host_budget_mib: The most host memory for staging, in MiB, per process. Hard. For saves likewise, if the
             CheckpointIO is installed by this callback.
         num_threads: Threads that read. ``None``: up to 12 for a GPU and 4 for the CPU, shared between the processes of
@@ -137,6 +141,8 @@ class MemoryEfficientRestore(Callback):
         self._log = log
         self.report: RestoreReport | None = None
         self._run: RestoreRun | None = None
+        # What nothing watches, and the module whose parameters are pages of it.
+        self._exposed: tuple[FileSet, weakref.ref[pl.LightningModule]] | None = None
         self._undo: list[Callable[[], Any]] = []
         if save_format not in get_args(SaveFormat):
             raise ValueError(f"save_format must be one of {get_args(SaveFormat)}, got {save_format!r}.")
@@ -149,7 +155,7 @@ class MemoryEfficientRestore(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to another Trainer, and so to other saves and another module."""
-        own = ("_io", "_saves", "_forget_saves", "_forget_loads", "_has_weights")
+        own = ("_io", "_saves", "_forget_saves", "_forget_loads", "_has_weights", "_exposed")
         return {**self.__dict__, **dict.fromkeys(own)}
 
     # Lightning's hooks ----------------------------------------------------------------------------------------------
@@ -157,6 +163,7 @@ class MemoryEfficientRestore(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Installs the CheckpointIO. Nothing has been read yet, and nothing is if there is no checkpoint."""
         self._abort()
+        self._tell_changed_files()
         io = self._io = install_io(trainer, self._make_io)
         if self._asynchronous_save and (io is None or not io.asynchronous):
             rank_zero_warn(
@@ -243,6 +250,7 @@ class MemoryEfficientRestore(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Ends a restore after which nothing was left to train or to evaluate, and tells of the last save."""
         self._finish(trainer)
+        self._tell_changed_files()
         self._end_steps()
         if self._io is not None and self._log:
             # Lightning does so when the loggers have ended. An error waits until then, but for one that it would lose:
@@ -335,11 +343,27 @@ class MemoryEfficientRestore(Callback):
         if report is None:
             return
         self.report = report
+        if run.exposed_files is not None and report.bytes_assigned:
+            self._exposed = run.exposed_files, weakref.ref(trainer.lightning_module)
         if not self._log:
             return
         rank_zero_info(f"Restored {report.path} for {report.stage}\n{report.table()}")
         for logger in trainer.loggers:
             logger.log_metrics(report.scalars(), step=report.global_step)
+
+    def _tell_changed_files(self) -> None:
+        files, module = self._exposed or (None, None)
+        if files is None or module is None:
+            return
+        changed = files.changed_files()
+        if changed and module() is not None:
+            rank_zero_warn(
+                f"{listed(changed)} was changed in place while parameters are pages of it (mode='assign'), so these "
+                "have other values now. Restore the module again, and replace files instead of changing them, or use "
+                "mode='copy'."
+            )
+        if changed or module() is None:
+            self._exposed = None
 
     def _abort(self) -> None:
         run = self._take_run()

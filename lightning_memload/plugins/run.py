@@ -18,7 +18,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from tqdm.auto import tqdm
 
-from lightning_memload.checkpoint import MappedCheckpoint
+from lightning_memload.checkpoint import FileSet, MappedCheckpoint
 from lightning_memload.distributed import Companions
 from lightning_memload.memory import MemoryMonitor
 from lightning_memload.plugins.compat import classes
@@ -106,6 +106,8 @@ class RestoreRun:
         self._collects = False
         self._chooses = options.replaces_damaged and streams and all_ranks_load(trainer.strategy)
         self._companions = Companions.announce(agrees=self._chooses) if trainer.world_size > 1 else None
+        # Files whose pages became parameters and that nothing watches.
+        self.exposed_files: FileSet | None = None
         if not streams:
             self._total.start()
 
@@ -160,10 +162,10 @@ class RestoreRun:
             self._device, self._options.host_budget_bytes, self._options.num_threads, self._trainer.num_devices
         )
 
-    def on_load_end(self, path: str, checkpoint: Any, mapped: MappedCheckpoint | None) -> None:
-        """Installs the streaming under the module."""
+    def on_load_end(self, path: str, checkpoint: Any, mapped: MappedCheckpoint | None) -> bool:
+        """Installs the streaming under the module. The end of the run lets go of the file."""
         if self.path != path or self._session is not None:
-            return
+            return False
         self._begin_phase("weights")
         take_parts(checkpoint, self._options.parts, path=path, trainer=self._trainer, module=self._module)
         step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
@@ -181,11 +183,11 @@ class RestoreRun:
             strict=self._module.strict_loading,
             later_bytes=self._optimizer_bytes,
         )
+        return True
 
     def _open_session(self, mapped: MappedCheckpoint) -> RestoreSession:
         assert self._ring is not None
-        self._mode, self._mode_reason = self._choose_mode(mapped)
-        self._session = RestoreSession(
+        session = self._session = RestoreSession(
             mapped,
             device=self._device,
             ring=self._ring,
@@ -196,7 +198,8 @@ class RestoreRun:
             on_progress=self._make_bar(mapped),
             on_pinned=lambda nbytes: self._total.tick(pinned_bytes=nbytes),
         )
-        return self._session
+        self._mode, self._mode_reason = self._choose_mode(session)
+        return session
 
     # What the Callback tells us -------------------------------------------------------------------------------------
 
@@ -282,10 +285,10 @@ class RestoreRun:
 
     # --------------------------------------------------------------------------------------------------------------
 
-    def _choose_mode(self, mapped: MappedCheckpoint) -> tuple[Mode, str]:
+    def _choose_mode(self, session: RestoreSession) -> tuple[Mode, str]:
         wanted = self._options.mode
         on_cpu = self._device.type == "cpu"
-        if on_cpu and mapped.is_chunked:
+        if on_cpu and session.checkpoint.is_chunked:
             if wanted == "assign":
                 rank_zero_warn(
                     "MemoryEfficientRestore(mode='assign') needs tensors that lie in a file as they are, and "
@@ -298,7 +301,13 @@ class RestoreRun:
                 "file's pages. The weights are copied."
             )
             return "copy", f"parameters live on {self._device}"
-        if wanted != "auto":
+        if wanted == "assign":
+            refusal = session.watch_pages()
+            if refusal is None:
+                return wanted, "as configured"
+            self.exposed_files = session.checkpoint.source
+            return wanted, f"as configured, but nothing tells when the file is changed in place: {refusal}"
+        if wanted == "copy":
             return wanted, "as configured"
         if not on_cpu:
             return "copy", f"parameters live on {self._device}"
@@ -306,6 +315,9 @@ class RestoreRun:
             return "copy", "training writes to the weights"
         if not meta_names(self._module)[0]:
             return "copy", "the parameters have memory"
+        refusal = session.watch_pages()
+        if refusal is not None:
+            return "copy", f"nothing would tell when the file is changed in place: {refusal}"
         return "assign", "evaluation on the CPU only reads the weights; checksums are not compared"
 
     def _true_precision(self) -> torch.dtype | None:

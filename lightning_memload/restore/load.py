@@ -64,8 +64,11 @@ def load_weights(
         path: A checkpoint: a bare state dict, a Lightning ``.ckpt``, any format that ``open_checkpoint`` knows.
         device: Where the weights go. ``None``: where the module's first parameter is, the CPU if that is on meta.
         mode: ``"copy"`` streams every tensor into memory of its own. ``"assign"`` makes CPU parameters the file's own
-            pages: nothing is read until it is used, the first write to a page makes it ordinary memory, checksums are
-            not compared, and the file must not be truncated in place while the module lives.
+            pages: nothing is read until it is used, the first write to a page makes it ordinary memory, and checksums
+            are not compared. Before another program changes the file in place they become ordinary memory too, with
+            their values, and a warning says so. Where Linux cannot tell (network file systems, files of other users, a
+            directory of very many files) a warning says that instead; the file must stay as it is there. Replacing
+            it by a new file is always fine.
         strict: Refuse a checkpoint that lacks keys of the module or has others, before anything changes. If not,
             parameters on meta that it lacks are initialised by ``reset_parameters`` of their own modules.
         key: Where the state dict is in a nested checkpoint, for example ``"ema.params"``. ``None``: found by itself.
@@ -166,6 +169,14 @@ class LoadOptions:
             session = RestoreSession(
                 mapped, device=device, ring=ring, verify=self.verify, check_fit=self.check_fit, drop_behind=True
             )
+            refusal = session.watch_pages() if self.assigns and not mapped.is_chunked else None
+            if refusal is not None:
+                warnings.warn(
+                    f"Nothing tells when another program changes {mapped.index.path} in place: {refusal}. Weights that "
+                    "are assigned from it would change too, or end the process. Replace the file by a new one instead, "
+                    "or load with mode='copy'.",
+                    stacklevel=4,
+                )
         except BaseException:
             ring.close()
             raise

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from lightning_memload.checkpoint import FileMapping, MappedCheckpoint, span_bytes
+from lightning_memload.checkpoint import DetachedError, FileMapping, FileWatch, MappedCheckpoint, span_bytes
 from lightning_memload.errors import InsufficientMemoryError
 from lightning_memload.memory import free_device_bytes
 from lightning_memload.transfer import (
@@ -90,7 +90,8 @@ class RestoreSession:
         self._to_free: list[torch.Tensor] = []
         # What pages_of gave away: start and end of each range, in order.
         self._pages: FileMapping | None = None
-        self._is_full = False
+        self._watch: FileWatch | None = None
+        self._has_no_pages = False
         self._given: list[tuple[int, int]] = []
         names: dict[str, str] = {}
         for tensor in checkpoint.index:
@@ -172,6 +173,20 @@ class RestoreSession:
                     stacklevel=2,
                 )
 
+    def watch_pages(self) -> str | None:
+        """Makes what :meth:`pages_of` gives away ordinary memory when somebody is about to change a file in place.
+
+        To be called before it. The session's end ends this if no pages are given away, else the last tensor on them.
+
+        Returns:
+            Why that cannot be, ``None`` if it is so.
+        """
+        watch = FileWatch(self.checkpoint.source)
+        refusal = watch.begin()
+        if refusal is None:
+            self._watch = watch
+        return refusal
+
     def pages_of(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """For each tensor of the checkpoint one of its own on the file's pages, with its values, strides and dtype.
 
@@ -180,7 +195,8 @@ class RestoreSession:
 
         Returns:
             ``None`` where there is no such range of the file: for a tensor that somebody wrote to, that lies in several
-            parts, or whose bytes another tensor was given already.
+            parts, or whose bytes another tensor was given already. For all of them when somebody is changing a file
+            that is watched.
         """
         located = self.checkpoint.locate_all(tensors)
         return [
@@ -194,19 +210,28 @@ class RestoreSession:
         neighbours = self._given[max(0, position - 1) : position + 1]
         if any(other_start < end and start < other_end for other_start, other_end in neighbours):
             return None
-        if self._pages is None and not self._is_full:
-            try:
-                self._pages = FileMapping(self.checkpoint.source)
-            except OSError as error:
-                if error.errno != errno.ENOMEM:
-                    raise
-                # A second mapping of tens of thousands of files is more than Linux gives a process: they are copied.
-                self._is_full = True
+        if self._pages is None and not self._has_no_pages:
+            self._pages = self._map_pages()
         if self._pages is None:
             return None
+        try:
+            storage = self._pages.storage(start, end - start)
+        except DetachedError:
+            return None
         self._given.insert(position, (start, end))
-        storage = self._pages.storage(start, end - start)
         return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(storage, 0, tensor.shape, tensor.stride())
+
+    def _map_pages(self) -> FileMapping | None:
+        try:
+            return FileMapping(self.checkpoint.source, self._watch)
+        except DetachedError:
+            pass
+        except OSError as error:
+            # A second mapping of tens of thousands of files is more than Linux gives a process: they are copied.
+            if error.errno != errno.ENOMEM:
+                raise
+        self._has_no_pages = True
+        return None
 
     def free_at_end(self, tensors: Sequence[torch.Tensor]) -> None:
         """Frees the memory of tensors that nobody else refers to when the session ends, while the caller goes on.
@@ -216,7 +241,7 @@ class RestoreSession:
         self._to_free.extend(tensors)
 
     def close(self, *, detach: bool = True) -> int:
-        """Ends the restore. Closing twice is fine. Assigned parameters keep their pages.
+        """Ends the restore. Closing twice is fine. Assigned parameters keep their pages, and the watch over them.
 
         Args:
             detach: Turn what somebody still refers to of the loaded checkpoint into ordinary memory and let go of the
@@ -226,7 +251,11 @@ class RestoreSession:
             Bytes that somebody still referred to.
         """
         self._ring.close()
-        self._pages = None
+        if self._pages is not None:
+            self._pages.leave_to_storages()
+        elif self._watch is not None:
+            self._watch.end()
+        self._pages = self._watch = None
         if self._to_free:
             tensors, self._to_free = self._to_free, []
             _Freeing(tensors).start()

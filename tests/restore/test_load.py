@@ -671,7 +671,7 @@ class TestParts:
         """Linux maps some 65,000 files in a process, and a directory may have half of that."""
         tries: list[object] = []
 
-        def refuse(source: object) -> None:
+        def refuse(source: object, watch: object) -> None:
             tries.append(source)
             raise OSError(errno.ENOMEM, "cannot map")
 
