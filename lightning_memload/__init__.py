@@ -20,6 +20,7 @@ from lightning_memload.errors import (
     MemloadError,
     MetaTensorError,
     OptimizerMismatchError,
+    UnsafeGlobalsError,
 )
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "OptimizerMismatchError",
     "RestoreReport",
     "StreamingCheckpointIO",
+    "UnsafeGlobalsError",
     "VerifyReport",
     "WeightsSource",
     "__version__",

@@ -6,7 +6,8 @@ working. The values a caller may want to act on are fields of the exception, not
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import pickle
+from collections.abc import Iterable, Mapping
 
 __all__ = [
     "CheckpointFormatError",
@@ -19,6 +20,7 @@ __all__ = [
     "MemloadError",
     "MetaTensorError",
     "OptimizerMismatchError",
+    "UnsafeGlobalsError",
     "listed",
 ]
 
@@ -178,6 +180,20 @@ class OptimizerMismatchError(MemloadError, ValueError):
         super().__init__(message)
         self.missing = missing
         self.unexpected = unexpected
+
+
+class UnsafeGlobalsError(MemloadError, pickle.UnpicklingError):
+    """``weights_only`` refuses classes or functions that a checkpoint names. None of them was imported.
+
+    Attributes:
+        path: The checkpoint.
+        places: The full name of each refused class, and where in the checkpoint the first object of it stands.
+    """
+
+    def __init__(self, message: str, *, path: str, places: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.path = path
+        self.places = dict(places)
 
 
 def listed(items: Iterable[object], *, separator: str = ", ", most: int = 10) -> str:

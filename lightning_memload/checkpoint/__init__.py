@@ -1,11 +1,20 @@
 """From disk to index: which bytes of a file are which tensor, and the file's object with its tensors left there."""
 
 from lightning_memload.checkpoint.chunked import ChunkedTensor, FilePiece
-from lightning_memload.checkpoint.formats import CheckpointFormat, find_format, load_mapped, open_checkpoint
+from lightning_memload.checkpoint.erasing import holds_refused
+from lightning_memload.checkpoint.formats import (
+    CheckpointFormat,
+    find_format,
+    load_mapped,
+    local_path,
+    open_checkpoint,
+)
 from lightning_memload.checkpoint.index import (
     Checkpoint,
     ChunkInfo,
     FileSpan,
+    PickledGlobal,
+    SpecialTensor,
     StorageInfo,
     TensorInfo,
     lay_out,
@@ -15,6 +24,12 @@ from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
 from lightning_memload.checkpoint.lease import FileWatch
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint, span_bytes
 from lightning_memload.checkpoint.mapping import DetachedError, FileMapping
+from lightning_memload.checkpoint.pickled_globals import (
+    SafeGlobal,
+    allow_globals,
+    check_safe_globals,
+    refused_globals,
+)
 from lightning_memload.checkpoint.safetensors_header import SAFETENSORS_DTYPES
 from lightning_memload.checkpoint.source import ByteSource, FilePart, FileSet, LocalFile, read_fully
 
@@ -36,15 +51,23 @@ __all__ = [
     "Inventory",
     "LocalFile",
     "MappedCheckpoint",
+    "PickledGlobal",
+    "SafeGlobal",
     "Section",
+    "SpecialTensor",
     "StorageInfo",
     "TensorInfo",
     "UnmappableCheckpoint",
+    "allow_globals",
+    "check_safe_globals",
     "find_format",
+    "holds_refused",
     "lay_out",
     "load_mapped",
+    "local_path",
     "open_checkpoint",
     "read_fully",
+    "refused_globals",
     "span_bytes",
     "span_elements",
 ]

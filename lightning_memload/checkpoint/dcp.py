@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pickle
 import stat
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,19 +30,25 @@ from lightning_memload.checkpoint.dcp_metadata import (
     survey_metadata,
 )
 from lightning_memload.checkpoint.dcp_structure import assemble, map_leaves, rename_for_trainer, walk_leaves
-from lightning_memload.checkpoint.index import Checkpoint, ChunkInfo, KeyPath, StorageInfo, TensorInfo, format_path
+from lightning_memload.checkpoint.erasing import RefusedGlobal
+from lightning_memload.checkpoint.index import (
+    Checkpoint,
+    ChunkInfo,
+    KeyPath,
+    PickledGlobal,
+    SpecialTensor,
+    StorageInfo,
+    TensorInfo,
+    format_path,
+)
 from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
+from lightning_memload.checkpoint.pickled_globals import explain_refusal
 from lightning_memload.checkpoint.source import FileSet, LocalFile
 from lightning_memload.checkpoint.torch_pickle import read_structure
-from lightning_memload.checkpoint.torch_zip import (
-    TorchZip,
-    pickle_is_sound,
-    read_index,
-    read_records,
-    read_zip_inventory,
-)
-from lightning_memload.errors import CheckpointFormatError, listed
+from lightning_memload.checkpoint.torch_zip import TorchZip, read_index
+from lightning_memload.checkpoint.zip_records import pickle_is_sound, read_records, read_zip_inventory
+from lightning_memload.errors import CheckpointFormatError, UnsafeGlobalsError, listed
 
 __all__ = ["DcpDirectory"]
 
@@ -74,17 +81,18 @@ class DcpDirectory:
         directory.source.close()
         return directory.index
 
-    def load(self, path: str, *, weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:
+    def load(self, path: str, *, weights_only: bool | None, erases: bool = False) -> tuple[Any, MappedCheckpoint]:
         """Loads the object; the tensors stay in the files.
 
         Raises:
-            pickle.UnpicklingError: ``weights_only`` forbids what the checkpoint holds beside tensors; torch's message.
+            pickle.UnpicklingError: ``weights_only`` forbids what the checkpoint holds beside tensors, see
+                :class:`TorchZip`.
 
         Peak memory: the index and what the checkpoint holds beside tensors.
         """
         directory = _open(path)
         try:
-            return directory.load(weights_only)
+            return directory.load(weights_only, erases)
         except BaseException:
             directory.source.close()
             raise
@@ -167,15 +175,15 @@ class _Directory:
                 rename_for_trainer(self._root, extra)
         self.index = self._make_index()
 
-    def load(self, weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:
+    def load(self, weights_only: bool | None, erases: bool) -> tuple[Any, MappedCheckpoint]:
         extra: Any = {}
-        mapping = None
+        mapping = refusal = None
         if self._extra is not None:
             with _convertible(self._path):
-                extra, mapped = TorchZip().load(self._extra.path, weights_only=weights_only)
+                extra, mapped = TorchZip().load(self._extra.path, weights_only=weights_only, erases=erases)
             # It is the first of the files, so its offsets are those of all of them.
-            mapping = mapped.mapping
-        checkpoint = MappedCheckpoint(self.index, self.source, mapping)
+            mapping, refusal = mapped.mapping, mapped.refusal
+        checkpoint = MappedCheckpoint(self.index, self.source, mapping, refusal)
 
         def load_leaf(path: KeyPath, leaf: DcpTensor | DcpObject) -> Any:
             if isinstance(leaf, DcpTensor):
@@ -183,7 +191,14 @@ class _Directory:
                 chunks = info.chunks or (_only_chunk(info),)
                 return checkpoint.chunked_tensor(info.shape, info.dtype, chunks, name=format_path(path))
             data = io.BytesIO(leaf.part.pread(leaf.part.size_bytes, 0))
-            return torch.load(data, map_location="cpu", weights_only=weights_only)
+            try:
+                return torch.load(data, map_location="cpu", weights_only=weights_only)
+            except pickle.UnpicklingError as error:
+                refused = explain_refusal(self.index, error)
+                if not erases or not isinstance(refused, UnsafeGlobalsError):
+                    raise refused from error
+                checkpoint.refusal = refused
+                return RefusedGlobal(listed(refused.places))
 
         loaded = map_leaves(self._root, load_leaf)
         return {**loaded, **extra}, checkpoint
@@ -191,6 +206,8 @@ class _Directory:
     def _make_index(self) -> Checkpoint:
         tensors: list[TensorInfo] = []
         storages: list[StorageInfo] = []
+        found: list[PickledGlobal] = []
+        special: list[SpecialTensor] = []
         for path, leaf in walk_leaves(self._root):
             if isinstance(leaf, DcpTensor):
                 tensors.append(replace(leaf.info, path=path))
@@ -198,13 +215,26 @@ class _Directory:
             else:
                 tensors.extend(replace(tensor, path=path + tensor.path) for tensor in leaf.tensors)
                 storages.extend(leaf.storages)
+                special.extend(replace(tensor, path=path + tensor.path) for tensor in leaf.special)
+                found.extend(replace(item, path=path + (item.path or ())) for item in leaf.globals)
         if self._extra is not None:
             # What meta.pt holds takes the place of what is called the same.
             names = {tensor.path[:1] for tensor in self._extra.tensors}
             tensors = [tensor for tensor in tensors if tensor.path[:1] not in names]
             tensors.extend(self._extra.tensors)
             storages.extend(self._extra.storages)
-        return Checkpoint(self._path, DcpDirectory.name, self.source.spans, tuple(tensors), tuple(storages))
+            found.extend(self._extra.globals)
+            special.extend(self._extra.special)
+        by_name = {item.name: item for item in reversed(found)}
+        return Checkpoint(
+            self._path,
+            DcpDirectory.name,
+            self.source.spans,
+            tuple(tensors),
+            tuple(storages),
+            globals=tuple(by_name.values()),
+            special=tuple(special),
+        )
 
 
 def _read_numbers(leaf: Any) -> list[int]:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_memload.checkpoint.dcp_metadata import METADATA_NAME, Entry, SavedTensor
-from lightning_memload.checkpoint.index import ChunkInfo, StorageInfo, TensorInfo
+from lightning_memload.checkpoint.index import ChunkInfo, PickledGlobal, SpecialTensor, StorageInfo, TensorInfo
 from lightning_memload.checkpoint.inventory import Damage, Section
 from lightning_memload.checkpoint.source import FilePart, FileSet
-from lightning_memload.checkpoint.torch_pickle import walk_pickle
-from lightning_memload.checkpoint.torch_zip import pickle_is_sound, read_records, read_zip_inventory
+from lightning_memload.checkpoint.torch_pickle import PickleContents, walk_pickle
+from lightning_memload.checkpoint.zip_records import pickle_is_sound, read_records, read_zip_inventory
 from lightning_memload.errors import CheckpointFormatError
 
 __all__ = ["DcpObject", "DcpTensor", "Entries"]
@@ -35,6 +35,8 @@ class DcpObject:
     tensors: tuple[TensorInfo, ...]
     storages: tuple[StorageInfo, ...]
     pickled: bytes
+    globals: tuple[PickledGlobal, ...]
+    special: tuple[SpecialTensor, ...]
 
 
 class Entries:
@@ -53,7 +55,7 @@ class Entries:
         self.source = source
         self.files = {os.path.basename(file.name): file for file in source.files}
         self.starts = {os.path.basename(span.path): span.start for span in source.spans}
-        self._walked: dict[Any, tuple[tuple[TensorInfo, ...], tuple[StorageInfo, ...]]] = {}
+        self._walked: dict[Any, PickleContents] = {}
 
     def take_inventory(self, entry: Entry, label: str) -> tuple[list[Section], list[Damage], bool]:
         """The records of an entry, what is wrong with them, and whether those that describe it can be relied on.
@@ -119,13 +121,13 @@ class Entries:
         except CheckpointFormatError as error:
             error.path = file.name
             raise
-        tensors, storages = self._walked[same]
+        found = self._walked[same]
         start = self.starts[entry.file] + entry.offset
         placed: dict[str, StorageInfo] = {}
-        for storage in storages:
+        for storage in found.storages:
             record = records[f"data/{storage.key}"]
             crc32 = record.crc32 if storage.nbytes == record.nbytes else None
             key = f"{entry.file}:{entry.offset}/{storage.key}"
             placed[storage.key] = StorageInfo(key, start + record.offset, storage.nbytes, crc32, storage.location)
-        moved = tuple(replace(tensor, storage=placed[tensor.storage.key]) for tensor in tensors)
-        return DcpObject(part, moved, tuple(placed.values()), pickled)
+        moved = tuple(replace(tensor, storage=placed[tensor.storage.key]) for tensor in found.tensors)
+        return DcpObject(part, moved, tuple(placed.values()), pickled, found.globals, found.special)

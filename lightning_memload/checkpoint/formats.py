@@ -7,20 +7,27 @@ bytes, sound or not, for whoever verifies them.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
 
 from lightning_memload.checkpoint.dcp import DcpDirectory
+from lightning_memload.checkpoint.foreign import describe_directory, describe_file
 from lightning_memload.checkpoint.index import Checkpoint
 from lightning_memload.checkpoint.inventory import Inventory
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.safetensors import Safetensors
 from lightning_memload.checkpoint.tensor_directory import TensorDirectory
+from lightning_memload.checkpoint.torch_shards import TorchShards
 from lightning_memload.checkpoint.torch_zip import TorchZip
 from lightning_memload.errors import CheckpointFormatError
 
-__all__ = ["FORMATS", "CheckpointFormat", "find_format", "load_mapped", "open_checkpoint"]
+__all__ = ["FORMATS", "CheckpointFormat", "find_format", "load_mapped", "local_path", "open_checkpoint"]
+
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
 class CheckpointFormat(Protocol):
@@ -46,12 +53,13 @@ class CheckpointFormat(Protocol):
         """
         ...
 
-    def load(self, path: str, *, weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:
+    def load(self, path: str, *, weights_only: bool | None, erases: bool = False) -> tuple[Any, MappedCheckpoint]:
         """Loads a checkpoint that was recognised, without reading tensor data.
 
         Args:
             path: The checkpoint.
             weights_only: Passed to ``torch.load`` exactly as given where the format holds pickled objects.
+            erases: Leave out what ``weights_only`` refuses instead of raising an error, see :func:`load_mapped`.
 
         Returns:
             The saved object with its tensors in the files, and the mapping under them.
@@ -68,13 +76,38 @@ class CheckpointFormat(Protocol):
         Damage is no error here: it is in the inventory. No tensor data is read, no code from the files is run.
 
         Raises:
+            CheckpointFormatError: It is sound, but no checkpoint: another kind of archive.
             UnmappableCheckpoint: Its bytes are not there as they were checksummed: compressed.
             OSError: Reading failed.
         """
         ...
 
 
-FORMATS: tuple[CheckpointFormat, ...] = (TorchZip(), Safetensors(), TensorDirectory(), DcpDirectory())
+FORMATS: tuple[CheckpointFormat, ...] = (TorchZip(), TorchShards(), Safetensors(), TensorDirectory(), DcpDirectory())
+
+
+def local_path(path: str | os.PathLike[str]) -> str:
+    """The path of a local file or directory, given as a path or as a ``file://`` URL.
+
+    Raises:
+        TypeError: It is no path: an open file, say.
+        FileNotFoundError: It is the URL of another place.
+    """
+    try:
+        name = os.fsdecode(os.fspath(path))
+    except TypeError as error:
+        advice = " Give its path, or save what it holds to a file." if hasattr(path, "read") else ""
+        raise TypeError(
+            f"A checkpoint is given by its path, a str or an os.PathLike, got a {type(path).__name__}.{advice}"
+        ) from error
+    if not _URL.match(name):
+        return name
+    parts = urlsplit(name)
+    if parts.scheme.lower() in ("file", "local") and parts.netloc in ("", "localhost"):
+        return unquote(parts.path)
+    if os.path.lexists(name):
+        return name
+    raise FileNotFoundError(errno.ENOENT, "Not a local file; copy it to a local disk first", name)
 
 
 def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
@@ -85,25 +118,34 @@ def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
         CheckpointFormatError: It is a directory of no known format, or a file that ``torch.load`` does not know either.
         UnmappableCheckpoint: It is a file of no known format, which ``torch.load`` may know all the same.
     """
-    name = os.fspath(path)
+    name = local_path(path)
     os.stat(name)
-    for candidate in FORMATS:
-        if candidate.recognizes(name):
-            return candidate
+    candidate = _recognize(name)
+    if candidate is not None:
+        return candidate
     known = ", ".join(candidate.name for candidate in FORMATS)
     if os.path.isdir(name):
-        raise CheckpointFormatError(f"{name} is a directory, but no checkpoint of a known format ({known}).", path=name)
-    if not _may_be_legacy(name):
+        found = describe_directory(name, lambda path: _recognize(path) is not None)
         raise CheckpointFormatError(
-            f"{name} ({os.path.getsize(name)} bytes) has none of the known formats ({known}), and does not start like "
-            "a file of torch < 1.6 either: it is damaged, truncated, or no checkpoint at all.",
+            f"{name} is a directory, but no checkpoint of a known format ({known}). {found}", path=name
+        )
+    if not os.path.isfile(name):
+        raise CheckpointFormatError(f"{name} is no regular file, and so no checkpoint.", path=name)
+    size = os.path.getsize(name)
+    if _may_be_legacy(name):
+        raise UnmappableCheckpoint(
+            f"{name} has none of the known formats ({known}): either it is a file of torch < 1.6 or "
+            "_use_new_zipfile_serialization=False, or no checkpoint at all. Load it with torch.load and save it again.",
             path=name,
         )
-    raise UnmappableCheckpoint(
-        f"{name} has none of the known formats ({known}): either it is a file of torch < 1.6 or "
-        "_use_new_zipfile_serialization=False, or no checkpoint at all. Load it with torch.load and save it again.",
-        path=name,
+    found = describe_file(name) or f"It is damaged, or of another program: these are known: {known}."
+    raise CheckpointFormatError(
+        f"{name} ({size} bytes) is no checkpoint at all: it has none of the known formats. {found}", path=name
     )
+
+
+def _recognize(name: str) -> CheckpointFormat | None:
+    return next((candidate for candidate in FORMATS if candidate.recognizes(name)), None)
 
 
 def _may_be_legacy(name: str) -> bool:
@@ -123,25 +165,32 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Args:
         path: A checkpoint of any known format: a file of ``torch.save`` (torch >= 1.6), such as a Lightning ``.ckpt``
             or a bare state dict; a ``.safetensors`` file, a directory of such files, or the
-            ``.safetensors.index.json`` that lists them; a directory of ``save_directory`` or of
-            ``torch.distributed.checkpoint``.
+            ``.safetensors.index.json`` that lists them, and the same with ``pytorch_model.bin``; a directory of
+            ``save_directory`` or of ``torch.distributed.checkpoint``. A ``file://`` URL will do.
 
     Returns:
         The index.
 
     Raises:
+        TypeError: It is no path.
         FileNotFoundError: There is nothing at this path.
         CheckpointFormatError: It is no such checkpoint, or it is truncated, damaged or not complete.
     """
-    return find_format(path).read_index(os.fspath(path))
+    name = local_path(path)
+    return find_format(name).read_index(name)
 
 
-def load_mapped(path: str | os.PathLike[str], *, weights_only: bool | None = None) -> tuple[Any, MappedCheckpoint]:
+def load_mapped(
+    path: str | os.PathLike[str], *, weights_only: bool | None = None, erases: bool = False
+) -> tuple[Any, MappedCheckpoint]:
     """Loads a checkpoint without reading its tensors.
 
     Args:
         path: A local checkpoint of any known format.
         weights_only: Passed to ``torch.load`` exactly as given.
+        erases: If ``weights_only`` refuses classes of the checkpoint, load all else. Tuples that hold
+            ``RefusedGlobal`` are then in the place of their objects, and the mapping's ``refusal`` is the error that
+            would have been raised: for callers who need another part.
 
     Returns:
         The saved object, an ordinary one with ordinary CPU tensors that lie in the mapped files, and the mapping.
@@ -152,10 +201,12 @@ def load_mapped(path: str | os.PathLike[str], *, weights_only: bool | None = Non
         UnmappableCheckpoint: The file is sound but cannot be mapped; ``torch.load`` reads it the ordinary way.
         InsufficientMemoryError: A single tensor is larger than this machine's memory.
         MemloadError: The whole file is, and torch is older than 2.7.
-        pickle.UnpicklingError: ``weights_only`` forbids what the file holds; torch's own message.
+        UnsafeGlobalsError: ``weights_only`` forbids classes that the file names.
+        pickle.UnpicklingError: ``weights_only`` forbids what the file holds for another reason; torch's own message.
 
     Peak memory: that of the object without its tensors.
     """
     if not FileMapping.supported:
-        raise UnmappableCheckpoint(f"Mapping {os.fspath(path)} needs Linux.", path=os.fspath(path))
-    return find_format(path).load(os.fspath(path), weights_only=weights_only)
+        raise UnmappableCheckpoint(f"Mapping {path} needs Linux.", path=os.fspath(path))
+    name = local_path(path)
+    return find_format(name).load(name, weights_only=weights_only, erases=erases)

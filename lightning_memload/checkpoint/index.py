@@ -21,6 +21,8 @@ __all__ = [
     "ChunkInfo",
     "FileSpan",
     "KeyPath",
+    "PickledGlobal",
+    "SpecialTensor",
     "StorageInfo",
     "TensorInfo",
     "format_path",
@@ -159,6 +161,61 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PickledGlobal:
+    """A class or function that the pickled objects of a checkpoint name. Loading them imports it.
+
+    Attributes:
+        module: Where it is defined.
+        qualname: Its name there.
+        path: Keys from the root to the first object that needs it, ``None`` if no object of the checkpoint keeps it.
+        is_buildable: Whether torch can build it under ``weights_only`` once it is allowed. It cannot put items into
+            objects of classes that derive dict or list.
+    """
+
+    module: str
+    qualname: str
+    path: KeyPath | None
+    is_buildable: bool = True
+
+    @property
+    def name(self) -> str:
+        """Its full name, ``argparse.Namespace``."""
+        return f"{self.module}.{self.qualname}"
+
+    @property
+    def place(self) -> str:
+        """The path as one string, in words where there is none."""
+        if self.path is None:
+            return "(within another object)"
+        return format_path(self.path) or "(the whole object)"
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTensor:
+    """A tensor whose values are more than the bytes of one storage, or whose class is not torch's.
+
+    Attributes:
+        path: Keys from the root of the saved object to the tensor.
+        kind: ``"quantized"``, ``"sparse_coo"``, ``"meta"``, ``"nested"``, the full name of its class, or why torch
+            cannot hold it.
+        dtype: Its element type, ``None`` if it cannot be told.
+        shape: Its sizes, ``None`` likewise.
+        nbytes: Bytes in the file that it is made of.
+    """
+
+    path: KeyPath
+    kind: str
+    dtype: torch.dtype | None
+    shape: tuple[int, ...] | None
+    nbytes: int
+
+    @property
+    def name(self) -> str:
+        """The path as one string."""
+        return format_path(self.path)
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """Everything that can be known of a checkpoint without reading its tensors.
 
@@ -170,6 +227,9 @@ class Checkpoint:
         storages: Every storage, each once, in the order in which torch meets them when it loads the file.
         metadata: Words that the checkpoint carries beside its tensors, such as the ``__metadata__`` of safetensors; of
             several files, the first that has a key. Empty for formats without such words.
+        globals: Every class and function that the pickled objects name, without those that make tensors.
+        special: Every tensor that is not plain: quantised, sparse, meta, of a subclass, of a dtype that torch lacks.
+            Tensors that it is made of are among the others, under longer names.
     """
 
     path: str
@@ -178,6 +238,8 @@ class Checkpoint:
     tensors: tuple[TensorInfo, ...]
     storages: tuple[StorageInfo, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    globals: tuple[PickledGlobal, ...] = ()
+    special: tuple[SpecialTensor, ...] = ()
     _by_name: dict[str, TensorInfo] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from lightning_memload.checkpoint.index import Checkpoint, ChunkInfo, span_eleme
 from lightning_memload.checkpoint.lease import FileWatch
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.source import FileSet
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.errors import CheckpointFormatError, UnsafeGlobalsError
 
 __all__ = ["MappedCheckpoint", "UnmappableCheckpoint", "span_bytes"]
 
@@ -35,10 +35,22 @@ class MappedCheckpoint:
         source: Its files, in the order of the index. Closed by :meth:`detach`, or with the last reference.
         mapping: The mapping of these files. It lives as long as this object or any tensor on top of it. ``None`` if
             all tensors are chunked.
+        refusal: See the attribute.
+
+    Attributes:
+        refusal: Why parts of the loaded object are not there: ``weights_only`` refuses their classes, and the caller
+            wanted all else. ``None`` if nothing was refused.
     """
 
-    def __init__(self, index: Checkpoint, source: FileSet, mapping: FileMapping | None) -> None:
+    def __init__(
+        self,
+        index: Checkpoint,
+        source: FileSet,
+        mapping: FileMapping | None,
+        refusal: UnsafeGlobalsError | None = None,
+    ) -> None:
         self.index = index
+        self.refusal = refusal
         self.source = source
         self.mapping = mapping
         self._chunked: weakref.WeakSet[ChunkedValues] = weakref.WeakSet()

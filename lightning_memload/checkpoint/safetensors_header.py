@@ -7,21 +7,24 @@ against the size of the file before anybody relies on it, by the rules of that p
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
-from lightning_memload.checkpoint.index import StorageInfo, TensorInfo
+from lightning_memload.checkpoint.index import SpecialTensor, StorageInfo, TensorInfo
 from lightning_memload.checkpoint.safetensors_json import COPY_AGAIN, MAX_HEADER_BYTES, parse_json, short
 from lightning_memload.checkpoint.source import LocalFile
 from lightning_memload.errors import CheckpointFormatError
 
-__all__ = ["PREFIX_BYTES", "SAFETENSORS_DTYPES", "read_header", "starts_like_header"]
+__all__ = ["PREFIX_BYTES", "SAFETENSORS_DTYPES", "Header", "read_header", "starts_like_header"]
 
 _LENGTH = struct.Struct("<Q")
 # The length, and the brace that follows it.
 PREFIX_BYTES = _LENGTH.size + 1
+_DTYPE_NAME = re.compile(r"[A-Z][A-Za-z0-9_]{0,19}")
 # torch counts elements and bytes in signed 64-bit integers.
 _LIMIT = 1 << 63
 
@@ -42,13 +45,32 @@ _DTYPES: dict[str, torch.dtype] = {
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in _DTYPES.items() if name != "F4"}
 
 
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a header says, all of it held against the file.
+
+    Attributes:
+        tensors: Every tensor, in the order of the header.
+        special: Those of a dtype that torch lacks, which nobody can load.
+        ranges: Of every tensor, by its key, the first byte and one past the last, from the start of the file.
+        metadata: ``__metadata__``.
+        nbytes: Length of the header, with the eight bytes before it.
+    """
+
+    tensors: tuple[TensorInfo, ...]
+    special: tuple[SpecialTensor, ...]
+    ranges: Mapping[str, tuple[int, int]]
+    metadata: dict[str, str]
+    nbytes: int
+
+
 def starts_like_header(start: bytes) -> bool:
     """Whether the first ``PREFIX_BYTES`` of a file are those of a header and its length."""
     return start[_LENGTH.size :] == b"{"
 
 
-def read_header(file: LocalFile, start: int) -> tuple[list[TensorInfo], dict[str, str]]:
-    """The tensors of one file, in the order of its header, and its ``__metadata__``.
+def read_header(file: LocalFile, start: int) -> Header:
+    """Reads the header of one file.
 
     Args:
         file: The file.
@@ -86,7 +108,9 @@ def read_header(file: LocalFile, start: int) -> tuple[list[TensorInfo], dict[str
         raise CheckpointFormatError(
             f"{path}: __metadata__ must map texts to texts, but is {short(metadata)}. {COPY_AGAIN}", path=path
         )
-    tensors = []
+    tensors: list[TensorInfo] = []
+    special: list[SpecialTensor] = []
+    ranges: dict[str, tuple[int, int]] = {}
     for key, entry in header.items():
         dtype, shape, begin, end = _parse_entry(path, key, entry)
         if data_start + end > size:
@@ -95,17 +119,23 @@ def read_header(file: LocalFile, start: int) -> tuple[list[TensorInfo], dict[str
                 f"but the file is only {size} bytes. Copy or download it again.",
                 path=path,
             )
+        ranges[key] = data_start + begin, data_start + end
+        if isinstance(dtype, str):
+            special.append(SpecialTensor((key,), dtype, None, shape, end - begin))
+            continue
         storage = StorageInfo(key, start + data_start + begin, end - begin, None, "cpu")
         tensors.append(TensorInfo((key,), dtype, shape, _contiguous_stride(shape), 0, storage))
-    _require_full_cover(path, size, data_start, start, tensors)
-    return tensors, metadata
+    _require_full_cover(path, size, data_start, ranges)
+    return Header(tuple(tensors), tuple(special), ranges, metadata, data_start)
 
 
-def _parse_entry(path: str, key: str, entry: object) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+def _parse_entry(path: str, key: str, entry: object) -> tuple[torch.dtype | str, tuple[int, ...], int, int]:
     """Data type, shape, and first and last byte of a tensor, relative to the end of the header.
 
+    The data type is a text where torch has none.
+
     Raises:
-        CheckpointFormatError: The entry is malformed, torch lacks the dtype, or the range has not the tensor's size.
+        CheckpointFormatError: The entry is malformed, or the range has not the tensor's size.
     """
     match entry:
         case {"dtype": str(dtype_name), "shape": [*sizes], "data_offsets": [begin, end]}:
@@ -118,15 +148,18 @@ def _parse_entry(path: str, key: str, entry: object) -> tuple[torch.dtype, tuple
         what = f"has shape {short(sizes)} and data_offsets {short([begin, end])}, but these must be integers"
         raise _entry_error(path, key, f"{what} from 0 to 2**63 - 1. {COPY_AGAIN}")
     dtype = _DTYPES.get(dtype_name)
-    if dtype is None:
-        what = f"has dtype {short(dtype_name)}, for which torch {torch.__version__} has none. Convert the tensor, or"
-        raise _entry_error(path, key, f"{what} use another torch; this one can hold {', '.join(_DTYPES)}.")
     shape = tuple(sizes)
+    if dtype is None:
+        if not _DTYPE_NAME.fullmatch(dtype_name):
+            raise _entry_error(path, key, f"has dtype {short(dtype_name)}, which is no name of one. {COPY_AGAIN}")
+        if end < begin:
+            what = f"has data_offsets [{begin}, {end}], which are {end - begin} bytes apart. {COPY_AGAIN}"
+            raise _entry_error(path, key, what)
+        return f"dtype {dtype_name}", shape, begin, end
     if dtype_name == "F4":
         # Two elements in a byte; torch counts bytes, as safetensors does when it loads.
         if not shape or shape[-1] % 2:
-            what = f"has dtype 'F4' and shape {short(shape)}, but torch keeps two such elements in a byte, so the"
-            raise _entry_error(path, key, f"{what} last size must be even. Convert the tensor.")
+            return "dtype F4 of an odd last size", shape, begin, end
         shape = (*shape[:-1], shape[-1] // 2)
     # Zeros aside: torch multiplies the other sizes for the strides of an empty tensor too.
     nbytes = dtype.itemsize
@@ -146,35 +179,30 @@ def _entry_error(path: str, key: str, what: str) -> CheckpointFormatError:
     return CheckpointFormatError(f"{path}: tensor {short(key)} {what}", path=path)
 
 
-def _require_full_cover(path: str, size: int, data_start: int, start: int, tensors: Iterable[TensorInfo]) -> None:
+def _require_full_cover(path: str, size: int, data_start: int, ranges: Mapping[str, tuple[int, int]]) -> None:
     """Makes sure that every byte after the header belongs to exactly one tensor.
 
     Raises:
         CheckpointFormatError: Tensors overlap, or bytes are left over: some tensor is missing from the header.
     """
-    position, before = data_start, None
+    position, before = data_start, "the header"
     # Empty tensors first: they may stand wherever another one begins.
-    for info in sorted(tensors, key=lambda info: (info.storage.offset, info.storage.nbytes)):
-        begin = info.storage.offset - start
+    for key, (begin, end) in sorted(ranges.items(), key=lambda item: item[1]):
         if begin != position:
             what = (
                 f"overlap by {position - begin} bytes"
                 if begin < position
                 else f"leave {begin - position} bytes between them that belong to no tensor"
             )
-            what = f"begins at byte {begin}, but {_named(before)} ends at byte {position}: they {what}. {COPY_AGAIN}"
-            raise _entry_error(path, info.storage.key, what)
-        position, before = begin + info.storage.nbytes, info
+            what = f"begins at byte {begin}, but {before} ends at byte {position}: they {what}. {COPY_AGAIN}"
+            raise _entry_error(path, key, what)
+        position, before = end, f"tensor {short(key)}"
     if position != size:
         raise CheckpointFormatError(
-            f"{path}: {_named(before)} ends at byte {position}, but the file has {size} bytes: the last "
+            f"{path}: {before} ends at byte {position}, but the file has {size} bytes: the last "
             f"{size - position} belong to no tensor. {COPY_AGAIN}",
             path=path,
         )
-
-
-def _named(info: TensorInfo | None) -> str:
-    return "the header" if info is None else f"tensor {short(info.storage.key)}"
 
 
 def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

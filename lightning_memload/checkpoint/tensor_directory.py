@@ -43,13 +43,8 @@ from lightning_memload.checkpoint.tensor_manifest import (
     storage_file,
 )
 from lightning_memload.checkpoint.torch_pickle import walk_pickle
-from lightning_memload.checkpoint.torch_zip import (
-    load_onto,
-    name_sections,
-    pickle_is_sound,
-    read_records,
-    read_zip_inventory,
-)
+from lightning_memload.checkpoint.torch_zip import load_what_is_allowed, name_sections
+from lightning_memload.checkpoint.zip_records import pickle_is_sound, read_records, read_zip_inventory
 from lightning_memload.errors import CheckpointFormatError, MemloadError, listed
 
 __all__ = ["TensorDirectory", "make_manifest"]
@@ -73,17 +68,17 @@ class TensorDirectory:
         """Indexes the directory from its manifest and the pickle in ``state.pt``, of which nothing is run."""
         return _of_one_directory(path, lambda: _read_index(path))
 
-    def load(self, path: str, *, weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:
+    def load(self, path: str, *, weights_only: bool | None, erases: bool = False) -> tuple[Any, MappedCheckpoint]:
         """Loads the object; the tensors stay in their files.
 
         Raises:
             CheckpointFormatError: Also when others take the directory's place again and again.
             MemloadError: There are more files than the kernel maps in one process.
-            pickle.UnpicklingError: ``weights_only`` forbids what ``state.pt`` holds; torch's own message.
+            pickle.UnpicklingError: ``weights_only`` forbids what ``state.pt`` holds, see :class:`TorchZip`.
         """
-        return _of_one_directory(path, lambda: self._load(path, weights_only))
+        return _of_one_directory(path, lambda: self._load(path, weights_only, erases))
 
-    def _load(self, path: str, weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:
+    def _load(self, path: str, weights_only: bool | None, erases: bool) -> tuple[Any, MappedCheckpoint]:
         index = _read_index(path)
         source = FileSet([file.path for file in index.files])
         try:
@@ -91,11 +86,13 @@ class TensorDirectory:
                 raise _replaced(path)
             mapping = _map(path, source)
             stubs = {storage.key for storage in index.storages if storage.offset >= index.files[0].nbytes}
-            loaded = load_onto(mapping, index, source.files[0], weights_only=weights_only, stubs=stubs)
+            loaded, refusal = load_what_is_allowed(
+                mapping, index, source.files[0], weights_only=weights_only, erases=erases, stubs=stubs
+            )
         except BaseException:
             source.close()
             raise
-        return loaded, MappedCheckpoint(index, source, mapping)
+        return loaded, MappedCheckpoint(index, source, mapping, refusal)
 
     def take_inventory(self, path: str) -> Inventory:
         """Every storage, and every record of ``state.pt``, see :class:`CheckpointFormat`."""
@@ -226,8 +223,17 @@ def _index_state(
         elsewhere[storage.key] = StorageInfo(storage.key, offset, storage.nbytes, storage.crc32, storage.location)
     with LocalFile(state) as file:
         records, pickled = read_records(file)
-    tensors, found = walk_pickle(state, pickled, records, elsewhere)
-    return Checkpoint(path, TensorDirectory.name, spans, tensors, found), pickled
+    found = walk_pickle(state, pickled, records, elsewhere)
+    index = Checkpoint(
+        path,
+        TensorDirectory.name,
+        spans,
+        found.tensors,
+        found.storages,
+        globals=found.globals,
+        special=found.special,
+    )
+    return index, pickled
 
 
 # What is really there ----------------------------------------------------------------------------------------------

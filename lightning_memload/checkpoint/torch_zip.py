@@ -11,41 +11,27 @@ from __future__ import annotations
 
 import contextlib
 import os
-import struct
+import pickle
 import sys
-import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from zlib_ng import zlib_ng
 
+from lightning_memload.checkpoint.erasing import erase
 from lightning_memload.checkpoint.index import Checkpoint, StorageInfo, lay_out
-from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
+from lightning_memload.checkpoint.inventory import Damage, Inventory
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
-from lightning_memload.checkpoint.source import FilePart, FileSet, LocalFile
-from lightning_memload.checkpoint.torch_pickle import STUB_BYTES, Record, walk_pickle
-from lightning_memload.checkpoint.zip_frame import check_end, check_entry, read_entries
-from lightning_memload.errors import CheckpointFormatError, InsufficientMemoryError, MemloadError
+from lightning_memload.checkpoint.pickled_globals import explain_refusal, refused_globals
+from lightning_memload.checkpoint.source import FileSet, LocalFile
+from lightning_memload.checkpoint.torch_pickle import STUB_BYTES, walk_pickle
+from lightning_memload.checkpoint.zip_records import is_zip, pickle_is_sound, read_records, read_zip_inventory
+from lightning_memload.errors import CheckpointFormatError, InsufficientMemoryError, MemloadError, UnsafeGlobalsError
 
-__all__ = [
-    "TorchZip",
-    "is_zip",
-    "load_onto",
-    "name_sections",
-    "pickle_is_sound",
-    "read_index",
-    "read_records",
-    "read_zip_inventory",
-]
+__all__ = ["TorchZip", "load_onto", "load_what_is_allowed", "name_sections", "read_index"]
 
-_ZIP_MAGIC = b"PK\x03\x04"
-# Reading a pickle takes time and memory in proportion to it: some 10 us and 100 bytes for each tensor.
-_MAX_PICKLE_BYTES = 2 << 30
-_MAX_ORDER_BYTES = 64
-_LOCAL_HEADER = struct.Struct("<4s4xH16xHH")
 # What torch's messages have in common (2.6 to 2.13).
 _NOT_HANDED_OVER = "Callable map_location not supported"
 _ZIP_READER = ("PytorchStreamReader", "inline_container", "hasRecord")
@@ -65,13 +51,14 @@ class TorchZip:
         with LocalFile(path) as file:
             return read_index(file)
 
-    def load(self, path: str, *, weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:
+    def load(self, path: str, *, weights_only: bool | None, erases: bool = False) -> tuple[Any, MappedCheckpoint]:
         """Loads the object; the tensors stay in the file.
 
         Raises:
             InsufficientMemoryError: A single tensor is larger than this machine's memory.
             MemloadError: The whole file is, and torch is older than 2.7.
-            pickle.UnpicklingError: ``weights_only`` forbids what the file holds; torch's own message.
+            UnsafeGlobalsError: ``weights_only`` forbids what the file holds.
+            pickle.UnpicklingError: Likewise, for another reason than classes; torch's own message.
         """
         source = FileSet([path])
         try:
@@ -80,8 +67,10 @@ class TorchZip:
         except BaseException:
             source.close()
             raise
-        loaded = load_onto(mapping, index, source.files[0], weights_only=weights_only)
-        return loaded, MappedCheckpoint(index, source, mapping)
+        loaded, refusal = load_what_is_allowed(
+            mapping, index, source.files[0], weights_only=weights_only, erases=erases
+        )
+        return loaded, MappedCheckpoint(index, source, mapping, refusal)
 
     def take_inventory(self, path: str) -> Inventory:
         """Every record of the file, the pickle and the small ones too, see :class:`CheckpointFormat`.
@@ -104,12 +93,6 @@ class TorchZip:
         return Inventory(path, self.name, files, named, tuple(damage))
 
 
-def is_zip(path: str | os.PathLike[str]) -> bool:
-    """Whether the file starts like a zip archive. Legacy ``torch.save`` files (before torch 1.6) do not."""
-    with open(path, "rb") as file:
-        return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
-
-
 def read_index(file: LocalFile) -> Checkpoint:
     """Indexes a torch zip checkpoint.
 
@@ -127,55 +110,69 @@ def read_index(file: LocalFile) -> Checkpoint:
         UnmappableCheckpoint: The records are compressed or of the other byte order.
     """
     records, pickled = read_records(file)
-    tensors, storages = walk_pickle(file.name, pickled, records)
+    found = walk_pickle(file.name, pickled, records)
     return Checkpoint(
         path=file.name,
         format=TorchZip.name,
         files=lay_out([(file.name, file.size_bytes)]),
-        tensors=tensors,
-        storages=storages,
+        tensors=found.tensors,
+        storages=found.storages,
+        globals=found.globals,
+        special=found.special,
     )
 
 
-def read_records(file: LocalFile | FilePart) -> tuple[dict[str, Record], bytes]:
-    """Reads what describes the tensors of an archive.
+def load_what_is_allowed(
+    mapping: FileMapping,
+    index: Checkpoint,
+    file: LocalFile,
+    *,
+    weights_only: bool | None,
+    erases: bool,
+    stubs: Collection[str] = (),
+) -> tuple[Any, UnsafeGlobalsError | None]:
+    """Loads the object of a torch zip file as :func:`load_onto` does, on request without what is refused.
 
     Args:
-        file: The archive: a file, or a part of one.
+        mapping: See :func:`load_onto`.
+        index: See :func:`load_onto`.
+        file: See :func:`load_onto`.
+        weights_only: See :func:`load_onto`.
+        stubs: See :func:`load_onto`.
+        erases: Where ``weights_only`` refuses classes, load the object all the same, with tuples in which a
+            ``RefusedGlobal`` stands for each of them. Nothing is built of these classes.
 
     Returns:
-        The records, with offsets from the start of the archive, by their name below its one top folder (``data.pkl``,
-        ``data/0``); and the pickle.
-
-    Raises:
-        CheckpointFormatError: The archive is truncated or damaged.
-        UnmappableCheckpoint: The records are compressed or of the other byte order.
+        The object, and the error that would have been raised without ``erases``.
     """
-    start = file.pread(len(_ZIP_MAGIC), 0)
-    if start != _ZIP_MAGIC:
-        raise CheckpointFormatError(
-            f"{file.name} is not what torch.save writes by default: it begins with {start!r}. It is damaged, or was "
-            "written by torch < 1.6 or with another serialization. Save it again with torch's defaults.",
-            path=file.name,
-        )
-    records = _read_directory(file)
-    order = records.get("byteorder")
-    if order is not None and (order.nbytes > _MAX_ORDER_BYTES or _read_small(file, order) != sys.byteorder.encode()):
-        raise UnmappableCheckpoint(
-            f"{file.name} was saved on a machine of the other byte order; its tensors must be byte-swapped to be used.",
-            path=file.name,
-        )
-    if "data.pkl" not in records:
-        raise CheckpointFormatError(
-            f"{file.name} is a zip archive but holds no data.pkl, so torch.save did not write it.", path=file.name
-        )
-    if records["data.pkl"].nbytes > _MAX_PICKLE_BYTES:
-        raise UnmappableCheckpoint(
-            f"{file.name} holds {records['data.pkl'].nbytes} bytes of pickled objects beside its tensors; more than "
-            f"{_MAX_PICKLE_BYTES} are not read.",
-            path=file.name,
-        )
-    return records, _read_small(file, records["data.pkl"])
+    try:
+        return load_onto(mapping, index, file, weights_only=weights_only, stubs=stubs), None
+    except UnsafeGlobalsError as error:
+        if not erases:
+            raise
+        refusal = error
+    try:
+        _, pickled = read_records(file)
+        refused = {(item.module, item.qualname) for item in refused_globals(index.globals)}
+        erased = erase(pickled, refused, sys.byteorder)
+        with _in_memory(erased.archive, index.path) as archive, torch.serialization.safe_globals([*erased.markers]):
+            all_of_them = {storage.key for storage in index.storages if storage.nbytes}
+            loaded = load_onto(mapping, index, archive, weights_only=True, stubs=all_of_them)
+    except Exception:  # whatever the reason is, it is not why the file was refused
+        raise refusal from None
+    return loaded, refusal
+
+
+@contextlib.contextmanager
+def _in_memory(data: bytes, name: str) -> Iterator[LocalFile]:
+    descriptor = os.memfd_create("memload", os.MFD_CLOEXEC)
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(data)
+        with LocalFile(f"/proc/self/fd/{descriptor}") as opened:
+            yield opened
+    finally:
+        os.close(descriptor)
 
 
 def load_onto(
@@ -206,6 +203,8 @@ def load_onto(
         if isinstance(error, MemloadError):
             raise
         if os.fstat(descriptor).st_size == file.size_bytes:
+            if isinstance(error, pickle.UnpicklingError):
+                raise explain_refusal(index, error) from error
             if _NOT_HANDED_OVER in str(error):
                 raise UnmappableCheckpoint(
                     f"{file.name} holds a tensor of a subclass that torch builds in the ordinary way only.",
@@ -228,16 +227,6 @@ def load_onto(
         handover.end()
 
 
-def pickle_is_sound(file: LocalFile | FilePart, sections: Sequence[Section], start: int = 0) -> bool:
-    """Whether the records that an index is made from have their checksums. If not, verifying these records tells."""
-    for section in sections:
-        if section.key.partition("/")[2] in ("data.pkl", "byteorder") and section.nbytes <= _MAX_PICKLE_BYTES:
-            data = file.pread(section.nbytes, section.offset - start)
-            if section.crc32 is not None and zlib_ng.crc32(data) != section.crc32:
-                return False
-    return True
-
-
 def name_sections(index: Checkpoint) -> dict[int, str]:
     """The name of a tensor for the offset of each storage that has one."""
     names: dict[int, str] = {}
@@ -245,126 +234,6 @@ def name_sections(index: Checkpoint) -> dict[int, str]:
         if tensor.storage.nbytes:
             names.setdefault(tensor.storage.offset, tensor.name)
     return names
-
-
-def read_zip_inventory(file: LocalFile | FilePart, start: int = 0) -> tuple[list[Section], list[Damage]]:
-    """Every record of a torch zip file that can be read, and what is wrong with the others.
-
-    Args:
-        file: The open file.
-        start: Its place in the run of all files.
-
-    Raises:
-        UnmappableCheckpoint: The records are compressed.
-        OSError: Reading failed.
-    """
-    try:
-        entries = _read_entries(file)
-    except CheckpointFormatError as error:
-        return [], [Damage(file.name, str(error))]
-    sections: list[Section] = []
-    damage: list[Damage] = []
-    for entry in entries:
-        try:
-            record = _locate(file, entry)
-        except UnmappableCheckpoint:
-            raise
-        except CheckpointFormatError as error:
-            damage.append(Damage(file.name, str(error), key=entry.filename, offset=entry.header_offset))
-            continue
-        problem = check_entry(file, entry, record.offset)
-        damage += [problem] if problem is not None else []
-        sections.append(Section(entry.filename, start + record.offset, record.nbytes, record.crc32))
-    return sections, damage + check_end(file, entries)
-
-
-def _read_directory(file: LocalFile | FilePart) -> dict[str, Record]:
-    """Records by their name below the archive's one top folder (``data.pkl``, ``data/0``)."""
-    records: dict[str, Record] = {}
-    for entry in _read_entries(file):
-        name = entry.filename.partition("/")[2]
-        if name in records:
-            raise CheckpointFormatError(
-                f"{file.name} holds record {name!r} twice, so which one is meant cannot be told. The file is damaged.",
-                path=file.name,
-            )
-        records[name] = _locate(file, entry)
-    _require_apart(file, records)
-    return records
-
-
-def _read_entries(file: LocalFile | FilePart) -> list[zipfile.ZipInfo]:
-    try:
-        return read_entries(file)
-    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, MemoryError) as error:
-        raise CheckpointFormatError(
-            f"{file.name} starts like a torch checkpoint, but the directory at its end cannot be read ({error}): the "
-            f"file is truncated or damaged. It has {file.size_bytes} bytes. Compare with the size of the original, "
-            "copy it again, or resume from another checkpoint.",
-            path=file.name,
-        ) from error
-
-
-def _locate(file: LocalFile | FilePart, entry: zipfile.ZipInfo) -> Record:
-    """Where the data of a record is."""
-    in_file = 0 <= entry.header_offset < file.size_bytes
-    header = file.pread(_LOCAL_HEADER.size, entry.header_offset) if in_file else b""
-    if len(header) < _LOCAL_HEADER.size or not header.startswith(_ZIP_MAGIC):
-        raise CheckpointFormatError(
-            f"{file.name}: the directory places record {entry.filename!r} at byte {entry.header_offset}, but no "
-            "record starts there. The file is damaged.",
-            path=file.name,
-        )
-    _, method, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-    offset = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-    if entry.compress_type != method and (damage := check_entry(file, entry, offset)) is not None:
-        raise CheckpointFormatError(damage.problem, path=file.name)
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise UnmappableCheckpoint(
-            f"{file.name} holds its record {entry.filename!r} compressed, so its tensors are not in the file as "
-            "they are.",
-            path=file.name,
-        )
-    if entry.compress_size != entry.file_size:
-        raise CheckpointFormatError(
-            f"{file.name}: record {entry.filename!r} is stored as it is, but the directory gives it "
-            f"{entry.file_size} bytes and {entry.compress_size} in the file. The file is damaged.",
-            path=file.name,
-        )
-    if offset + entry.file_size > file.size_bytes:
-        raise CheckpointFormatError(
-            f"{file.name} is truncated: record {entry.filename!r} ends at byte {offset + entry.file_size}, but "
-            f"the file is only {file.size_bytes} bytes.",
-            path=file.name,
-        )
-    # torch.serialization.set_crc32_options(False) and skip_data() leave the field zero. A record whose true
-    # CRC-32 is zero (one in four billion) then goes unverified, which is better than a false alarm.
-    return Record(offset, entry.file_size, entry.CRC or None)
-
-
-def _require_apart(file: LocalFile | FilePart, records: dict[str, Record]) -> None:
-    """Raises if records overlap: a small file could else stand for a hundred thousand times its size."""
-    end, before = 0, ""
-    for name, record in sorted(records.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if record.offset < end:
-            raise CheckpointFormatError(
-                f"{file.name}: record {name!r} begins at byte {record.offset}, but record {before!r} ends at byte "
-                f"{end}. The file is damaged, or made to mislead.",
-                path=file.name,
-            )
-        end, before = record.offset + record.nbytes, name
-
-
-def _read_small(file: LocalFile | FilePart, record: Record) -> bytes:
-    data = file.pread(record.nbytes, record.offset)
-    if record.crc32 is not None and zlib_ng.crc32(data) != record.crc32:
-        raise CheckpointFormatError(
-            f"{file.name} is damaged: the {record.nbytes} bytes at {record.offset}, which describe its contents, have "
-            f"CRC-32 {zlib_ng.crc32(data):#010x}, but the file records {record.crc32:#010x}. Resume from another "
-            "checkpoint.",
-            path=file.name,
-        )
-    return data
 
 
 class _Handover:

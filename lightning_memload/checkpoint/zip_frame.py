@@ -14,7 +14,7 @@ from typing import Any
 from lightning_memload.checkpoint.inventory import Damage
 from lightning_memload.checkpoint.source import FilePart, LocalFile
 
-__all__ = ["MAX_DIRECTORY_BYTES", "check_end", "check_entry", "read_entries"]
+__all__ = ["MAX_DIRECTORY_BYTES", "check_end", "check_entry", "is_folder", "read_entries"]
 
 # A million tensors take some 80 MiB. zipfile reads as much as the file says, and makes objects of 7 times the size.
 MAX_DIRECTORY_BYTES = 256 << 20
@@ -81,6 +81,11 @@ def read_entries(file: LocalFile | FilePart) -> list[zipfile.ZipInfo]:
     """
     with zipfile.ZipFile(_Stream(file)) as archive:
         return archive.infolist()
+
+
+def is_folder(entry: zipfile.ZipInfo) -> bool:
+    """Whether an entry stands for a folder. torch writes none, but programs that pack a checkpoint again do."""
+    return entry.filename.endswith("/") and entry.file_size == 0
 
 
 def check_entry(file: LocalFile | FilePart, entry: zipfile.ZipInfo, data_offset: int) -> Damage | None:
@@ -158,7 +163,8 @@ def check_end(file: LocalFile | FilePart, entries: list[zipfile.ZipInfo]) -> lis
         what = f"for record {entry.filename!r} the"
         require(f"{what} volume", entry.header_offset, entry.volume, 0)
         # torch (2.13) takes such a record for a directory, and loads whatever was in memory.
-        require(f"{what} directory bit", entry.header_offset, entry.external_attr & _DIRECTORY_BIT, 0)
+        if not is_folder(entry):
+            require(f"{what} directory bit", entry.header_offset, entry.external_attr & _DIRECTORY_BIT, 0)
     position = file.size_bytes - _END.size
     magic, disk, start_disk, here, total, nbytes, start, comment_length = _END.unpack(file.pread(_END.size, position))
     if magic != _END_MAGIC:

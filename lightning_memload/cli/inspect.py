@@ -1,4 +1,4 @@
-"""List the tensors of a checkpoint: name, shape, dtype, bytes and ties.
+"""List the tensors of a checkpoint: name, shape, dtype, bytes and ties; and the classes that its objects need.
 
 Reads no tensor and runs no code from the file, so it is safe and quick for files of any size and origin.
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from lightning_memload.checkpoint import Checkpoint, open_checkpoint
+from lightning_memload.checkpoint import Checkpoint, open_checkpoint, refused_globals
 
 __all__ = ["add_arguments", "run"]
 
@@ -42,6 +42,10 @@ def _as_table(index: Checkpoint) -> str:
         shape = "x".join(map(str, tensor.shape)) or "scalar"
         dtype = str(tensor.dtype).removeprefix("torch.")
         rows.append((_printable(tensor.name), shape, dtype, f"{tensor.nbytes:,}", note))
+    for special in index.special:
+        shape = "?" if special.shape is None else "x".join(map(str, special.shape)) or "scalar"
+        dtype = "?" if special.dtype is None else str(special.dtype).removeprefix("torch.")
+        rows.append((_printable(special.name), shape, dtype, f"{special.nbytes:,}", _printable(special.kind)))
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(4)]
     lines = [
         f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {dtype:<{widths[2]}}  {nbytes:>{widths[3]}}  {note}".rstrip()
@@ -52,10 +56,18 @@ def _as_table(index: Checkpoint) -> str:
         f"{index.path} ({index.format}): {len(index)} tensors, {index.nbytes:,} bytes in {len(index.storages)} "
         f"storages; {files} of {index.file_size:,} bytes; {len(index.ties)} ties"
     )
+    refused = refused_globals(index.globals)
+    if refused:
+        lines.append(f"{len(refused)} classes that torch.load(weights_only=True) refuses:")
+        lines += [f"  {_printable(item.name)}, at {_printable(item.place)}" for item in refused]
+    allowed = [_printable(item.name) for item in index.globals if item not in refused]
+    if allowed:
+        lines.append(f"{len(allowed)} classes and functions that it allows: {', '.join(allowed)}")
     return "\n".join(lines)
 
 
 def _as_dict(index: Checkpoint) -> dict[str, object]:
+    refused = refused_globals(index.globals)
     tensors = [
         {
             "name": tensor.name,
@@ -74,6 +86,17 @@ def _as_dict(index: Checkpoint) -> dict[str, object]:
         "tensors": tensors,
         "ties": [[tensor.name for tensor in group] for group in index.ties],
         "metadata": dict(index.metadata),
+        "special": [
+            {
+                "name": special.name,
+                "kind": special.kind,
+                "shape": None if special.shape is None else list(special.shape),
+                "dtype": None if special.dtype is None else str(special.dtype).removeprefix("torch."),
+                "nbytes": special.nbytes,
+            }
+            for special in index.special
+        ],
+        "globals": [{"name": item.name, "place": item.place, "allowed": item not in refused} for item in index.globals],
     }
 
 

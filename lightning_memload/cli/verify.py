@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
                 path, num_threads=arguments.threads, progress=not arguments.quiet and sys.stderr.isatty()
             )
         except (MemloadError, OSError) as error:
-            print(f"{path}: {error}", file=sys.stderr)
+            print(error if str(path) in str(error) else f"{path}: {error}", file=sys.stderr)
             statuses.add(_NOT_ANSWERED)
             continue
         if report.is_damaged or not arguments.quiet:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lightning_memload.checkpoint import Damage, FileSet, Inventory, Section, find_format
+from lightning_memload.checkpoint import Damage, FileSet, Inventory, Section, find_format, local_path
 from lightning_memload.errors import CheckpointFormatError
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.plan import MAX_GAP_BYTES
@@ -101,6 +101,7 @@ def verify_checkpoint(
 
     Raises:
         ValueError: ``num_threads`` is not positive.
+        TypeError: ``path`` is no path.
         FileNotFoundError: There is nothing at this path.
         CheckpointFormatError: It is no checkpoint of a known format, or a compressed one (``UnmappableCheckpoint``).
         OSError: The directory of the file could not be read. Errors that come later count as damage.
@@ -110,7 +111,7 @@ def verify_checkpoint(
     """
     check_num_threads(num_threads)
     started = time.perf_counter()
-    name = os.fspath(path)
+    name = local_path(path)
     for _ in range(_MAX_TRIES):
         with _held(name) as is_there:
             try:

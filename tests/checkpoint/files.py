@@ -153,3 +153,10 @@ def save_dcp(state: dict[str, Any], path: Path) -> None:
         # That there is only one process.
         warnings.simplefilter("ignore")
         dcp.save(state, checkpoint_id=path)
+
+
+def quantised(values: torch.Tensor) -> torch.Tensor:
+    """A tensor of torch's own quantised types, which torch 2.13 calls deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_tensor(values, 0.5, 0, torch.qint8)

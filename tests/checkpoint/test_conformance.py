@@ -116,6 +116,28 @@ def write_files_without_index(folder: Path, state: Mapping[str, Any]) -> Path:
     return folder
 
 
+def write_bin_shards(folder: Path, state: Mapping[str, Any], count: int = 3) -> Path:
+    weight_map: dict[str, str] = {}
+    for number in range(count):
+        part = dict(list(state.items())[number::count])
+        shard = f"pytorch_model-{number + 1:05}-of-{count:05}.bin"
+        torch.save(part, folder / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    torch.save({"lr": 1}, folder / "optimizer.bin")
+    return folder
+
+
+def write_bin_shards_to_open_by_index(folder: Path, state: Mapping[str, Any]) -> Path:
+    return write_bin_shards(folder, state) / "pytorch_model.bin.index.json"
+
+
+def write_bin(folder: Path, state: Mapping[str, Any]) -> Path:
+    torch.save(dict(state), folder / "pytorch_model.bin")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
 @dataclass(frozen=True)
 class Writer:
     """One way to write a state, and what of it the format can carry.
@@ -168,6 +190,9 @@ WRITERS = [
     Writer("shards", "safetensors", write_shards, lacks=LACKED_BY_SAFETENSORS),
     Writer("shards-by-index", "safetensors", write_shards_to_open_by_index, lacks=LACKED_BY_SAFETENSORS),
     Writer("shards-without-index", "safetensors", write_files_without_index, lacks=LACKED_BY_SAFETENSORS),
+    Writer("bin-shards", "torch_shards", write_bin_shards, checksums=True),
+    Writer("bin-shards-by-index", "torch_shards", write_bin_shards_to_open_by_index, checksums=True),
+    Writer("bin", "torch_shards", write_bin, checksums=True),
 ]
 
 

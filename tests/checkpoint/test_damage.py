@@ -145,8 +145,19 @@ class TestContradictions:
 
         write_zip(path, b"\x80\x02" + FLOAT + b".", {"0": bytes(16)})
         with zipfile.ZipFile(path, "a") as archive:
-            archive.writestr("other/data/0", bytes(range(16)))
+            archive.writestr("archive/data/0", bytes(range(16)))
         with pytest.raises(CheckpointFormatError, match="'data/0' twice"):
+            open_checkpoint(path)
+
+    def test_a_record_outside_of_the_folder(self, path: Path) -> None:
+        import zipfile
+
+        write_zip(path, b"\x80\x02" + FLOAT + b".", {"0": bytes(16)})
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("__MACOSX/data/0", bytes(range(16)))
+        with pytest.raises(RuntimeError, match="not in a subdirectory"):
+            torch.load(path)
+        with pytest.raises(CheckpointFormatError, match="'__MACOSX/data/0' outside of its folder"):
             open_checkpoint(path)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_memload.checkpoint import UnmappableCheckpoint, load_mapped, span_bytes
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.errors import CheckpointFormatError, UnsafeGlobalsError
 from tests.checkpoint.files import (
     ALL_DTYPES,
     Settings,
@@ -122,14 +122,26 @@ class TestWeightsOnly:
         assert seen == [given]
         assert seen[0] is given
 
-    def test_torchs_refusal_is_torchs_own(self, path: Path) -> None:
+    def test_a_refusal_is_torchs_verdict_in_our_words(self, path: Path) -> None:
         torch.save({"user": Settings()}, path)
-        with pytest.raises(pickle.UnpicklingError) as theirs:
+        with pytest.raises(pickle.UnpicklingError):
             torch.load(path, weights_only=True)
         for weights_only in (True, None):
-            with pytest.raises(pickle.UnpicklingError) as ours:
+            with pytest.raises(UnsafeGlobalsError) as ours:
                 load_mapped(path, weights_only=weights_only)
-            assert str(ours.value) == str(theirs.value)
+            assert isinstance(ours.value, pickle.UnpicklingError)
+            assert ours.value.places == {f"{Settings.__module__}.Settings": "user"}
+
+    def test_a_refusal_for_another_reason_is_torchs_own(self, path: Path) -> None:
+        torch.save({"user": 1 << 70}, path, pickle_protocol=4)
+        for load in (torch.load, load_mapped):
+            with pytest.warns(UserWarning, match="protocol 4"), pytest.raises(pickle.UnpicklingError) as error:
+                load(path, weights_only=True)
+            assert "Unsupported operand" in str(error.value)
+            assert not isinstance(error.value, UnsafeGlobalsError)
+
+    def test_allowed_by_the_user(self, path: Path) -> None:
+        torch.save({"user": Settings()}, path)
         with torch.serialization.safe_globals([Settings]):
             load_mapped(path, weights_only=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 import lightning_memload
 from lightning_memload.cli import main
-from tests.checkpoint.files import save_sparse, storage_pickle, tensor_pickle, write_zip
+from tests.checkpoint.files import quantised, save_sparse, storage_pickle, tensor_pickle, write_zip
 from tests.fresh_process import run_fresh
 
 
@@ -136,3 +137,37 @@ def test_a_name_that_the_output_has_no_letters_for(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert r"\u540d.pt" in done.stdout
+
+
+def test_inspect_lists_special_tensors_and_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {
+        "quantised": quantised(torch.ones(2, 3)),
+        "sparse": torch.eye(3).to_sparse(),
+        "meta": torch.ones(4, device="meta"),
+        "plain": torch.ones(2),
+        "config": argparse.Namespace(size=torch.Size([3])),
+    }
+    torch.save(state, tmp_path / "file.pt")
+    assert main(["inspect", str(tmp_path / "file.pt")]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "quantised 2x3 qint8 6 quantized" in lines
+    assert "sparse 3x3 float32 60 sparse_coo" in lines
+    assert "meta 4 float32 0 meta" in lines
+    assert "plain 2 float32 8" in lines
+    assert "1 classes that torch.load(weights_only=True) refuses:" in lines
+    assert "argparse.Namespace, at config" in lines
+    assert any(line.startswith("3 classes and functions that it allows: ") and "torch.Size" in line for line in lines)
+    assert main(["inspect", "--json", str(tmp_path / "file.pt")]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert {"name": "argparse.Namespace", "place": "config", "allowed": False} in answer["globals"]
+    assert {"name": "meta", "kind": "meta", "shape": [4], "dtype": "float32", "nbytes": 0} in answer["special"]
+
+
+def test_inspect_lists_subclasses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"weight": torch.ones(2, 3).as_subclass(Tagged)}, tmp_path / "file.pt")
+    assert main(["inspect", str(tmp_path / "file.pt")]) == 0
+    assert f"weight 2x3 float32 24 {__name__}.Tagged" in " ".join(capsys.readouterr().out.split())
+
+
+class Tagged(torch.Tensor):
+    pass
