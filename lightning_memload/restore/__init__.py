@@ -15,7 +15,7 @@ from lightning_memload.restore.siblings import (
     judge_sibling,
     list_siblings,
 )
-from lightning_memload.restore.state_dict import find_state_dict, rename_keys
+from lightning_memload.restore.state_dict import add_compiled_versions, find_state_dict, rename_keys
 from lightning_memload.restore.weights import WeightsRestore
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Verdict",
     "WeightsRestore",
     "WeightsSource",
+    "add_compiled_versions",
     "find_siblings",
     "find_state_dict",
     "fingerprint",

@@ -7,8 +7,11 @@ a byte is read, and then handed to the module's own ``load_state_dict``.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
+import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +21,28 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from lightning_memload.checkpoint import MappedCheckpoint, UnmappableCheckpoint, load_mapped
+from lightning_memload.checkpoint import (
+    MappedCheckpoint,
+    SafeGlobal,
+    UnmappableCheckpoint,
+    allow_globals,
+    check_safe_globals,
+    holds_refused,
+    load_mapped,
+    local_path,
+)
 from lightning_memload.errors import CheckpointFormatError, IncompatibleWeightsError, MetaTensorError, listed
 from lightning_memload.restore.allocation import meta_names
-from lightning_memload.restore.matching import require_all_taken, require_match
+from lightning_memload.restore.matching import module_keys, require_all_taken, require_match
 from lightning_memload.restore.session import RestoreSession
-from lightning_memload.restore.state_dict import find_state_dict, key_filter, rename_keys
+from lightning_memload.restore.special import assign_special
+from lightning_memload.restore.state_dict import (
+    add_compiled_versions,
+    find_state_dict,
+    key_filter,
+    match_compiled,
+    rename_keys,
+)
 from lightning_memload.restore.weights import WeightsRestore
 from lightning_memload.transfer import check_host_budget, check_num_threads, start_ring
 
@@ -48,6 +67,7 @@ def load_weights(
     exclude: str | Sequence[str] = (),
     dtype: torch.dtype | None = None,
     weights_only: bool | None = True,
+    safe_globals: Sequence[SafeGlobal] = (),
     host_budget_mib: int = 128,
     num_threads: int | None = None,
     verify: bool = True,
@@ -57,7 +77,9 @@ def load_weights(
 
     Only the bytes of the tensors that the module takes are read. Parameters stay the same objects and ties stay ties; a
     module that was built under ``meta_init`` gets its memory here. Modules with a ``load_state_dict`` or hooks of their
-    own are loaded through them.
+    own are loaded through them. Names that differ only by the ``_orig_mod.`` of ``torch.compile`` are the same.
+    Quantised and other tensors that cannot be copied into a plain parameter take its place, as with torch's
+    ``assign=True``.
 
     Args:
         module: The module. Afterwards all of it is on ``device``.
@@ -79,7 +101,10 @@ def load_weights(
             memory too.
         exclude: Regular expressions. Keys of the module in which one is found are left out, likewise.
         dtype: Floating-point type that the module shall have. ``None``: what it has.
-        weights_only: Passed to ``torch.load`` where the format holds pickled objects.
+        weights_only: Passed to ``torch.load`` where the format holds pickled objects. What it refuses outside of the
+            weights, such as classes in hyperparameters, is not loaded and raises no error.
+        safe_globals: Classes and functions, or their dotted names, that ``weights_only`` allows for this load, as
+            ``torch.serialization.safe_globals`` does.
         host_budget_mib: The most host memory for staging, in MiB.
         num_threads: Threads that read. ``None``: up to 12 for a GPU and 4 for the CPU.
         verify: Compare the CRC-32 that the file records for every tensor, on the way.
@@ -92,6 +117,8 @@ def load_weights(
     Raises:
         FileNotFoundError: There is nothing at ``path``.
         CheckpointFormatError: It is damaged, or no state dict is found in it.
+        UnsafeGlobalsError: ``weights_only`` refuses classes within the weights.
+        TypeError: ``path`` is no path, or ``safe_globals`` no list of classes or names.
         IncompatibleWeightsError: Shapes differ, or with ``strict`` keys are missing or unexpected. All are named.
         CheckpointReadError: Reading failed.
         ChecksumError: The file is damaged.
@@ -108,7 +135,9 @@ def load_weights(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
         raise ValueError(f"dtype must be a floating-point type of torch, or None, got {dtype!r}.")
-    weights = WeightsSource(os.fspath(path), key, strip_prefix, rename, include, exclude, strict, weights_only)
+    weights = WeightsSource(
+        local_path(path), key, strip_prefix, rename, include, exclude, strict, weights_only, safe_globals
+    )
     target = _device_of(module) if device is None else torch.device(device)
     options = LoadOptions(target, mode, host_budget_mib, num_threads, verify, check_fit)
     state_dict, session = options.open(weights.open)
@@ -206,6 +235,11 @@ class WeightsSource:
         exclude: Regular expressions for the keys of the module that are left out.
         strict: Refuse missing and unexpected keys.
         weights_only: Passed to ``torch.load`` where the format holds pickled objects.
+        safe_globals: Classes, functions or their dotted names that ``weights_only`` allows for this load.
+
+    Raises:
+        ValueError: A regular expression is none, or a name in ``safe_globals`` cannot be imported.
+        TypeError: ``safe_globals`` is no list of classes or names.
     """
 
     path: str | Path
@@ -216,17 +250,27 @@ class WeightsSource:
     exclude: str | Sequence[str] = ()
     strict: bool = True
     weights_only: bool | None = True
+    safe_globals: Sequence[SafeGlobal] = ()
 
     def __post_init__(self) -> None:
         # Both refuse what is no regular expression.
         key_filter(self.include, self.exclude)
         rename_keys({}, rename=self.rename)
+        check_safe_globals(self.safe_globals)
 
     def open(self) -> tuple[dict[str, Any], MappedCheckpoint]:
         """The wanted part of the state dict under the module's names, its tensors in the file, and the mapping."""
         wants = key_filter(self.include, self.exclude)
-        loaded, mapped = open_any(self.path, self.weights_only)
-        state_dict = rename_keys(find_state_dict(loaded, self.path, self.key), self.strip_prefix, self.rename)
+        loaded, mapped = open_any(self.path, self.weights_only, self.safe_globals, erases=True)
+        try:
+            found = find_state_dict(loaded, self.path, self.key)
+        except CheckpointFormatError:
+            if mapped.refusal is not None:
+                raise mapped.refusal from None
+            raise
+        if mapped.refusal is not None and holds_refused(found):
+            raise mapped.refusal
+        state_dict = rename_keys(found, self.strip_prefix, self.rename)
         for name in [name for name in state_dict if not wants(name)]:
             del state_dict[name]
         if not state_dict:
@@ -236,6 +280,18 @@ class WeightsSource:
                 path=os.fspath(self.path),
             )
         return state_dict, mapped
+
+    def _with_compiled_names(self, state_dict: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
+        keys = module_keys(module)
+        renamed = match_compiled(state_dict, keys)
+        if not renamed:
+            return state_dict
+        aligned: OrderedDict[str, Any] = OrderedDict((renamed.get(name, name), v) for name, v in state_dict.items())
+        metadata = getattr(state_dict, "_metadata", None)
+        if metadata is not None:
+            aligned._metadata = dict(metadata)  # type: ignore[attr-defined]
+            add_compiled_versions(aligned, [path for path, _ in module.named_modules(remove_duplicate=False)])
+        return aligned
 
     def stream(
         self,
@@ -254,7 +310,11 @@ class WeightsSource:
         """
         wants = key_filter(self.include, self.exclude)
         path = os.fspath(self.path)
+        state_dict = self._with_compiled_names(state_dict, module)
         require_match(module, state_dict, wants, strict=self.strict, path=path)
+        state_dict = copy.copy(state_dict)
+        assert isinstance(state_dict, dict)
+        assigned = assign_special(module, state_dict)
         restore = WeightsRestore(module, session, dtype=dtype, assign=assign, strict=False)
         try:
             keys: _IncompatibleKeys = module.load_state_dict(state_dict, strict=False)
@@ -271,6 +331,7 @@ class WeightsSource:
             ) from error
         finally:
             restore.remove()
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name not in assigned]
         if self.strict:
             require_all_taken(module, state_dict, wants, keys, path=path)
         parameters, buffers = meta_names(module)
@@ -284,14 +345,40 @@ class WeightsSource:
         return keys
 
 
-def open_any(path: str | os.PathLike[str], weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:
-    """Loads a checkpoint mapped where possible, else into host memory with a warning that says so."""
-    try:
-        return load_mapped(path, weights_only=weights_only)
-    except UnmappableCheckpoint as reason:
+def open_any(
+    path: str | os.PathLike[str],
+    weights_only: bool | None,
+    safe_globals: Sequence[SafeGlobal] = (),
+    *,
+    erases: bool = False,
+) -> tuple[Any, MappedCheckpoint]:
+    """Loads a checkpoint mapped where possible, else into host memory with a warning that says so.
+
+    Args:
+        path: The checkpoint.
+        weights_only: Passed to ``torch.load`` exactly as given.
+        safe_globals: What ``weights_only`` allows for this load.
+        erases: Leave out what ``weights_only`` refuses, see :func:`load_mapped`.
+
+    Raises:
+        CheckpointFormatError: It cannot be loaded in either way.
+    """
+    name = local_path(path)
+    with allow_globals(safe_globals):
+        try:
+            return load_mapped(name, weights_only=weights_only, erases=erases)
+        except UnmappableCheckpoint as error:
+            if os.path.isdir(name):
+                raise  # torch.load knows files only
+            reason = error
+        try:
+            loaded = torch.load(name, map_location="cpu", weights_only=weights_only)
+        except (pickle.UnpicklingError, OSError, MemoryError):
+            raise  # torch's own words on weights_only, and what is not about the file
+        except Exception as error:  # a file that torch does not know may fail in any way
+            raise CheckpointFormatError(f"{reason} torch.load cannot read it: {error}", path=name) from error
         warnings.warn(f"{reason} It is loaded the ordinary way: the whole checkpoint in host memory.", stacklevel=3)
-        loaded = torch.load(path, map_location="cpu", weights_only=weights_only)
-        return loaded, MappedCheckpoint.unmapped(path)
+        return loaded, MappedCheckpoint.unmapped(name)
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_memload.errors import IncompatibleWeightsError, listed
+from lightning_memload.restore.state_dict import suggest_renaming
 
-__all__ = ["require_all_taken", "require_match"]
+__all__ = ["module_keys", "require_all_taken", "require_match"]
 
 # Ways of loading that can be foreseen: torch's own, and that of its batch norms, which add a counter if it is missing.
 _FORESEEN = (nn.Module._load_from_state_dict, nn.modules.batchnorm._NormBase._load_from_state_dict)
@@ -55,10 +56,12 @@ def require_match(
     }
     # Batch norms of old files have no such counter, and load all the same.
     asked = [name for name in expected if wants(name) and not name.endswith("num_batches_tracked")]
-    missing = _without_ties(expected, given, asked) if strict else []
+    # With what modules take in their own way: a tied parameter may have its other name there.
+    missing = _without_ties(dict(_entries(module)), state_dict, asked) if strict else []
     unexpected = [name for name in given if name not in expected] if strict else []
     if missing or unexpected or mismatched:
-        raise _incompatible(module, path, missing, unexpected, mismatched, changed=False)
+        renaming = suggest_renaming(given, expected) if missing or unexpected else None
+        raise _incompatible(module, path, missing, unexpected, mismatched, changed=False, renaming=renaming)
 
 
 def require_all_taken(
@@ -95,6 +98,11 @@ def _without_ties(entries: Mapping[str, Any], given: Mapping[str, Any], names: I
     return [name for name in names if name not in given and id(entries.get(name)) not in supplied]
 
 
+def module_keys(module: nn.Module) -> list[str]:
+    """The keys that a module's ``state_dict`` would have, without making it."""
+    return [name for name, _ in _entries(module)]
+
+
 def _entries(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What a module's ``state_dict`` would have, without making it."""
     for path, child in module.named_modules(remove_duplicate=False):
@@ -125,6 +133,7 @@ def _incompatible(
     mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
     *,
     changed: bool,
+    renaming: str | None = None,
 ) -> IncompatibleWeightsError:
     lines = [f"{path} does not fit {type(module).__name__}:"]
     if mismatched:
@@ -138,6 +147,8 @@ def _incompatible(
         lines.append(f"  {len(unexpected)} unexpected: {listed(unexpected)}")
     done = "Other weights were loaded." if changed else "Nothing was changed."
     # Shapes have to be the same whether strict or not.
+    if renaming is not None:
+        done += f" The names differ by a prefix: use {renaming}."
     advice = "Use rename= or strip_prefix= for other names, exclude= for new layers"
     lines.append(f"{done} {advice}, or strict=False." if missing or unexpected else f"{done} {advice}.")
     return IncompatibleWeightsError(

@@ -190,9 +190,10 @@ def _in_live_order(
     live = {_WRAPPERS.sub("", full_name): parameter for full_name, parameter in parameters.items()}
     groups = []
     for number, (saved, group) in enumerate(zip(saved_groups, optimizer.param_groups, strict=True)):
-        names = {id(live[saved_name]): saved_name for saved_name in saved["params"] if saved_name in live}
+        found = {name: live.get(name, live.get(_WRAPPERS.sub("", name))) for name in saved["params"]}
+        names = {id(parameter): name for name, parameter in found.items() if parameter is not None}
         ids = {id(parameter) for parameter in group["params"]}
-        surplus = [saved_name for saved_name in saved["params"] if id(live.get(saved_name)) not in ids]
+        surplus = [name for name, parameter in found.items() if id(parameter) not in ids]
         lacking = [live_name for live_name, p in live.items() if id(p) in ids and id(p) not in names]
         unnamed = len(ids - {id(parameter) for parameter in live.values()})
         if surplus or lacking or unnamed:

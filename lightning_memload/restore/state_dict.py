@@ -1,64 +1,135 @@
 """The state dict within a loaded checkpoint: where it is, under which names, and which of them are wanted.
 
 All of it is about names: the values stay where they are, so no byte of a tensor is read. Of modules it is known only
-that their versions (``_metadata``) are keyed by their paths.
+that their versions (``_metadata``) are keyed by their paths, and that a pickled one has a state dict.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from lightning_memload.checkpoint import holds_refused
 from lightning_memload.errors import CheckpointFormatError, listed
 
-__all__ = ["find_state_dict", "key_filter", "rename_keys"]
+__all__ = [
+    "add_compiled_versions",
+    "find_state_dict",
+    "key_filter",
+    "match_compiled",
+    "rename_compiled",
+    "rename_keys",
+    "suggest_renaming",
+]
 
 # Where training scripts put the weights of a checkpoint that holds more than weights.
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module", "params", "weights")
+# What else a checkpoint keeps by name, with tensors in it.
+_OTHER_PARTS = re.compile("optim|sched|callback|loop|hyper_param|hparam|rng|scaler", re.IGNORECASE)
+_MAX_DEPTH = 6
+_MAX_ITEMS = 16
+# torch.compile wraps a module in one that has it under this name.
+_COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod\.")
+_SAMPLE = 64
 
 
 def find_state_dict(loaded: Any, path: str | os.PathLike[str], key: str | None = None) -> Mapping[str, Any]:
     """The state dict in a loaded checkpoint.
 
+    A pickled module, as ``weights_only=False`` loads it, stands for its state dict.
+
     Args:
         loaded: The checkpoint.
         path: What to call it in messages.
         key: Keys from the root to the state dict, joined by dots. ``None``: what the checkpoint has under one of the
-            usual keys, else itself if it holds tensors by name.
+            usual keys, else itself if it holds tensors by name, else the only state dict anywhere in it that is not
+            an optimizer's.
 
     Raises:
-        CheckpointFormatError: There is none there.
+        CheckpointFormatError: There is none there, or there are several.
     """
-    if key is None:
-        # Tensors beside it (the best accuracy) make no state dict of the checkpoint.
-        candidates = (
-            [loaded[name] for name in _STATE_DICT_KEYS if name in loaded] if isinstance(loaded, Mapping) else []
-        )
-        candidates.append(loaded)
-        found = next((candidate for candidate in candidates if _is_state_dict(candidate)), None)
-    else:
-        found = loaded
-        rest = key
-        while rest and isinstance(found, Mapping):
-            # The longest first, for keys that have dots of their own.
-            name = next((part for part in _prefixes(rest) if part in found), None)
-            if name is None:
-                break
-            found, rest = found[name], rest[len(name) + 1 :]
-        found = found if not rest and _is_state_dict(found) else None
-    if found is None:
-        what = f"No state dict is at {key!r}" if key is not None else "No state dict is found"
-        has = listed(map(repr, loaded)) if isinstance(loaded, Mapping) else f"a {type(loaded).__name__}"
+    if key is not None:
+        return _state_dict_at(loaded, path, key)
+    # Tensors beside it (the best accuracy) make no state dict of the checkpoint.
+    candidates = [loaded[name] for name in _STATE_DICT_KEYS if name in loaded] if isinstance(loaded, Mapping) else []
+    for candidate in (*candidates, loaded):
+        weights = _as_state_dict(candidate)
+        if weights is not None:
+            return weights
+    found = _search(loaded)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        several = [f"key={name!r} ({len(weights)} entries)" for name, weights in found.items()]
         raise CheckpointFormatError(
-            f"{what} in {os.fspath(path)}, whose top level has {has}. Say with key= where the names and tensors are.",
+            f"{os.fspath(path)} holds {len(found)} state dicts, so which one is meant cannot be told. Choose one: "
+            f"{listed(several)}.",
             path=os.fspath(path),
         )
-    return found  # type: ignore[no-any-return]
+    raise _not_found("No state dict is found", loaded, path)
+
+
+def _state_dict_at(loaded: Any, path: str | os.PathLike[str], key: str) -> Mapping[str, Any]:
+    found, rest = loaded, key
+    while rest:
+        if isinstance(found, (list, tuple)):
+            first, _, after = rest.partition(".")
+            if not first.isdecimal() or int(first) >= len(found):
+                break
+            found, rest = found[int(first)], after
+            continue
+        # The longest first, for keys that have dots of their own.
+        name = next((part for part in _prefixes(rest) if part in found), None) if isinstance(found, Mapping) else None
+        if name is None:
+            break
+        found, rest = found[name], rest[len(name) + 1 :]
+    weights = _as_state_dict(found) if not rest else None
+    if weights is None:
+        raise _not_found(f"No state dict is at {key!r}", loaded, path)
+    return weights
+
+
+def _as_state_dict(value: Any) -> Mapping[str, Any] | None:
+    if isinstance(value, nn.Module):
+        weights: Mapping[str, Any] = value.state_dict(keep_vars=True)
+        return weights
+    return value if _is_state_dict(value) else None
+
+
+def _search(loaded: Any) -> dict[str, Mapping[str, Any]]:
+    """Every state dict within nested containers, by the key that names it, without those of other parts."""
+    found: dict[str, Mapping[str, Any]] = {}
+    stack: list[tuple[tuple[str, ...], Any]] = [((), loaded)]
+    while stack:
+        path, value = stack.pop()
+        weights = _as_state_dict(value)
+        if weights is not None:
+            found[".".join(path)] = weights
+        elif len(path) == _MAX_DEPTH or (isinstance(value, tuple) and holds_refused(value)):
+            continue
+        elif isinstance(value, Mapping):
+            named = [(name, item) for name, item in value.items() if isinstance(name, str)]
+            stack += [((*path, name), item) for name, item in reversed(named) if not _OTHER_PARTS.search(name)]
+        elif isinstance(value, (list, tuple)):
+            stack += [((*path, str(number)), item) for number, item in reversed([*enumerate(value[:_MAX_ITEMS])])]
+    return found
+
+
+def _not_found(what: str, loaded: Any, path: str | os.PathLike[str]) -> CheckpointFormatError:
+    has = listed(map(repr, loaded)) or "nothing" if isinstance(loaded, Mapping) else f"a {type(loaded).__name__}"
+    found = _search(loaded)
+    advice = "Say with key= where the names and tensors are."
+    if found:
+        advice = f"Choose one of {listed(f'key={name!r}' for name in found)}."
+    return CheckpointFormatError(
+        f"{what} in {os.fspath(path)}, whose top level has {has}. {advice}", path=os.fspath(path)
+    )
 
 
 def rename_keys(
@@ -100,6 +171,78 @@ def rename_keys(
         paths = {path: rename_one(f"{path}.").removesuffix(".") if path else "" for path in metadata}
         renamed._metadata = {new: metadata[path] for path, new in paths.items()}  # type: ignore[attr-defined]
     return renamed
+
+
+def match_compiled(given: Collection[str], expected: Collection[str]) -> dict[str, str]:
+    """New names for those that differ from a module's only by what ``torch.compile`` puts into them.
+
+    Args:
+        given: Names of a state dict.
+        expected: Names of the module.
+
+    Returns:
+        For each such name the module's. A name that the module has, or that could be two of its names, is left alone.
+    """
+    if not any("_orig_mod." in name for name in given) and not any("_orig_mod." in name for name in expected):
+        return {}
+    plain: dict[str, str | None] = {}
+    for name in expected:
+        short = _COMPILED.sub("", name)
+        plain[short] = None if short in plain else name
+    taken: Counter[str] = Counter()
+    renamed: dict[str, str] = {}
+    known = set(expected)
+    for name in given:
+        target = plain.get(_COMPILED.sub("", name)) if name not in known else None
+        if target is not None and target not in given:
+            renamed[name] = target
+            taken[target] += 1
+    return {name: target for name, target in renamed.items() if taken[target] == 1}
+
+
+def rename_compiled(state_dict: dict[str, Any], expected: Collection[str]) -> None:
+    """Gives a state dict, in place, the names of a module that differ only by :func:`match_compiled`."""
+    renamed = match_compiled(state_dict, expected)
+    if renamed:
+        items = [(renamed.get(name, name), value) for name, value in state_dict.items()]
+        state_dict.clear()
+        state_dict.update(items)
+
+
+def add_compiled_versions(state_dict: Any, module_paths: Collection[str]) -> None:
+    """Gives the versions of modules in a state dict (``_metadata``) to the same modules under compiled names too."""
+    metadata = getattr(state_dict, "_metadata", None)
+    if not isinstance(metadata, dict):
+        return
+    plain = {_COMPILED.sub("", f"{path}."): version for path, version in metadata.items()}
+    for path in module_paths:
+        if path not in metadata and _COMPILED.sub("", f"{path}.") in plain:
+            metadata[path] = plain[_COMPILED.sub("", f"{path}.")]
+
+
+def suggest_renaming(given: Collection[str], expected: Collection[str]) -> str | None:
+    """The argument that gives most names of a state dict the module's, where one prefix more or less does."""
+    expected, given = set(expected), set(given)
+    before = len(given & expected)
+    best: tuple[int, str] = (before, "")
+    more = Counter(prefix for name in _sample(given) for prefix, tail in _splits(name) if tail in expected)
+    less = Counter(prefix for name in _sample(expected) for prefix, tail in _splits(name) if tail in given)
+    for prefix, _ in more.most_common(3):
+        count = len({name.removeprefix(prefix) for name in given if name.startswith(prefix)} & expected)
+        best = max(best, (count, f"strip_prefix={prefix!r}"), key=lambda item: item[0])
+    for prefix, _ in less.most_common(3):
+        count = len({f"{prefix}{name}" for name in given} & expected)
+        best = max(best, (count, f"rename={{'^': {prefix!r}}}"), key=lambda item: item[0])
+    return best[1] or None
+
+
+def _sample(names: Collection[str]) -> list[str]:
+    return sorted(names)[:: max(1, len(names) // _SAMPLE)]
+
+
+def _splits(name: str) -> Iterator[tuple[str, str]]:
+    parts = name.split(".")
+    return ((".".join(parts[:count]) + ".", ".".join(parts[count:])) for count in range(1, len(parts)))
 
 
 def key_filter(include: str | Sequence[str], exclude: str | Sequence[str]) -> Callable[[str], bool]:

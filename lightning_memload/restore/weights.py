@@ -18,7 +18,9 @@ from torch import nn
 
 from lightning_memload.checkpoint import ChunkedTensor, span_bytes
 from lightning_memload.restore.allocation import empty_on, materialize, replace_data, without_weak_references
+from lightning_memload.restore.matching import module_keys
 from lightning_memload.restore.session import Move, RestoreSession
+from lightning_memload.restore.state_dict import rename_compiled
 
 __all__ = ["WeightsRestore"]
 
@@ -109,6 +111,9 @@ class WeightsRestore:
         session, root = self._session, self._root
         if session is None or root is None:
             return
+        if module is root and not prefix:
+            # Here, since a user's on_load_checkpoint may have renamed them before.
+            rename_compiled(state_dict, module_keys(module))
         tensors: list[tuple[str, torch.Tensor | None]] = [*module._parameters.items(), *module._buffers.items()]
         own = [(f"{prefix}{name}", tensor) for name, tensor in tensors if tensor is not None]
         for key, tensor in own:

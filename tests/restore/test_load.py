@@ -22,6 +22,7 @@ from lightning_memload import (
     IncompatibleWeightsError,
     InsufficientMemoryError,
     MetaTensorError,
+    UnsafeGlobalsError,
     load_weights,
     meta_init,
     open_checkpoint,
@@ -779,7 +780,10 @@ class TestFailures:
                 return os.system, (f"touch {tmp_path / 'ran'}",)
 
         torch.save({"state_dict": Net().state_dict(), "evil": Evil()}, path)
-        with pytest.raises(Exception, match="Weights only load failed"):
+        load_weights(Net(), path)
+        assert not (tmp_path / "ran").exists()
+        torch.save({"state_dict": {**Net().state_dict(), "evil": Evil()}}, path)
+        with pytest.raises(UnsafeGlobalsError, match=r"system, at state_dict\.evil"):
             load_weights(Net(), path)
         assert not (tmp_path / "ran").exists()
 
