@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
+
+from lightning_memload.checkpoint import SafeGlobal
 
 __all__ = ["LoadingOptions", "lightnings_option", "split_arguments"]
 
@@ -26,6 +28,7 @@ class LoadingOptions(TypedDict, total=False):
     mode: Literal["copy", "assign"]
     strict: bool | None
     weights_only: bool | None
+    safe_globals: Sequence[SafeGlobal]
     hparams_file: str | os.PathLike[str] | None
     host_budget_mib: int
     num_threads: int | None
@@ -55,20 +58,24 @@ _OPTIONS: dict[str, Callable[[Any], bool]] = {
     "mode": lambda value: value in ("copy", "assign"),
     "strict": _is_flag,
     "weights_only": _is_flag,
+    "safe_globals": lambda value: isinstance(value, (list, tuple)),
     "hparams_file": lambda value: value is None or isinstance(value, (str, os.PathLike)),
     "host_budget_mib": _is_number,
     "num_threads": _is_number,
     "verify": _is_flag,
     "check_fit": _is_flag,
 }
-# Options of Lightning's load_from_checkpoint (2.5, 2.6) too, which it never passes on to a module.
-_LIGHTNINGS = ("strict", "weights_only", "hparams_file")
+# Options of Lightning's load_from_checkpoint (2.5, 2.6) too, which it never passes on to a module; and the one that is
+# needed, like these, before a file can tell what its hyperparameters are.
+_LIGHTNINGS = ("strict", "weights_only", "hparams_file", "safe_globals")
 
 
 def lightnings_option(
-    name: Literal["weights_only", "hparams_file"], options: LoadingOptions | None, keywords: Mapping[str, Any]
+    name: Literal["weights_only", "hparams_file", "safe_globals"],
+    options: LoadingOptions | None,
+    keywords: Mapping[str, Any],
 ) -> Any:
-    """An option of Lightning's, ``None`` if it is not given. It is needed before the rest can be split."""
+    """An option that is always one, ``None`` if it is not given. It is needed before the rest can be split."""
     value = (keywords if options is None else options).get(name)
     return value if options is not None or _OPTIONS[name](value) else None
 

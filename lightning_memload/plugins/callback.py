@@ -6,13 +6,13 @@ A thin adaptor. It installs the CheckpointIO, hands each run of the Trainer to a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_memload.checkpoint import FileSet
+from lightning_memload.checkpoint import FileSet, SafeGlobal, check_safe_globals
 from lightning_memload.errors import MetaTensorError, listed
 from lightning_memload.plugins.checkpoint_io import SaveFormat, StreamingCheckpointIO
 from lightning_memload.plugins.compat import Callback, classes
@@ -86,12 +86,16 @@ class MemoryEfficientRestore(Callback):
             change weights when validation or training ends, so that it waits first.
         save_format: ``"torch"``, ``"directory"`` or ``"safetensors+state"``, see ``StreamingCheckpointIO``, if this
             callback installs it.
+        safe_globals: Classes and functions, or their dotted names, that ``weights_only`` allows when ``ckpt_path`` is
+            loaded, as ``torch.serialization.safe_globals`` does. Evaluation and ``restore=["weights"]`` need none: what
+            is refused beside the weights is not loaded then, unless a hook of yours gets the checkpoint.
 
     Attributes:
         report: The figures of the last restore, ``None`` before the first.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of its range, or a name in ``safe_globals`` cannot be imported.
+        TypeError: ``safe_globals`` is no list of classes or names.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[MemoryEfficientRestore()])
@@ -113,6 +117,7 @@ class MemoryEfficientRestore(Callback):
         keep_on_device: bool = False,
         asynchronous_save: bool = False,
         save_format: SaveFormat = "torch",
+        safe_globals: Sequence[SafeGlobal] = (),
     ) -> None:
         super().__init__()
         if mode not in get_args(Mode):
@@ -132,6 +137,7 @@ class MemoryEfficientRestore(Callback):
             progress_bar=progress_bar,
             parts=check_parts(restore),
             replaces_damaged=on_corrupt == "previous",
+            safe_globals=check_safe_globals(safe_globals),
         )
         if weights_from is not None and not isinstance(weights_from, (str, Path, WeightsSource)):
             raise ValueError(f"weights_from must be a path or a WeightsSource, got {weights_from!r}.")
@@ -177,13 +183,15 @@ class MemoryEfficientRestore(Callback):
                 "CheckpointIO that the Trainer was given, or to its strategy. Give StreamingCheckpointIO(format=...)."
             )
         self._observe_saves(trainer, io)
+        if io is None and self._options.safe_globals:
+            rank_zero_warn("MemoryEfficientRestore(safe_globals=...) is ignored: it does not load the checkpoint.")
         if io is None and self._options.replaces_damaged:
             rank_zero_warn("MemoryEfficientRestore(on_corrupt='previous') is ignored: it does not load the checkpoint.")
         if self._keep_on_device:
             keep_strategy_on_device(trainer.strategy)
         self._run = RestoreRun(self._options, trainer, pl_module, stage, streams=io is not None)
         if io is not None:
-            self._undo.append(io.observe(self._run))
+            self._undo += [io.observe(self._run), io.allow(self._run.allowance)]
         if not loads_by_itself(trainer.strategy):
             self._undo.append(before_move(trainer.strategy, lambda: self._end_weights(trainer, pl_module)))
         meet = self._run.meet_companions

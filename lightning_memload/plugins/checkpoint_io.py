@@ -15,7 +15,8 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -23,7 +24,13 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_memload.checkpoint import MappedCheckpoint, UnmappableCheckpoint, load_mapped
+from lightning_memload.checkpoint import (
+    MappedCheckpoint,
+    SafeGlobal,
+    UnmappableCheckpoint,
+    allow_globals,
+    load_mapped,
+)
 from lightning_memload.errors import MemloadError
 from lightning_memload.memory import MemoryMonitor
 from lightning_memload.plugins.compat import TorchCheckpointIO, classes
@@ -38,13 +45,26 @@ from lightning_memload.save import (
     write_torch,
 )
 
-__all__ = ["LoadObserver", "SaveFormat", "SaveObserver", "StreamingCheckpointIO"]
+__all__ = ["Allowance", "LoadObserver", "SaveFormat", "SaveObserver", "StreamingCheckpointIO"]
 
 SaveFormat = Literal["torch", "directory", "safetensors+state"]
 
 # In a file of this name the launchers of Lightning (2.5, 2.6) that fork or spawn hand the trained weights to the main
 # process, where no callback has installed anything.
 _LAUNCHER_FILE = ".temp.ckpt"
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What a load may do beyond ``weights_only``.
+
+    Attributes:
+        safe_globals: Classes, functions or their names that ``weights_only`` allows for this load.
+        erases: Load all else where it refuses others; ``MappedCheckpoint.refusal`` then tells.
+    """
+
+    safe_globals: Sequence[SafeGlobal] = ()
+    erases: bool = False
 
 
 class LoadObserver(Protocol):
@@ -118,6 +138,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         # The checkpoint that was saved or loaded last: what has not changed since then need not be written again.
         self._before: str | None = None
         self._observers: list[LoadObserver] = []
+        self._allowances: list[Callable[[str], Allowance]] = []
 
     def observe(self, observer: LoadObserver) -> Callable[[], None]:
         """Registers who is told of every load.
@@ -129,6 +150,14 @@ class StreamingCheckpointIO(TorchCheckpointIO):
             A function that removes it again; calling it twice is fine.
         """
         return _register(self._observers, observer)
+
+    def allow(self, allowance: Callable[[str], Allowance]) -> Callable[[], None]:
+        """Registers who says what a load may do beyond ``weights_only``, asked with the path that is loaded.
+
+        Returns:
+            A function that removes it again; calling it twice is fine.
+        """
+        return _register(self._allowances, allowance)
 
     def observe_saves(self, observer: SaveObserver) -> Callable[[], None]:
         """Registers who is told the figures of every save that succeeds, in the thread in which it ends.
@@ -324,22 +353,25 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         filesystem, local_path = url_to_fs(str(path))
         if not filesystem.exists(local_path):
             raise FileNotFoundError(f"Checkpoint file not found: {path}")
+        allowances = [allowance(str(path)) for allowance in self._allowances]
         checkpoint: Any
         mapped: MappedCheckpoint | None = None
-        try:
-            if not _is_cpu(map_location):
-                raise UnmappableCheckpoint(f"map_location={map_location!r} moves the tensors.", path=str(path))
-            if not isinstance(filesystem, LocalFileSystem):
-                raise UnmappableCheckpoint(f"{path} is not a local file.", path=str(path))
-            checkpoint, mapped = load_mapped(local_path, weights_only=weights_only)
-            self._before = local_path
-        except UnmappableCheckpoint as reason:
-            if filesystem.isdir(local_path):
-                raise  # there is no ordinary way: torch.load knows files only
-            rank_zero_warn(
-                f"{reason} It is loaded the ordinary way: the whole checkpoint in host memory, on every rank."
-            )
-            checkpoint = self._load_ordinarily(path, map_location, weights_only)
+        with allow_globals([item for allowance in allowances for item in allowance.safe_globals]):
+            try:
+                if not _is_cpu(map_location):
+                    raise UnmappableCheckpoint(f"map_location={map_location!r} moves the tensors.", path=str(path))
+                if not isinstance(filesystem, LocalFileSystem):
+                    raise UnmappableCheckpoint(f"{path} is not a local file.", path=str(path))
+                erases = any(allowance.erases for allowance in allowances)
+                checkpoint, mapped = load_mapped(local_path, weights_only=weights_only, erases=erases)
+                self._before = local_path
+            except UnmappableCheckpoint as reason:
+                if filesystem.isdir(local_path):
+                    raise  # there is no ordinary way: torch.load knows files only
+                rank_zero_warn(
+                    f"{reason} It is loaded the ordinary way: the whole checkpoint in host memory, on every rank."
+                )
+                checkpoint = self._load_ordinarily(path, map_location, weights_only)
         is_taken = [observer.on_load_end(str(path), checkpoint, mapped) for observer in self._observers]
         if mapped is not None and not any(is_taken):
             checkpoint = _detach_at_end(checkpoint, mapped)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_memload.checkpoint import MappedCheckpoint
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.checkpoint import MappedCheckpoint, SafeGlobal, holds_refused
+from lightning_memload.errors import CheckpointFormatError, UnsafeGlobalsError
 from lightning_memload.plugins.arguments import LoadingOptions, lightnings_option, split_arguments
 from lightning_memload.plugins.compat import classes, package_of
 from lightning_memload.restore import LoadOptions, WeightsSource, find_state_dict, meta_init, open_any
@@ -51,8 +52,8 @@ def load_from_checkpoint(
     Options are keywords, ``device="cuda"``, like the module's own arguments. A keyword that the constructor of ``cls``
     names is the module's, as in Lightning, even if there is an option of the same name; so is one that the file has as
     a hyperparameter, if the constructor takes any keyword. ``strict``, ``weights_only`` and ``hparams_file`` are always
-    options, as in Lightning. A warning tells what a keyword was taken as where it could be either one. To say which one
-    is meant, pass the options as a dict after the path: then every keyword is the module's.
+    options, as in Lightning, and so is ``safe_globals``. A warning tells what a keyword was taken as where it could be
+    either one. To say which is meant, pass the options as a dict after the path: then all keywords are the module's.
 
     Args:
         cls: The class to build.
@@ -65,7 +66,9 @@ def load_from_checkpoint(
             was saved from.
         mode: ``"copy"`` or ``"assign"``, see :func:`load_weights`.
         strict: As in Lightning. ``None``: the module's ``strict_loading``.
-        weights_only: Passed to ``torch.load`` exactly as given, ``None`` by default.
+        weights_only: Passed to ``torch.load`` exactly as given, ``None`` by default. What it refuses outside of weights
+            and hyperparameters is not loaded, unless ``cls`` overrides ``on_load_checkpoint``.
+        safe_globals: See :func:`load_weights`.
         hparams_file: As in Lightning: a ``.yaml`` or ``.csv`` file that takes the place of the hyperparameters.
         host_budget_mib, num_threads, verify, check_fit: See :func:`load_weights`.
 
@@ -74,6 +77,7 @@ def load_from_checkpoint(
 
     Raises:
         CheckpointFormatError: The file is damaged, or holds no weights.
+        UnsafeGlobalsError: ``weights_only`` refuses classes in what is needed.
         IncompatibleWeightsError: The weights do not fit, see :func:`load_weights`.
         TypeError: An argument is neither an option nor one of ``cls`` (Lightning drops such an argument in silence), or
             ``cls`` is no LightningModule.
@@ -91,7 +95,10 @@ def load_from_checkpoint(
             f"load_from_checkpoint() builds LightningModules, and {cls.__qualname__} is none. Build it yourself, and "
             "give it its weights with load_weights()."
         )
-    checkpoint, mapped = _open(cls, path, lightnings_option("weights_only", options, arguments))
+    weights_only, safe_globals = (
+        lightnings_option(name, options, arguments) for name in ("weights_only", "safe_globals")
+    )
+    checkpoint, mapped = _open(cls, path, weights_only, safe_globals or ())
     hparams_file = lightnings_option("hparams_file", options, arguments)
     if hparams_file is not None:
         checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY] = _read_hyper_parameters(cls, hparams_file)
@@ -125,12 +132,18 @@ def load_from_checkpoint(
 
 
 def _open(
-    cls: type[pl.LightningModule], path: str | os.PathLike[str], weights_only: bool | None
+    cls: type[pl.LightningModule],
+    path: str | os.PathLike[str],
+    weights_only: bool | None,
+    safe_globals: Sequence[SafeGlobal],
 ) -> tuple[dict[str, Any], MappedCheckpoint]:
     """The checkpoint, as it would be if a Lightning of today had saved it, and its mapping."""
     package = package_of(cls)
+    # A hook of the user gets the whole checkpoint, so all of it must be there.
+    erases = cls.on_load_checkpoint is package.find("lightning.pytorch.LightningModule").on_load_checkpoint
     with package.reading_old_pickles():
-        checkpoint, mapped = open_any(path, weights_only)
+        checkpoint, mapped = open_any(path, weights_only, safe_globals, erases=erases)
+    _leave_out_refused(cls, checkpoint, mapped.refusal)
     if not isinstance(checkpoint, dict):
         raise CheckpointFormatError(f"{path} holds a {type(checkpoint).__name__}, not a dict.", path=os.fspath(path))
     if "state_dict" not in checkpoint:
@@ -138,6 +151,20 @@ def _open(
     if "pytorch-lightning_version" in checkpoint:
         checkpoint = package.migrate(checkpoint, os.fspath(path))
     return checkpoint, mapped
+
+
+def _leave_out_refused(cls: type[pl.LightningModule], checkpoint: Any, refusal: UnsafeGlobalsError | None) -> None:
+    """Takes out of a checkpoint what ``weights_only`` refused, if building the module does not need it."""
+    if refusal is None:
+        return
+    needed = {"state_dict", *_PAST_HYPER_PARAMETERS_KEYS, cls.CHECKPOINT_HYPER_PARAMS_KEY}
+    needed |= {cls.CHECKPOINT_HYPER_PARAMS_NAME, cls.CHECKPOINT_HYPER_PARAMS_TYPE}
+    items = checkpoint.items() if isinstance(checkpoint, dict) else ()
+    refused = [key for key, value in items if holds_refused((key, value))]
+    if not refused or needed & set(refused) or "state_dict" not in checkpoint:
+        raise refusal
+    for key in refused:
+        del checkpoint[key]
 
 
 def _load_options(asked: LoadingOptions) -> LoadOptions:

@@ -11,15 +11,17 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_memload.errors import CheckpointFormatError, IncompleteCheckpointError
+from lightning_memload.checkpoint import holds_refused
+from lightning_memload.errors import CheckpointFormatError, IncompleteCheckpointError, UnsafeGlobalsError, listed
 from lightning_memload.plugins.compat import package_of
 from lightning_memload.restore import find_state_dict
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["Part", "check_parts", "take_parts"]
+__all__ = ["Part", "check_parts", "hooks_load", "leave_out_refused", "take_parts"]
 
 Part = Literal["weights", "optimizer", "loops", "callbacks"]
 
@@ -66,7 +68,7 @@ def take_parts(
     """
     if not isinstance(checkpoint, dict):
         raise CheckpointFormatError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint.", path=path)
-    may_be_supplied = _hooks_load(trainer, module)
+    may_be_supplied = hooks_load(trainer, module)
     if "state_dict" not in checkpoint and (parts is None or "weights" in parts):
         _find_weights(checkpoint, path, may_be_supplied=may_be_supplied)
     if trainer.state.fn != "fit":
@@ -107,7 +109,30 @@ def _own_weights(module: pl.LightningModule) -> dict[str, Any]:
     return weights
 
 
-def _hooks_load(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+def leave_out_refused(checkpoint: Any, refusal: UnsafeGlobalsError, trainer: pl.Trainer) -> None:
+    """Takes out of a checkpoint, in place, what ``weights_only`` refused, if the Trainer does not need it.
+
+    Raises:
+        UnsafeGlobalsError: It needs it: weights, or states of callbacks or of the data module.
+    """
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    needed = {"state_dict", "callbacks", type(datamodule).__qualname__}
+    refused = (
+        [key for key, value in checkpoint.items() if holds_refused((key, value))]
+        if isinstance(checkpoint, dict)
+        else []
+    )
+    if not refused or needed & set(refused):
+        raise refusal
+    for key in refused:
+        del checkpoint[key]
+    rank_zero_info(
+        f"Not loaded from {refusal.path}: {listed(map(str, refused))}. weights_only=True refuses classes in it "
+        f"({listed(refusal.places)}), and only weights are needed."
+    )
+
+
+def hooks_load(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
     """Whether somebody's ``on_load_checkpoint`` may yet supply what a checkpoint lacks."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     ours = ("lightning", "pytorch_lightning", "lightning_memload")

@@ -18,12 +18,14 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from tqdm.auto import tqdm
 
-from lightning_memload.checkpoint import FileSet, MappedCheckpoint
+from lightning_memload.checkpoint import FileSet, MappedCheckpoint, SafeGlobal
 from lightning_memload.distributed import Companions
+from lightning_memload.errors import CheckpointFormatError
 from lightning_memload.memory import MemoryMonitor
+from lightning_memload.plugins.checkpoint_io import Allowance
 from lightning_memload.plugins.compat import classes
 from lightning_memload.plugins.damaged import choose_intact
-from lightning_memload.plugins.parts import take_parts
+from lightning_memload.plugins.parts import hooks_load, leave_out_refused, take_parts
 from lightning_memload.plugins.rank_maxima import reduce_maxima
 from lightning_memload.plugins.seams import all_ranks_load
 from lightning_memload.report import MEMORY_FIGURES, PhaseReport, RestoreReport
@@ -32,6 +34,7 @@ from lightning_memload.restore import (
     RestoreSession,
     WeightsRestore,
     WeightsSource,
+    add_compiled_versions,
     mapped_bytes,
     meta_names,
 )
@@ -68,6 +71,7 @@ class RestoreOptions:
     progress_bar: bool
     parts: frozenset[str] | None = None
     replaces_damaged: bool = False
+    safe_globals: tuple[SafeGlobal, ...] = ()
 
 
 class RestoreRun:
@@ -137,6 +141,14 @@ class RestoreRun:
         self._chooses = False
         return choose_intact(path, self._trainer, self._companions)
 
+    def allowance(self, path: str) -> Allowance:
+        """What is refused is left out where weights alone are restored, and no hook of a user sees the rest."""
+        if self.path != path:
+            return Allowance()
+        weights_alone = self._stage != "fit" or self._options.parts == frozenset(("weights",))
+        erases = weights_alone and not hooks_load(self._trainer, self._module)
+        return Allowance(self._options.safe_globals, erases)
+
     def load_weights(self, source: WeightsSource) -> None:
         """Streams the weights of a checkpoint into the module, without a resume.
 
@@ -167,7 +179,18 @@ class RestoreRun:
         if self.path != path or self._session is not None:
             return False
         self._begin_phase("weights")
-        take_parts(checkpoint, self._options.parts, path=path, trainer=self._trainer, module=self._module)
+        refusal = mapped.refusal if mapped is not None else None
+        if refusal is not None:
+            leave_out_refused(checkpoint, refusal, self._trainer)
+        try:
+            take_parts(checkpoint, self._options.parts, path=path, trainer=self._trainer, module=self._module)
+        except CheckpointFormatError:
+            if refusal is not None:
+                raise refusal from None
+            raise
+        if isinstance(checkpoint, dict):
+            paths = [name for name, _ in self._module.named_modules(remove_duplicate=False)]
+            add_compiled_versions(checkpoint.get("state_dict"), paths)
         step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
         self._global_step = step if isinstance(step, int) else None
         self._checkpoint = checkpoint
