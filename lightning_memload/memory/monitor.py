@@ -10,6 +10,7 @@ of child processes, and pages that were swapped out.
 from __future__ import annotations
 
 import dataclasses
+import contextlib
 import os
 import threading
 import time
@@ -405,7 +406,7 @@ class _Process:
                 window.begin(time.perf_counter(), host, status, rss_mark_was_reset=rss_mark_was_reset)
                 self._windows.append(window)
                 self._adjust_sampler()
-            except BaseException:  # No such CUDA device, no thread to be had: leave nothing behind.
+            except BaseException:  # No such CUDA device: leave nothing behind.
                 self._remove(window)
                 raise
 
@@ -491,8 +492,11 @@ class _Process:
         interval_seconds = min(window.interval_seconds for window in self._windows)
         if self._sampler is None:
             sampler = _Sampler(self, interval_seconds)
-            sampler.start()
-            self._sampler = sampler
+            # Where no thread can be started, as while the interpreter shuts down, the kernel's marks and the samples
+            # at the ends of each window remain.
+            with contextlib.suppress(RuntimeError):
+                sampler.start()
+                self._sampler = sampler
         elif self._sampler.interval_seconds != interval_seconds:
             self._sampler.set_interval(interval_seconds)
 

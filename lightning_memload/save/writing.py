@@ -12,7 +12,6 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -23,7 +22,15 @@ from zlib_ng import zlib_ng
 
 from lightning_memload.save.layout import Piece, plan_writes
 from lightning_memload.save.pickling import Stretch
-from lightning_memload.transfer import MIN_BUDGET_BYTES, RingLayout, StagingRing, choose_layout, on_device, on_stream
+from lightning_memload.transfer import (
+    MIN_BUDGET_BYTES,
+    RingLayout,
+    StagingRing,
+    choose_layout,
+    on_device,
+    on_stream,
+    run_threads,
+)
 
 __all__ = [
     "Content",
@@ -291,7 +298,7 @@ class _Writing:
         for device, stream in self._streams.items():
             stream.wait_event(made[device])
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._stopped = False
         self._crc32s = [0] * len(contents)
         # Of records that are cut: start, length and CRC-32 of the pieces so far, and the bytes that are missing.
         self._parts: dict[int, list[tuple[int, int, int]]] = {}
@@ -300,40 +307,41 @@ class _Writing:
     def run(self, num_threads: int) -> list[int]:
         num_threads = max(1, min(num_threads, self._num_writes))
         num_first = self._num_first
+
+        def work_alone() -> None:
+            self._finish_first()
+            self._work(num_first)
+
         try:
-            with ThreadPoolExecutor(num_threads, thread_name_prefix="memload-save") as pool:
-                futures = [pool.submit(self._work, num_first) for _ in range(num_threads)]
-                try:
-                    self._finish_first()
-                    for future in futures:
-                        future.result()
-                finally:
-                    self._stop.set()
+            run_threads(
+                lambda: self._work(num_first),
+                num_threads,
+                self._stop,
+                meanwhile=lambda started: self._finish_first(),
+                alone=work_alone,
+            )
         finally:
             # A thread that failed may have left copies under way, and the ring is about to be freed.
             for stream in self._streams.values():
                 stream.synchronize()
         return self._crc32s
 
+    def _stop(self) -> None:
+        self._stopped = True
+
     def _work(self, num_first: int) -> None:
         with on_device(next(iter(self._streams), None)):
             self._write_all(num_first)
 
     def _write_all(self, num_first: int) -> None:
-        try:
-            while (write := self._next_write()) is not None:
-                number, pieces = write
-                with ExitStack() as stack:
-                    data = self._bring(pieces, stack)
-                    crc32s = [
-                        self._sum_up(piece, zlib_ng.crc32(view)) for piece, view in zip(pieces, data, strict=True)
-                    ]
-                    self._target.write(pieces, data, crc32s)
-                if number < num_first:
-                    self._finish_first()
-        except BaseException:
-            self._stop.set()
-            raise
+        while (write := self._next_write()) is not None:
+            number, pieces = write
+            with ExitStack() as stack:
+                data = self._bring(pieces, stack)
+                crc32s = [self._sum_up(piece, zlib_ng.crc32(view)) for piece, view in zip(pieces, data, strict=True)]
+                self._target.write(pieces, data, crc32s)
+            if number < num_first:
+                self._finish_first()
 
     def _finish_first(self) -> None:
         with self._lock:
@@ -344,7 +352,7 @@ class _Writing:
 
     def _next_write(self) -> tuple[int, tuple[Piece, ...]] | None:
         with self._lock:
-            return None if self._stop.is_set() else next(self._next, None)
+            return None if self._stopped else next(self._next, None)
 
     def _bring(self, pieces: tuple[Piece, ...], stack: ExitStack) -> list[memoryview]:
         """The bytes of all pieces in host memory, valid as long as the stack is open."""

@@ -11,11 +11,19 @@ from lightning_memload.transfer.staging import (
     choose_layout,
     start_ring,
 )
-from lightning_memload.transfer.threads import available_cpus, check_num_threads, default_threads
+from lightning_memload.transfer.threads import (
+    Latch,
+    available_cpus,
+    check_num_threads,
+    default_threads,
+    run_threads,
+    start_thread,
+)
 from lightning_memload.transfer.verify import VerifyReport, verify_checkpoint
 
 __all__ = [
     "MIN_BUDGET_BYTES",
+    "Latch",
     "LazyRing",
     "Record",
     "RingLayout",
@@ -30,7 +38,9 @@ __all__ = [
     "default_threads",
     "on_device",
     "on_stream",
+    "run_threads",
     "start_ring",
+    "start_thread",
     "transfer",
     "verify_checkpoint",
 ]

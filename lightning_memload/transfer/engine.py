@@ -216,7 +216,9 @@ class _Transfer:
             # The destinations' memory may still be in use by work that was queued before they were allocated.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
-            run_threads(self._read_all, self._num_threads, self._stop, meanwhile=self._copy_all)
+            run_threads(
+                self._read_all, self._num_threads, self._stop, meanwhile=self._copy_all, alone=self._read_and_copy
+            )
         finally:
             if self._stream is not None:
                 self._stream.synchronize()
@@ -237,8 +239,13 @@ class _Transfer:
         with self._lock:
             return None if self._stopped else next(self._jobs, None)
 
-    def _read_all(self) -> None:
-        """Reads, in each of the threads. What stays on the CPU they convert as well."""
+    def _read_and_copy(self) -> None:
+        """Reads and copies by turns, in the calling thread, where no thread can be started."""
+        with on_stream(self._stream):
+            self._read_all(copies=True)
+
+    def _read_all(self, *, copies: bool = False) -> None:
+        """Reads, in each of the threads. What stays on the CPU they convert as well, and with ``copies`` all else."""
         try:
             # Both are properties of a thread.
             with torch.inference_mode(self._inference_mode), torch.no_grad():
@@ -250,8 +257,10 @@ class _Transfer:
                         if buffer is None:
                             return
                         self._read(job, [(0, buffer.view[: job.read.nbytes])])
-                        if self._device is None:
+                        if self._device is None or copies:
                             self._copy(job, buffer)
+                            buffer.mark()
+                            buffer.wait()
                             self._empty.put(buffer)
                         else:
                             self._full.put((job, buffer))
@@ -259,9 +268,8 @@ class _Transfer:
         finally:
             self._full.put(None)
 
-    def _copy_all(self) -> None:
+    def _copy_all(self, running: int) -> None:
         """Copies from the staging buffers to the device, in the calling thread, until all threads have ended."""
-        running = self._num_threads
         under_way: deque[_Buffer] = deque()
         with torch.no_grad(), on_stream(self._stream):
             while running:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import mmap
 import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lightning_memload.transfer.cuda_context import on_device
-from lightning_memload.transfer.threads import default_threads
+from lightning_memload.transfer.threads import default_threads, run_threads, start_thread
 
 __all__ = [
     "MIN_BUDGET_BYTES",
@@ -147,8 +146,9 @@ class StagingRing:
 
     def _pin(self) -> bool:
         # CUDA keeps an error for the thread in which it happened, and torch's next kernel there would fail with it.
-        with ThreadPoolExecutor(1, thread_name_prefix="memload-register") as thread:
-            status = thread.submit(self._register).result()
+        statuses: list[Any] = []
+        run_threads(lambda: statuses.append(self._register()), 1, lambda: None)
+        (status,) = statuses
         if int(status) == 0:
             return True
         reason = torch.cuda.cudart().cudaGetErrorString(status)
@@ -190,8 +190,8 @@ class LazyRing:
     def prepare(self) -> None:
         """Begins to make the ring and returns. Page-locking 128 MiB takes 70 to 100 ms."""
         if self._ring is None and self._maker is None:
-            self._maker = threading.Thread(target=self._make, name="memload-pin", daemon=True)
-            self._maker.start()
+            # Without a thread it is made when it is needed.
+            self._maker = start_thread(self._make, "memload-pin")
 
     def get(self) -> StagingRing:
         """The ring, always the same until it is closed.

@@ -442,20 +442,30 @@ class TestReading:
         for copy, other in zip(copies, again, strict=True):
             assert torch.equal(copy.destination, other.destination)
 
-    def test_a_thread_that_cannot_be_had_ends_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        started: list[threading.Thread] = []
+    @pytest.mark.parametrize("to_device", [False, True])
+    @pytest.mark.parametrize("available", [0, 2])
+    def test_threads_that_cannot_be_had_are_done_without(
+        self, available: int, to_device: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[threading.Thread] = []
         start = threading.Thread.start
 
-        def refuse_the_third(thread: threading.Thread) -> None:
-            started.append(thread)
-            if len(started) == 3:
+        def refuse_some(thread: threading.Thread) -> None:
+            asked.append(thread)
+            if len(asked) > available:
                 raise RuntimeError("can't start new thread")
             start(thread)
 
+        if to_device:
+            monkeypatch.setattr(_Transfer, "_plan", pretend_a_device)
+        source, expected = converted(40)
+        move(source, expected, threads=3, block=5000)
         source, copies = converted(40)
-        monkeypatch.setattr(threading.Thread, "start", refuse_the_third)
-        with pytest.raises(RuntimeError, match="can't start new thread"):
-            move(source, copies, threads=3, block=5000)
+        monkeypatch.setattr(threading.Thread, "start", refuse_some)
+        move(source, copies, threads=3, block=5000)
+        assert len(asked) == available + 1
+        for copy, other in zip(expected, copies, strict=True):
+            assert torch.equal(copy.destination, other.destination)
 
     @pytest.mark.parametrize(("threads", "block"), [(1, 1 << 20), (2, 4096)])
     def test_a_ring_that_is_too_small(self, threads: int, block: int) -> None:
