@@ -1,5 +1,6 @@
 """What the processes of one run tell each other. Knows ``torch.distributed``, and neither Lightning nor checkpoints."""
 
 from lightning_memload.distributed.companions import Companions, LostCompanion
+from lightning_memload.distributed.writer import Writer
 
-__all__ = ["Companions", "LostCompanion"]
+__all__ = ["Companions", "LostCompanion", "Writer"]

@@ -99,7 +99,7 @@ class Companions:
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         # MPI has no store; and no figure is worth a failed run.
         with contextlib.suppress(Exception):
-            return cls(_default_store(), rank, world_size, agrees=agrees)
+            return cls(default_store(), rank, world_size, agrees=agrees)
         return None
 
     def meet(self) -> None:
@@ -221,7 +221,7 @@ class Companions:
         return json.loads(self._store.get(key))
 
 
-def _default_store() -> KeyValueStore:
+def default_store() -> KeyValueStore:
     """The store of the default process group.
 
     torch (2.6 to 2.14) has no public name for it, and a store of our own would need an address that all ranks know.

@@ -9,8 +9,8 @@ of child processes, and pages that were swapped out.
 
 from __future__ import annotations
 
-import dataclasses
 import contextlib
+import dataclasses
 import os
 import threading
 import time

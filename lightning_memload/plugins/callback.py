@@ -10,17 +10,22 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_memload.checkpoint import FileSet, SafeGlobal, check_safe_globals
+from lightning_memload.distributed import Writer
 from lightning_memload.errors import MetaTensorError, listed
-from lightning_memload.plugins.checkpoint_io import SaveFormat, StreamingCheckpointIO
+from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
 from lightning_memload.plugins.compat import Callback, classes
 from lightning_memload.plugins.damaged import OnCorrupt, tell_of_damage
 from lightning_memload.plugins.mixed_imports import name_mixed_imports
+from lightning_memload.plugins.onlookers import only_lightning_looks, only_steps_change, tell_who_misses_directories
 from lightning_memload.plugins.parts import Part, check_parts
+from lightning_memload.plugins.pending import Gate
 from lightning_memload.plugins.run import Mode, RestoreOptions, RestoreRun
 from lightning_memload.plugins.saves import SaveLog
+from lightning_memload.plugins.saving_io import Asynchronous, SaveFormat, check_asynchronous
 from lightning_memload.plugins.seams import (
     before_move,
     begin_averages,
@@ -81,9 +86,10 @@ class MemoryEfficientRestore(Callback):
             verifies its own file, and all restore the same checkpoint, or all raise. Give it on every rank.
         keep_on_device: Leave the module and the optimizer states where they are when ``fit`` ends. Lightning moves
             them to host memory then, which takes as much of it as the training took of the device's.
-        asynchronous_save: Let training go on while a local checkpoint is written, without a copy of the model; see
-            ``StreamingCheckpointIO.save_checkpoint`` for what is guaranteed. List this callback before others that
-            change weights when validation or training ends, so that it waits first.
+        asynchronous_save: ``True``: a save returns when the checkpoint is written and has its name, and does not wait
+            for the disk. ``"until_step"``: what only optimizers' steps change is written until the next step, which
+            waits; see ``StreamingCheckpointIO.save_checkpoint`` for what you promise. List this callback before others
+            that change weights when validation or training ends, so that it waits first. Neither copies the model.
         save_format: ``"torch"``, ``"directory"`` or ``"safetensors+state"``, see ``StreamingCheckpointIO``, if this
             callback installs it.
         safe_globals: Classes and functions, or their dotted names, that ``weights_only`` allows when ``ckpt_path`` is
@@ -115,7 +121,7 @@ class MemoryEfficientRestore(Callback):
         weights_from: str | Path | WeightsSource | None = None,
         on_corrupt: OnCorrupt = "raise",
         keep_on_device: bool = False,
-        asynchronous_save: bool = False,
+        asynchronous_save: Asynchronous = False,
         save_format: SaveFormat = "torch",
         safe_globals: Sequence[SafeGlobal] = (),
     ) -> None:
@@ -152,16 +158,18 @@ class MemoryEfficientRestore(Callback):
         self._undo: list[Callable[[], Any]] = []
         if save_format not in get_args(SaveFormat):
             raise ValueError(f"save_format must be one of {get_args(SaveFormat)}, got {save_format!r}.")
+        check_asynchronous("asynchronous_save", asynchronous_save)
         self._asynchronous_save = asynchronous_save
         self._save_format = save_format
         self._io: StreamingCheckpointIO | None = None
         self._saves: SaveLog | None = None
         self._forget_saves: Callable[[], Any] | None = None
         self._forget_loads: Callable[[], Any] | None = None
+        self._writer: Writer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy belongs to another Trainer, and so to other saves and another module."""
-        own = ("_io", "_saves", "_forget_saves", "_forget_loads", "_has_weights", "_exposed")
+        own = ("_io", "_saves", "_forget_saves", "_forget_loads", "_has_weights", "_exposed", "_writer")
         return {**self.__dict__, **dict.fromkeys(own)}
 
     # Lightning's hooks ----------------------------------------------------------------------------------------------
@@ -171,17 +179,23 @@ class MemoryEfficientRestore(Callback):
         self._abort()
         self._tell_changed_files()
         io = self._io = install_io(trainer, self._make_io)
-        if self._asynchronous_save and (io is None or not io.asynchronous):
+        wanted = self._asynchronous_save
+        if wanted and (io is None or io.asynchronous != wanted):
             rank_zero_warn(
-                "MemoryEfficientRestore(asynchronous_save=True) is left out: how to save is up to the CheckpointIO "
-                "that the Trainer was given, or to its strategy. Leave that plugin out, or give "
-                "StreamingCheckpointIO(asynchronous=True), not within Lightning's AsyncCheckpointIO."
+                f"MemoryEfficientRestore(asynchronous_save={wanted!r}) is ignored: how to save is up to the "
+                "CheckpointIO that the Trainer was given, or to its strategy. Leave that plugin out, or give "
+                f"StreamingCheckpointIO(asynchronous={wanted!r}), not within Lightning's AsyncCheckpointIO."
             )
+        if io is not None and io.asynchronous == "until_step":
+            self._writer = Writer(trainer.world_size, is_here=trainer.is_global_zero)
+            self._writer.arrive()
         if self._save_format != "torch" and (io is None or io.format != self._save_format):
             rank_zero_warn(
                 f"MemoryEfficientRestore(save_format={self._save_format!r}) is left out: how to save is up to the "
                 "CheckpointIO that the Trainer was given, or to its strategy. Give StreamingCheckpointIO(format=...)."
             )
+        if io is not None and io.format != "torch":
+            tell_who_misses_directories(trainer.loggers)
         self._observe_saves(trainer, io)
         if io is None and self._options.safe_globals:
             rank_zero_warn("MemoryEfficientRestore(safe_globals=...) is ignored: it does not load the checkpoint.")
@@ -207,33 +221,36 @@ class MemoryEfficientRestore(Callback):
         self._finish(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Everything is restored, and from here on only steps change what optimizers have."""
+        """Everything is restored, and from here on only steps change what optimizers have, if that is promised."""
         self._finish(trainer)
         if self._io is None or not self._io.asynchronous:
             return
-        if _averages_weights(trainer):
+        if self._io.asynchronous is True or not only_steps_change(trainer):
             self._io.begin_steps(tuple)
-        else:
-            self._io.begin_steps(lambda: tensors_of_optimizers(trainer.optimizers, pl_module.modules()))
-            gate = _Gate(self._io.wait_until_written)
-            hook = pl_module.register_load_state_dict_pre_hook(gate)  # type: ignore[no-untyped-call]
-            self._forget_loads = hook.remove
+            return
+        self._io.begin_steps(lambda: self._changed_in_steps(trainer, pl_module))
+        gate = Gate(self._io.wait_until_written)
+        hook = pl_module.register_load_state_dict_pre_hook(gate)  # type: ignore[no-untyped-call]
+        self._forget_loads = hook.remove
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs what has been saved meanwhile."""
+        """Logs what has been saved meanwhile, and warns of what could not be."""
         self._flush_saves()
+        if self._io is not None:
+            self._io.tell_what_changed()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Anybody may change the weights now."""
-        self._end_steps()
+        """The weights may change from now on, and every rank finds every checkpoint."""
+        self._end_steps(leaves=False)
         self._flush_saves()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything is restored; during validation others may put averaged weights in place of these."""
         self._finish(trainer)
-        self._wait_until_written()
+        if self._io is not None:
+            self._io.wait_until_written()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything is restored."""
@@ -246,7 +263,7 @@ class MemoryEfficientRestore(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Whatever failed, no hook stays and no memory. Of a damaged checkpoint the error says what to take instead."""
         restoring = self._run is not None and self._run.path == str(trainer.ckpt_path)
-        self._end_steps()
+        self._end_steps(leaves=True)
         self._close_saves()
         self._abort()
         let_teardown_pass(pl_module)
@@ -259,14 +276,12 @@ class MemoryEfficientRestore(Callback):
         """Ends a restore after which nothing was left to train or to evaluate, and tells of the last save."""
         self._finish(trainer)
         self._tell_changed_files()
-        self._end_steps()
-        if self._io is not None and self._log:
-            # Lightning does so when the loggers have ended. An error waits until then, but for one that it would lose:
-            # its AsyncCheckpointIO tells the IO within nothing.
+        self._end_steps(leaves=True)
+        if self._io is not None:
+            # Lightning's AsyncCheckpointIO tells the IO within nothing.
             if isinstance(trainer.strategy.checkpoint_io, classes("lightning.pytorch.plugins.io.AsyncCheckpointIO")):
                 trainer.strategy.checkpoint_io.teardown()
-                self._io.teardown()
-            self._io.wait()
+            self._io.teardown()
         self._close_saves()
 
     # --------------------------------------------------------------------------------------------------------------
@@ -310,7 +325,7 @@ class MemoryEfficientRestore(Callback):
     def _make_io(self, *, wrapped: bool) -> StreamingCheckpointIO:
         return StreamingCheckpointIO(
             host_budget_mib=self._options.host_budget_bytes // _MIB,
-            asynchronous=self._asynchronous_save and not wrapped,
+            asynchronous=False if wrapped else self._asynchronous_save,
             format=self._save_format,
         )
 
@@ -329,15 +344,20 @@ class MemoryEfficientRestore(Callback):
         if self._saves is not None:
             self._saves.close()
 
-    def _wait_until_written(self) -> None:
-        if self._io is not None:
-            self._io.wait_until_written()
+    def _changed_in_steps(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[torch.Tensor]:
+        """What a save that is being made may leave for later; nothing where something could look at it meanwhile."""
+        if self._writer is None or not self._writer.knows_all_ranks() or not only_lightning_looks(trainer):
+            return []
+        self._writer.begin()
+        return tensors_of_optimizers(trainer.optimizers, pl_module.modules())
 
-    def _end_steps(self) -> None:
+    def _end_steps(self, *, leaves: bool) -> None:
         if self._forget_loads is not None:
             self._forget_loads()
         if self._io is not None:
             self._io.end_steps()
+        if self._writer is not None:
+            (self._writer.leave if leaves else self._writer.wait)()
 
     def _finish(self, trainer: pl.Trainer) -> None:
         run = self._take_run()
@@ -384,27 +404,6 @@ class MemoryEfficientRestore(Callback):
             undo()
         self._undo.clear()
         return run
-
-
-class _Gate:
-    """Waits before a module loads a state. In a copy or a pickle of the module there is nothing to wait for."""
-
-    def __init__(self, wait: Callable[[], object] | None = None) -> None:
-        self._wait = wait
-
-    def __call__(self, *_: object) -> None:
-        if self._wait is not None:
-            self._wait()
-
-    def __reduce__(self) -> Any:
-        return _Gate, ()
-
-
-def _averages_weights(trainer: pl.Trainer) -> bool:
-    """Whether one of Lightning's callbacks exchanges weights in place between steps, uncounted by torch."""
-    names = {"WeightAveraging", "StochasticWeightAveraging"}
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return any(names & {kind.__name__ for kind in type(callback).__mro__} for callback in callbacks)
 
 
 def _meta_error(

@@ -1,19 +1,56 @@
-"""The figures of saves, on their way from the thread that saved to the loggers of the one that trains."""
+"""The figures of saves: measured where they are wanted, and brought to the loggers of the thread that trains."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from lightning_memload.memory import MemoryMonitor
 from lightning_memload.report import SaveReport
+from lightning_memload.save import SaveStats
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["SaveLog"]
+__all__ = ["MeasuredSave", "SaveLog", "SaveObserver", "register"]
+
+SaveObserver = Callable[[SaveReport], object]
+
+
+class MeasuredSave:
+    """Measures one save from now on, if there are observers.
+
+    Args:
+        checkpoint: What is saved.
+        observers: Who is told.
+        blocks: Whether training waits for what the calling thread does.
+    """
+
+    def __init__(self, checkpoint: Any, observers: tuple[SaveObserver, ...], *, blocks: bool) -> None:
+        step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
+        self._global_step = step if isinstance(step, int) else None
+        self._observers = observers
+        self._blocks = blocks
+        self._monitor = MemoryMonitor()
+        if observers:
+            self._monitor.start()
+
+    def report(self, stats: SaveStats, blocked_seconds: float) -> None:
+        """Tells the observers."""
+        self.stop()
+        for observer in self._observers:
+            observer(
+                SaveReport(stats, self._monitor.peaks, blocked_seconds if self._blocks else None, self._global_step)
+            )
+
+    def stop(self) -> None:
+        """Ends the measurement, of a save that failed say. Twice is fine."""
+        if self._monitor.is_running:
+            self._monitor.stop()
 
 
 class SaveLog:
@@ -39,12 +76,26 @@ class SaveLog:
 
     def flush(self) -> None:
         """Logs what has come. Loggers know nothing of threads, so only the one that made this object may call it."""
-        while self._trainer is not None and self._reports:
-            report = self._reports.popleft()
-            for logger in self._trainer.loggers:
+        while (trainer := self._trainer) is not None:
+            try:
+                report = self._reports.popleft()
+            except IndexError:
+                return  # a signal handler that saves may have taken the last one
+            for logger in trainer.loggers:
                 logger.log_metrics(report.scalars(), step=report.global_step)
 
     def close(self) -> None:
         """Logs what has come, and no more: the loggers are about to end. People are still told."""
         self.flush()
         self._trainer = None
+
+
+def register(observers: list[Any], observer: Any) -> Callable[[], None]:
+    """Adds an observer; returns a function that removes it again, also when called twice."""
+    observers.append(observer)
+
+    def remove() -> None:
+        if observer in observers:
+            observers.remove(observer)
+
+    return remove

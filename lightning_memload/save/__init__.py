@@ -1,17 +1,26 @@
 """From tensors to disk: a checkpoint, written in bounded host memory and put in its place in one step."""
 
-from lightning_memload.save.background import BackgroundSave, is_in_step, tensors_of_optimizers
+from lightning_memload.save.background import (
+    BackgroundSave,
+    ChangedMeanwhileError,
+    is_in_step,
+    tensors_of_optimizers,
+)
+from lightning_memload.save.reserving import identity, reserve
 from lightning_memload.save.saving import Save, SaveStats
 from lightning_memload.save.tensor_directory import plan_directory_save, save_directory
 from lightning_memload.save.torch_zip import plan_torch_save, save_torch, write_torch
 
 __all__ = [
     "BackgroundSave",
+    "ChangedMeanwhileError",
     "Save",
     "SaveStats",
+    "identity",
     "is_in_step",
     "plan_directory_save",
     "plan_torch_save",
+    "reserve",
     "save_directory",
     "save_torch",
     "tensors_of_optimizers",

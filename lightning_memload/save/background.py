@@ -1,10 +1,13 @@
-"""A save that goes on while training does, of a consistent state and in bounded memory.
+"""A save whose end training does not wait for, of a consistent state and in bounded memory.
 
-Nothing is copied aside. What is saved lies where it lay, so it must not change before it is written. Tensors that only
-an optimizer's step changes may be written until the next step of any optimizer, which waits; everything else is written
-before the save returns. The disk then takes the bytes, and the file gets its name, while training goes on. Should such
-a tensor be changed in place in another way meanwhile, its version counter tells, and the save fails instead of keeping
-bytes of two states. Writes that torch does not count (through ``.data``, or a raw pointer) are not seen.
+By default everything is written, and has its name, before the save returns: every process sees it, and it survives the
+end of this one at any moment. What goes on is what only the disk needs: bringing it there, so that it survives a power
+failure, and removing what it takes the place of.
+
+Tensors that only an optimizer's step changes may be written later, until the next step of any optimizer, which waits.
+Nothing is copied aside. Should such a tensor be changed in place in another way meanwhile, its version counter tells,
+and nothing is published, instead of bytes of two states. Writes that torch does not count (through ``.data``, or a raw
+pointer) are not seen.
 """
 
 from __future__ import annotations
@@ -15,28 +18,36 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_memload.errors import CheckpointWriteError
+from lightning_memload.save.replacement import SetAside
 from lightning_memload.save.saving import Save, SaveStats
 from lightning_memload.save.writing import Order
+from lightning_memload.transfer import Latch, start_thread
 
-__all__ = ["BackgroundSave", "is_in_step", "tensors_of_optimizers"]
+__all__ = ["BackgroundSave", "ChangedMeanwhileError", "is_in_step", "tensors_of_optimizers"]
+
+
+class ChangedMeanwhileError(CheckpointWriteError):
+    """A tensor changed outside an optimizer's step before it was written, so nothing was published."""
 
 
 class BackgroundSave:
-    """A save in a thread of its own. Creating it returns when all is written but what only steps change.
+    """A save that ends in a thread of its own. Creating it returns when all is written but what only steps change.
 
-    The thread is no daemon: a process that ends waits for it. An error that nobody was told of until then is printed.
-    In a forked child there is no such thread and no such save: it has nothing to wait for.
+    Without such tensors everything is written by the calling thread, and has its name when this returns. The thread is
+    no daemon: a process that ends waits for it. Where no thread can be started, everything is done before this returns.
+    An error that was not told until the end of the process is printed then. In a forked child there is no such thread
+    and no such save: it has nothing to wait for. A fork waits until everything is written.
 
     Args:
         save: What to carry out. Planned in this thread, since planning reads the whole object.
         changed_in_steps: Tensors that nothing but the step of an optimizer changes.
-        on_end: Called in the thread with this object and what the save did, ``None`` if it failed.
+        on_end: Called with this object and what the save did, ``None`` if it failed, in the thread in which it ends.
 
     Attributes:
         path: What is replaced, or created.
@@ -47,6 +58,8 @@ class BackgroundSave:
         Exception: Likewise.
     """
 
+    _unwritten: ClassVar[set[BackgroundSave]] = set()
+
     def __init__(
         self,
         save: Save,
@@ -56,94 +69,136 @@ class BackgroundSave:
     ) -> None:
         self.path = save.path
         self.blocked_seconds = 0.0
-        self._save: Save | None = save
+        self._save = save
         self._on_end = on_end
         self._versions = [(tensor, tensor._version) for tensor in changed_in_steps]
         self._may_wait = {tensor.untyped_storage()._cdata for tensor, _ in self._versions}
         self._pid = os.getpid()
-        self._first, self._written = threading.Event(), threading.Event()
-        self._lock = threading.Lock()
-        self._actions: list[Callable[[], object]] = []
+        self._first, self._published, self._ended = Latch(), Latch(), Latch()
+        self._lock = threading.RLock()  # a signal handler that interrupts may take it again
+        self._set_aside: list[SetAside] = []
         self._is_closed = False
         self._error: BaseException | None = None
         self._waits_since: float | None = time.perf_counter()
-        self._hook: Any = register_optimizer_step_pre_hook(self._before_step) if self._versions else None
+        self._hook: Any = None
+        self._ident: int | None = None
+        if self._versions:
+            self._hook = register_optimizer_step_pre_hook(self._before_step)
+            self._unwritten.add(self)
+        else:
+            self._write(None)
+        # Tells, at the end of the process, of an error that was not told before.
         atexit.register(self.result)
-        self._thread = threading.Thread(target=self._run, name="memload-background-save")
-        self._thread.start()
-        self._first.wait()
+        self._thread = start_thread(self._run, "memload-background-save")
+        if self._thread is None:
+            self._run()
+        try:
+            self._first.wait()
+        except BaseException:
+            self.wait()  # or the caller, who is interrupted, would not know of it
+            raise
         if self._error is not None:
             self.result()
 
     @property
-    def has_failed(self) -> bool:
-        """Whether there is an error that :meth:`result` is going to raise."""
-        return self._error is not None
+    def is_changed(self) -> bool:
+        """Whether it is known that nothing was published since a tensor changed, and that was not told yet."""
+        return isinstance(self._error, ChangedMeanwhileError)
 
     def wait_until_written(self) -> None:
-        """Returns when all bytes are written, or never will be. From then on any tensor may change. Raises nothing."""
-        if self._written.is_set() or os.getpid() != self._pid:
+        """Returns when it has its place, or failed. From then on any tensor may change. Raises nothing."""
+        if self._published.is_set() or os.getpid() != self._pid:
             return
         self._waits_since = time.perf_counter()
-        self._written.wait()
+        self._published.wait()
 
     def wait(self) -> None:
         """Returns when the save has ended, well or not. Raises nothing."""
-        if os.getpid() == self._pid:
-            self._thread.join()
-            self._let_go()
+        if os.getpid() != self._pid:
+            return
+        self._ended.wait()
+        if self._thread is not None:
+            # It is at its last instruction. A signal handler that interrupts a join must not join for ever.
+            self._thread.join(timeout=1)
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        atexit.unregister(self.result)
 
     def result(self) -> None:
-        """Waits for the end. The error is told once: whoever asks next gets nothing.
+        """Waits for the end. The error is told once: the next call raises nothing.
 
         Raises:
-            CheckpointWriteError: The save failed, or a tensor changed outside a step before it was written.
+            ChangedMeanwhileError: A tensor changed outside a step before it was written. Nothing was published.
+            CheckpointWriteError: The save failed.
             Exception: What else went wrong.
         """
         self.wait()
-        error, self._error = self._error, None
-        if error is not None and os.getpid() == self._pid:
+        error = self.take_error()
+        if error is not None:
             raise error
 
-    def afterwards(self, action: Callable[[], object]) -> bool:
-        """Has something done in the thread when the save has succeeded, and not at all if it fails.
+    def take_error(self) -> BaseException | None:
+        """Gives the error to a caller that tells it."""
+        error, self._error = self._error, None
+        return error if os.getpid() == self._pid else None
+
+    def remove_at_end(self, path: str) -> bool:
+        """Takes the name from another checkpoint at once, and removes it when this save is on the disk.
+
+        If this save fails, the other checkpoint gets its name back, if that is free.
 
         Returns:
-            ``False`` if the save has ended, and nothing will be done.
+            ``False`` if the save has ended, and nothing is done.
+
+        Raises:
+            OSError: The checkpoint cannot be renamed.
         """
         if os.getpid() != self._pid:
             return False
         with self._lock:
             if self._is_closed:
                 return False
-            self._actions.append(action)
+            self._set_aside.append(SetAside(path))
             return True
 
     # In the thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        self._ident = threading.get_ident()
+        stats: SaveStats | None = None
         try:
-            self._on_end(self, self._carry_out())
-            while self._error is None and (action := self._next_action()):
-                action()
+            if not self._published.is_set():
+                self._write(Order(self._must_be_first, self._end_first))
+            stats = self._save.settle()
         except BaseException as error:
             self._error = error
+        try:
+            self._end_removals(removes=stats is not None)
+            self._on_end(self, stats)
+        except BaseException as error:
+            self._error = self._error or error
         finally:
-            with self._lock:
-                self._is_closed = True
-            self._written.set()
-            self._first.set()
+            for latch in (self._published, self._first, self._ended):
+                latch.set()
 
-    def _carry_out(self) -> SaveStats | None:
-        save, self._save = self._save, None
-        assert save is not None
+    def _write(self, order: Order | None) -> None:
+        """Writes everything and publishes it, or nothing."""
         try:
-            return save.run(Order(self._must_be_first, self._end_first, self._end_writing))
-        except BaseException as error:
-            self._error = error
-            return None
+            self._save.write(order)
+            changed = sum(tensor._version != version for tensor, version in self._versions)
+            if changed:
+                raise _changed(self.path, changed)
+            self._save.publish()
+        except BaseException:
+            self._save.abandon()
+            raise
         finally:
             self._versions.clear()
+            self._unwritten.discard(self)
+        self._count_waiting()
+        self._published.set()
+        self._first.set()
 
     def _end_first(self) -> None:
         self._count_waiting()
@@ -154,36 +209,23 @@ class BackgroundSave:
         if since is not None:
             self.blocked_seconds += time.perf_counter() - since
 
-    def _next_action(self) -> Callable[[], object] | None:
+    def _end_removals(self, *, removes: bool) -> None:
         with self._lock:
-            if self._actions:
-                return self._actions.pop(0)
             self._is_closed = True
-            return None
+        for other in self._set_aside:
+            if removes:
+                other.remove()
+            else:
+                other.give_back()
 
     def _must_be_first(self, storage: torch.UntypedStorage) -> bool:
         return storage._cdata not in self._may_wait
-
-    def _end_writing(self) -> None:
-        changed = sum(tensor._version != version for tensor, version in self._versions)
-        if changed:
-            raise CheckpointWriteError(
-                f"{self.path} could not be saved: {changed} parameters or optimizer states were changed in place "
-                "outside an optimizer's step while they were saved in the background, so the file would hold bytes of "
-                "two states. What was there is untouched. Change them before saving, or do not save asynchronously.",
-                path=self.path,
-                needed_bytes=None,
-                free_bytes=None,
-                errno=None,
-            )
-        self._count_waiting()
-        self._written.set()
 
     # In the thread that trains --------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         """Before any optimizer's step; with a closure that torch calls before it changes anything, after that."""
-        if self._written.is_set():
+        if self._published.is_set():
             return None
         # Lightning runs forward and backward in the closure. Only torch's own steps are known to begin with it.
         closure = kwargs.get("closure")
@@ -198,11 +240,28 @@ class BackgroundSave:
 
         return args, {**kwargs, "closure": closure_and_wait}
 
-    def _let_go(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-        atexit.unregister(self.result)
+    @classmethod
+    def before_fork(cls) -> None:
+        """Waits until everything is written: a child would hold the files that are open for it."""
+        for save in list(cls._unwritten):
+            if save._ident != threading.get_ident():
+                save.wait_until_written()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=BackgroundSave.before_fork)
+
+
+def _changed(path: str, count: int) -> ChangedMeanwhileError:
+    return ChangedMeanwhileError(
+        f"{path} could not be saved: {count} parameters or optimizer states were changed in place outside an "
+        "optimizer's step while they were saved in the background, so the file would hold bytes of two states. "
+        "Nothing was published.",
+        path=path,
+        needed_bytes=None,
+        free_bytes=None,
+        errno=None,
+    )
 
 
 def is_in_step() -> bool:

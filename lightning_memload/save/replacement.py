@@ -17,12 +17,14 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+from lightning_memload.save.descriptors import OwnDescriptors
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["Replacement", "put_back", "remove_leftovers", "sync"]
+__all__ = ["Replacement", "SetAside", "put_back", "remove_leftovers"]
 
 _NAME = re.compile(r"\.memload-(?P<boot>[0-9a-f]{8})-[0-9a-f]{16}\.tmp")
 _NUM_TRIES = 100
@@ -74,19 +76,20 @@ class Replacement:
         remove_leftovers(self._parent)
         self.temporary_path, self.descriptor = _create(self._parent, is_directory=is_directory)
 
-    def commit(self, *, durable: bool) -> None:
+    def commit(self, *, durable: bool, names: Sequence[str] = ()) -> None:
         """Puts it in its place.
 
         Args:
-            durable: Return only when content and name are on the disk, so that they survive a power failure; of a
-                directory the caller has synced the contents. Without, all reach the disk when the kernel finds time,
-                the name possibly first.
+            durable: Return only when content and name are on the disk, so that they survive a power failure. Without,
+                both reach the disk when the kernel finds time, the name possibly first, or by :meth:`settle`. Other
+                processes see the content at once, and it survives the end of this one.
+            names: The files and directories in a directory that ``durable`` is about, see :meth:`settle`.
 
         Raises:
             OSError: The disk failed, or ``path`` cannot be replaced.
         """
         if durable:
-            os.fsync(self.descriptor)
+            self._sync(names)
         if self._may_exchange:
             _put_in_place(self.temporary_path, self.path)
         else:
@@ -94,6 +97,35 @@ class Replacement:
         self.is_committed = True
         if durable:
             _sync_directory(self._parent)
+
+    def settle(self, names: Sequence[str] = ()) -> None:
+        """Returns when content and name are on the disk, after a :meth:`commit` that was not durable.
+
+        Args:
+            names: The files and directories in a directory, relative to it. One that is gone is passed over: the
+                checkpoint has been removed or replaced since.
+
+        Raises:
+            OSError: The disk failed.
+        """
+        self._sync(names)
+        with contextlib.suppress(FileNotFoundError):
+            _sync_directory(self._parent)
+
+    def _sync(self, names: Sequence[str]) -> None:
+        for name in names:
+            try:
+                # Not by its path: the directory may have another one by now.
+                descriptor = OwnDescriptors.open(name, os.O_RDONLY, dir_fd=self.descriptor)
+            except FileNotFoundError:
+                if not self.is_committed:
+                    raise
+                continue
+            try:
+                os.fsync(descriptor)
+            finally:
+                OwnDescriptors.close(descriptor)
+        os.fsync(self.descriptor)
 
     def close(self) -> None:
         """Removes what has the temporary name: ours, or the old directory after an exchange. Twice is fine."""
@@ -104,7 +136,7 @@ class Replacement:
                 _remove(self.temporary_path)
         finally:
             # What is locked counts as somebody's, and is never removed.
-            os.close(self.descriptor)
+            OwnDescriptors.close(self.descriptor)
             self.descriptor = -1
 
     def __enter__(self) -> Replacement:
@@ -112,6 +144,52 @@ class Replacement:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+class SetAside:
+    """A checkpoint that has lost its name, and is removed later or gets its name back.
+
+    The name is free at once. The content has a temporary name, and a writer that comes after the end of this process
+    removes it as a leftover.
+
+    Args:
+        path: A file or a directory.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._temporary_path = _temporary_path(os.path.dirname(path) or ".")
+        self._descriptor = -1
+        os.rename(path, self._temporary_path)
+        # A writer on another machine does not see the lock, and goes by the time.
+        with contextlib.suppress(OSError):
+            os.utime(self._temporary_path)
+        with contextlib.suppress(OSError):
+            self._descriptor = OwnDescriptors.open(self._temporary_path, os.O_RDONLY | os.O_NOFOLLOW)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def remove(self) -> None:
+        """Removes the content. Raises nothing: what is left is removed by the next writer."""
+        with contextlib.suppress(OSError):
+            _remove(self._temporary_path)
+        self._let_go()
+
+    def give_back(self) -> None:
+        """Gives the content its name again, unless something else has it by now. Raises nothing."""
+        with contextlib.suppress(OSError):
+            if os.path.lexists(self.path):
+                _remove(self._temporary_path)
+            else:
+                os.rename(self._temporary_path, self.path)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            OwnDescriptors.close(descriptor)
 
 
 def _is_special(path: str) -> bool:
@@ -149,28 +227,15 @@ def put_back(path: str) -> None:
                     os.rename(entry.path, path)
 
 
-def sync(path: str) -> None:
-    """Returns when a file or directory is on the disk.
-
-    Raises:
-        OSError: The disk failed.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _create(parent: str, *, is_directory: bool) -> tuple[str, int]:
     """Creates and locks a temporary file or directory."""
     flags = os.O_RDONLY | os.O_DIRECTORY if is_directory else os.O_RDWR | os.O_CREAT | os.O_EXCL
     for _ in range(_NUM_TRIES):
-        path = os.path.join(parent, f".memload-{_boot()}-{secrets.token_hex(8)}.tmp")
+        path = _temporary_path(parent)
         if is_directory:
             os.mkdir(path)
         try:
-            descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            descriptor = OwnDescriptors.open(path, flags | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:
             if not is_directory or not os.path.isdir(parent):
                 raise
@@ -181,8 +246,12 @@ def _create(parent: str, *, is_directory: bool) -> tuple[str, int]:
         # Somebody may have taken it for a leftover, and locked it to remove it, before we did.
         if _is_at(descriptor, path):
             return path, descriptor
-        os.close(descriptor)
+        OwnDescriptors.close(descriptor)
     raise OSError(errno.EBUSY, f"temporary files in {parent} are removed as fast as they are made")
+
+
+def _temporary_path(parent: str) -> str:
+    return os.path.join(parent, f".memload-{_boot()}-{secrets.token_hex(8)}.tmp")
 
 
 @contextlib.contextmanager
@@ -192,16 +261,17 @@ def _locked(path: str) -> Iterator[int]:
     Raises:
         OSError: A live writer holds it, there are no locks here, or it is a link.
     """
-    flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        descriptor = os.open(path, os.O_RDWR | flags)  # some network file systems lock only what is open for writing
+        # Some network file systems lock only what is open for writing.
+        descriptor = OwnDescriptors.open(path, os.O_RDWR | flags)
     except IsADirectoryError:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | flags)
+        descriptor = OwnDescriptors.open(path, os.O_RDONLY | os.O_DIRECTORY | flags)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield descriptor
     finally:
-        os.close(descriptor)
+        OwnDescriptors.close(descriptor)
 
 
 def _remove_if_left(path: str, *, is_foreign: bool) -> None:
@@ -246,13 +316,17 @@ def _boot() -> str:
 
 def _sync_directory(directory: str) -> None:
     try:
-        sync(directory)
+        descriptor = OwnDescriptors.open(directory, os.O_RDONLY)
     except PermissionError:
         return  # it can be written to, but not read: then nobody but the kernel can sync it
+    try:
+        os.fsync(descriptor)
     except OSError as error:
         # Some file systems have no such thing.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
+    finally:
+        OwnDescriptors.close(descriptor)
 
 
 def _put_in_place(new: str, target: str) -> None:

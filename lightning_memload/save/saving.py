@@ -7,11 +7,12 @@ are saved with some bytes of before and some of after.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from lightning_memload.checkpoint.tensor_manifest import foreign_names, is_tensor_directory
@@ -85,6 +86,8 @@ class Plan(Protocol):
     def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
         """Writes everything into a temporary sibling, and calls ``order.on_first``, if the format knows how to.
 
+        With ``durable`` the disk begins at once, so that little is left to wait for.
+
         Returns:
             The bytes written.
 
@@ -93,7 +96,12 @@ class Plan(Protocol):
         """
         ...
 
-    def finish(self, place: Replacement, *, durable: bool) -> None:
+    @property
+    def names(self) -> Sequence[str]:
+        """What a directory holds once it is finished, see :meth:`Replacement.settle`."""
+        ...
+
+    def finish(self, place: Replacement) -> None:
         """Does what needs no tensor any more and must be done before the commit."""
         ...
 
@@ -108,14 +116,20 @@ class Clock:
         """Ends a phase."""
         self.times.append(time.perf_counter())
 
+    def seconds(self, start: int) -> float:
+        """From the end of a phase, or the start (0), until the last lap."""
+        return self.times[-1] - self.times[start]
+
 
 class Save:
-    """A save to a local path.
+    """A save to a local path, in one go by :meth:`run`, or in steps: :meth:`write`, :meth:`publish`, :meth:`settle`.
+
+    Each step is to be called once, by any thread. After one that failed nothing is left beside what was there.
 
     Args:
         path: What is replaced, or created.
         plan: Makes the plan.
-        durable: Return from :meth:`run` only when everything is on the disk, so that it survives a power failure.
+        durable: Bring everything to the disk, so that it survives a power failure.
 
     Attributes:
         path: The same.
@@ -128,40 +142,98 @@ class Save:
         self.path = path
         self._durable = durable
         self._clock = Clock()
-        self._plan = plan()
+        self._plan: Plan | None = plan()
+        self._nbytes = self._plan.nbytes
+        self._names: Sequence[str] = ()
         self._clock.lap()
+        self._place: Replacement | None = None
+        self._stats: SaveStats | None = None
 
-    def run(self, order: Order | None = None) -> SaveStats:
-        """Writes everything and puts it in its place. To be called once, by any thread.
+    def run(self) -> SaveStats:
+        """Writes everything, waits for the disk if it is to be durable, and only then puts it in its place.
 
         Raises:
             CheckpointWriteError: There is not enough space, or writing failed or is not allowed.
             Exception: Whatever pickling raises where ``torch.save`` has to write.
         """
-        plan, place = self._plan, None
         try:
+            self.write()
+            with self._or_nothing() as place:
+                place.commit(durable=self._durable, names=self._names)
+            return self._end()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def write(self, order: Order | None = None) -> None:
+        """Writes everything to a temporary sibling. No tensor is needed, or referred to, any more when it returns.
+
+        Raises:
+            CheckpointWriteError: As :meth:`run`.
+            Exception: Likewise.
+        """
+        plan, self._plan = self._plan, None
+        assert plan is not None
+        with self._or_nothing():
             # A checkpoint takes the place of one of another format, unless other things in a directory would be lost.
             over_directory = is_tensor_directory(self.path) and not foreign_names(self.path)
-            with Replacement(self.path, is_directory=plan.is_directory, over_directory=over_directory) as place:
-                _check_space(self.path, plan)
-                bytes_written = plan.write(place, durable=self._durable, order=order)
-                self._clock.lap()
-                if order is not None:
-                    order.on_written()
-                plan.finish(place, durable=self._durable)
-                place.commit(durable=self._durable)
-        except OSError as error:
-            if isinstance(error, CheckpointWriteError):
-                raise
-            is_committed = place is not None and place.is_committed
-            raise _failure(self.path, plan.nbytes, error, is_committed=is_committed) from error
+            self._place = Replacement(self.path, is_directory=plan.is_directory, over_directory=over_directory)
+            _check_space(self.path, plan)
+            bytes_written = plan.write(self._place, durable=self._durable, order=order)
+            self._clock.lap()
+            plan.finish(self._place)
+            self._names = plan.names
+            self._stats = stats_of(self.path, plan, bytes_written, self._clock)
+
+    def publish(self) -> None:
+        """Puts what is written in its place: every process sees it from now on, and it survives the end of this one.
+
+        Raises:
+            CheckpointWriteError: It is not allowed.
+        """
+        with self._or_nothing() as place:
+            place.commit(durable=False)
+
+    def settle(self) -> SaveStats:
+        """Waits for the disk, and removes the directory that was replaced.
+
+        Raises:
+            CheckpointWriteError: The disk failed. The checkpoint has its place all the same.
+        """
+        with self._or_nothing() as place:
+            if self._durable:
+                place.settle(self._names)
+        return self._end()
+
+    def abandon(self) -> None:
+        """Removes what has been written, unless it has its place. For interruptions between the steps."""
+        if self._place is not None:
+            self._place.close()
+
+    def _end(self) -> SaveStats:
+        assert self._place is not None
+        assert self._stats is not None
+        self._place.close()
         self._clock.lap()
-        return stats_of(self.path, plan, bytes_written, self._clock)
+        return replace(self._stats, seconds=self._clock.seconds(0), commit_seconds=self._clock.seconds(2))
+
+    @contextlib.contextmanager
+    def _or_nothing(self) -> Iterator[Replacement]:
+        """Closes the temporary sibling if something fails."""
+        try:
+            yield self._place  # type: ignore[misc]
+        except BaseException as error:
+            self.abandon()
+            if not isinstance(error, OSError) or isinstance(error, CheckpointWriteError):
+                raise
+            is_committed = self._place is not None and self._place.is_committed
+            raise _failure(self.path, self._nbytes, error, is_committed=is_committed) from error
 
 
 def stats_of(path: str, plan: Plan, bytes_written: int, clock: Clock) -> SaveStats:
-    """The figures of a save whose clock has three laps."""
-    started, pickled, written, ended = clock.times
+    """The figures of a save whose clock has two laps, or a third for the commit."""
+    started, pickled, written = clock.times[:3]
+    ended = clock.times[-1]
     return SaveStats(
         path=path,
         bytes_written=bytes_written,

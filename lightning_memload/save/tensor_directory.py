@@ -30,7 +30,7 @@ from lightning_memload.checkpoint.torch_zip import TorchZip
 from lightning_memload.errors import CheckpointFormatError, listed
 from lightning_memload.save.linking import LinkingFiles
 from lightning_memload.save.pickling import Pickled, pickle_object
-from lightning_memload.save.replacement import Replacement, put_back, sync
+from lightning_memload.save.replacement import Replacement, put_back
 from lightning_memload.save.saving import DEFAULT_BUDGET_BYTES, Save, SaveStats, default_save_threads
 from lightning_memload.save.torch_zip import Archive
 from lightning_memload.save.weights_file import RunTarget, WeightsFile, find_weights
@@ -176,10 +176,15 @@ class _Directory:
         ]
         return self.nbytes - self.bytes_linked
 
-    def finish(self, place: Replacement, *, durable: bool) -> None:
+    @property
+    def names(self) -> list[str]:
+        """All files, and the folder of those that have one each."""
+        own = [storage_file(storage.key) for storage in self._storages]
+        return [*own, TENSORS_FOLDER, STATE_FILE, MANIFEST_FILE]
+
+    def finish(self, place: Replacement) -> None:
         """Writes the manifest."""
-        names = [*(storage_file(storage.key) for storage in self._storages), TENSORS_FOLDER, STATE_FILE]
-        _complete(place, names, self._storages, None, durable=durable)
+        _complete(place, self._storages, None)
 
 
 class _WithSafetensors:
@@ -187,6 +192,7 @@ class _WithSafetensors:
 
     is_directory = streamed = True
     bytes_linkable = bytes_linked = 0
+    names = (WEIGHTS_FILE, STATE_FILE, MANIFEST_FILE)
 
     def __init__(self, obj: object, host_budget_bytes: int, num_threads: int) -> None:
         weights = find_weights(obj)
@@ -227,7 +233,7 @@ class _WithSafetensors:
         self._crc32s = crc32s[of_state:]
         return self.nbytes
 
-    def finish(self, place: Replacement, *, durable: bool) -> None:
+    def finish(self, place: Replacement) -> None:
         """Writes the manifest."""
         weights = self._weights
         runs = list(zip(weights.offsets, map(size_of, weights.contents), self._crc32s, strict=True))
@@ -237,7 +243,7 @@ class _WithSafetensors:
             offset, nbytes, crc32 = copies.pop(weights.places[storage._cdata])
             storages.append(StorageFile(str(key), nbytes, crc32, str(storage.device), offset))
         layout = WeightsLayout(weights.nbytes, header[1], header[2], tuple(copies.values()))
-        _complete(place, [WEIGHTS_FILE, STATE_FILE], storages, layout, durable=durable)
+        _complete(place, storages, layout)
 
 
 def _divide(pickled: Pickled, outside: Container[int]) -> tuple[Archive, list[int]]:
@@ -251,21 +257,11 @@ def _divide(pickled: Pickled, outside: Container[int]) -> tuple[Archive, list[in
     return Archive(pickled, contents), keys
 
 
-def _complete(
-    place: Replacement,
-    names: Sequence[str],
-    storages: Sequence[StorageFile],
-    weights: WeightsLayout | None,
-    *,
-    durable: bool,
-) -> None:
-    """Writes the manifest, brings it and the named files to the disk, and takes along what is not the checkpoint's."""
+def _complete(place: Replacement, storages: Sequence[StorageFile], weights: WeightsLayout | None) -> None:
+    """Writes the manifest, and takes along what is not the checkpoint's."""
     folder = place.temporary_path
     with open(os.path.join(folder, MANIFEST_FILE), "xb") as file:
         file.write(make_manifest(folder, storages, weights))
-    # All at the end: the disk then writes while the next files are being filled.
-    for name in (*names, MANIFEST_FILE) if durable else ():
-        sync(os.path.join(folder, name))
     if not os.path.islink(place.path) and is_tensor_directory(place.path):
         for name in foreign_names(place.path):
             _take_along(os.path.join(place.path, name), os.path.join(folder, name))

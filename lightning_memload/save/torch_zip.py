@@ -185,6 +185,7 @@ class _File:
     is_directory = False
     streamed = True
     bytes_linkable = bytes_linked = 0
+    names = ()
 
     def __init__(self, pickled: Pickled, host_budget_bytes: int, num_threads: int) -> None:
         self.stretches = pickled.stretches
@@ -207,7 +208,7 @@ class _File:
         """
         self._archive.write_end(sink, self._records.write(self._archive.target(sink), order))
 
-    def finish(self, place: Replacement, *, durable: bool) -> None:
+    def finish(self, place: Replacement) -> None:
         """Nothing is left to do."""
 
 
@@ -216,6 +217,7 @@ class _ByTorch:
 
     is_directory = streamed = False
     num_threads, staging_bytes, bytes_linkable, bytes_linked = 1, 0, 0, 0
+    names = ()
     stretches: tuple[Stretch, ...] = ()
     nbytes: int | None = None
 
@@ -228,7 +230,7 @@ class _ByTorch:
             torch.save(self._obj, file)
         return os.fstat(place.descriptor).st_size
 
-    def finish(self, place: Replacement, *, durable: bool) -> None:
+    def finish(self, place: Replacement) -> None:
         """Nothing is left to do."""
 
 

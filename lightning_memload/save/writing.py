@@ -100,12 +100,10 @@ class Order:
     Attributes:
         first: Whether what lies in a storage is to be written first.
         on_first: Called when all such are written, and no new thread is needed any more.
-        on_written: Called when all bytes are written; their memory may change from now on.
     """
 
     first: Callable[[torch.UntypedStorage], bool]
     on_first: Callable[[], object]
-    on_written: Callable[[], object]
 
 
 class Sink(Protocol):
@@ -248,7 +246,7 @@ class Records:
 
         Args:
             target: Where to.
-            order: What to write before all else. Its ``on_first`` is called once, by any thread; ``on_written`` is not.
+            order: What to write before all else. Its ``on_first`` is called once, by any thread.
 
         Returns:
             The CRC-32 of each record.

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from tests.lightning.pytorch.callbacks import ModelCheckpoint
 from tests.lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
 from torch.utils.data import DataLoader
@@ -169,7 +170,7 @@ def fit(folder: Path, plugins: list[Any], callbacks: list[Any], max_steps: int, 
         plugins=plugins,
         callbacks=callbacks,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
@@ -202,28 +203,29 @@ def test_what_is_saved_on_the_gpu_resumes_stock_and_ours(tmp_path: Path, make: A
     assert losses[0] == losses[1] == losses[2]
 
 
-class SaveOften(L.Callback):
-    """Saves after every batch, and keeps a copy of what was saved."""
+class Keep(L.Callback):
+    """Keeps a copy of the state after every batch, of which a ModelCheckpoint saves then."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
         self.states: list[Any] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        trainer.save_checkpoint(self.folder / f"{len(self.states)}.ckpt")
         optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
         self.states.append(copy.deepcopy((dict(pl_module.state_dict()), optimizers)))
 
 
-def test_asynchronous_saves_hold_the_state_of_the_call(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous_save", [True, "until_step"])
+def test_asynchronous_saves_hold_the_state_of_the_call(tmp_path: Path, asynchronous_save: Any) -> None:
     """Steps that run on the GPU right after each save do not reach into its file, and training is as without."""
     _, stock = fit(tmp_path, [], [], 8)
-    saver = SaveOften(tmp_path)
-    _, ours = fit(tmp_path, [], [MemoryEfficientRestore(asynchronous_save=True, host_budget_mib=1), saver], 8)
+    restore = MemoryEfficientRestore(asynchronous_save=asynchronous_save, host_budget_mib=1)
+    keep = Keep()
+    saver = ModelCheckpoint(tmp_path / "run", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    _, ours = fit(tmp_path, [], [restore, keep, saver], 8)
     assert ours.losses == stock.losses
-    assert len(saver.states) == 8
-    for number, expected in enumerate(saver.states):
-        saved = torch.load(tmp_path / f"{number}.ckpt", weights_only=False)
+    assert len(keep.states) == 8
+    for number, expected in enumerate(keep.states, start=1):
+        saved = torch.load(tmp_path / "run" / f"step={number}.ckpt", weights_only=False)
         found = (dict(saved["state_dict"]), saved["optimizer_states"])
         for (path, theirs), (_, mine) in zip(tensors_of(expected), tensors_of(found), strict=True):
             assert as_bytes(mine.cpu()) == as_bytes(theirs.cpu()), (number, path)

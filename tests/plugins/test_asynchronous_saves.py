@@ -1,25 +1,26 @@
-"""Saves in the background within a Trainer, and the figures of saves in its loggers."""
+"""Saves that training does not wait for, within a Trainer, and the figures of saves in its loggers."""
 
 from __future__ import annotations
 
 import copy
 import os
 import pickle
+import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from tests.lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, StochasticWeightAveraging
 from tests.lightning.pytorch.loggers import Logger
 from tests.lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
 
 import tests.lightning as L
 from lightning_memload import CheckpointWriteError, MemoryEfficientRestore, StreamingCheckpointIO
+from lightning_memload.checkpoint import load_mapped
 from lightning_memload.save import BackgroundSave, writing
 from tests.plugins.harness import FEATURES, TRUSTED, Recorded, adamw, assert_same, make_trainer
 
@@ -39,8 +40,8 @@ class Normalised(Recorded):
         return self.layers(inputs)  # type: ignore[no-any-return]
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        background = getattr(self.trainer.strategy.checkpoint_io, "_background", None)
-        self.outstanding.append(bool(background and background._may_wait and not background._written.is_set()))
+        pending = getattr(self.trainer.strategy.checkpoint_io, "_pending", None)
+        self.outstanding.append(any(not p.save._published.is_set() for p in pending._pending) if pending else False)
         return super().training_step(batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
@@ -60,17 +61,47 @@ class SaveOften(L.Callback):
         self.states.append(copy.deepcopy((dict(pl_module.state_dict()), optimizers)))
 
 
+class Keep(L.Callback):
+    """Keeps a copy of the state after every batch; a ModelCheckpoint saves after that."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, Any] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step in self.states:
+            return  # gradients are accumulated, and nothing is saved
+        optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
+        self.states[trainer.global_step] = copy.deepcopy((dict(pl_module.state_dict()), optimizers))
+
+    def check(self, folder: Path, steps: Any) -> None:
+        """Compares the file of each step with the state of that step."""
+        for number in steps:
+            saved = torch.load(folder / f"step={number}.ckpt", weights_only=False)
+            weights, optimizers = self.states[number]
+            assert_same(weights, dict(saved["state_dict"]), f"state_dict of {number}")
+            assert_same(optimizers, saved["optimizer_states"], f"optimizer_states of {number}")
+
+
+def every_step(folder: Path, **options: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, **{"save_top_k": -1, **options})
+
+
+def until_step(**options: Any) -> MemoryEfficientRestore:
+    return MemoryEfficientRestore(asynchronous_save="until_step", **options)
+
+
 @pytest.fixture
 def lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """A disk that takes what may be written late only when somebody waits for it."""
+    """A disk that takes what may be written late only when the thread that trains waits for it."""
     waited_for = threading.Event()
     original_write, original_init = writing.LocalSink.write, BackgroundSave.__init__
     original_waits = {name: getattr(BackgroundSave, name) for name in ("wait_until_written", "wait")}
     monkeypatch.setattr(writing, "_DIRECT_BLOCK_BYTES", BLOCK_BYTES)
 
-    def begin(save: BackgroundSave, *args: Any, **options: Any) -> None:
-        waited_for.clear()
-        original_init(save, *args, **options)
+    def begin(save: BackgroundSave, plan: Any, late: Any = (), **options: Any) -> None:
+        late = list(late)
+        (waited_for.clear if late else waited_for.set)()
+        original_init(save, plan, late, **options)
 
     def write(sink: Any, buffers: Sequence[Any], offset: int) -> None:
         # The weights of the layers and their states; no buffer is that large.
@@ -94,7 +125,9 @@ def lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 def train(folder: Path, callbacks: list[Any], module: Any = None, **options: Any) -> Any:
     torch.manual_seed(5)
     module = Normalised() if module is None else module
-    trainer = make_trainer(folder, callbacks, **{"max_epochs": 2, **options})
+    checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    options = {"max_epochs": 2, "enable_checkpointing": checkpoints, **options}
+    trainer = make_trainer(folder, callbacks, **options)
     trainer.fit(module)
     return module
 
@@ -128,21 +161,15 @@ class SaveWithin(L.Callback):
             trainer.save_checkpoint(self.folder / f"{len(self.states)}.ckpt")
 
 
+@pytest.mark.parametrize("asynchronous_save", [True, "until_step"])
 @pytest.mark.parametrize("make_optimizer", [adamw, DataSGD])
 @pytest.mark.parametrize("hook", ["on_before_backward", "on_after_backward", "on_before_optimizer_step"])
 def test_a_save_within_a_step_is_of_the_state_before_it(
-    tmp_path: Path, hook: str, make_optimizer: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, hook: str, make_optimizer: Any, asynchronous_save: Any
 ) -> None:
-    write = writing.LocalSink.write
-
-    def slowly(sink: Any, buffers: Sequence[Any], offset: int) -> None:
-        time.sleep(0.05)
-        write(sink, buffers, offset)
-
-    monkeypatch.setattr(writing.LocalSink, "write", slowly)
-    monkeypatch.setattr(writing, "_DIRECT_BLOCK_BYTES", 1024)
     saver = SaveWithin(hook, tmp_path)
-    train(tmp_path, [MemoryEfficientRestore(asynchronous_save=True), saver], Normalised(make_optimizer), max_epochs=1)
+    restore = MemoryEfficientRestore(asynchronous_save=asynchronous_save)
+    train(tmp_path, [restore, saver], Normalised(make_optimizer), max_epochs=1)
     assert len(saver.states) == 2
     for number, weights in enumerate(saver.states, start=1):
         saved = torch.load(tmp_path / f"{number}.ckpt", **TRUSTED)
@@ -153,19 +180,18 @@ def test_a_save_within_a_step_is_of_the_state_before_it(
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}])
 def test_files_hold_the_state_of_the_call_and_training_is_the_same(tmp_path: Path, options: Any) -> None:
     stock = train(tmp_path, [], **options)
-    saver = SaveOften(tmp_path)
-    ours = train(tmp_path, [MemoryEfficientRestore(asynchronous_save=True), saver], **options)
+    keep = Keep()
+    ours = train(tmp_path, [until_step(), keep, every_step(tmp_path / "run")], **options)
     assert_same(stock.losses, ours.losses, "losses")
     assert_same(dict(stock.state_dict()), dict(ours.state_dict()), "state_dict")
-    assert len(saver.states) == 16
-    for number, (weights, optimizers) in enumerate(saver.states):
-        saved = torch.load(tmp_path / f"{number}.ckpt", weights_only=False)
-        assert_same(weights, dict(saved["state_dict"]), f"state_dict of {number}")
-        assert_same(optimizers, saved["optimizer_states"], f"optimizer_states of {number}")
-    # Forward ran while the save was going on, every time but the first.
-    assert sum(ours.outstanding) == 15
+    steps = range(1, ours.trainer.global_step + 1)
+    keep.check(tmp_path / "run", steps)
+    assert len(steps) == 16 // options.get("accumulate_grad_batches", 1)
+    # Forward ran while the save was going on, every time but for the first save and after the last.
+    assert sum(ours.outstanding) >= len(steps) - 2
 
 
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
 @pytest.mark.usefixtures("lazy")
 def test_two_optimizers_of_a_manual_module(tmp_path: Path) -> None:
     class Manual(Normalised):
@@ -183,30 +209,81 @@ def test_two_optimizers_of_a_manual_module(tmp_path: Path) -> None:
         def configure_optimizers(self) -> Any:
             return [torch.optim.SGD(self.layers[0].parameters(), 0.1), adamw(self.layers[2].parameters())]
 
-    saver = SaveOften(tmp_path)
-    train(tmp_path, [MemoryEfficientRestore(asynchronous_save=True), saver], Manual(), max_epochs=1)
-    for number, (weights, optimizers) in enumerate(saver.states):
-        saved = torch.load(tmp_path / f"{number}.ckpt", weights_only=False)
-        assert_same(weights, dict(saved["state_dict"]), "state_dict")
-        assert_same(optimizers, saved["optimizer_states"], "optimizer_states")
+    keep = Keep()
+    module = train(tmp_path, [until_step(), keep, every_step(tmp_path / "run")], Manual(), max_epochs=1)
+    assert any(module.outstanding)
+    keep.check(tmp_path / "run", range(2, 17, 2))
 
 
 def test_without_the_callback_all_is_written_at_once(tmp_path: Path) -> None:
-    saver = SaveOften(tmp_path)
-    module = train(tmp_path, [saver], plugins=[StreamingCheckpointIO(asynchronous=True)], max_epochs=1)
+    keep, plugins = Keep(), [StreamingCheckpointIO(asynchronous="until_step")]
+    module = train(tmp_path, [keep, every_step(tmp_path / "run")], plugins=plugins, max_epochs=1)
     assert not any(module.outstanding)
-    for number, (weights, _) in enumerate(saver.states):
-        saved = torch.load(tmp_path / f"{number}.ckpt", weights_only=False)
-        assert_same(weights, dict(saved["state_dict"]), "state_dict")
+    keep.check(tmp_path / "run", range(1, 9))
 
 
-def test_with_averaged_weights_all_is_written_at_once(tmp_path: Path) -> None:
-    callbacks = [
-        StochasticWeightAveraging(0.01, swa_epoch_start=1),
-        MemoryEfficientRestore(asynchronous_save=True),
-        SaveOften(tmp_path),
-    ]
-    assert not any(train(tmp_path, callbacks).outstanding)
+class Uploading(Logger):
+    """Looks at checkpoints as soon as they are saved."""
+
+    name = version = "uploading"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        path = checkpoint_callback.best_model_path
+        self.found.append(torch.load(path, weights_only=False)["global_step"])
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Skips the constructor of its base, as some wrappers do."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.param_groups, self.state, self.defaults = inner.param_groups, inner.state, {}
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        self.inner.zero_grad()
+
+    def state_dict(self) -> Any:
+        return self.inner.state_dict()
+
+
+class OfSomebody(ModelCheckpoint):
+    """May do anything with what it has saved."""
+
+
+NOT_LATE: dict[str, Any] = {
+    "averages": lambda folder: {"callbacks": [StochasticWeightAveraging(0.01, swa_epoch_start=1)]},
+    "logger": lambda folder: {"logger": Uploading()},
+    "subclass": lambda folder: {"saver": OfSomebody(folder, every_n_train_steps=1, save_top_k=-1)},
+    "wrapper": lambda folder: {"make_optimizer": lambda parameters: Wrapper(adamw(parameters))},
+    "own call": lambda folder: {"saver": SaveOften(folder)},
+    "plugin": lambda folder: {"plugins": [type("Own", (StreamingCheckpointIO,), SAVING)(asynchronous="until_step")]},
+}
+SAVING = {"save_checkpoint": lambda io, *args, **options: StreamingCheckpointIO.save_checkpoint(io, *args, **options)}
+
+
+@pytest.mark.parametrize("why", NOT_LATE)
+def test_what_others_may_look_at_is_written_at_once(tmp_path: Path, why: str) -> None:
+    options = NOT_LATE[why](tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    module = Normalised(options.pop("make_optimizer", adamw))
+    saver = options.pop("saver", None) or every_step(tmp_path / "run")
+    callbacks = [*options.pop("callbacks", []), until_step(), saver]
+    train(tmp_path, callbacks, module, **options)
+    assert not any(module.outstanding)
+    assert len(list((tmp_path / "run").iterdir())) >= 16
+    if why == "logger":
+        assert options["logger"].found == list(range(1, 17))
 
 
 @pytest.mark.parametrize("averages", [False, True])
@@ -234,13 +311,58 @@ def test_a_save_after_training_has_its_place_when_it_returns(
         assert torch.load(tmp_path / "after.ckpt", weights_only=False)["global_step"] == trainer.global_step
 
 
-def test_model_checkpoint_keeps_one(tmp_path: Path) -> None:
-    saver = ModelCheckpoint(tmp_path / "run", monitor="step", mode="max", every_n_train_steps=1, save_last="link")
-    train(tmp_path, [MemoryEfficientRestore(asynchronous_save=True), saver], enable_checkpointing=True)
-    best = Path(saver.best_model_path)
-    assert sorted(os.listdir(tmp_path / "run")) == sorted([best.name, "last.ckpt"])
-    assert (tmp_path / "run" / "last.ckpt").resolve() == best.resolve()
-    assert torch.load(best, weights_only=False)["global_step"] == 16
+def listing(folder: Path) -> dict[str, Any]:
+    """Every name in a folder, and the step of what it holds. Where links point to is part of it."""
+    return {
+        path.name: (os.readlink(path) if path.is_symlink() else "", load_mapped(path, weights_only=False)[0])
+        for path in sorted(folder.iterdir())
+        if not path.name.startswith(".memload-")
+    }
+
+
+@pytest.mark.parametrize("save_format", ["torch", "directory", "safetensors+state"])
+@pytest.mark.parametrize("asynchronous_save", [True, "until_step"])
+def test_names_and_contents_are_those_of_stock_after_every_batch(
+    tmp_path: Path, asynchronous_save: Any, save_format: Any
+) -> None:
+    """Two ModelCheckpoints with one directory and one pattern, links, and removals: Lightning asks what is there."""
+
+    class Look(L.Callback):
+        """After all ModelCheckpoints, in the next batch."""
+
+        def __init__(self, folder: Path) -> None:
+            self.folder = folder
+            self.seen: list[Any] = []
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            found = listing(self.folder).items()
+            self.seen.append({name: (link, held["global_step"]) for name, (link, held) in found})
+
+    def run(name: str, *callbacks: Any) -> Any:
+        look = Look(tmp_path / name)
+        (tmp_path / name).mkdir()
+        best = every_step(tmp_path / name, monitor="step", mode="max", save_top_k=1, save_last="link")
+        every = ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        module = train(tmp_path, [*callbacks, look, best, every], max_epochs=1)
+        paths = [Path(path).name for path in (best.best_model_path, every.best_model_path, best.last_model_path)]
+        return look.seen, paths, listing(tmp_path / name), module
+
+    seen, paths, files, _ = run("stock")
+    restore = MemoryEfficientRestore(asynchronous_save=asynchronous_save, save_format=save_format)
+    our_seen, our_paths, our_files, _ = run("ours", restore)
+    assert our_paths == paths
+    assert our_files.keys() == files.keys()
+    for name, (link, stock) in files.items():
+        assert our_files[name][0] == link
+        assert_same(dict(stock["state_dict"]), dict(our_files[name][1]["state_dict"]), name)
+    assert [ours.keys() for ours in our_seen] == [stocks.keys() for stocks in seen]
+    if asynchronous_save is True:
+        assert our_seen == seen
+        return
+    for ours, stocks in zip(our_seen, seen, strict=True):
+        for name, (link, number) in stocks.items():
+            assert ours[name][0] == link
+            assert ours[name][1] in (number, number - 1)  # one save older at most
 
 
 def test_a_resume_waits_for_the_save(tmp_path: Path) -> None:
@@ -260,17 +382,15 @@ def test_a_resume_waits_for_the_save(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("lazy")
 def test_load_state_dict_waits(tmp_path: Path) -> None:
-    class Reload(SaveOften):
-        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-            super().on_train_batch_end(trainer, pl_module, *args)
+    class Reload(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
             assert pickle.loads(pickle.dumps(pl_module.layers)) is not None
             zeros = {name: torch.zeros_like(value) for name, value in pl_module.state_dict().items()}
             pl_module.load_state_dict(zeros)
 
-    saver = Reload(tmp_path)
-    train(tmp_path, [MemoryEfficientRestore(asynchronous_save=True), saver], max_steps=2)
-    saved = torch.load(tmp_path / "0.ckpt", weights_only=False)
-    assert_same(saver.states[0][0], dict(saved["state_dict"]), "state_dict")
+    keep = Keep()
+    train(tmp_path, [until_step(), Reload(), keep, every_step(tmp_path / "run")], max_steps=4)
+    keep.check(tmp_path / "run", range(1, 5))
 
 
 # What goes wrong ----------------------------------------------------------------------------------------------------
@@ -296,14 +416,17 @@ def failing_disk(monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
     monkeypatch.setattr(StreamingCheckpointIO, "save_checkpoint", save_checkpoint)
 
 
-def test_an_error_surfaces_at_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_surfaces_at_the_next_save_which_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing_disk(monkeypatch, 1)
     threads = threading.active_count()
     saver = SaveOften(tmp_path)
-    with pytest.raises(CheckpointWriteError, match=r"0\.ckpt could not be saved: No space left on device"):
+    with pytest.raises(
+        CheckpointWriteError, match=r"0\.ckpt could not be saved: No space left on device.*has its place"
+    ):
         train(tmp_path, [MemoryEfficientRestore(asynchronous_save=True), saver])
     assert len(saver.states) == 1
-    assert not list(tmp_path.glob("*.ckpt"))
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["0.ckpt", "1.ckpt"]
+    assert torch.load(tmp_path / "1.ckpt", weights_only=False)["global_step"] == 2
     assert threading.active_count() == threads
 
 
@@ -312,7 +435,97 @@ def test_an_error_surfaces_at_the_end(tmp_path: Path, monkeypatch: pytest.Monkey
     saver = SaveOften(tmp_path)
     with pytest.raises(CheckpointWriteError, match=r"0\.ckpt could not be saved: No space left on device"):
         train(tmp_path, [MemoryEfficientRestore(asynchronous_save=True), saver], max_steps=1)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["0.ckpt"]
+
+
+@pytest.mark.filterwarnings("ignore:.*ckpt_path")  # of Lightning, where there is an OnExceptionCheckpoint
+def test_the_users_own_error_comes_first_and_the_emergency_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fails(Normalised):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.trainer.global_step == 1:
+                raise KeyError("the user's own")
+            return super().training_step(batch, batch_idx)
+
+    failing_disk(monkeypatch, 1)
+    callbacks = [MemoryEfficientRestore(asynchronous_save=True), OnExceptionCheckpoint(tmp_path, "emergency")]
+    with (
+        pytest.warns(UserWarning, match=r"step=1\.ckpt could not be saved: No space left on device"),
+        pytest.raises(KeyError, match="the user's own"),
+    ):
+        train(tmp_path, [*callbacks, every_step(tmp_path / "run")], Fails())
+    assert torch.load(tmp_path / "emergency.ckpt", weights_only=False)["global_step"] == 1
+
+
+class Clips(L.Callback):
+    """Changes weights against the promise, after a ModelCheckpoint has saved them."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        with torch.no_grad():
+            for parameter in pl_module.parameters():
+                parameter.clamp_(-0.1, 0.1)
+
+
+@pytest.mark.usefixtures("lazy")
+def test_a_broken_promise_is_told_once_and_training_goes_on(tmp_path: Path) -> None:
+    keep = Keep()
+    with pytest.warns(UserWarning, match=r"step=2\.ckpt could not be saved: 6 parameters") as caught:
+        module = train(tmp_path, [until_step(), Clips(), keep, every_step(tmp_path / "run")], max_epochs=1)
+    (told,) = (str(warning.message) for warning in caught if "could not be saved" in str(warning.message))
+    assert f"step=2.ckpt holds the same as {tmp_path}/run/step=1.ckpt" in told
+    assert "use asynchronous_save=True" in told
+    assert module.trainer.global_step == 8
+    assert torch.load(tmp_path / "run" / "step=2.ckpt", weights_only=False)["global_step"] == 1
+    keep.check(tmp_path / "run", [1, *range(3, 9)])
+    assert sum(module.outstanding) == 1
+
+
+def test_weights_may_change_at_any_time_by_default(tmp_path: Path) -> None:
+    keep = Keep()
+    callbacks = [MemoryEfficientRestore(asynchronous_save=True), Clips(), keep, every_step(tmp_path / "run")]
+    train(tmp_path, callbacks, max_epochs=1)
+    keep.check(tmp_path / "run", range(1, 9))
+
+
+@pytest.mark.usefixtures("lazy")
+@pytest.mark.parametrize("asynchronous_save", [True, "until_step"])
+def test_a_signal_handler_that_saves_finds_all_in_place(tmp_path: Path, asynchronous_save: Any) -> None:
+    """Whatever the signal interrupts: a forward pass while a save goes on, a wait for it, a save itself."""
+    seen: list[Any] = []
+
+    class Signals(Normalised):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            signal.raise_signal(signal.SIGUSR2)
+            return super().forward(inputs)
+
+    def handler(*_: Any) -> None:
+        path = tmp_path / f"{len(seen)}.ckpt"
+        module.trainer.save_checkpoint(path)
+        seen.append((path, module.trainer.global_step))
+        newest = tmp_path / "run" / f"step={module.trainer.global_step}.ckpt"
+        if module.trainer.global_step:
+            assert torch.load(newest, weights_only=False)["global_step"] == module.trainer.global_step
+
+    module = Signals()
+    before = signal.signal(signal.SIGUSR2, handler)
+    try:
+        restore = MemoryEfficientRestore(asynchronous_save=asynchronous_save)
+        train(tmp_path, [restore, every_step(tmp_path / "run")], module, max_steps=4)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert [torch.load(path, weights_only=False)["global_step"] for path, _ in seen] == [step for _, step in seen]
+
+
+def test_the_launchers_file_is_told_to_nobody(tmp_path: Path) -> None:
+    told: list[Any] = []
+    for format in ("torch", "directory"):
+        io = StreamingCheckpointIO(asynchronous=True, format=format)
+        io.observe_saves(told.append)
+        io.save_checkpoint({"weights": torch.ones(3)}, tmp_path / ".temp.ckpt")
+        assert torch.equal(torch.load(tmp_path / ".temp.ckpt")["weights"], torch.ones(3))
+        assert io.last_save is None
+    assert told == []
 
 
 def test_a_failed_save_keeps_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,13 +540,14 @@ def test_a_failed_save_keeps_the_one_before(tmp_path: Path, monkeypatch: pytest.
     assert torch.load(tmp_path / "a.ckpt") == {"a": 1}
     io.save_checkpoint({"a": 3}, tmp_path / "c.ckpt")
     io.remove_checkpoint(tmp_path / "a.ckpt")
+    assert not (tmp_path / "a.ckpt").exists()
     assert io.load_checkpoint(tmp_path / "c.ckpt") == {"a": 3}
-    assert os.listdir(tmp_path) == ["c.ckpt"]
+    assert sorted(os.listdir(tmp_path)) == ["b.ckpt", "c.ckpt"]
 
 
 @pytest.mark.parametrize("plugins", [[StreamingCheckpointIO()], [AsyncCheckpointIO()]])
 def test_an_option_that_is_left_out_warns(tmp_path: Path, plugins: list[Any]) -> None:
-    with pytest.warns(UserWarning, match=r"asynchronous_save=True\) is left out"):
+    with pytest.warns(UserWarning, match=r"asynchronous_save=True\) is ignored"):
         train(tmp_path, [MemoryEfficientRestore(asynchronous_save=True)], plugins=plugins, max_epochs=1)
 
 
@@ -363,7 +577,12 @@ class Memory(Logger):
         self.finalized = True
 
 
-WAYS = {"callback": {}, "asynchronous": {"asynchronous_save": True}, "Lightning's": {}}
+WAYS: dict[str, Any] = {
+    "callback": {},
+    "asynchronous": {"asynchronous_save": True},
+    "late": {"asynchronous_save": "until_step"},
+    "Lightning's": {},
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -389,7 +608,7 @@ def test_every_save_is_logged_once_at_its_step(tmp_path: Path, way: str, caplog:
     lines = [record.message for record in caplog.records if record.message.startswith("Saved ")]
     assert len(lines) == 8
     assert f"Saved {tmp_path}/0.ckpt: 0.00 GiB in 0." in lines[0]
-    assert ("training waited" in lines[0]) is (way == "asynchronous")
+    assert ("training waited" in lines[0]) is (way in ("asynchronous", "late"))
 
 
 def test_a_save_after_fit_is_told_and_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,20 +5,30 @@ The disk is slow at will: what may be written late is held back by an event, not
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from lightning_memload import CheckpointWriteError
 from lightning_memload.checkpoint import load_mapped
-from lightning_memload.save import BackgroundSave, plan_directory_save, plan_torch_save, tensors_of_optimizers, writing
+from lightning_memload.save import (
+    BackgroundSave,
+    ChangedMeanwhileError,
+    plan_directory_save,
+    plan_torch_save,
+    tensors_of_optimizers,
+    writing,
+)
 from lightning_memload.save.pickling import Stretch
 from lightning_memload.save.writing import Order, Records
 from tests.fresh_process import run_fresh
@@ -85,14 +95,14 @@ def step(weight: torch.Tensor, optimizer: Any, seen: list[float], closure: bool 
 
 
 def open_when_waited_for(save: BackgroundSave, disk: Disk, look: Callable[[], object]) -> None:
-    original = save._written.wait
+    original = save._published.wait
 
-    def wait(timeout: float | None = None) -> bool:
+    def wait() -> None:
         look()
         disk.goes_on.set()
-        return original(timeout)
+        original()
 
-    save._written.wait = wait  # type: ignore[method-assign]
+    save._published.wait = wait  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("closure", [False, True])
@@ -108,7 +118,7 @@ def test_a_step_waits_until_its_tensors_are_written(path: Path, disk: Disk, clos
     step(weight, optimizer, forwards, closure)
     assert (before, forwards) == ([1.0], [1.0])
     assert weight[1] == 0.5
-    assert save._written.is_set()
+    assert save._published.is_set()
     save.result()
     loaded = torch.load(path)
     assert torch.equal(loaded["weight"], torch.arange(5000.0))
@@ -175,8 +185,36 @@ def test_without_owners_everything_is_written_at_once(path: Path, disk: Disk) ->
     weight = torch.arange(5000.0)
     save = BackgroundSave(plan_torch_save({"weight": weight}, path))
     weight.zero_()
-    save.result()
     assert torch.equal(torch.load(path)["weight"], torch.arange(5000.0))
+    save.result()
+
+
+@pytest.mark.parametrize("plan", [plan_torch_save, plan_directory_save])
+def test_what_is_written_has_its_name_before_the_disk_has_it(
+    tmp_path: Path, plan: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, goes_on, fsync = [0], threading.Event(), os.fsync
+
+    def slow(descriptor: int) -> None:
+        assert goes_on.wait(60)
+        synced[0] += 1
+        fsync(descriptor)
+
+    plan({"weight": torch.zeros(5)}, tmp_path / "a").run()
+    monkeypatch.setattr(os, "fsync", slow)
+    memory = np.ones(5)
+    owner = weakref.ref(memory)
+    save = BackgroundSave(plan({"weight": torch.from_numpy(memory)}, tmp_path / "a"))
+    del memory
+    gc.collect()
+    assert owner() is None  # nothing keeps the tensors while the disk is waited for
+    assert load_mapped(tmp_path / "a")[0]["weight"].tolist() == [1] * 5
+    assert save.remove_at_end(str(tmp_path / "a"))  # Lightning may do so at once: its name is free
+    assert synced == [0]
+    goes_on.set()
+    save.result()
+    assert synced[0] >= 2  # content and name
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_shares_memory_with_a_buffer_or_is_not_torchs_is_nobodys() -> None:
@@ -205,7 +243,7 @@ def test_a_change_outside_a_step_is_no_checkpoint(path: Path, disk: Disk) -> Non
     disk.goes_on.set()
     save.wait_until_written()
     with pytest.raises(
-        CheckpointWriteError, match=r"file\.pt could not be saved: 1 parameters .* outside an optimizer's"
+        ChangedMeanwhileError, match=r"file\.pt could not be saved: 1 parameters .* outside an optimizer's"
     ):
         save.result()
     save.result()  # told once
@@ -220,7 +258,6 @@ def test_a_full_disk_is_told_at_the_end(path: Path, disk: Disk) -> None:
     disk.goes_on.set()
     step(weight, optimizer, [])  # a step does not fail for it
     save.wait()
-    assert save.has_failed
     with pytest.raises(CheckpointWriteError, match=r"file\.pt could not be saved: No space left.*untouched"):
         save.result()
     assert torch.load(path) == {"old": 1}
@@ -234,20 +271,37 @@ def test_what_fails_at_once_is_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_actions_wait_for_success(path: Path, disk: Disk, fails: bool) -> None:
+def test_what_is_removed_meanwhile_loses_its_name_at_once(path: Path, disk: Disk, fails: bool) -> None:
     weight, optimizer = make_optimizer()
     disk.failure = OSError(5, "Input/output error") if fails else None
+    torch.save({"other": 1}, path.with_name("other.pt"))
     save = begin(path, weight, optimizer)
-    done: list[bool] = []
-    assert save.afterwards(lambda: done.append("weight" in torch.load(path)))
-    assert not done
+    assert save.remove_at_end(str(path.with_name("other.pt")))
+    assert not path.with_name("other.pt").exists()
+    assert torch.load(save._set_aside[0]._temporary_path) == {"other": 1}
     disk.goes_on.set()
     save.wait()
-    assert done == ([] if fails else [True])
-    assert not save.afterwards(lambda: done.append(False))
+    assert sorted(os.listdir(path.parent)) == (["file.pt", "other.pt"] if fails else ["file.pt"])
+    assert not save.remove_at_end(str(path))
     if fails:
+        assert torch.load(path.with_name("other.pt")) == {"other": 1}
         with pytest.raises(CheckpointWriteError):
             save.result()
+
+
+def test_without_a_thread_all_is_done_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while the interpreter shuts down, from Python 3.12 on."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    weight, optimizer = make_optimizer()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        save = begin(path, weight, optimizer)
+        assert torch.equal(torch.load(path)["weight"], torch.arange(5000.0))
+        save.result()
+    assert os.listdir(path.parent) == ["file.pt"]
 
 
 def test_a_directory_in_the_background(tmp_path: Path, disk: Disk) -> None:
@@ -291,7 +345,7 @@ def test_the_order_of_writes() -> None:
     records = Records(stretches, 1 << 20, 1)
     told: list[int] = []
     urgent = [contents[1]._cdata, contents[3]._cdata]
-    records.write(Target(), Order(lambda s: s._cdata in urgent, lambda: told.append(len(written)), lambda: None))
+    records.write(Target(), Order(lambda s: s._cdata in urgent, lambda: told.append(len(written))))
     assert written == [1, 1, 3, 3, 0, 0, 2, 2]
     (count,) = told
     assert count >= 4
@@ -323,7 +377,7 @@ def test_the_end_of_the_process_waits(tmp_path: Path, options: str | None) -> No
     assert load_mapped(tmp_path / "new")[0]["weight"].sum() == 10_000_000
 
 
-def test_an_error_that_nobody_heard_is_printed(path: Path) -> None:
+def test_an_error_that_was_not_told_is_printed(path: Path) -> None:
     repository = str(Path(__file__).resolve().parents[2])
     program = ENDING.replace(
         "weight = ", "import os\ndef fail(descriptor):\n    raise OSError(5, 'the disk')\nos.fsync = fail\nweight = "
@@ -331,36 +385,46 @@ def test_an_error_that_nobody_heard_is_printed(path: Path) -> None:
     command = [sys.executable, "-c", program, str(path), repository]
     ended = subprocess.run(command, timeout=120, capture_output=True, text=True)
     assert "file.pt could not be saved: the disk" in ended.stderr
-    assert torch.load(path) == {"old": 1}
+    assert "weight" in torch.load(path)  # in memory, and perhaps not on the disk
 
 
-def test_a_forked_child_waits_for_nothing(tmp_path: Path) -> None:
+def test_a_forked_child_has_no_part_in_a_save(tmp_path: Path) -> None:
+    """It holds no descriptor and no lock, and waits for nothing; a fork waits for what is being written."""
     program = """
-import os, threading
+import fcntl, os, threading
 import torch
 torch.set_num_threads(1)
-from lightning_memload.save import BackgroundSave, plan_torch_save, tensors_of_optimizers, writing
-goes_on = threading.Event()
-original = writing.LocalSink.write
+from lightning_memload.save import BackgroundSave, plan_directory_save, plan_torch_save, tensors_of_optimizers, writing
+written, goes_on, real, original = threading.Event(), threading.Event(), os.fsync, writing.LocalSink.write
 def write(sink, buffers, offset):
     if any(len(buffer) > 100_000 for buffer in buffers):
-        goes_on.wait(60)
+        assert not written.wait(0.05)
     original(sink, buffers, offset)
-writing.LocalSink.write = write
-weight = torch.nn.Parameter(torch.ones(1_000_000))
-optimizer = torch.optim.SGD([weight], lr=0.5)
-plan = plan_torch_save({"weight": weight, "buffer": torch.ones(3)}, ARGS["path"])
-save = BackgroundSave(plan, tensors_of_optimizers([optimizer]))
-child = os.fork()
-if not child:
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    save.wait()
+def fsync(descriptor):
+    written.set()
+    goes_on.wait(60)
+    real(descriptor)
+writing.LocalSink.write, os.fsync = write, fsync
+RESULT = []
+for plan in (plan_torch_save, plan_directory_save):
+    written.clear(), goes_on.clear()
+    weight = torch.nn.Parameter(torch.ones(1_000_000))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    path = ARGS["path"] + plan.__name__
+    save = BackgroundSave(plan({"weight": weight, "buffer": torch.ones(3)}, path), tensors_of_optimizers([optimizer]))
+    child = os.fork()
+    if not child:
+        held = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd") if number != "x"
+                and os.path.lexists(f"/proc/self/fd/{number}")]
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        save.wait()
+        save.result()
+        os._exit(7 if not any(ARGS["path"] in name for name in held) and os.path.lexists(path) else 1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    goes_on.set()
     save.result()
-    os._exit(7)
-code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-goes_on.set()
-save.result()
-RESULT = [code, torch.load(ARGS["path"])["weight"].sum().item()]
+    from lightning_memload.checkpoint import load_mapped
+    RESULT.append([code, load_mapped(path)[0]["weight"].sum().item()])
 """
-    assert run_fresh(program, path=tmp_path / "file.pt").result == [7, 1_000_000]
+    assert run_fresh(program, path=tmp_path / "file").result == [[7, 1_000_000], [7, 1_000_000]]

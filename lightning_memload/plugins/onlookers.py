@@ -1,0 +1,104 @@
+"""Tells whether anything could look at a checkpoint between the call that saves it and the next optimizer's step.
+
+Everything counts that is not known to leave checkpoints alone. What is known is of Lightning 2.5 and 2.6, of either of
+its two packages: which of its functions call one another when a ``ModelCheckpoint`` saves, and which of its loggers do
+nothing after that.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+__all__ = ["only_lightning_looks", "only_steps_change", "tell_who_misses_directories"]
+
+_PACKAGES = ("lightning", "pytorch_lightning", "lightning_memload")
+# In which a ModelCheckpoint saves while training goes on.
+_HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_validation_end")
+# Loggers that look at checkpoints only if they were asked to.
+_UPLOADING = ("loggers.wandb", "loggers.mlflow", "loggers.litlogger")
+_SILENT = ("loggers.logger", "loggers.tensorboard")
+
+
+def only_lightning_looks(trainer: Any) -> bool:
+    """Whether the save that is being made is of a ``ModelCheckpoint`` in one of its hooks, and no logger looks at it.
+
+    A signal handler, a subclass, or another callback or plugin that takes part in the save may do anything with the
+    checkpoint as soon as it is saved.
+
+    Args:
+        trainer: The Trainer that saves.
+    """
+    return _is_made_by_model_checkpoint(trainer) and not any(map(_looks_at_checkpoints, trainer.loggers))
+
+
+def only_steps_change(trainer: Any) -> bool:
+    """Whether torch tells of every step that changes what optimizers have, as far as Lightning and torch know.
+
+    Lightning's averaging callbacks exchange weights in place between steps, uncounted by torch. Torch calls no hooks
+    before the step of a wrapper that skips the constructor of ``Optimizer``.
+    """
+    names = {"WeightAveraging", "StochasticWeightAveraging"}
+    averages = any(names & {kind.__name__ for kind in type(callback).__mro__} for callback in trainer.callbacks)
+    # The constructor sets it on the step that it replaces (torch 2.6 to 2.13).
+    return not averages and all(
+        isinstance(optimizer, torch.optim.Optimizer) and getattr(type(optimizer).step, "hooked", False)
+        for optimizer in trainer.optimizers
+    )
+
+
+def tell_who_misses_directories(loggers: Any) -> None:
+    """Warns of loggers that may look for checkpoints: Lightning's know files only."""
+    names = sorted({type(logger).__name__ for logger in loggers if _looks_at_checkpoints(logger)})
+    if names:
+        rank_zero_warn(
+            f"Checkpoints are saved as directories, and {', '.join(names)} may upload files only: Lightning's loggers "
+            "pass over directories. Use save_format='torch' to upload checkpoints."
+        )
+
+
+def _is_made_by_model_checkpoint(trainer: Any) -> bool:
+    frame = inspect.currentframe()
+    while frame is not None and not (frame.f_code.co_name == "save_checkpoint" and _owner(frame) is trainer):
+        if not _is_known(frame):
+            return False
+        frame = frame.f_back
+    if frame is None or not _is_known(frame):
+        return False
+    frame = frame.f_back
+    callback = None if frame is None else _owner(frame)
+    if not _is_lightnings(type(callback), "callbacks.model_checkpoint"):
+        return False
+    hook = ""
+    while frame is not None and _owner(frame) is callback and _is_known(frame):
+        hook, frame = frame.f_code.co_name, frame.f_back
+    return hook in _HOOKS and frame is not None and _is_known(frame) and frame.f_code.co_name == "_call_callback_hooks"
+
+
+def _looks_at_checkpoints(logger: Any) -> bool:
+    """Whether a logger does something with checkpoints that are saved, as far as can be known."""
+    function = getattr(type(logger), "after_save_checkpoint", None)
+    if "after_save_checkpoint" in vars(logger) or function is None:
+        return True
+    if any(_is_lightnings(function, name) for name in _SILENT):
+        return False
+    is_off = getattr(logger, "_log_model", None) is False
+    return not (is_off and any(_is_lightnings(function, name) for name in _UPLOADING))
+
+
+def _owner(frame: FrameType) -> Any:
+    """The object whose method runs."""
+    code = frame.f_code
+    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+
+
+def _is_known(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in (*_PACKAGES, "contextlib")
+
+
+def _is_lightnings(definition: Any, module: str) -> bool:
+    return definition.__module__ in (f"lightning.pytorch.{module}", f"pytorch_lightning.{module}")
