@@ -1,7 +1,9 @@
 """What runs in the fresh processes of the tests here: one state, saved and measured, or saved until killed.
 
 ``python -m tests.save.save_in_process FOLDER TIMES [FORMAT]`` kills so many writers at random moments and prints what
-it found; the format is ``torch`` or ``directory``.
+it found; the format is one of ``WRITERS``. ``... FOLDER TIMES trainings ASYNCHRONOUS [FORMAT]`` kills trainings with
+two ModelCheckpoints in one directory and ``save_last="link"``; the format is one of a ``StreamingCheckpointIO``, and
+``ASYNCHRONOUS`` is ``False``, ``True`` or ``until_step``.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from lightning_memload.memory import MemoryMonitor
 from lightning_memload.save import replacement, save_directory, save_torch, write_torch
 from lightning_memload.save.pickling import Stretch
 
-__all__ = ["WRITERS", "kill_writers", "measure"]
+__all__ = ["WRITERS", "kill_trainings", "kill_writers", "measure"]
 
 _PROGRESS = struct.Struct("<q")
 _FROZEN = torch.arange(1 << 18)
@@ -195,6 +197,151 @@ def _run_writer(path: Path, newest: int, moment: float, save: Callable[[Any, Pat
     return seen
 
 
+def kill_trainings(
+    folder: str, times: int, asynchronous: Any = True, format: str = "torch", seed: int = 0
+) -> dict[str, Any]:
+    """Kills so many trainings at random moments, each of which resumes from what the one before left as "last".
+
+    Args:
+        folder: Where, an empty one; made if there is none.
+        times: How many.
+        asynchronous: ``asynchronous_save`` of the callback.
+        format: Its ``save_format``.
+        seed: Of the moments.
+
+    Returns:
+        ``kills``; ``one_older``: after how many "last" was one save older than with stock Lightning; ``no_last``: after
+        how many there was none, since Lightning was about to make the link anew; ``most_left``: the most temporary
+        names that were left at any time; ``steps``: how many were trained.
+
+    Raises:
+        AssertionError: A name that Lightning could resume from holds something else than one whole state, or "last" is
+            older than that.
+    """
+    import tests.plugins.harness  # noqa: F401 - once, and not in each child
+
+    torch.set_num_threads(1)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    moments = random.Random(seed)
+    result = {"kills": 0, "one_older": 0, "no_last": 0, "most_left": 0, "steps": 0}
+    newest: Path | None = None
+    allowed = 1 if asynchronous == "until_step" else 0
+    for _ in range(times):
+        done, begun = _run_training(folder, newest, moments.random(), asynchronous, format)
+        names = [path for path in Path(folder).iterdir() if not path.name.startswith(".memload-")]
+        steps = {path: _step_of(path) for path in names if path.exists()}
+        last = Path(folder, "last.ckpt")
+        # Lightning removes the old target, or the link, and makes the link anew then: there may be none for a moment.
+        newest = last if last in steps else max(steps, key=lambda path: steps[path])
+        assert done - allowed <= steps[newest] <= begun, (done, begun, steps)
+        result["kills"] += 1
+        result["one_older"] += steps[newest] < done
+        result["no_last"] += newest != last
+        result["most_left"] = max(result["most_left"], len(os.listdir(folder)) - len(names))
+        result["steps"] = max(result["steps"], steps[newest])
+    return result
+
+
+def _run_training(
+    folder: str, checkpoint: Path | None, moment: float, asynchronous: Any, format: str
+) -> tuple[int, int]:
+    """A process that trains and dies; the steps whose saves all had returned, and that of the last that had begun."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            _train(folder, checkpoint, moment, asynchronous, format, writing)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    done = begun = 0
+    while data := os.read(reading, _PROGRESS.size):
+        (number,) = _PROGRESS.unpack(data)
+        begun, done = max(begun, number), max(done, -number)
+    os.close(reading)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), status
+    return done, begun
+
+
+def _train(folder: str, checkpoint: Path | None, moment: float, asynchronous: Any, format: Any, progress: int) -> None:
+    import logging
+    import warnings
+
+    from tests.lightning.pytorch.callbacks import ModelCheckpoint
+
+    import tests.lightning as L
+    from lightning_memload import MemoryEfficientRestore
+    from tests.plugins.harness import TRUSTED
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    calls = _Calls()
+
+    class Counting(L.LightningModule):
+        """Each step makes each weight larger by one."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = torch.nn.ParameterList([torch.zeros(1 << 18) for _ in range(4)])
+            self.frozen = torch.nn.Parameter(_FROZEN.float(), requires_grad=False)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return -sum(weight.sum() for weight in self.weights)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    class Progress(L.Callback):
+        """Tells which saves are about to begin, and which have returned."""
+
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            os.write(progress, _PROGRESS.pack(-trainer.global_step))
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, number: int) -> None:
+            os.write(progress, _PROGRESS.pack(trainer.global_step))
+            if trainer.fit_loop.total_batch_idx == first_batch[0] + 2:
+                # Of two steps: the first writes all at once, and from the second on it may be late.
+                calls.die_at(int(moment * 2 * calls.count))
+            elif first_batch[0] < 0:
+                first_batch[0] = trainer.fit_loop.total_batch_idx
+                calls.die_at(sys.maxsize)
+
+    first_batch = [-1]
+    options: dict[str, Any] = {"filename": "{step}", "monitor": "step", "mode": "max"}
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=-1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[
+            MemoryEfficientRestore(asynchronous_save=asynchronous, save_format=format, log=False),
+            Progress(),
+            ModelCheckpoint(folder, save_top_k=1, every_n_train_steps=1, save_last="link", **options),
+            ModelCheckpoint(folder, save_top_k=2, every_n_train_steps=2, **options),
+        ],
+    )
+    data = torch.utils.data.DataLoader(torch.zeros(10_000, 1))
+    trainer.fit(Counting(), data, ckpt_path=checkpoint, **TRUSTED)
+
+
+def _step_of(path: Path) -> int:
+    """The step of the training whose state a checkpoint holds, all of which must be there."""
+    if path.is_dir():
+        assert verify_checkpoint(path).is_verified, path
+    else:
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None, path
+    state, _ = load_mapped(path, weights_only=False)
+    step = int(state["global_step"])
+    for name, weight in state["state_dict"].items():
+        assert torch.equal(weight, _FROZEN.float() if name == "frozen" else torch.full_like(weight, step)), (path, name)
+    return step
+
+
 class _Calls:
     """Counts the calls that a save makes to the system, from all threads, and ends the process at one of them."""
 
@@ -214,16 +361,17 @@ class _Calls:
 
     def die_at(self, call: int) -> None:
         """Kills the process at this call, the next one being number 0."""
-        self.count, self._last = 0, call
+        with self._lock:
+            self.count, self._last = 0, call
 
     def _counting(self, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             with self._lock:
                 number, self.count = self.count, self.count + 1
-            if number == self._last and number % 2:
+            if number >= self._last and number % 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             result = function(*args, **kwargs)
-            if number == self._last:
+            if number >= self._last:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
@@ -245,5 +393,14 @@ def _content(path: Path) -> int:
     return int(number)
 
 
+def main(arguments: list[str]) -> dict[str, Any]:
+    """What the command line asks for."""
+    folder, times, *more = arguments
+    if more[:1] != ["trainings"]:
+        return kill_writers(folder, int(times), *more)
+    asynchronous = {"False": False, "True": True}.get(more[1], more[1])
+    return kill_trainings(folder, int(times), asynchronous, *more[2:])
+
+
 if __name__ == "__main__":
-    print(json.dumps(kill_writers(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])))
+    print(json.dumps(main(sys.argv[1:])))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,3 +27,18 @@ def test_a_killed_writer_leaves_the_newest_complete_checkpoint(format: str, tmp_
     assert result["most_left"] == 1
     WRITERS[format]({"new": torch.ones(1)}, tmp_path / "last.ckpt")
     assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.parametrize(
+    ("asynchronous", "format"), [(True, "torch"), ("until_step", "torch"), ("until_step", "directory")]
+)
+def test_a_killed_training_resumes_where_stock_would_or_one_save_before(
+    asynchronous: Any, format: str, tmp_path: Path
+) -> None:
+    """4 kills; ``python -m tests.save.save_in_process FOLDER 200 trainings until_step [FORMAT]`` does more."""
+    options = {"times": 4, "asynchronous": asynchronous, "format": format}
+    result = run_fresh(f"{PROGRAM}:kill_trainings", folder=tmp_path, **options).result
+    assert result["kills"] == 4
+    assert result["steps"] >= 8
+    assert result["most_left"] <= 3
