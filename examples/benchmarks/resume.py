@@ -197,11 +197,10 @@ def make_trainer(options: argparse.Namespace, callbacks: list[L.Callback], **arg
         devices=1,
         callbacks=callbacks,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=options.data,
-        **arguments,
+        **{"enable_checkpointing": False, **arguments},
     )
 
 

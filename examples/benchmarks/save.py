@@ -47,6 +47,7 @@ from common import (
     synchronize,
     time_of,
 )
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 from resume import SIZES, ConfiguredGPT, SaveToFile, make_trainer
 from torch.utils.data import DataLoader
@@ -99,12 +100,14 @@ class Way:
         make: Makes the CheckpointIO of one save. ``None``: take the one that the callback has installed.
         fsync: Whether a save has ended only when the disk has it.
         in_background: Whether training goes on meanwhile.
+        by_lightning: Whether a ``ModelCheckpoint`` saves, which alone may be late, instead of this benchmark.
     """
 
     label: str
     make: Callable[[], CheckpointIO] | None
     fsync: bool = False
     in_background: bool = False
+    by_lightning: bool = False
 
 
 WAYS = {
@@ -124,7 +127,15 @@ WAYS = {
         partial(StreamingCheckpointIO, format="safetensors+state"),
         fsync=True,
     ),
+    # With "until_step" too, what others than a ModelCheckpoint save is written at once.
     "ours-async": Way("`MemoryEfficientRestore(asynchronous_save=True)`", None, fsync=True, in_background=True),
+    "ours-async-until-step": Way(
+        '`MemoryEfficientRestore(asynchronous_save="until_step")`',
+        None,
+        fsync=True,
+        in_background=True,
+        by_lightning=True,
+    ),
 }
 NO_SAVE = "step"
 
@@ -146,6 +157,9 @@ class Saves(L.Callback):
         self.names = [name for _ in range(options.repetitions) for name in (NO_SAVE, *options.ways)]
         self.turns: Iterator[None] = iter(())
         self.backward_ended = 0.0
+        self.next_batch_started = 0.0
+        # Saves in its turns only.
+        self.saver = ModelCheckpoint(path.parent, filename=path.stem, every_n_train_steps=1, save_top_k=0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prepare, and bring in what a process needs only once."""
@@ -157,6 +171,11 @@ class Saves(L.Callback):
             io.teardown()
             remove(self.path)
         self.turns = self.take_turns(trainer, pl_module, ios)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """What a ModelCheckpoint saves at the end of a batch is saved."""
+        self.next_batch_started = time.perf_counter()
+        self.saver.save_top_k = 0
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Forward and backward have run."""
@@ -174,12 +193,21 @@ class Saves(L.Callback):
         for turn, name in enumerate(self.names):
             run: dict[str, Any] = {"way": name, "load_average": os.getloadavg()[0]}
             expected = digest(module, trainer.optimizers)
+            by_lightning = name != NO_SAVE and WAYS[name].by_lightning
+            if by_lightning:
+                # Late is only what has a checkpoint before it.
+                io = trainer.strategy.checkpoint_io = ios[name]()
+                io.save_checkpoint({"small": 1}, self.path.with_name("before.ckpt"))
+                io.teardown()
             settle()
             with MemoryMonitor(self.options.device) as monitor:
                 started, started_at = time.perf_counter(), time.time()
                 if name != NO_SAVE:
                     io = trainer.strategy.checkpoint_io = ios[name]()
-                    trainer.save_checkpoint(self.path, weights_only=False)
+                    if by_lightning:
+                        self.saver.save_top_k = 1
+                    else:
+                        trainer.save_checkpoint(self.path, weights_only=False)
                     run["seconds"] = run["call_seconds"] = time.perf_counter() - started
                     if not WAYS[name].in_background:
                         monitor.stop()
@@ -189,9 +217,15 @@ class Saves(L.Callback):
                 run["update_seconds"] = time.perf_counter() - self.backward_ended
                 if name != NO_SAVE:
                     io.teardown()
+            if by_lightning:
+                run["call_seconds"] = self.next_batch_started - started
+                remove(self.path.with_name("before.ckpt"))
             if name != NO_SAVE:
-                # In the background a save has ended when the file gets its name, which changes its ctime.
-                run["seconds"] = max(run["seconds"], self.path.stat().st_ctime - started_at)
+                # In the background a save has ended when the disk has the file, which our own figures tell; Lightning's
+                # does not wait for it, and has ended when the file gets its name, which changes its ctime.
+                stats = getattr(io, "last_save", None)
+                ended = stats.seconds if stats else self.path.stat().st_ctime - started_at
+                run["seconds"] = max(run["seconds"], ended)
                 run.update(phases(io), **self.read_back(expected))
             run.update(memory(monitor))
             self.runs.append(run)
@@ -320,10 +354,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.output.write_text(json.dumps(report, indent=1) + "\n")
 
     # Its own figures are off, since measuring them costs some time. At the end nothing is moved to host memory.
-    restore = MemoryEfficientRestore(asynchronous_save=True, keep_on_device=True, log=False)
-    saves = Saves(options, options.data / "save.ckpt", on_run)
+    restore = MemoryEfficientRestore(asynchronous_save="until_step", keep_on_device=True, log=False)
+    saves = Saves(options, (options.data / "save.ckpt").resolve(), on_run)
     # The first step makes the optimizer's states.
-    trainer = make_trainer(options, [restore, saves], max_epochs=-1, max_steps=1 + len(saves.names))
+    trainer = make_trainer(
+        options, [restore, saves, saves.saver], max_epochs=-1, max_steps=1 + len(saves.names), enable_checkpointing=True
+    )
     trainer.fit(GPT(options.size), DataLoader(torch.randint(256, (64, NUM_TOKENS + 1)), batch_size=1))
     print(table(report))
     return 0 if report["right"] else 1
