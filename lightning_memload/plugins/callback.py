@@ -36,7 +36,7 @@ from lightning_memload.plugins.seams import (
     when_set_up,
 )
 from lightning_memload.report import RestoreReport
-from lightning_memload.restore import WeightsSource, meta_names
+from lightning_memload.restore import WeightsSource, follow_recipes, meta_names, names_of_data
 from lightning_memload.save import tensors_of_optimizers
 from lightning_memload.transfer import check_host_budget, check_num_threads
 
@@ -292,9 +292,14 @@ class MemoryEfficientRestore(Callback):
         if self._run is not None:
             self._run.on_no_load()
         self._load_weights(trainer, pl_module)
+        path = self._run.path if self._run is not None else None
+        if path is None:
+            # Nobody asked for random weights. What a constructor loaded is there in any case.
+            follow_recipes(pl_module, names_of_data(pl_module), trainer.strategy.root_device)
+        else:
+            follow_recipes(pl_module, None, trainer.strategy.root_device)
         parameters, buffers = meta_names(pl_module)
         if parameters or buffers:
-            path = self._run.path if self._run is not None else None
             raise _meta_error(pl_module, path, parameters, buffers)
         if self._run is not None:
             parts = self._options.parts

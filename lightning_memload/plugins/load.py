@@ -44,10 +44,9 @@ def load_from_checkpoint(
 ) -> Module:
     """Builds a LightningModule from a checkpoint, as ``LightningModule.load_from_checkpoint`` does.
 
-    The module is built under :func:`meta_init`, so it takes no memory before its weights are there, and what needs
-    values while it is built is built again in memory, with a warning; ``configure_model`` and ``on_load_checkpoint``
-    are called as always; optimizer states are never read. Layers that the file lacks get the initial values of their
-    own ``reset_parameters``, whatever the module's constructor does to them afterwards.
+    The module is built under :func:`meta_init`, so it takes no memory before its weights are there, but for parameters
+    whose values are needed while it is built, which a warning names; ``configure_model`` and ``on_load_checkpoint`` are
+    called as always; optimizer states are never read. Layers that the file lacks get what the constructor made of them.
 
     Options are keywords, ``device="cuda"``, like the module's own arguments. A keyword that the constructor of ``cls``
     names is the module's, as in Lightning, even if there is an option of the same name; so is one that the file has as

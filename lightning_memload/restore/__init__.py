@@ -4,6 +4,7 @@ from lightning_memload.restore.allocation import materialize, meta_names
 from lightning_memload.restore.load import LoadOptions, WeightsSource, load_weights, open_any
 from lightning_memload.restore.meta import meta_init
 from lightning_memload.restore.optimizer import OptimizerRestore
+from lightning_memload.restore.recipes import follow_recipes, names_of_data
 from lightning_memload.restore.session import Move, RestoreSession
 from lightning_memload.restore.settling import mapped_bytes
 from lightning_memload.restore.siblings import (
@@ -31,6 +32,7 @@ __all__ = [
     "find_siblings",
     "find_state_dict",
     "fingerprint",
+    "follow_recipes",
     "is_training_checkpoint",
     "judge_sibling",
     "list_siblings",
@@ -39,6 +41,7 @@ __all__ = [
     "materialize",
     "meta_init",
     "meta_names",
+    "names_of_data",
     "open_any",
     "rename_keys",
 ]

@@ -32,6 +32,11 @@ def replace_data(tensor: torch.Tensor, new: torch.Tensor, *, name: str) -> torch
         MetaTensorError: Something holds a weak reference to the tensor, or an autograd graph does: memory cannot be
             exchanged then from or to meta.
     """
+    with torch._C.DisableTorchFunctionSubclass():  # a parameter that waits for values gets them here
+        return _replace(tensor, new, name)
+
+
+def _replace(tensor: torch.Tensor, new: torch.Tensor, name: str) -> torch.Tensor:
     if tensor.is_meta == new.is_meta:
         old = tensor.data
         tensor.data = new
@@ -39,7 +44,8 @@ def replace_data(tensor: torch.Tensor, new: torch.Tensor, *, name: str) -> torch
     # Between meta and a real device ``.data`` cannot be set; swap_tensors exchanges the contents of two objects.
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-    new.__dict__.update(tensor.__dict__)
+    # All but how to make values that it now gets from elsewhere.
+    new.__dict__.update({key: value for key, value in tensor.__dict__.items() if key != "read" or not tensor.is_meta})
     # The very dicts, so that the handles that a user has can still remove a hook. They have no public names.
     hooks = {key: getattr(tensor, key) for key in ("_backward_hooks", "_post_accumulate_grad_hooks")}
     try:
@@ -135,4 +141,5 @@ def empty_on(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | No
         # Of a tensor on meta empty_like is written in Python (torch 2.13), 25 us a call, and its first call imports
         # sympy: 0.3 s on a warm disk.
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=target, device=device)
-    return torch.empty_like(tensor.detach(), dtype=target, device=device, memory_format=torch.preserve_format)
+    with torch._C.DisableTorchFunctionSubclass():  # a parameter that waits
+        return torch.empty_like(tensor.detach(), dtype=target, device=device, memory_format=torch.preserve_format)

@@ -34,6 +34,7 @@ from lightning_memload.checkpoint import (
 from lightning_memload.errors import CheckpointFormatError, IncompatibleWeightsError, MetaTensorError, listed
 from lightning_memload.restore.allocation import meta_names
 from lightning_memload.restore.matching import module_keys, require_all_taken, require_match
+from lightning_memload.restore.recipes import follow_recipes
 from lightning_memload.restore.session import RestoreSession
 from lightning_memload.restore.special import assign_special
 from lightning_memload.restore.state_dict import (
@@ -92,13 +93,14 @@ def load_weights(
             directory of very many files) a warning says that instead; the file must stay as it is there. Replacing
             it by a new file is always fine.
         strict: Refuse a checkpoint that lacks keys of the module or has others, before anything changes. If not,
-            parameters on meta that it lacks are initialised by ``reset_parameters`` of their own modules.
+            parameters on meta that it lacks get what their constructor made (``meta_init``), else what
+            ``reset_parameters`` of their own modules makes.
         key: Where the state dict is in a nested checkpoint, for example ``"ema.params"``. ``None``: found by itself.
         strip_prefix: Taken off the keys that start with it, before ``rename``.
         rename: Regular expressions and what to put for them, applied to every key in their order with ``re.sub``.
         include: Regular expressions, one or several. Only keys of the module in which one is found are loaded, and
-            asked for by ``strict``. Empty: all. What is left out of a module on meta is initialised, which takes its
-            memory too.
+            asked for by ``strict``. Empty: all. What is left out of a module on meta gets its initial values, which
+            take memory too.
         exclude: Regular expressions. Keys of the module in which one is found are left out, likewise.
         dtype: Floating-point type that the module shall have. ``None``: what it has.
         weights_only: Passed to ``torch.load`` where the format holds pickled objects. What it refuses outside of the
@@ -123,7 +125,8 @@ def load_weights(
         CheckpointReadError: Reading failed.
         ChecksumError: The file is damaged.
         InsufficientMemoryError: The weights cannot fit.
-        MetaTensorError: Something stays on meta that neither the file nor ``reset_parameters`` gives values.
+        MetaTensorError: Something stays on meta that neither the file, ``meta_init`` nor ``reset_parameters`` gives
+            values.
         ValueError: An argument is out of its range.
 
     Peak memory: the weights once on ``device``, and ``host_budget_mib`` on the host if that is not the CPU.
@@ -334,6 +337,7 @@ class WeightsSource:
         keys.missing_keys[:] = [name for name in keys.missing_keys if name not in assigned]
         if self.strict:
             require_all_taken(module, state_dict, wants, keys, path=path)
+        follow_recipes(module, None, session.device, dtype)
         parameters, buffers = meta_names(module)
         if parameters or buffers:
             names = (*parameters, *buffers)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_memload.errors import IncompatibleWeightsError, listed
+from lightning_memload.restore.recipes import fill_before_load
 from lightning_memload.restore.state_dict import suggest_renaming
 
 __all__ = ["module_keys", "require_all_taken", "require_match"]
@@ -121,7 +122,8 @@ def _own_ways(module: nn.Module) -> Iterator[str]:
         prefix = f"{path}." if path else ""
         loads = type(child)._load_from_state_dict
         overrides = type(child).load_state_dict is not nn.Module.load_state_dict or loads not in _FORESEEN
-        if overrides or child._load_state_dict_pre_hooks:
+        hooks = (getattr(hook, "hook", hook) for hook in child._load_state_dict_pre_hooks.values())
+        if overrides or not all(hook is fill_before_load for hook in hooks):
             yield prefix
 
 

@@ -1,38 +1,39 @@
 """Building a module without memory for its parameters.
 
-``torch.device("meta")`` as a context empties every tensor, non-persistent buffers too, which no checkpoint holds. Here
-only parameters go to meta, one by one as they are registered (torch's public registration hook), so buffers keep their
-values; and initialisation of meta parameters is skipped, which is where building a large model spends its time.
+Within ``meta_init`` tensors are the ordinary ones, but what initialises them waits (:mod:`recording`), so a constructor
+gets every answer that it always gets. When the construction ends, parameters whose contents still wait are moved to
+meta, each with the recipe of its contents (:mod:`recipes`); everything else gets its contents, as always.
 
-What a constructor does with a parameter beyond initialising it either works without values (shapes, copies, views,
-conversions, further parameters made of it), or ends in an error that names the parameter. Nothing is made up.
+Not promised: the same random numbers as in an ordinary construction.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
-from torch.overrides import TorchFunctionMode
 
 from lightning_memload.errors import MetaTensorError, listed
-from lightning_memload.restore.allocation import replace_data
+from lightning_memload.restore.recipes import let_wait
+from lightning_memload.restore.recording import Recorder
+from lightning_memload.restore.storages import Pending, is_alone, own_view
+from lightning_memload.restore.tape import Read
+from lightning_memload.restore.watching import Watch
 
 __all__ = ["meta_init"]
 
@@ -41,27 +42,33 @@ _T = TypeVar("_T")
 
 
 class meta_init:
-    """Within, modules are built with their parameters on the meta device: no memory, no initialisation.
+    """Within, modules are built without memory for their parameters, and without initialising them.
 
-    Buffers are built as always. Parameter objects, ties between them, ``requires_grad`` and attributes set on them are
-    kept. The parameters get memory and values when a checkpoint is restored into the module. Affects the current thread
-    only.
+    Afterwards the parameters are on the meta device. They get memory and values when a checkpoint is restored into the
+    module; those that it lacks get what their constructor made: data (an encoder that ``__init__`` loads, a computed
+    table) bit for bit, random initialisation drawn then. Parameter objects, ties between them, ``requires_grad`` and
+    attributes set on them are kept. Buffers are built as always. Affects the current thread only.
 
-    A constructor may ask for shapes, convert, copy or combine its parameters, even run a forward to learn a shape. One
-    that needs the *value* of a parameter cannot be served: a number (``.item()``), a condition, an array, a buffer that
-    no checkpoint holds. In a ``with`` block that raises; a block cannot be run twice. Name the class in ``exclude``, or
-    use ``meta_init`` as a decorator, which does that by itself: it warns, and runs the function again.
+    Within, everything answers as in an ordinary construction. A parameter whose *value* is needed (a number, an array,
+    an address, a compiled module), or that shares its memory with another tensor, is built in memory; one warning at
+    the end names these, why, and their size. Data that is put into a parameter, rather than copied into its memory,
+    stays as it is.
 
     Recurrent layers (``torch.nn.RNNBase``), lazy parameters and subclasses of ``Parameter`` are built as always. The
-    random number generator advances less than in an ordinary construction, since initialisation is skipped.
+    random number generator advances less than in an ordinary construction.
 
     Args:
         enabled: ``False`` makes the context do nothing, for scripts that decide at run time.
         exclude: Module classes to build as always, with everything their ``__init__`` builds; one, or several.
+        device: Where to make tensors that are made without a device, as ``with torch.device(device)`` does. On the
+            training device, buffers that a constructor computes take no host memory; non-persistent ones, which no
+            checkpoint holds, are then computed there, which may differ from the host in the last bits, and so are
+            values that are drawn.
 
     Raises:
-        MetaTensorError: A value was needed. Names the parameter, and the class to exclude.
         TypeError: Something in ``exclude`` is no class.
+
+    Peak memory: buffers, and what the warning names; addresses, but no memory, for all parameters.
 
     Example:
         >>> with meta_init():
@@ -69,78 +76,82 @@ class meta_init:
         >>> trainer.fit(model, ckpt_path="last.ckpt")
     """
 
-    def __init__(self, enabled: bool = True, *, exclude: type[nn.Module] | Iterable[type[nn.Module]] = ()) -> None:
+    def __init__(
+        self,
+        enabled: bool = True,
+        *,
+        exclude: type[nn.Module] | Iterable[type[nn.Module]] = (),
+        device: torch.device | str | None = None,
+    ) -> None:
         self._enabled = enabled
         self._exclude = (exclude,) if isinstance(exclude, type) else tuple(exclude)
         for excluded in self._exclude:
             if not isinstance(excluded, type):
                 raise TypeError(f"meta_init(exclude=...) takes module classes, got {excluded!r}.")
-        self._entered: list[contextlib.ExitStack] = []
+        self._device = None if device is None else torch.device(device)
+        self._entered: list[tuple[contextlib.ExitStack, _Construction | None]] = []
 
     def __enter__(self) -> None:
-        stack = contextlib.ExitStack()
+        stack, own = contextlib.ExitStack(), None
         if self._enabled:
-            stack.enter_context(_construct_on_meta(_Construction(self._exclude)))
-        self._entered.append(stack)
+            outer = _ACTIVE.construction
+            own = _Construction() if outer is None else None
+            construction = outer or own
+            assert construction is not None
+            if own is not None:
+                stack.enter_context(own)
+            stack.enter_context(construction.excluding(self._exclude))
+            if self._device is not None:
+                stack.enter_context(self._device)
+        self._entered.append((stack, own))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
-        return self._entered.pop().__exit__(kind, error, traceback)
+    ) -> None:
+        stack, own = self._entered.pop()
+        stack.__exit__(kind, error, traceback)
+        if own is not None and error is None and own.recorder.kept():
+            warnings.warn(own.describe(), stacklevel=2)
 
     def __call__(self, build: Callable[_P, _T]) -> Callable[_P, _T]:
-        """The function that builds on meta what it can, and the rest as always.
+        """The function, run within a ``meta_init`` like this one.
 
         Args:
-            build: Is run again when a class turns out to need values.
+            build: Runs once for each call; if that fails, once more, as always.
         """
 
         @functools.wraps(build)
         def built(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-            if not self._enabled:
-                return build(*args, **kwargs)
-            exclude = self._exclude
-            reasons: list[str] = []
-            while True:
-                construction = _Construction(exclude)
-                try:
-                    with _construct_on_meta(construction):
-                        result = build(*args, **kwargs)
-                    break
-                except MetaTensorError as error:
-                    if error.module_class is None or error.module_class in exclude:
-                        raise
-                    exclude = (*exclude, error.module_class)
-                    needed = ", ".join(error.names) or "a tensor on meta"
-                    reasons.append(f"{error.module_class.__name__} needs the value of {needed}")
-                except RuntimeError as error:
-                    if not construction.took_memory:
-                        raise
-                    # torch refuses in words of its own what cannot be done without values, and does not say to whom.
+            within = meta_init(self._enabled, exclude=self._exclude, device=self._device)
+            within.__enter__()
+            own = within._entered[-1][1]
+            try:
+                with within._entered.pop()[0]:
                     result = build(*args, **kwargs)
-                    warnings.warn(
-                        f"Built everything in memory, since under meta_init it fails: {type(error).__name__}: {error}. "
-                        "The restore fills it in place, as any module.",
-                        stacklevel=2,
-                    )
-                    return result
-            if reasons:
-                excluded_bytes = sum(construction.excluded_bytes.values())
+            except (RuntimeError, TypeError) as error:
+                if own is None or not own.took_memory:
+                    raise
+                # The user's own error is raised again. If there is none, it was this way of building.
+                with contextlib.nullcontext() if self._device is None else self._device:
+                    result = build(*args, **kwargs)
                 warnings.warn(
-                    f"Built {excluded_bytes / 2**20:.1f} MiB of parameters in memory despite meta_init: "
-                    f"{'; '.join(reasons)}. The restore fills them in place, as in any module.",
+                    f"meta_init built everything in memory, since otherwise it fails: {type(error).__name__}: {error}. "
+                    "A restore fills it in place.",
                     stacklevel=2,
                 )
+                return result
+            if own is not None and own.recorder.kept():
+                warnings.warn(own.describe(), stacklevel=2)
             return result
 
         return built
 
 
 class _Active(threading.local):
-    """The constructions that are going on in this thread, the innermost last."""
+    """The construction that is going on in this thread."""
 
     def __init__(self) -> None:
-        self.constructions: list[_Construction] = []
+        self.construction: _Construction | None = None
 
 
 _ACTIVE = _Active()
@@ -156,305 +167,192 @@ def _install_hooks() -> None:
 
 
 def _on_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    if _ACTIVE.constructions:
-        _ACTIVE.constructions[-1].on_parameter(module, name, parameter)
+    if _ACTIVE.construction is not None:
+        _ACTIVE.construction.on_parameter(module, name, parameter)
 
 
 def _on_part(module: nn.Module, name: str, part: object) -> None:
-    if _ACTIVE.constructions:
-        _ACTIVE.constructions[-1].on_part(module, name, part)
+    if _ACTIVE.construction is not None:
+        _ACTIVE.construction.on_module(module)
 
 
-@contextlib.contextmanager
-def _construct_on_meta(construction: _Construction) -> Iterator[None]:
-    with _HOOKS_LOCK:
-        _install_hooks()
-    outer = _ACTIVE.constructions[-1] if _ACTIVE.constructions else None
-    _ACTIVE.constructions.append(construction)
-    try:
-        with construction:
-            yield
-        construction.check()
-        if outer is not None:
-            outer.adopt(construction)
-    finally:
-        _ACTIVE.constructions.pop()
-        # Weak references to a tensor forbid to give it memory later.
-        construction.forget()
+class _Construction:
+    """The modules that are being built, and what waits in the memory of their parameters.
 
-
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """Which parameter a tensor on meta is, or was computed from.
-
-    Attributes:
-        module_class: Class of the module it belongs to.
-        name: Its name there.
-        device: Where it would be.
+    One within another one is the same construction: it ends with the outer one.
     """
 
-    module_class: type[nn.Module]
-    name: str
-    device: torch.device
-
-    def __str__(self) -> str:
-        return f"{self.module_class.__name__}.{self.name}"
-
-
-# In-place operations that change what a tensor is, not what it contains.
-_NOT_WRITING = {
-    "as_strided_", "detach_", "rename_", "requires_grad_", "resize_", "resize_as_", "set_", "squeeze_", "swapaxes_",
-    "swapdims_", "t_", "transpose_", "unsqueeze_"
-}  # fmt: skip
-_WRITING = {
-    "__setitem__", "__iadd__", "__iand__", "__ifloordiv__", "__ilshift__", "__imod__", "__imul__", "__ior__",
-    "__ipow__", "__irshift__", "__isub__", "__itruediv__", "__ixor__"
-}  # fmt: skip
-# What these return needs a parameter's shape only: it is as real as it always was. Not the uninitialised ones: they are
-# the first step of initialisers (torch.nn.init.orthogonal_).
-_LIKE = {
-    "full_like", "new_full", "new_ones", "new_tensor", "new_zeros", "ones_like", "rand_like", "randint_like",
-    "randn_like", "zeros_like"
-}  # fmt: skip
-_GET_DEVICE = torch.Tensor.device.__get__
-_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-
-
-class _Construction(TorchFunctionMode):
-    """What happens to parameters, and to what is computed from them, while modules are built.
-
-    Writing into a tensor on meta does nothing: values do not exist there, and the first use of many meta kernels
-    imports half of torch (seconds, and 70 MB). What is computed from one is on meta too.
-
-    Args:
-        exclude: Module classes to build as always.
-    """
-
-    def __init__(self, exclude: tuple[type[nn.Module], ...]) -> None:
-        super().__init__()
-        # One within another one builds in memory what either is to.
-        outer = _ACTIVE.constructions[-1]._exclude if _ACTIVE.constructions else ()
-        self._exclude: tuple[type[nn.Module], ...] = (*outer, *exclude)
-        self._origins: dict[int, tuple[weakref.ref[torch.Tensor], _Origin]] = {}
+    def __init__(self) -> None:
+        self.recorder = Recorder()
+        self._watch = Watch(self.recorder)
+        self._excluded: list[type[nn.Module]] = []
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
-        # The memory that each parameter had. A storage that is referred to weakly keeps its identity for itself.
-        self._storages: dict[int, StorageWeakRef] = {}
-        self._registering = False
         self.took_memory = False
-        # By identity: a tied parameter is registered twice. What the excluded classes cost.
-        self.excluded_bytes: dict[int, int] = {}
+
+    def __enter__(self) -> _Construction:
+        with _HOOKS_LOCK:
+            _install_hooks()
+        _ACTIVE.construction = self
+        self._watch.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._watch.__exit__(*exception)
+        _ACTIVE.construction = None
+        # Also after an exception: what was built may live on, and its memory has never been written.
+        self._end()
+        self._modules.clear()
+
+    @contextlib.contextmanager
+    def excluding(self, classes: tuple[type[nn.Module], ...]) -> Iterator[None]:
+        """Builds these classes as always for a while."""
+        before = len(self._excluded)
+        self._excluded += classes
+        try:
+            yield
+        finally:
+            del self._excluded[before:]
+
+    def on_module(self, module: nn.Module) -> None:
+        """Remembers a module that has parts."""
+        if id(module) not in self._modules:
+            self._modules[id(module)] = weakref.ref(module)
 
     def on_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        """Takes a parameter its memory when it is registered. It stays the same object."""
-        self.on_part(module, name, parameter)
-        if type(parameter) is not nn.Parameter or self._origin(parameter) is not None:
+        """Says whose the contents are that wait in a parameter's memory."""
+        self.on_module(module)
+        if parameter is None or self.recorder.is_paused:
             return
-        self._registering = True
+        self.recorder.is_paused = True
         try:
-            device = torch.get_default_device() if parameter.is_meta else parameter.device
-            if parameter.is_meta or self._take_memory(module, parameter):
-                self._origins[id(parameter)] = (weakref.ref(parameter), _Origin(type(module), name, device))
+            pending = self.recorder.find(parameter)
+            if pending is None:
+                return
+            if self._excluded and self._is_excluded(module):
+                self.recorder.expose(parameter)
+                return
+            pending.is_derived = self.took_memory = True
+            if pending.owner is None:
+                pending.owner = type(module), name
         finally:
-            self._registering = False
+            self.recorder.is_paused = False
 
-    def _take_memory(self, module: nn.Module, parameter: nn.Parameter) -> bool:
-        # RNNBase keeps weak references to its weights (torch 2.13), which forbid to give them memory later.
-        if isinstance(module, nn.RNNBase) or parameter.layout is not torch.strided or parameter.is_quantized:
-            return False
-        if self._exclude and (
-            isinstance(module, self._exclude) or any(isinstance(m, self._exclude) for m in _under_construction())
-        ):
-            self.excluded_bytes[id(parameter)] = parameter.nbytes
-            return False
-        self._storages[id(parameter)] = StorageWeakRef(parameter.untyped_storage())
-        self.took_memory = True
-        empty = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
-        try:
-            replace_data(parameter, empty, name="")
-        except MetaTensorError:
-            # Somebody has a weak reference to it, or an autograd graph: it stays as it is, which is right, if not free.
-            return False
-        return True
+    def describe(self) -> str:
+        """What was built in memory, and why."""
+        realised = self.recorder.kept()
+        nbytes = sum(item.nbytes for item in realised)
+        reasons = {f"{item.owner[0].__name__}.{item.owner[1]}": item.reason for item in realised}
+        named = listed((f"{name}: {reason}" for name, reason in reasons.items()), separator="; ")
+        return (
+            f"meta_init built {nbytes / 2**20:.1f} MiB of parameters in memory, as an ordinary construction does: "
+            f"{named}. A restore fills them in place."
+        )
 
-    def on_part(self, module: nn.Module, name: str, part: object) -> None:
-        """Remembers a module, for :meth:`check`."""
-        self._modules[id(module)] = weakref.ref(module)
+    # ------------------------------------------------------------------------------------------------------------------
 
-    def adopt(self, inner: _Construction) -> None:
-        """Goes on with what was built in a construction within this one."""
-        self._origins |= inner._origins
-        self._modules |= inner._modules
-        self._storages |= inner._storages
-        self.excluded_bytes |= inner.excluded_bytes
+    def _is_excluded(self, module: nn.Module) -> bool:
+        classes = tuple(self._excluded)
+        return isinstance(module, classes) or any(isinstance(other, classes) for other in _under_construction())
 
-    def forget(self) -> None:
-        """Ends all references."""
-        self._origins.clear()
-        self._modules.clear()
-        self._storages.clear()
-
-    def check(self) -> None:
-        """Looks for what giving each parameter memory of its own is not going to make right.
-
-        Raises:
-            MetaTensorError: A buffer that no checkpoint holds, or an attribute, was computed from a parameter on meta,
-                a parameter on meta shares its memory, or belongs to what torch.jit compiled.
-        """
-        self._check_values()
-        self._check_sharing()
-        self._check_scripts()
+    def _end(self) -> None:
+        """Moves to meta what waits in parameters of modules, and lets everything else have its contents."""
+        recorder = self.recorder
+        modules = self._alive()
+        waiting = {id(pending): pending for pending in recorder.alive()}
+        if not waiting:
+            return
+        for module in modules:
+            _drop_made_anew(module, recorder)
+        owners = self._owners(modules)
+        unknown = [pending for pending in recorder.alive() if pending.is_derived and id(pending) not in owners]
+        if unknown:
+            # Copies of modules that are part of no other one: torch calls no hook for them.
+            known = {id(module) for module in modules}
+            found = [item for item in gc.get_objects() if issubclass(type(item), nn.Module) and id(item) not in known]
+            owners = self._owners([*modules, *found])
+        moved: list[Read] = []
+        shared = [pair for pair in owners.values() if not self._move(*pair, moved)]
+        if any(len(parameters) == 1 for _, parameters in shared):
+            gc.collect()  # A view that only a circle of references keeps.
+            for pair in shared:
+                self._move(*pair, moved)
+        for pending in recorder.alive():
+            parameters = owners[id(pending)][1] if id(pending) in owners else []
+            recorder.realise(pending, _why_in_memory([parameter for parameter, _ in parameters]))
+        recorder.own_sources(read.contents for read in moved)
 
     def _alive(self) -> list[nn.Module]:
-        return [module for reference in self._modules.values() if (module := reference()) is not None]
+        roots = [module for reference in self._modules.values() if (module := reference()) is not None]
+        return list({id(module): module for root in roots for module in root.modules()}.values())
 
-    def _check_sharing(self) -> None:
-        owners: dict[int, dict[int, tuple[nn.Module, str, torch.Tensor]]] = {}
-        modules = self._alive()
+    def _owners(self, modules: Iterable[nn.Module]) -> _Owners:
+        owners: _Owners = {}
         for module in modules:
-            for name, tensor in (*module._parameters.items(), *module._buffers.items(), *_attributes(module).items()):
-                if type(tensor) not in (torch.Tensor, nn.Parameter):
-                    continue
-                if tensor.layout is not torch.strided or not tensor.numel():
-                    continue
-                storages = [StorageWeakRef(tensor.untyped_storage())]
-                if id(tensor) in self._storages and tensor.is_meta:
-                    storages.append(self._storages[id(tensor)])
-                for storage in storages:
-                    owners.setdefault(storage.cdata, {})[id(tensor)] = (module, name, tensor)
-        for group in owners.values():
-            if len(group) < 2 or not any(tensor.is_meta for *_, tensor in group.values()):
-                continue
-            holders = {id(module) for module, *_ in group.values()}
-            around = [(len(below), module) for module in modules if holders <= (below := {*map(id, module.modules())})]
-            own = [(size, type(module)) for size, module in around if not type(module).__module__.startswith("torch.")]
-            owner = min(own, key=lambda item: item[0])[1] if own else None
-            names = tuple(f"{type(module).__name__}.{name}" for module, name, _ in group.values())
-            raise MetaTensorError(
-                f"{' and '.join(names[:10])} share memory without being one parameter, which cannot be kept without "
-                f"memory. To tie two parameters assign the same object to both. {_advice(owner)}",
-                names=names,
-                module_class=owner,
-            )
+            for parameter in vars(module).get("_parameters", {}).values():
+                pending = None if parameter is None else self.recorder.find(parameter)
+                if pending is not None:
+                    known = owners.setdefault(id(pending), (pending, []))[1]
+                    same = next((holders for other, holders in known if other is parameter), None)
+                    if same is None:
+                        known.append((parameter, [module]))
+                    else:
+                        same.append(module)
+        return owners
 
-    def _check_scripts(self) -> None:
-        for module in self._alive():
-            for name, part in module._modules.items():
-                if isinstance(part, torch.jit.ScriptModule) and any(value.is_meta for value in part.parameters()):
-                    raise MetaTensorError(
-                        f"{type(module).__name__}.{name} was compiled by torch.jit, whose parameters can be given no "
-                        f"memory later. {_advice(type(module))}",
-                        names=(f"{type(module).__name__}.{name}",),
-                        module_class=type(module),
-                    )
+    def _move(
+        self, pending: Pending, parameters: list[tuple[nn.Parameter, list[nn.Module]]], moved: list[Read]
+    ) -> bool:
+        """Moves a parameter to meta, if its memory is nobody else's and can be given back later.
 
-    def _check_values(self) -> None:
-        found: list[tuple[str, nn.Module, _Origin]] = []
-        for module in self._alive():
-            # torch (2.13) has no public name for them.
-            unsaved = {name: module._buffers.get(name) for name in module._non_persistent_buffers_set}
-            for name, value in (*unsaved.items(), *_attributes(module).items()):
-                if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-                    origin = self._origin(value)
-                    if origin is not None:
-                        found.append((name, module, origin))
-        if found:
-            parts = listed(f"{type(module).__name__}.{name} (from {origin})" for name, module, origin in found)
-            owner = type(found[0][1])
-            raise MetaTensorError(
-                f"No checkpoint holds {parts}, computed from parameters that have no values under meta_init. "
-                f"{_advice(owner)}",
-                names=tuple(dict.fromkeys(str(origin) for *_, origin in found)),
-                module_class=owner,
-            )
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self._registering or self is not _ACTIVE.constructions[-1]:
-            return func(*args, **kwargs)
-        on_meta = [tensor for tensor in _tensors((*args, *kwargs.values())) if tensor.is_meta]
-        if not on_meta:
-            return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        target: Any = args[0] if args else kwargs.get("tensor", kwargs.get("self", kwargs.get("input")))
-        origin = next((known for known in map(self._origin, on_meta) if known is not None), None)
-        if func == _GET_DEVICE:
-            # Buffers that are made "where the weights are" must be real.
-            if origin is None:
-                return torch.get_default_device() if isinstance(target, nn.Parameter) else target.device
-            return origin.device
-        if name in _WRITING or (name.endswith("_") and not name.endswith("__") and name not in _NOT_WRITING):
-            if all(tensor.is_meta for tensor in _tensors(target)):
-                return target
-            raise self._error(on_meta, f"{name}() writes it into a tensor that has memory")
-        if func == _SET_DATA:
-            if not target.is_meta:
-                raise self._error(on_meta, "it becomes the data of a tensor that has memory")
-        elif origin is not None and target is on_meta[0]:
-            if name in _LIKE:
-                kwargs = {"device": origin.device, **kwargs}
-            elif name in ("to", "cpu", "cuda"):
-                # The restore is what moves parameters to a device. Their type changes as always.
-                kwargs = _conversion(args, kwargs) if name == "to" else {}
-                if not kwargs:
-                    return target
-                func, args = torch.Tensor.to, (target,)
-        if isinstance(kwargs.get("out"), torch.Tensor) and not kwargs["out"].is_meta:
-            raise self._error(on_meta, f"{name}() writes it into a tensor that has memory")
+        Returns:
+            ``False`` if another tensor lies in its memory.
+        """
+        parameter, modules = parameters[0]
+        if len(parameters) > 1 or not is_alone(parameter):
+            return False
+        if parameter.grad is not None:
+            return True
+        if type(parameter) is not nn.Parameter or parameter.is_inference():
+            pending.owner = None
+            return True
+        read = Read(pending.contents, own_view(parameter))
         try:
-            # torch (2.13) computes nonsense in silence for some mixtures (linear, convolution), and refuses others. An
-            # autograd graph that somebody keeps (torch.nn.utils.weight_norm) would forbid to give parameters memory.
-            with torch.no_grad():
-                result = func(*_on_meta(args), **{key: _on_meta(value) for key, value in kwargs.items()})
-        except (RuntimeError, TypeError) as error:
-            if "meta" not in str(error).lower() or isinstance(error, MetaTensorError):
-                raise
-            raise self._error(on_meta, str(error).partition("\n")[0].rstrip(".")) from error
-        if origin is not None:
-            for tensor in _tensors(result):
-                if tensor.is_meta and self._origin(tensor) is None:
-                    self._origins[id(tensor)] = (weakref.ref(tensor), origin)
-        return result
-
-    def _origin(self, tensor: torch.Tensor) -> _Origin | None:
-        known = self._origins.get(id(tensor))
-        return known[1] if known is not None and known[0]() is tensor else None
-
-    def _error(self, tensors: list[torch.Tensor], what: str) -> MetaTensorError:
-        origins = [origin for origin in map(self._origin, tensors) if origin is not None]
-        names = tuple(dict.fromkeys(map(str, origins)))
-        # The class that needs the value, rather than what torch builds on its behalf (parametrizations).
-        readers = (
-            type(module)
-            for module in _under_construction()
-            if not type(module).__module__.startswith("torch.") and not isinstance(module, self._exclude)
-        )
-        owner = next(readers, origins[0].module_class if origins else None)
-        return MetaTensorError(
-            f"The value of {', '.join(names) or 'a tensor on meta'} is needed, which has none under meta_init: {what}. "
-            f"{_advice(owner)}",
-            names=names,
-            module_class=owner,
-        )
+            let_wait(parameter, modules, read)
+        except MetaTensorError:
+            if any(isinstance(module, nn.RNNBase) for module in modules):
+                pending.owner = None  # They always refer to their parameters weakly.
+            return True
+        self.recorder.release(pending)
+        moved.append(read)
+        return True
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What hangs on a module, without what is made anew before every forward.
+# What waits in memory, with each parameter there and the modules that have it.
+_Owners = dict[int, tuple[Pending, list[tuple[nn.Parameter, list[nn.Module]]]]]
+
+
+def _why_in_memory(parameters: list[nn.Parameter]) -> str | None:
+    if not parameters:
+        return None
+    if any(parameter.grad is not None for parameter in parameters):
+        return "it has a gradient"
+    if len(parameters) == 1 and is_alone(parameters[0]):
+        return "a weak reference, a graph or a compiled module holds it, so it could get no memory later"
+    return "it shares its memory with another tensor"
+
+
+def _drop_made_anew(module: nn.Module, recorder: Recorder) -> None:
+    """Empties the attributes that a module computes from its parameters before every forward, with their graphs.
 
     That is what the old weight_norm, spectral_norm and prune do (torch 2.13, torch.nn.utils). A module's hooks have no
     public name.
     """
-    hooks = module._forward_pre_hooks.values()
-    made_anew = {getattr(hook, key, None) for hook in hooks for key in ("name", "_tensor_name")}
-    return {name: value for name, value in vars(module).items() if name not in made_anew}
-
-
-def _advice(owner: type | None) -> str:
-    if owner is None:
-        return "Do this outside meta_init."
-    name = owner.__name__
-    return f"Build {name} as always, in memory: meta_init(exclude=({name},)), or use meta_init as a decorator."
+    for hook in vars(module).get("_forward_pre_hooks", {}).values():
+        for key in ("name", "_tensor_name"):
+            name = getattr(hook, key, None)
+            value = vars(module).get(name) if isinstance(name, str) else None
+            if isinstance(name, str) and type(value) is torch.Tensor and recorder.find(value) is not None:
+                vars(module)[name] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
 def _under_construction() -> Iterator[nn.Module]:
@@ -467,33 +365,3 @@ def _under_construction() -> Iterator[nn.Module]:
             if isinstance(module, nn.Module):
                 yield module
         frame = frame.f_back
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    # Not in dicts: the only one that torch passes is the memo of a deep copy.
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (tuple, list)) else []
-
-
-def _on_meta(value: Any) -> Any:
-    """The same arguments, with shapes instead of values."""
-    if isinstance(value, torch.Tensor):
-        if value.is_meta or value.layout is not torch.strided:
-            return value
-        empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        return empty.requires_grad_(value.requires_grad)
-    if type(value) in (tuple, list):
-        return type(value)(_on_meta(item) for item in value)
-    return value
-
-
-def _conversion(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What the arguments of ``Tensor.to`` say but for the device; ``to(other)`` means the other's dtype."""
-    dtypes = (value.dtype if isinstance(value, torch.Tensor) else value for value in (*args[1:], *kwargs.values()))
-    dtype = next((value for value in dtypes if isinstance(value, torch.dtype)), None)
-    memory_format = kwargs.get("memory_format")
-    return {
-        **({} if dtype is None else {"dtype": dtype}),
-        **({} if memory_format is None else {"memory_format": memory_format}),
-    }

@@ -21,6 +21,7 @@ import torch
 from lightning_memload.checkpoint import DetachedError, FileMapping, FileWatch, MappedCheckpoint, span_bytes
 from lightning_memload.errors import InsufficientMemoryError
 from lightning_memload.memory import free_device_bytes
+from lightning_memload.restore.recording import claim
 from lightning_memload.transfer import (
     LazyRing,
     Record,
@@ -110,6 +111,8 @@ class RestoreSession:
             CheckpointReadError: Reading failed; some destinations are filled, others are not.
             ChecksumError: The file is damaged; likewise.
         """
+        # Within meta_init: the threads that read write to memory that its recorder does not see.
+        claim(item.destination for item in moves)
         copies = []
         ordinary = []
         located = self.checkpoint.locate_all([item.value for item in moves])

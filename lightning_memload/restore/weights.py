@@ -15,10 +15,18 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_memload.checkpoint import ChunkedTensor, span_bytes
 from lightning_memload.restore.allocation import empty_on, materialize, replace_data, without_weak_references
 from lightning_memload.restore.matching import module_keys
+from lightning_memload.restore.recipes import (
+    WaitingParameter,
+    fill_before_load,
+    follow_recipes,
+    remove_load_hooks,
+)
+from lightning_memload.restore.recording import unrecorded
 from lightning_memload.restore.session import Move, RestoreSession
 from lightning_memload.restore.state_dict import rename_compiled
 
@@ -26,6 +34,7 @@ __all__ = ["WeightsRestore"]
 
 # The types that hold every float16, bfloat16 and float32 value exactly.
 _HOLDS_HALF = (torch.float32, torch.float64)
+_PLAIN_TYPES = (torch.Tensor, nn.Parameter, WaitingParameter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +62,8 @@ class WeightsRestore:
             or buffers share is copied all the same, and so is one with other strides than in the file.
         keep_memory: Assign only to parameters on meta. Those that have memory are filled in place, so that whatever
             else refers to that memory sees the values.
-        strict: Whether torch will refuse missing keys. If not, meta parameters that the checkpoint lacks are
-            initialised by their modules' ``reset_parameters``.
+        strict: Whether torch will refuse missing keys. If not, meta parameters that the checkpoint lacks get
+            what ``meta_init`` knows that their constructor made, else what their modules' ``reset_parameters`` makes.
         later_bytes: What the restore will need later, per device, for the check before the first byte.
 
     Peak memory: the destinations and the session's staging ring. No copy of the checkpoint.
@@ -84,7 +93,7 @@ class WeightsRestore:
         self._disturbed: set[int] = set()
         # ScriptModules refuse hooks. A parent's hook finds their parameters; one that is loaded by itself is torch's.
         hookable = [child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule)]
-        self._handles = [child.register_load_state_dict_pre_hook(self._before_load) for child in hookable]
+        self._handles = [_first_hook(child, self._before_load) for child in hookable]
         if hookable and hookable[0] is module:
             self._handles.append(module.register_load_state_dict_post_hook(self._after_load))
 
@@ -93,6 +102,8 @@ class WeightsRestore:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._root is not None:
+            remove_load_hooks(self._root)
         # A copy of the module may keep this object: nothing of the restore, or of the Trainer, may hang on it.
         self._session = self._root = None
         self._later_bytes = dict
@@ -116,13 +127,15 @@ class WeightsRestore:
             rename_compiled(state_dict, module_keys(module))
         tensors: list[tuple[str, torch.Tensor | None]] = [*module._parameters.items(), *module._buffers.items()]
         own = [(f"{prefix}{name}", tensor) for name, tensor in tensors if tensor is not None]
-        for key, tensor in own:
-            value = state_dict.get(key)
-            if key in self._values and value is tensor and self._is_disturbed(tensor):
-                state_dict[key] = self._values[key]
-            elif not _overrides_load(module) and _is_alias(value, tensor):
-                state_dict[key] = tensor  # It has these values: torch would copy them onto themselves, byte by byte.
-        self._stream(session, root, module, state_dict, prefix)
+        with unrecorded():
+            for key, tensor in own:
+                value = state_dict.get(key)
+                if key in self._values and value is tensor and self._is_disturbed(tensor):
+                    state_dict[key] = self._values[key]
+                elif not _overrides_load(module) and _is_alias(value, tensor):
+                    # It has these values: torch would copy them onto themselves, byte by byte.
+                    state_dict[key] = tensor
+            self._stream(session, root, module, state_dict, prefix)
         for key, tensor in own:
             if key in self._values and state_dict.get(key) is tensor:
                 # torch copies it onto itself now.
@@ -233,7 +246,9 @@ class WeightsRestore:
 
     def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
         if not self._strict and self._session is not None:
-            materialize(module, incompatible_keys.missing_keys, self._session.device, self._dtype)
+            missing = incompatible_keys.missing_keys
+            follow_recipes(module, set(missing), self._session.device, self._dtype)
+            materialize(module, missing, self._session.device, self._dtype)
 
 
 class _Sharing:
@@ -275,6 +290,15 @@ def _is_alias(value: Any, tensor: torch.Tensor) -> bool:
         == (tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         and not (value.is_conj() or value.is_neg() or tensor.is_conj() or tensor.is_neg())
     )
+
+
+def _first_hook(module: nn.Module, hook: Callable[..., None]) -> RemovableHandle:
+    """Registers a load_state_dict pre-hook before :func:`fill_before_load`, which then finds nothing to do."""
+    handle: RemovableHandle = module.register_load_state_dict_pre_hook(hook)
+    hooks: Any = module._load_state_dict_pre_hooks  # torch (2.13) can put only other hooks first.
+    if any(getattr(other, "hook", other) is fill_before_load for other in hooks.values()):
+        hooks.move_to_end(handle.id, last=False)
+    return handle
 
 
 def _version_of(tensor: torch.Tensor) -> int:
@@ -340,9 +364,12 @@ def _has_own_ways(module: nn.Module) -> bool:
         return True
     # torch (2.13) wraps each hook, and has no public name for them.
     hooks = (getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values())
-    return any(getattr(hook, "__func__", hook) is not WeightsRestore._before_load for hook in hooks)
+    return any(
+        getattr(hook, "__func__", hook) is not WeightsRestore._before_load and hook is not fill_before_load
+        for hook in hooks
+    )
 
 
 def _is_plain(tensor: Any) -> TypeGuard[torch.Tensor]:
     """Whether a tensor's memory is simply its values. Subclasses and special layouts stay with torch."""
-    return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized
+    return type(tensor) in _PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_quantized

@@ -517,8 +517,8 @@ def _weight_averaging() -> dict[str, Case]:
     except ImportError:
         return {}
     return {
-        "weight-averaging": Case(with_adamw, callbacks=lambda: [WeightAveraging()], meta=False),
-        "ema-weight-averaging": Case(with_adamw, callbacks=lambda: [EMAWeightAveraging(decay=0.9)], meta=False),
+        "weight-averaging": Case(with_adamw, callbacks=lambda: [WeightAveraging()]),
+        "ema-weight-averaging": Case(with_adamw, callbacks=lambda: [EMAWeightAveraging(decay=0.9)]),
     }
 
 
@@ -532,11 +532,10 @@ MODULES = {
     "lstm": net_case(lambda: Recurrent(nn.LSTM)),
     "gru": net_case(lambda: Recurrent(nn.GRU)),
     "channels-last": net_case(Images),
-    # The old weight norm assigns computed weights while it is built, the new ones compute on meta: seconds of imports.
-    "weight-norm": net_case(lambda: _weight_norm(nn.Linear(FEATURES, FEATURES)), meta=False),
+    "weight-norm": net_case(lambda: _weight_norm(nn.Linear(FEATURES, FEATURES))),
     "parametrized-weight-norm": net_case(lambda: parametrizations.weight_norm(nn.Linear(FEATURES, FEATURES))),
     "spectral-norm": net_case(lambda: torch.nn.utils.spectral_norm(nn.Linear(FEATURES, FEATURES))),
-    "lazy": net_case(_lazy, save_after=5, meta=False),
+    "lazy": net_case(_lazy, save_after=5),
     "attention": net_case(lambda: nn.TransformerEncoderLayer(FEATURES, 2, 8, batch_first=True)),
     "renaming": net_case(lambda: Renaming(FEATURES, FEATURES), edit=Renaming.edit),
     "by-hook": net_case(ByHook, edit=ByHook.edit),
@@ -547,12 +546,11 @@ MODULES = {
     "configured-on-meta": Case(ConfiguredOnMeta),
     "migrating": Case(Small, rebuild=Migrating),
     "in-place": Case(InPlace),
+    # What no file holds is drawn, and under meta_init from other random numbers.
     "new-head": Case(TinyModule, rebuild=NewHead, edit=_old_head, meta=False),
-    # What shares memory without being one parameter comes apart on meta, as it does on the way to a GPU.
-    "two-names": net_case(TwoNames, meta=False),
+    "two-names": net_case(TwoNames),
     "other-dtype-on-disk": Case(TinyModule, edit=_double),
     "accumulation": Case(with_adamw, trainer={"accumulate_grad_batches": 3}),
-    # Lightning copies the module to a device before anything is restored, which meta parameters cannot follow.
     **_weight_averaging(),
     "keeping": Case(TinyModule, callbacks=lambda: [Keeping()]),
 }
@@ -597,6 +595,9 @@ def test_assign_is_bit_exact(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BUILT_ON_META)
+# What shares memory is built in memory; averages are copies that move before anything is restored.
+@pytest.mark.filterwarnings("ignore:meta_init built:UserWarning")
+@pytest.mark.filterwarnings("ignore:A module that was built under meta_init moves:UserWarning")
 def test_module_built_on_meta_is_bit_exact(name: str, tmp_path: Path) -> None:
     same_resume(CASES[name], tmp_path, meta=True)
 

@@ -233,6 +233,29 @@ def test_module_on_meta_without_checkpoint(stage: str, tmp_path: Path) -> None:
     assert_clean(trainer, module)
 
 
+def test_data_on_meta_without_checkpoint(tmp_path: Path) -> None:
+    """What a constructor loaded is there; only what nobody gave values is named."""
+
+    class Pretrained(TinyModule):
+        def __init__(self, *, whole: bool) -> None:
+            super().__init__(adamw)
+            torch.save(TinyModule(adamw).state_dict(), tmp_path / "pretrained.pt")
+            values = torch.load(tmp_path / "pretrained.pt", weights_only=True)
+            self.load_state_dict({name: v for name, v in values.items() if whole or "first" in name}, strict=False)
+
+    with meta_init():
+        module = Pretrained(whole=False)
+    trainer = make_trainer(tmp_path, [MemoryEfficientRestore()])
+    with pytest.raises(MetaTensorError, match=r"no checkpoint is restored\. Pass ckpt_path") as caught:
+        trainer.fit(module)
+    assert caught.value.names == ("second.weight", "second.bias")
+    with meta_init():
+        module = Pretrained(whole=True)
+    make_trainer(tmp_path, [MemoryEfficientRestore()], max_steps=0).fit(module)
+    expected = torch.load(tmp_path / "pretrained.pt", weights_only=True)
+    assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
+
+
 class WithBuffer(TinyModule):
     def __init__(self) -> None:
         super().__init__(adamw)

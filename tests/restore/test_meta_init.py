@@ -1,9 +1,10 @@
-"""What constructors do with their parameters, under meta_init: served, or refused with the parameter's name."""
+"""What constructors do with their parameters, under meta_init: the answers of an ordinary construction."""
 
 from __future__ import annotations
 
 import copy
 import io
+import re
 import threading
 import warnings
 import weakref
@@ -12,12 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from lightning_memload import MetaTensorError, load_weights, meta_init
-from tests.restore.building import assert_same_build, restore, same_on_meta
+from lightning_memload.restore import follow_recipes
+from tests.restore.building import assert_same_build, raw, restore, same_on_meta
 
 # Served ---------------------------------------------------------------------------------------------------------------
 
@@ -75,7 +78,6 @@ def written(self: Any) -> None:
         self.w += other
         self.w -= self.w.mean()
         self.w.t().mul_(2)
-        torch._foreach_mul_([self.w], 2.0)
         torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector([self.w]), [self.w])
 
 
@@ -175,15 +177,27 @@ def deleted(self: Any) -> None:
 
 
 WORKING = [
-    created, initialised, written, replaced_by_other_shape, derived, tied, copied, applied, converted, buffers, shaped,
+    created,
+    initialised,
+    written,
+    replaced_by_other_shape,
+    derived,
+    tied,
+    copied,
+    applied,
+    converted,
+    buffers,
+    shaped,
     deleted,
-]  # fmt: skip
+]
+# Numbers that stand in the code, and are no initialisation: there is no memory to save.
+DATA: dict[Any, tuple[str, ...]] = {created: ("indices", "scalar")}
 
 
 @pytest.mark.parametrize("construct", WORKING)
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
 def test_served(construct: Callable[[Any], None], tmp_path: Path) -> None:
-    module = same_on_meta(lambda: Custom(construct), tmp_path)
+    module = same_on_meta(lambda: Custom(construct), tmp_path, real=DATA.get(construct, ()))
     if construct is tied:
         assert module.before[0] is module.first
         assert not module.before[0].is_meta
@@ -198,16 +212,15 @@ def test_buffer_that_the_checkpoint_holds(tmp_path: Path) -> None:
     same_on_meta(lambda: Custom(saved_buffer), tmp_path, computed=("total",))
 
 
-def test_moved_to_a_device_that_is_not_there() -> None:
-    """The restore is what brings parameters to a device."""
-    with meta_init():
-        layer = nn.Linear(2, 2)
-        weight = layer.weight
-        layer.cuda()
-        layer.to("cuda:7", torch.float64)
-    assert layer.weight is weight
-    assert layer.weight.is_meta
-    assert layer.weight.dtype == torch.float64
+def test_types_and_devices_are_converted(tmp_path: Path) -> None:
+    def convert(self: Any) -> None:
+        self.layer = nn.Linear(2, 2)
+        self.weight = self.layer.weight
+        self.layer.to("cpu", torch.float64)
+        assert self.layer.weight is self.weight
+
+    module = same_on_meta(lambda: Custom(convert), tmp_path)
+    assert module.weight.dtype == torch.float64
 
 
 def test_quantizable(tmp_path: Path) -> None:
@@ -238,9 +251,12 @@ def test_what_keeps_its_memory(tmp_path: Path) -> None:
         self.watched = watched
         self.plain = nn.Parameter(torch.randn(3))
 
-    with meta_init():
+    with pytest.warns(UserWarning, match=r"Custom\.watched: a weak reference") as warned, meta_init():
         module = Custom(construct)
+    assert len(warned) == 1
     assert [name for name, parameter in module.named_parameters() if parameter.is_meta] == ["plain"]
+    assert references[0]() is module.watched
+    assert module.watched.abs().max() > 0
 
 
 def test_weak_reference_to_a_parameter_on_meta(tmp_path: Path) -> None:
@@ -280,7 +296,7 @@ def test_nested_and_after() -> None:
         assert not nn.Linear(2, 2).weight.is_meta
 
 
-# Refused, by name -----------------------------------------------------------------------------------------------------
+# Values on demand -----------------------------------------------------------------------------------------------------
 
 
 class Reader(nn.Module):
@@ -348,48 +364,67 @@ READS: dict[str, Callable[[Any, torch.Tensor], Any]] = {
 }
 
 
+# What can wait with the parameter: no value of it has to be there while it is built.
+WAITING = {"item", "condition", "copy", "in place", "setitem", "attribute", "forward", "buffer"}
+
+
 @pytest.mark.parametrize("name", READS)
-def test_refused_with_name(name: str, tmp_path: Path) -> None:
-    with (
-        pytest.raises(MetaTensorError, match=r"Linear\.weight.*meta_init\(exclude=\(Reader,\)\)") as caught,
-        meta_init(),
-    ):
-        _ = Net(READS[name])
-    assert "Linear.weight" in caught.value.names
-    assert caught.value.module_class is Reader
-    # What the message says.
-    with meta_init(exclude=Reader if name == "forward" else [Reader]):
-        module = Net(READS[name])
-    assert_falls_back(module, name, tmp_path)
-    # The same by itself.
-    with pytest.warns(UserWarning, match=r"Built 0\.0 MiB .* Reader needs the value of Linear\.") as warned:
-        module = meta_init()(Net)(READS[name])
-    assert len(warned) == 1
-    assert warned[0].filename == __file__
-    assert_falls_back(module, name, tmp_path)
-
-
-def assert_falls_back(module: nn.Module, name: str, folder: Path) -> None:
+def test_gets_the_values(name: str, tmp_path: Path) -> None:
+    """What a constructor reads is what the parameter has when no checkpoint fills it."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with meta_init():
+            module = Net(READS[name])
     on_meta = {name for name, parameter in module.named_parameters() if parameter.is_meta}
-    assert on_meta == {"body.weight", "body.bias"}
+    if name in WAITING:
+        assert not warned
+        assert on_meta == {"body.weight", "body.bias", "reader.layer.weight", "reader.layer.bias"}
+    else:
+        assert len(warned) == 1
+        assert re.match(r"meta_init built 0\.0 MiB of parameters in memory.*: Linear\.weight: ", str(warned[0].message))
+        assert warned[0].filename == __file__
+        assert on_meta == {"body.weight", "body.bias", "reader.layer.bias"}
+    if name == "data":
+        assert module.reader.value.data_ptr() == module.reader.layer.weight.data_ptr()
+    value, total = module.reader.value, getattr(module.reader, "total", None)
+    filled = copy.deepcopy(module)
+    follow_recipes(module)
+    again = READS[name](module.reader, module.reader.layer.weight)
+    assert same(value, again)
+    assert total is None or same(total, module.reader.total)
+    # And the restore fills all of it.
     expected = Net(READS[name])
     if name == "buffer":
-        expected.reader.total = module.reader.total  # of the initial values, which no file holds
-    expected.reader.value = module.reader.value
-    restore(module, expected.state_dict(), folder)
-    assert_same_build(expected, module, restored=True)
+        expected.reader.total = filled.reader.total
+    expected.reader.value = filled.reader.value
+    restore(filled, expected.state_dict(), tmp_path)
+    assert_same_build(expected, filled, restored=True)
 
 
-def test_errors_that_are_not_about_memory() -> None:
-    """Shapes are checked on meta too; such an error is the user's own."""
+@pytest.mark.parametrize("name", READS)
+def test_an_excluded_class_is_built_as_always(name: str) -> None:
+    with meta_init(exclude=Reader if name == "forward" else [Reader]):
+        module = Net(READS[name])
+    assert [name for name, parameter in module.named_parameters() if parameter.is_meta] == ["body.weight", "body.bias"]
+    assert same(module.reader.value, READS[name](module.reader, module.reader.layer.weight))
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, torch.Tensor):
+        return one.shape == other.shape and raw(one) == raw(other)
+    return bool(np.array_equal(one, other))
+
+
+def test_errors_are_the_user_s() -> None:
     with meta_init():
         layer = nn.Linear(3, 2)
-        with pytest.raises(RuntimeError, match="7") as caught:
-            _ = layer.weight.data + torch.ones(7)
-    assert not isinstance(caught.value, MetaTensorError)
-    with pytest.raises(MetaTensorError, match=r"Linear\.weight.*exclude=\(Linear,\)"), meta_init():
-        nn.Linear(3, 2).weight.sum().item()
-    with pytest.raises(MetaTensorError, match=r"a tensor on meta.*Do this outside meta_init"), meta_init():
+        with pytest.raises(RuntimeError, match="7"):
+            _ = torch.ones(2, 3) + torch.ones(7)
+        with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+            layer.weight.zero_()
+    with pytest.raises(RuntimeError, match="meta"), meta_init():
         torch.empty(2, device="meta").sum().item()
 
 
@@ -420,30 +455,36 @@ def test_decorator() -> None:
     assert module.weight.is_meta
     assert build.__doc__ == "Says what it builds."
     assert not meta_init(enabled=False)(build.__wrapped__)(2).weight.is_meta
-    with pytest.raises(MetaTensorError):
-        meta_init()(lambda: torch.empty(2, device="meta").sum().item())()
     with pytest.raises(ZeroDivisionError):
         meta_init()(lambda: 1 / 0)()
 
 
-def test_decorator_gives_up_on_several_classes_one_after_the_other() -> None:
+def test_decorator_warns_once() -> None:
+    calls = []
+
     class Second(Reader):
         pass
-
-    def build() -> nn.Module:
-        return nn.ModuleList([Reader(READS["item"]), Second(READS["numpy"]), nn.Linear(512, 512)])
 
     class Own(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.w = nn.Parameter(torch.zeros(512, 512))
             self.tied = self.w
-            self.top = self.w.max().item()
+            self.top = self.w.tolist()[0][0]
 
-    with pytest.warns(UserWarning, match=r"Built 1\.0 MiB .*: Reader needs .* Own needs the value of Own\.w") as warned:
-        module = meta_init()(lambda: nn.ModuleList([build(), Own()]))()
-    assert len(warned) == 1
-    assert [n for n, p in module.named_parameters() if p.is_meta] == ["0.2.weight", "0.2.bias"]
+    @meta_init()
+    def build() -> nn.Module:
+        calls.append(1)
+        return nn.ModuleList([Reader(READS["tolist"]), Second(READS["numpy"]), nn.Linear(512, 512), Own()])
+
+    with pytest.warns(UserWarning, match=r"built 1\.0 MiB .*Linear\.weight: .*; Own\.w: tolist\(\)") as warned:
+        module = build()
+    assert len(warned) == len(calls) == 1
+    assert warned[0].filename == __file__
+    assert {n for n, p in module.named_parameters() if p.is_meta} == {
+        "0.layer.bias", "1.layer.bias", "2.weight", "2.bias",
+    }  # fmt: skip
+    assert module[3].top == 0
 
 
 class TestSharedMemory:
@@ -470,36 +511,35 @@ class TestSharedMemory:
             self.w = nn.Parameter(memory)
             self.register_buffer("view", memory[:2])
 
-    @pytest.mark.parametrize("kind", [Flat, Data, Buffer])
-    def test_is_refused_or_kept_in_memory(self, kind: type[nn.Module]) -> None:
+    class Attribute(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            memory = torch.zeros(4)
+            self.w = nn.Parameter(memory)
+            self.first = memory[:2]
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(4))
+            self.rows = [self.w.detach()[:2]]
+
+    @pytest.mark.parametrize("kind", [Flat, Data, Buffer, Attribute, Listed])
+    def test_is_kept_in_memory(self, kind: type[nn.Module]) -> None:
         class Outer(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
                 self.body = nn.Linear(4, 4)
                 self.inner = kind()
 
-        with pytest.raises(MetaTensorError, match="share memory without being one parameter") as caught, meta_init():
+        with pytest.warns(UserWarning, match="it shares its memory with another tensor") as warned, meta_init():
             module = Outer()
-        assert caught.value.module_class is kind
-        with pytest.warns(UserWarning, match=rf"despite meta_init: {kind.__name__} needs"):
-            module = meta_init()(Outer)()
+        assert len(warned) == 1
         assert module.body.weight.is_meta
-        storages = [tensor.untyped_storage().data_ptr() for tensor in module.inner.state_dict().values()]
-        assert len(set(storages)) < len(storages)
-
-    def test_with_an_attribute(self) -> None:
-        class Attribute(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                memory = torch.zeros(4)
-                self.w = nn.Parameter(memory)
-                self.first = memory[:2]
-
-        with pytest.raises(MetaTensorError, match=r"Attribute\.w and Attribute\.first share memory"), meta_init():
-            _ = Attribute()
-        with pytest.warns(UserWarning, match="despite meta_init: Attribute needs"):
-            module = meta_init()(Attribute)()
-        assert module.first.data_ptr() == module.w.data_ptr()
+        parts = [*module.inner.state_dict().values(), *getattr(module.inner, "rows", [])]
+        parts += [module.inner.first] if hasattr(module.inner, "first") else []
+        addresses = [tensor.untyped_storage().data_ptr() for tensor in parts if not tensor.is_meta]
+        assert len(set(addresses)) < len(addresses)
 
     def test_what_is_gone_shares_nothing(self) -> None:
         with meta_init():
@@ -530,7 +570,7 @@ class _NeedsValues(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(2, 2)
-        self.scale = self.layer.weight.sum().item()
+        self.scale = self.layer.weight.tolist()
 
 
 class _Around(nn.Module):
@@ -554,26 +594,34 @@ class TestWithinOneAnother:
     def test_either_says_what_is_built_in_memory(self) -> None:
         with meta_init():
             with meta_init(exclude=(_NeedsValues,)):
-                self.check(_Around())
-            assert nn.Linear(2, 2).weight.is_meta
+                one = _Around()
+            with pytest.raises(ZeroDivisionError), meta_init(exclude=(nn.Linear,)):
+                raise ZeroDivisionError
+            plain = nn.Linear(2, 2)
         with meta_init(exclude=(_NeedsValues,)), meta_init():
-            self.check(_Around())
+            other = _Around()
+        self.check(one)
+        self.check(other)
+        assert plain.weight.is_meta
 
-    def test_the_decorator_finds_out_in_a_block_too(self) -> None:
-        with meta_init(), pytest.warns(UserWarning, match="_NeedsValues needs the value"):
-            self.check(meta_init()(_Around)())
-
-    def test_what_was_built_within_is_still_known(self) -> None:
+    def test_it_ends_with_the_outer_one(self) -> None:
         module = nn.Module()
 
+        @meta_init()
         def build() -> None:
             with meta_init():
                 module.inner = nn.Linear(2, 2)
-            module.total = module.inner.weight.sum()
-            module.outer = nn.Linear(2, 2)
+            module.total = module.inner.weight.detach().sum()
+            module.outer = meta_init()(nn.Linear)(2, 2)
+            module.number = module.outer.weight.tolist()
 
-        with pytest.raises(MetaTensorError, match=r"Module.total \(from Linear.weight\)"), meta_init():
+        with pytest.warns(UserWarning, match=r"Linear\.weight: tolist\(\)") as warned:
             build()
+        assert len(warned) == 1
+        assert module.inner.weight.is_meta
+        follow_recipes(module)
+        assert module.total == module.inner.weight.sum()
+        assert module.number == module.outer.weight.tolist()
 
 
 def test_threads_build_beside_one_another() -> None:
@@ -595,30 +643,45 @@ class _SavesItself(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(2, 2)
-        torch.save(self.layer.state_dict(), io.BytesIO())
+        self.file = io.BytesIO()
+        torch.save(self.layer.state_dict(), self.file)
 
 
 class _RunsBackward(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(2, 2)
-        self.layer(torch.ones(1, 2)).sum().backward()
+        self.layer(torch.ones(1, 2)).square().sum().backward()
 
 
-class TestWhatTorchRefuses:
-    @pytest.mark.parametrize("kind", [_SavesItself, _RunsBackward])
-    def test_the_decorator_builds_it_in_memory(self, kind: type[Any]) -> None:
-        with pytest.warns(UserWarning, match="Built everything in memory, since under meta_init it fails"):
-            module = meta_init()(kind)()
-        assert not module.layer.weight.is_meta
+@pytest.mark.parametrize("kind", [_SavesItself, _RunsBackward])
+def test_saving_and_training_in_a_constructor(kind: type[Any]) -> None:
+    with pytest.warns(UserWarning, match=r"Linear\.weight: ") as warned, meta_init():
+        module = kind()
+    assert len(warned) == 1
+    assert not module.layer.weight.is_meta
+    if kind is _SavesItself:
+        module.file.seek(0)
+        assert same(list(torch.load(module.file).values()), list(module.layer.state_dict().values()))
+    else:
+        expected = copy.deepcopy(module)
+        expected.zero_grad()
+        expected.layer(torch.ones(1, 2)).square().sum().backward()
+        assert raw(expected.layer.weight.grad) == raw(module.layer.weight.grad)
 
-    def test_an_error_of_its_own_is_its_own(self) -> None:
-        calls: list[int] = []
 
-        def build() -> None:
-            calls.append(1)
-            raise RuntimeError("no such thing")
+def test_an_error_leaves_what_was_built_usable() -> None:
+    built: list[nn.Module] = []
 
-        with pytest.raises(RuntimeError, match="no such thing"):
-            meta_init()(build)()
-        assert calls == [1]
+    def build() -> None:
+        built.append(nn.Linear(2, 2))
+        built.append(nn.BatchNorm1d(3))
+        raise RuntimeError("no such thing")
+
+    with pytest.raises(RuntimeError, match="no such thing"), meta_init():
+        build()
+    assert not nn.Linear(2, 2).weight.is_meta
+    assert built[0].weight.is_meta
+    assert built[1].running_var.tolist() == [1, 1, 1]
+    follow_recipes(built[0])
+    assert built[0].weight.abs().max() > 0

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_memload import MetaTensorError, meta_init
+from lightning_memload import meta_init
 from tests.fresh_process import FreshResult
 from tests.restore.building import assert_same_build, quietly, raw, restore, same_on_meta
 
@@ -232,10 +232,9 @@ READING: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", READING)
 def test_wrapped_that_needs_values(name: str, tmp_path: Path) -> None:
-    with pytest.raises(MetaTensorError, match=r"Linear\.weight.*meta_init\(exclude=\(Linear,\)\)"), meta_init():
-        READING[name]()
-    with pytest.warns(UserWarning, match=r"Linear needs the value of Linear\.weight"):
-        module = meta_init()(READING[name])()
+    with pytest.warns(UserWarning, match=r"Linear\.weight: .*\(\) needs its values") as warned, meta_init():
+        module = READING[name]()
+    assert len(warned) == 1
     expected = READING[name]()
     restore(module, expected.state_dict(), tmp_path)
     assert_same_build(expected, module, restored=True)

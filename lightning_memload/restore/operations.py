@@ -1,0 +1,234 @@
+"""What kinds of operations torch has, told from their schemas: which of them need values, and which can wait.
+
+All of it is about operators as torch's dispatcher names them (``torch.ops.aten``), below autograd: every way to call
+torch from Python or C++ ends there.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from typing import Any
+
+import torch
+
+__all__ = [
+    "Kind",
+    "draws",
+    "empty_call",
+    "indexes_by_position",
+    "kind_of",
+    "make_like_result",
+    "name_of",
+    "overwrites",
+    "tensors_in",
+    "written_in",
+]
+
+_ATEN = torch.ops.aten
+
+
+class Kind(enum.Enum):
+    """What an operation does with the values of its tensors."""
+
+    VIEW = "neither reads nor writes any: another view, or another memory of the same object"
+    EMPTY = "makes memory"
+    FILLED = "makes memory with values that do not depend on others"
+    IN_PLACE = "writes its first argument"
+    NEW = "makes tensors of others"
+    OTHER = "writes several, or needs values at once"
+
+
+_EMPTY = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "empty_permuted"}
+# What makes the same memory without values, and what then writes these values.
+_FILLED = {
+    "zeros": ("zero_", "default"), "zeros_like": ("zero_", "default"), "new_zeros": ("zero_", "default"),
+    "ones": ("fill_", "Scalar"), "ones_like": ("fill_", "Scalar"), "new_ones": ("fill_", "Scalar"),
+    "full": ("fill_", "Scalar"), "full_like": ("fill_", "Scalar"), "new_full": ("fill_", "Scalar"),
+    "rand": ("uniform_", "default"), "rand_like": ("uniform_", "default"),
+    "randn": ("normal_", "default"), "randn_like": ("normal_", "default"),
+}  # fmt: skip
+_OVERWRITING = {
+    "bernoulli_", "cauchy_", "copy_", "exponential_", "eye", "fill_", "geometric_", "log_normal_", "normal_",
+    "random_", "uniform_", "zero_"
+}  # fmt: skip
+_SIMPLE = {int, float, bool, str, torch.dtype, torch.device, torch.layout}
+_ARITHMETIC = {"add", "sub", "mul", "div"}
+
+
+@functools.cache
+def name_of(operator: Any) -> str:
+    """The name without namespace and overload."""
+    return str(operator._schema.name).rpartition("::")[2]
+
+
+@functools.cache
+def kind_of(operator: Any) -> Kind:
+    """The kind of an operator."""
+    schema, tags, name = operator._schema, operator.tags, name_of(operator)
+    aten = operator.namespace == "aten"
+    written = [argument for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write]
+    if aten and name in _EMPTY and not written:
+        return Kind.EMPTY
+    if aten and name in _FILLED and operator._overloadname in ("default", "memory_format"):
+        return Kind.FILLED
+    if torch.Tag.inplace_view in tags:
+        return Kind.OTHER if name in ("resize_", "resize_as_") else Kind.VIEW
+    if written:
+        first = schema.arguments[0]
+        is_first = len(written) == 1 and written[0].name == first.name and str(first.type) == "Tensor"
+        if name == "eye":  # torch.nn.init.eye_
+            return Kind.IN_PLACE
+        return Kind.IN_PLACE if is_first and name.endswith("_") and len(schema.returns) == 1 else Kind.OTHER
+    if name == "_unsafe_view" or any(result.alias_info for result in schema.returns):
+        return Kind.VIEW
+    if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
+        return Kind.OTHER
+    types = {str(result.type) for result in schema.returns}
+    return Kind.NEW if types and types <= {"Tensor", "List[Tensor]", "Tensor[]"} else Kind.OTHER
+
+
+def indexes_by_position(operator: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a call is ``tensor[indices]`` with a result whose shape does not depend on the indices' values."""
+    if operator is not _ATEN.index.Tensor:
+        return False
+    return all(tensor.dtype not in (torch.bool, torch.uint8) for tensor in tensors_in(args[1]))
+
+
+def written_in(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors that a call writes."""
+    found: list[torch.Tensor] = []
+    for position, argument in enumerate(operator._schema.arguments):
+        if argument.alias_info and argument.alias_info.is_write:
+            found += tensors_in(args[position] if position < len(args) else kwargs.get(argument.name))
+    return found
+
+
+@functools.cache
+def draws(operator: Any) -> bool:
+    """Whether an operation draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in operator.tags
+
+
+@functools.cache
+def overwrites(operator: Any) -> bool:
+    """Whether an operation in place replaces every value without reading it."""
+    return name_of(operator) in _OVERWRITING
+
+
+def empty_call(
+    operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any], str, tuple[Any, ...]] | None:
+    """What makes the memory of a :attr:`Kind.FILLED` call, and what then writes its values.
+
+    Returns:
+        The operator that makes the memory, with its arguments; the name of the operator in place and its arguments
+        after the first. ``None`` if the type of the result depends on the value.
+    """
+    name = name_of(operator)
+    in_place, overload = _FILLED[name]
+    value: tuple[Any, ...] = (1,) if name.endswith("ones") or name == "ones_like" else ()
+    rest = args
+    if name in ("full", "full_like", "new_full"):
+        position = 2 if name == "new_full" else 1
+        value, rest = (args[position],), (*args[:position], *args[position + 1 :])
+        if name == "full" and kwargs.get("dtype") is None and type(args[1]) is not float:
+            return None
+    if name.endswith("_like"):
+        make = _ATEN.empty_like.default
+    elif name.startswith("new_"):
+        make = _ATEN.new_empty.default
+    else:
+        make = _ATEN.empty.memory_format
+    return make, rest, kwargs, f"aten.{in_place}.{overload}", value
+
+
+def make_like_result(
+    operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, infer: bool
+) -> list[torch.Tensor] | None:
+    """Memory for the results of a :attr:`Kind.NEW` call, with their shapes, strides and types, but no values.
+
+    Args:
+        operator: The operator.
+        args: Its arguments.
+        kwargs: Likewise.
+        infer: Whether to ask the operator's meta kernel. The first use of many of them imports half of torch (seconds,
+            and 70 MB).
+
+    Returns:
+        ``None`` if they cannot be known without values.
+    """
+    name = name_of(operator)
+    inputs = tensors_in((args, kwargs))
+    first = inputs[0]
+    if name == "clone":
+        return [torch.empty_like(first, memory_format=kwargs.get("memory_format") or torch.preserve_format)]
+    if name == "_to_copy":
+        if kwargs.get("layout") not in (None, torch.strided) or kwargs.get("pin_memory"):
+            return None
+        how = {key: kwargs[key] for key in ("dtype", "device") if kwargs.get(key) is not None}
+        return [torch.empty_like(first, memory_format=kwargs.get("memory_format") or torch.preserve_format, **how)]
+    plain = first.is_floating_point() and first.is_contiguous()
+    if name in _ARITHMETIC and plain and len(inputs) == 1 and not kwargs:
+        if all(type(value) in (int, float) for value in args[1:]):
+            return [torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device=first.device)]
+    elif name == "neg" and plain:
+        return [torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device=first.device)]
+    if not infer or "quantize" in name:
+        return None
+    if name.lstrip("_").startswith(("linalg_", "fft_")) and name != "linalg_vector_norm":
+        return None  # Of decompositions the real strides are others.
+    return _inferred(operator, args, kwargs, inputs)
+
+
+def _inferred(
+    operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[torch.Tensor]
+) -> list[torch.Tensor] | None:
+    devices = {tensor.device for tensor in inputs if tensor.dim()} or {inputs[0].device}
+    if len(devices) > 1 or kwargs.get("device") not in (None, *devices):
+        return None
+    if any(tensor.layout is not torch.strided or tensor.is_quantized for tensor in inputs):
+        return None
+    kwargs = {key: value for key, value in kwargs.items() if key != "device"}
+    try:
+        result = operator(*_on_meta(args), **_on_meta(kwargs))
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None  # It has no meta kernel, or needs values. If it is the user's error, the real call raises it.
+    made = []
+    for shape in tensors_in(result):
+        if type(shape) is not torch.Tensor or not shape.is_meta or shape.layout is not torch.strided:
+            return None
+        if shape.is_conj() or shape.is_neg():
+            return None
+        made.append(torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype, device=next(iter(devices))))
+    return made or None
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, dict):
+        return {key: _on_meta(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_on_meta(item) for item in value)
+    return value
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors among arguments or results."""
+    found: list[torch.Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[torch.Tensor]) -> None:
+    if value is None or type(value) in _SIMPLE:
+        return
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _collect(item, found)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _collect(item, found)

@@ -1,0 +1,314 @@
+"""What the parameters of a module on meta are going to contain if no checkpoint fills them.
+
+``meta_init`` makes such a parameter a :class:`WaitingParameter`: the same object, on meta, that knows how its values
+are made, and makes them when they are needed. A restore fills it with other values, and then nothing of this is left:
+it is an ordinary parameter.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_memload.checkpoint import span_bytes
+from lightning_memload.restore.allocation import empty_on, replace_data
+from lightning_memload.restore.operations import tensors_in
+from lightning_memload.restore.tape import Contents, Own, Read, Step, holds_data
+
+__all__ = [
+    "WaitingParameter",
+    "fill_before_load",
+    "follow_recipes",
+    "let_wait",
+    "names_of_data",
+    "remove_load_hooks",
+]
+
+
+def _getters(*names: str) -> set[Any]:
+    return {getattr(torch.Tensor, name).__get__ for name in names if hasattr(torch.Tensor, name)}
+
+
+def _methods(*names: str) -> set[Any]:
+    return {getattr(torch.Tensor, name) for name in names if hasattr(torch.Tensor, name)}
+
+
+# What is asked and said of a parameter without its values.
+_WITHOUT_VALUES = _getters(
+    "_backward_hooks", "_base", "_grad", "_post_accumulate_grad_hooks", "_version", "device", "dtype", "grad",
+    "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mkldnn", "is_mps", "is_nested", "is_quantized",
+    "is_sparse", "is_sparse_csr", "is_xpu", "itemsize", "layout", "name", "names", "nbytes", "ndim", "output_nr",
+    "requires_grad", "retains_grad", "shape", "volatile",
+) | _methods(
+    "__hash__", "__len__", "_is_view", "dim", "element_size", "get_device", "is_complex", "is_conj", "is_contiguous",
+    "is_floating_point", "is_inference", "is_neg", "is_signed", "ndimension", "nelement", "numel",
+    "register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "size", "storage_offset", "stride",
+) | {
+    getattr(torch.Tensor, name).__set__
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks", "grad", "requires_grad")
+} | {torch._has_compatible_shallow_copy_type}  # fmt: skip
+# What can be done on meta, if it does not lead to another device.
+_CONVERSIONS = _methods("bfloat16", "double", "float", "half", "to", "type")
+_ALIASES = {torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+def _call_when_ready(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Makes the values that a call needs: none, for questions about shape and type."""
+    waiting = [tensor for tensor in tensors_in((args, kwargs)) if type(tensor) in (WaitingParameter, WaitingAlias)]
+    for tensor in waiting:
+        if isinstance(tensor, WaitingAlias) and tensor.read is None and type(tensor.parameter) is nn.Parameter:
+            tensor.follow()  # Its parameter has got values meanwhile.
+    waiting = [tensor for tensor in waiting if isinstance(tensor, (WaitingParameter, WaitingAlias))]
+    with torch._C.DisableTorchFunctionSubclass():
+        if func in _WITHOUT_VALUES:
+            return func(*args, **kwargs)
+        if func == _SET_DATA and args[1].is_meta:
+            if isinstance(args[0], WaitingParameter) and isinstance(args[1], WaitingAlias) and args[1].read is not None:
+                vars(args[0])["read"] = args[1].read
+            return func(*args, **kwargs)
+        if func is torch.empty_like and kwargs.get("device") is not None:
+            return func(*args, **kwargs)
+        if func in _ALIASES and type(args[0]) is WaitingParameter:
+            return WaitingAlias.of(args[0].data, args[0], None)
+        if func in _CONVERSIONS and isinstance(args[0], (WaitingParameter, WaitingAlias)):
+            try:
+                result = func(*args, **kwargs)
+                if not isinstance(result, torch.Tensor) or isinstance(result, (WaitingParameter, WaitingAlias)):
+                    return result
+                return WaitingAlias.of(result, args[0], _converted(_read_of(args[0]), result))
+            except NotImplementedError:
+                pass  # To a device.
+    if waiting and not (func is torch.Tensor.copy_ and len(waiting) == 1 and _is_overwritten(*args[:1])):
+        warnings.warn(
+            "A parameter that was built under meta_init is used before a checkpoint is restored. It gets the initial "
+            "values that its constructor made, in memory.",
+            stacklevel=3,
+        )
+    for tensor in waiting:
+        if isinstance(tensor, (WaitingParameter, WaitingAlias)):  # still
+            tensor.follow()
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _is_overwritten(target: torch.Tensor) -> bool:
+    """Gives what is about to be overwritten memory, but no values."""
+    parameter = target.parameter if isinstance(target, WaitingAlias) and target.read is None else target
+    if type(parameter) is not WaitingParameter:
+        return False
+    replace_data(parameter, empty_on(parameter, parameter.read.contents.device, None), name="a parameter")
+    return True
+
+
+def _read_of(tensor: WaitingParameter | WaitingAlias) -> Read:
+    if isinstance(tensor, WaitingParameter):
+        return tensor.read
+    return tensor.read if tensor.read is not None else _read_of(tensor.parameter)  # type: ignore[arg-type]
+
+
+def _converted(read: Read, like: torch.Tensor) -> Read:
+    """The same values in the type and with the strides of a tensor on meta."""
+    view = Own(like.dtype, tuple(like.shape), like.stride(), 0)
+    step = Step("aten._to_copy.default", (read,), {"dtype": like.dtype}, None, view)
+    return Read(Contents(span_bytes(like), read.contents.device, step), view)
+
+
+class WaitingAlias(torch.Tensor):
+    """What ``detach()``, ``data`` or a conversion of a waiting parameter is, in a state dict for instance.
+
+    Attributes:
+        parameter: The parameter.
+        read: Its values, if it does not share the parameter's memory.
+    """
+
+    parameter: nn.Parameter
+    read: Read | None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """As for the parameter."""
+        return _call_when_ready(func, args, kwargs or {})
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, source: WaitingParameter | WaitingAlias, read: Read | None) -> torch.Tensor:
+        """Makes a tensor on meta one."""
+        tensor.__class__ = cls
+        vars(tensor).update(parameter=source if isinstance(source, nn.Parameter) else source.parameter, read=read)
+        return tensor
+
+    def follow(self) -> None:
+        """Becomes an ordinary tensor: an alias of the parameter, which gets its values, or one with its own."""
+        parameter = self.parameter
+        if self.read is not None:
+            values = self.read.make()
+        else:
+            if isinstance(parameter, WaitingParameter):
+                parameter.follow()
+            values = parameter.detach()
+        with torch._C.DisableTorchFunctionSubclass():
+            torch.utils.swap_tensors(self, values)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.follow()
+        return self.__reduce_ex__(protocol)  # as the ordinary tensor that it is now
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        self.follow()
+        return self.__deepcopy__(memo)  # likewise
+
+
+class WaitingParameter(nn.Parameter):
+    """A parameter on meta that gets memory and values as soon as something needs them.
+
+    It is one for as long as it waits. Modules can be copied, pickled and sent to other processes meanwhile.
+
+    Attributes:
+        read: Its values.
+    """
+
+    read: Read
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Makes values first, for everything but questions about shape and type."""
+        return _call_when_ready(func, args, kwargs or {})
+
+    def follow(
+        self, name: str = "a parameter", device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Gets values, and is an ordinary parameter from now on.
+
+        Args:
+            name: What to call it in messages.
+            device: Where. ``None``: where the constructor made it.
+            dtype: Type for floating-point parameters, ``None`` for its own.
+
+        Raises:
+            MetaTensorError: Something forbids to give it memory.
+
+        Peak memory: the values, and once more if device, type or strides are others.
+        """
+        values = self.read.make()
+        target = dtype if dtype is not None and self.is_floating_point() else self.dtype
+        device = values.device if device is None else device
+        if (values.device, values.dtype, values.stride()) != (device, target, self.stride()):
+            values = empty_on(self, device, dtype).copy_(values)
+        replace_data(self, values, name=name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = _rebuild(tuple(self.shape), self.stride(), self.dtype, self.requires_grad, self.read)
+        copy: nn.Parameter = memo[id(self)]
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (tuple(self.shape), self.stride(), self.dtype, self.requires_grad, self.read)
+
+
+def _rebuild(
+    size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, requires_grad: bool, read: Read
+) -> nn.Parameter:
+    empty = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+    parameter = nn.Parameter(empty, requires_grad=requires_grad)
+    parameter.__class__ = WaitingParameter
+    vars(parameter)["read"] = read
+    return parameter
+
+
+def let_wait(parameter: nn.Parameter, modules: Collection[nn.Module], read: Read) -> None:
+    """Moves a parameter to meta. It stays the same object.
+
+    Args:
+        parameter: It.
+        modules: Those that have it.
+        read: Its values.
+
+    Raises:
+        MetaTensorError: Something holds it, so that it could be given no memory later. It is as it was.
+    """
+    view = read.view
+    empty = torch.empty_strided(view.size, view.stride, dtype=view.dtype, device="meta")
+    replace_data(parameter, empty, name="")
+    parameter.__class__ = WaitingParameter
+    vars(parameter)["read"] = read
+    for module in modules:
+        if not any(_is_ours(hook) for hook in module._load_state_dict_pre_hooks.values()):
+            module.register_load_state_dict_pre_hook(fill_before_load)
+
+
+def fill_before_load(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
+) -> None:
+    """The load_state_dict pre-hook of a module that has parameters on meta, into which torch would copy nothing.
+
+    They get memory where torch has a value to copy, and what their constructor made where it has none.
+    """
+    for name, parameter in module._parameters.items():
+        if type(parameter) is WaitingParameter:
+            value = state_dict.get(f"{prefix}{name}")
+            if isinstance(value, (WaitingParameter, WaitingAlias)):
+                value.follow()  # Perhaps its own values: what state_dict() of the same module gave.
+            if not isinstance(parameter, WaitingParameter):
+                continue
+            if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+                parameter.follow(f"{prefix}{name}")
+            elif not local_metadata.get("assign_to_params_buffers", False):
+                memory = empty_on(parameter, parameter.read.contents.device, None)
+                replace_data(parameter, memory, name=f"{prefix}{name}")
+
+
+def remove_load_hooks(root: nn.Module) -> None:
+    """Removes the hooks of modules in which nothing waits. A copy of a module has no handles to remove them with."""
+    for module in root.modules():
+        hooks = module._load_state_dict_pre_hooks  # torch (2.13) has no public name for them.
+        ours = [key for key, hook in hooks.items() if _is_ours(hook)]
+        if ours and not any(type(parameter) is WaitingParameter for parameter in module._parameters.values()):
+            for key in ours:
+                del hooks[key]
+
+
+def follow_recipes(
+    root: nn.Module,
+    names: Collection[str] | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Gives parameters that wait the values that their constructors made, one after the other.
+
+    Args:
+        root: A module.
+        names: Which of its parameters. ``None``: all.
+        device: Where to. ``None``: where the constructor made each.
+        dtype: Type for floating-point parameters, ``None`` for their own.
+
+    Raises:
+        MetaTensorError: Something forbids to give a parameter memory.
+
+    Peak memory: the values, and one parameter twice if device, type or strides are others.
+    """
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if type(parameter) is WaitingParameter and (names is None or name in names):
+            parameter.follow(name, device, dtype)
+    remove_load_hooks(root)
+
+
+def names_of_data(root: nn.Module) -> list[str]:
+    """Names of the parameters that wait for data which their constructors loaded, not for initialisation alone."""
+    return [
+        name
+        for name, parameter in root.named_parameters(remove_duplicate=False)
+        if type(parameter) is WaitingParameter and holds_data(parameter.read.contents)
+    ]
+
+
+def _is_ours(hook: Any) -> bool:
+    return getattr(hook, "hook", hook) is fill_before_load  # torch wraps it.

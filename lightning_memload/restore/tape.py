@@ -1,0 +1,226 @@
+"""What made the contents of a stretch of memory, as a chain of steps that can be taken again at any time.
+
+A step is one operation of torch on one stretch of memory: an initialiser, an arithmetic operation, a copy from a
+:class:`Source`. Steps refer to other memory by the step that was its last at that time, so the chain of one parameter
+holds what it depends on and nothing else, and the end of a chain gives the same values whenever it is replayed: a step
+that draws random numbers has a seed of its own. Nothing here knows modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["Contents", "Own", "Read", "Source", "Step", "holds_data", "sources_of", "view_of"]
+
+# What the arguments of one call read, by what was made.
+_Made = dict[tuple[int, int], torch.UntypedStorage]
+
+
+class Source:
+    """A real tensor that a step copies or computes from. Its values do not change as long as a step refers to it.
+
+    Copies of a module share their sources, so a deep copy of one is itself.
+
+    Attributes:
+        tensor: The values. Whoever is about to change them puts a copy here first.
+    """
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Source, (self.tensor,)
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """A view of the memory that a step writes."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The contents that a stretch of memory has after a step.
+
+    Attributes:
+        nbytes: Its length.
+        device: Where it is.
+        last: The step, ``None`` for memory that has not been written.
+    """
+
+    nbytes: int
+    device: torch.device
+    last: Step | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Contents:
+        return self
+
+    def make(self) -> torch.UntypedStorage:
+        """New memory with these contents.
+
+        Peak memory: itself, and what one step at a time reads.
+        """
+        with torch.no_grad(), torch.inference_mode(False):
+            return _make(self)
+
+    def write_to(self, storage: torch.UntypedStorage) -> None:
+        """Gives memory of the same length and device these contents."""
+        with torch.no_grad(), torch.inference_mode(False):
+            for step in _chain(self.last):
+                step.run(storage, self.device, {})
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A view of contents."""
+
+    contents: Contents
+    view: Own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Read:
+        return self
+
+    def make(self) -> torch.Tensor:
+        """A tensor with memory of its own, with these values, strides, dtype and device."""
+        return view_of(self.contents.make(), self.view)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One operation on one stretch of memory.
+
+    Attributes:
+        call: A function, or the name of an operator of torch (operators cannot be pickled).
+        args: Its arguments, with an :class:`Own`, :class:`Read` or :class:`Source` in place of each tensor.
+        kwargs: Likewise.
+        previous: The step before on the same memory, ``None`` if this one overwrites all of it, or is the first.
+        target: Where the result goes; ``None`` if the operation writes in place.
+        index: Which of several results.
+        seed: For the device's random numbers; ``None`` if it draws none.
+    """
+
+    call: str | Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    previous: Step | None
+    target: Own | None = None
+    index: int = 0
+    seed: int | None = None
+
+    def run(self, storage: torch.UntypedStorage, device: torch.device, made: _Made) -> None:
+        """Takes the step on memory that has the contents before it."""
+        args, kwargs = _filled(self.args, storage, made), _filled(self.kwargs, storage, made)
+        call = _operator(self.call) if isinstance(self.call, str) else self.call
+        with _seeded(self.seed, device):
+            result = call(*args, **kwargs)
+        if self.target is not None:
+            result = result[self.index] if isinstance(result, (tuple, list)) else result
+            view_of(storage, self.target).copy_(result)
+
+
+def view_of(storage: torch.UntypedStorage, view: Own) -> torch.Tensor:
+    """A tensor on a storage."""
+    return torch.empty(0, dtype=view.dtype, device=storage.device).set_(storage, view.offset, view.size, view.stride)
+
+
+def sources_of(contents: Contents) -> Iterator[Source]:
+    """Everything real that contents depend on, each once."""
+    seen: set[int] = set()
+    left: list[Any] = [contents]
+    while left:
+        item = left.pop()
+        if isinstance(item, (tuple, list)):
+            left.extend(item)
+        elif isinstance(item, dict):
+            left.extend(item.values())
+        elif isinstance(item, Read):
+            left.append(item.contents.last)
+        elif isinstance(item, Contents):
+            left.append(item.last)
+        elif isinstance(item, (Step, Source)) and id(item) not in seen:
+            seen.add(id(item))
+            if isinstance(item, Source):
+                yield item
+            else:
+                left.extend((item.previous, item.args, item.kwargs))
+
+
+def holds_data(contents: Contents) -> bool:
+    """Whether contents depend on more than initialisers and numbers that stand in the code."""
+    return next(sources_of(contents), None) is not None
+
+
+def _chain(last: Step | None) -> list[Step]:
+    steps = []
+    while last is not None:
+        steps.append(last)
+        last = last.previous
+    return steps[::-1]
+
+
+def _make(contents: Contents) -> torch.UntypedStorage:
+    storage = torch.empty(contents.nbytes, dtype=torch.uint8, device=contents.device).untyped_storage()
+    for step in _chain(contents.last):
+        step.run(storage, contents.device, {})
+    return storage
+
+
+def _filled(value: Any, storage: torch.UntypedStorage, made: _Made) -> Any:
+    """Arguments with tensors. What one call reads twice is made once."""
+    if isinstance(value, Own):
+        return view_of(storage, value)
+    if isinstance(value, Source):
+        return value.tensor
+    if isinstance(value, Read):
+        key = (id(value.contents.last), value.contents.nbytes)
+        if key not in made:
+            made[key] = _make(value.contents)
+        return view_of(made[key], value.view)
+    if isinstance(value, dict):
+        return {key: _filled(item, storage, made) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_filled(item, storage, made) for item in value)
+    return value
+
+
+@functools.cache
+def _operator(name: str) -> Callable[..., Any]:
+    namespace, packet, overload = name.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), overload)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Draws random numbers of the device from a seed, and leaves its generator as it was."""
+    if seed is None:
+        yield
+        return
+    if device.type == "cpu":
+        generator = torch.default_generator
+    elif device.type == "cuda":
+        torch.cuda.init()
+        generator = torch.cuda.default_generators[device.index or 0]
+    else:
+        yield
+        return
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)

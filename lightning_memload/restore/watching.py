@@ -1,0 +1,126 @@
+"""The two modes of torch through which a :class:`Recorder` sees what happens in a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+from lightning_memload.restore.operations import tensors_in
+from lightning_memload.restore.recording import Recorder, set_active
+
+__all__ = ["Watch"]
+
+# What reads memory past the dispatcher; after some of them somebody else may keep the address.
+_EXPOSING = {
+    getattr(torch.Tensor, name)
+    for name in (
+        "numpy", "data_ptr", "const_data_ptr", "untyped_storage", "storage", "_typed_storage", "share_memory_",
+        "__array__", "__dlpack__"
+    )
+    if hasattr(torch.Tensor, name)
+} | {torch.Tensor.__cuda_array_interface__.__get__}  # fmt: skip
+_READING = {
+    torch.Tensor.tolist, torch.Tensor.__reduce_ex__, torch.Tensor.__deepcopy__, torch.Tensor.__repr__,
+    torch.Tensor.__format__, torch.Tensor.apply_, torch.Tensor.map_, torch.Tensor.map2_,
+}  # fmt: skip
+_IS_META = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]
+_NUMEL = torch.Tensor.numel
+_ASKING = ("_no_grad_trunc_normal_", "orthogonal_")
+
+
+class Watch:
+    """Lets a recorder see every operation of this thread, as a context.
+
+    torch (2.6 to 2.14) names the base class of such modes in a private module, and has no public one.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._operations = _Operations(recorder)
+        self._questions = _Questions(recorder, self)
+        self._all, self._below = contextlib.ExitStack(), contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        set_active(self._recorder)
+        self._all.callback(set_active, None)
+        self._all.enter_context(self._questions)
+        self._all.enter_context(self._below)
+        self._below.enter_context(self._operations)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._all.__exit__(*exception)
+
+    def give_up(self, reason: str) -> None:
+        """Makes all memory ordinary, and lets everything happen from now on: the last resort.
+
+        Args:
+            reason: What a user is told of it.
+        """
+        self._recorder.give_up(reason)
+        if _get_current_dispatch_mode() is self._operations:
+            self._below.close()
+
+
+class _Operations(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch (2.6 to 2.14) else imports all of torch._dynamo, and sympy, at the first call: 2 s.
+        return False
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recorder = recorder
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        recorder = self._recorder
+        if recorder.is_paused:
+            return func(*args, **(kwargs or {}))
+        recorder.is_paused = True
+        try:
+            return recorder.on_operation(func, args, kwargs or {})
+        finally:
+            recorder.is_paused = False
+
+
+class _Questions(TorchFunctionMode):
+    def __init__(self, recorder: Recorder, watch: Watch) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._watch = watch
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        recorder = self._recorder
+        if recorder.is_paused:
+            return func(*args, **kwargs)
+        if func in _EXPOSING or func in _READING:
+            name = "__cuda_array_interface__" if func.__name__ == "__get__" else func.__name__
+            with recorder.paused():
+                for tensor in tensors_in(args[:1]):
+                    recorder.expose(tensor, f"{name}() reads its memory")
+        elif func in (_IS_META, _NUMEL):
+            # Initialisers that draw again until all is well, or decompose, would need values. Each asks first whether
+            # there is anything to do: is_meta (torch 2.13), numel() (orthogonal_, since torch 1.0).
+            frame = sys._getframe(1)
+            if frame.f_globals is nn.init.__dict__ and frame.f_code.co_name in (
+                "_no_grad_trunc_normal_",
+                "orthogonal_",
+            ):
+                with recorder.paused():
+                    is_recorded = recorder.on_initialiser(args[0], frame)
+                if is_recorded:
+                    return True if func == _IS_META else 0
+        if torch._C._get_tracing_state() is not None:
+            # torch.jit.trace takes down what happens itself, and fails beneath modes of the dispatcher (torch 2.13).
+            self._watch.give_up("torch.jit.trace() is used")
+        return func(*args, **kwargs)
