@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tests.restore.building import raw, same_on_meta
+from tests.zoo import differences
 
 # Neither is installed but for development.
 transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
@@ -60,6 +61,49 @@ def lora() -> nn.Module:
         # peft 0.21 asks transformers 5.23 for a name that it has renamed.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+
+
+def marian() -> nn.Module:
+    """Its tables of sinusoids are frozen parameters that no file holds."""
+    config = transformers.MarianConfig(
+        vocab_size=32, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=16, pad_token_id=0,
+        decoder_start_token_id=0, eos_token_id=1, forced_eos_token_id=1,
+    )  # fmt: skip
+    return transformers.MarianMTModel(config)
+
+
+def adapted(config: Callable[[], object]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)  # of peft, for LlamaRMSNorm
+            return peft.get_peft_model(llama(), config())
+
+    return build
+
+
+ZOO: dict[str, Callable[[], nn.Module]] = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "t5": t5,
+    "bert": bert,
+    "marian": marian,
+    "lora": lora,
+    "trainable tokens": adapted(lambda: peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])),
+    "layer norms": adapted(lambda: peft.LNTuningConfig(target_modules=["input_layernorm"])),
+    "dora": adapted(lambda: peft.LoraConfig(target_modules=["q_proj"], use_dora=True)),
+    "ia3": adapted(lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
+}
+
+
+@pytest.mark.filterwarnings("ignore:meta_init built:UserWarning")
+@pytest.mark.parametrize("name", ZOO)
+def test_a_file_that_lacks_what_can_be_computed(name: str, tmp_path: Path) -> None:
+    """Every parameter and buffer, bit for bit, after a file that holds only what is drawn at random."""
+    wrong, computed = differences(ZOO[name], tmp_path)
+    assert wrong == []
+    assert computed, "each of these models has values that are not drawn"
 
 
 @pytest.mark.parametrize(
