@@ -13,9 +13,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import tests.lightning as L
-from lightning_memload import ChecksumError, InsufficientMemoryError, MemoryEfficientRestore, meta_init
+from lightning_memload import (
+    ChecksumError,
+    InsufficientMemoryError,
+    MemoryEfficientRestore,
+    load_weights,
+    meta_init,
+)
 from lightning_memload.checkpoint import LocalFile
 from lightning_memload.memory import MemoryMonitor
+from lightning_memload.restore import follow_recipes
 from lightning_memload.transfer import RingLayout, StagingRing, TensorCopy, choose_layout, transfer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
@@ -191,6 +198,56 @@ def test_other_ways_to_build_equal_stock(tmp_path: Path, way: str) -> None:
             model = Net(make)
     assert_equal(stock, resume(tmp_path, path, model, MemoryEfficientRestore()))
     assert model.tied.weight is model.second.weight
+
+
+class Masked(nn.Module):
+    """A large buffer that no file holds, and data that no file holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+        self.table = nn.Parameter(torch.empty(64, 64), requires_grad=False)
+        with torch.no_grad():
+            self.table.copy_(torch.arange(4096.0).view(64, 64))
+        self.register_buffer("mask", torch.ones(4096, 4096).tril(), persistent=False)
+
+
+def test_buffers_are_made_on_the_gpu() -> None:
+    with meta_init(device="cuda"):
+        Masked()  # what CUDA itself takes
+    with MemoryMonitor() as monitor, meta_init(device="cuda"):
+        module = Masked()
+        assert module.layer.weight.is_cuda
+        assert module.layer.weight.device == torch.device("cuda", torch.cuda.current_device())
+    assert monitor.peaks.anonymous_above_start_bytes < 16 * MIB
+    assert module.layer.weight.is_meta
+    assert module.mask.is_cuda
+    assert torch.equal(module.mask.cpu(), torch.ones(4096, 4096).tril())
+    follow_recipes(module)
+    assert module.table.is_cuda
+    assert torch.equal(module.table.cpu(), torch.arange(4096.0).view(64, 64))
+    assert module.layer.weight.std() > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_the_file_lacks_goes_to_the_gpu(tmp_path: Path, device: str) -> None:
+    torch.save({f"layer.{name}": value for name, value in nn.Linear(64, 64).state_dict().items()}, tmp_path / "w.pt")
+    with meta_init(device=device):
+        module = Masked()
+    load_weights(module, tmp_path / "w.pt", device="cuda", strict=False)
+    assert all(tensor.is_cuda for tensor in (*module.parameters(), *module.buffers()))
+    assert torch.equal(module.table.cpu(), torch.arange(4096.0).view(64, 64))
+
+
+def test_random_values_on_the_gpu_leave_its_generator_alone() -> None:
+    torch.manual_seed(1)
+    with meta_init(device="cuda"):
+        module = nn.Linear(64, 64)
+    torch.cuda.manual_seed(5)
+    expected = torch.randn(4, device="cuda")
+    torch.cuda.manual_seed(5)
+    follow_recipes(module)
+    assert torch.equal(torch.randn(4, device="cuda"), expected)
 
 
 def test_evaluation_equals_stock_and_reads_no_optimizer(tmp_path: Path) -> None:
