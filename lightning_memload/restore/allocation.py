@@ -44,8 +44,8 @@ def _replace(tensor: torch.Tensor, new: torch.Tensor, name: str) -> torch.Tensor
     # Between meta and a real device ``.data`` cannot be set; swap_tensors exchanges the contents of two objects.
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-    # All but how to make values that it now gets from elsewhere.
-    new.__dict__.update({key: value for key, value in tensor.__dict__.items() if key != "read" or not tensor.is_meta})
+    # All but what a parameter on meta waits for (recipes.py): it gets its values here.
+    new.__dict__.update({key: value for key, value in tensor.__dict__.items() if key != "waits_for"})
     # The very dicts, so that the handles that a user has can still remove a hook. They have no public names.
     hooks = {key: getattr(tensor, key) for key in ("_backward_hooks", "_post_accumulate_grad_hooks")}
     try:

@@ -322,7 +322,7 @@ class _Construction:
             if any(isinstance(module, nn.RNNBase) for module in modules):
                 pending.owner = None  # They always refer to their parameters weakly.
             return True
-        self.recorder.release(pending)
+        self.recorder.forget(pending)
         moved.append(read)
         return True
 

@@ -17,6 +17,7 @@ from torch import nn
 from lightning_memload.checkpoint import span_bytes
 from lightning_memload.restore.allocation import empty_on, replace_data
 from lightning_memload.restore.operations import tensors_in
+from lightning_memload.restore.recording import unrecorded
 from lightning_memload.restore.tape import Contents, Own, Read, Step, holds_data
 
 __all__ = [
@@ -69,11 +70,13 @@ def _call_when_ready(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             return func(*args, **kwargs)
         if func == _SET_DATA and args[1].is_meta:
             if isinstance(args[0], WaitingParameter) and isinstance(args[1], WaitingAlias) and args[1].read is not None:
-                vars(args[0])["read"] = args[1].read
+                vars(args[0])["waits_for"] = args[1].read
             return func(*args, **kwargs)
         if func is torch.empty_like and kwargs.get("device") is not None:
             return func(*args, **kwargs)
-        if func in _ALIASES and type(args[0]) is WaitingParameter:
+        if func in _ALIASES and isinstance(args[0], WaitingParameter):
+            return WaitingAlias.of(args[0].data, args[0], None)
+        if func in _ALIASES and isinstance(args[0], WaitingAlias) and args[0].read is None:
             return WaitingAlias.of(args[0].data, args[0], None)
         if func in _CONVERSIONS and isinstance(args[0], (WaitingParameter, WaitingAlias)):
             try:
@@ -101,13 +104,18 @@ def _is_overwritten(target: torch.Tensor) -> bool:
     parameter = target.parameter if isinstance(target, WaitingAlias) and target.read is None else target
     if type(parameter) is not WaitingParameter:
         return False
-    replace_data(parameter, empty_on(parameter, parameter.read.contents.device, None), name="a parameter")
+    _give_memory(parameter, "a parameter")
     return True
+
+
+def _give_memory(parameter: WaitingParameter, name: str) -> None:
+    with unrecorded(), torch.inference_mode(False):
+        replace_data(parameter, empty_on(parameter, parameter.waits_for.contents.device, None), name=name)
 
 
 def _read_of(tensor: WaitingParameter | WaitingAlias) -> Read:
     if isinstance(tensor, WaitingParameter):
-        return tensor.read
+        return tensor.waits_for
     return tensor.read if tensor.read is not None else _read_of(tensor.parameter)  # type: ignore[arg-type]
 
 
@@ -170,10 +178,10 @@ class WaitingParameter(nn.Parameter):
     It is one for as long as it waits. Modules can be copied, pickled and sent to other processes meanwhile.
 
     Attributes:
-        read: Its values.
+        waits_for: Its values.
     """
 
-    read: Read
+    waits_for: Read
 
     @classmethod
     def __torch_function__(
@@ -197,21 +205,22 @@ class WaitingParameter(nn.Parameter):
 
         Peak memory: the values, and once more if device, type or strides are others.
         """
-        values = self.read.make()
-        target = dtype if dtype is not None and self.is_floating_point() else self.dtype
-        device = values.device if device is None else device
-        if (values.device, values.dtype, values.stride()) != (device, target, self.stride()):
-            values = empty_on(self, device, dtype).copy_(values)
-        replace_data(self, values, name=name)
+        with unrecorded(), torch.no_grad(), torch.inference_mode(False):
+            values = self.waits_for.make()
+            target = dtype if dtype is not None and self.is_floating_point() else self.dtype
+            device = values.device if device is None else device
+            if (values.device, values.dtype, values.stride()) != (device, target, self.stride()):
+                values = empty_on(self, device, dtype).copy_(values)
+            replace_data(self, values, name=name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
-            memo[id(self)] = _rebuild(tuple(self.shape), self.stride(), self.dtype, self.requires_grad, self.read)
+            memo[id(self)] = _rebuild(tuple(self.shape), self.stride(), self.dtype, self.requires_grad, self.waits_for)
         copy: nn.Parameter = memo[id(self)]
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (tuple(self.shape), self.stride(), self.dtype, self.requires_grad, self.read)
+        return _rebuild, (tuple(self.shape), self.stride(), self.dtype, self.requires_grad, self.waits_for)
 
 
 def _rebuild(
@@ -220,7 +229,7 @@ def _rebuild(
     empty = torch.empty_strided(size, stride, dtype=dtype, device="meta")
     parameter = nn.Parameter(empty, requires_grad=requires_grad)
     parameter.__class__ = WaitingParameter
-    vars(parameter)["read"] = read
+    vars(parameter)["waits_for"] = read
     return parameter
 
 
@@ -239,7 +248,7 @@ def let_wait(parameter: nn.Parameter, modules: Collection[nn.Module], read: Read
     empty = torch.empty_strided(view.size, view.stride, dtype=view.dtype, device="meta")
     replace_data(parameter, empty, name="")
     parameter.__class__ = WaitingParameter
-    vars(parameter)["read"] = read
+    vars(parameter)["waits_for"] = read
     for module in modules:
         if not any(_is_ours(hook) for hook in module._load_state_dict_pre_hooks.values()):
             module.register_load_state_dict_pre_hook(fill_before_load)
@@ -262,8 +271,7 @@ def fill_before_load(
             if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
                 parameter.follow(f"{prefix}{name}")
             elif not local_metadata.get("assign_to_params_buffers", False):
-                memory = empty_on(parameter, parameter.read.contents.device, None)
-                replace_data(parameter, memory, name=f"{prefix}{name}")
+                _give_memory(parameter, f"{prefix}{name}")
 
 
 def remove_load_hooks(root: nn.Module) -> None:
@@ -306,7 +314,7 @@ def names_of_data(root: nn.Module) -> list[str]:
     return [
         name
         for name, parameter in root.named_parameters(remove_duplicate=False)
-        if type(parameter) is WaitingParameter and holds_data(parameter.read.contents)
+        if type(parameter) is WaitingParameter and holds_data(parameter.waits_for.contents)
     ]
 
 

@@ -39,10 +39,12 @@ from lightning_memload.restore.storages import (
     Pending,
     Realised,
     count_alone,
+    fill_uninitialized,
     is_all_of,
     is_plain,
     own_view,
     storage_of,
+    unfilled,
     use_count,
 )
 from lightning_memload.restore.tape import Contents, Read, Source, Step, sources_of
@@ -134,7 +136,7 @@ class Recorder:
             pending: The memory.
             reason: What needs them; ``None`` if that is nothing to tell a user.
         """
-        self._forget(pending)
+        self.forget(pending)
         storage = pending.get()
         if storage is None:
             return
@@ -156,7 +158,7 @@ class Recorder:
         pending = self._pending.get(storage._cdata)
         if pending is not None:
             if overwritten and is_all_of(tensor, storage):
-                self._forget(pending)
+                self.forget(pending)
             else:
                 self.realise(pending, reason)
         self._known.pop(storage._cdata, None)
@@ -165,10 +167,6 @@ class Recorder:
     def kept(self) -> list[Realised]:
         """Of what was realised, what is still there."""
         return [item for item in self.realised if not item.storage.expired()]
-
-    def release(self, pending: Pending) -> None:
-        """Forgets memory that a recipe stands for from now on."""
-        self._forget(pending)
 
     def own_sources(self, contents: Iterable[Contents]) -> None:
         """Copies what others could still change of what contents depend on, when the construction ends."""
@@ -181,7 +179,8 @@ class Recorder:
                 for source in group:
                     source.tensor = source.tensor.clone()
 
-    def _forget(self, pending: Pending) -> None:
+    def forget(self, pending: Pending) -> None:
+        """Takes nothing down any more for memory that is overwritten, or that a recipe stands for."""
         self._pending.pop(pending.storage.cdata, None)
 
     def _adopt(self, tensor: torch.Tensor, *, is_derived: bool = False) -> Pending | None:
@@ -210,14 +209,18 @@ class Recorder:
                 self._note_loaded(args)
             return result
         if kind is Kind.EMPTY:
-            result = operator(*args, **kwargs)
-            self._adopt(result)
+            with unfilled() as is_filled:
+                result = operator(*args, **kwargs)
+            pending = self._adopt(result)
+            if pending is not None and is_filled:
+                self._add(pending, fill_uninitialized, (own_view(result),), {}, False, overwriting=True)
             return result
         if kind is Kind.FILLED and not _draws_from_user(kwargs):
             call = empty_call(operator, args, kwargs)
             if call is not None:
                 make, rest, how, in_place, value = call
-                result = make(*rest, **how)
+                with unfilled():
+                    result = make(*rest, **how)
                 pending = self._adopt(result)
                 if pending is not None:
                     drawn = in_place.startswith(("aten.normal_", "aten.uniform_"))
@@ -270,7 +273,7 @@ class Recorder:
         if terms is None:
             # Data that may change: copied now, as always. What it replaces need not be made before.
             if overwriting and pending not in others:
-                self._forget(pending)
+                self.forget(pending)
             else:
                 self.realise(pending)
             return False
@@ -288,7 +291,8 @@ class Recorder:
         if not waiting or _draws_from_user(kwargs) or kwargs.get("device") == torch.device("meta"):
             return None
         derived = any(pending.is_derived for pending in waiting)
-        results = make_like_result(operator, args, kwargs, infer=derived)
+        with unfilled():
+            results = make_like_result(operator, args, kwargs, infer=derived)
         terms = None if results is None else self._terms((args, kwargs), None)
         if results is None or terms is None:
             return None

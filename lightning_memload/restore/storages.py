@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +19,13 @@ __all__ = [
     "Pending",
     "Realised",
     "count_alone",
+    "fill_uninitialized",
     "is_all_of",
     "is_alone",
     "is_plain",
     "own_view",
     "storage_of",
+    "unfilled",
     "use_count",
 ]
 
@@ -123,3 +127,26 @@ def count_alone() -> int:
 def use_count(tensor: torch.Tensor) -> int:
     """How many tensors lie in the memory of one, and something constant."""
     return 0 if _COUNT is None else _COUNT(tensor.untyped_storage()._cdata)
+
+
+@contextlib.contextmanager
+def unfilled() -> Iterator[bool]:
+    """Makes memory without writing to it, also where torch is told to fill it for the sake of determinism.
+
+    Yields:
+        Whether torch is told so.
+    """
+    setting: Any = torch.utils.deterministic
+    if not (torch.are_deterministic_algorithms_enabled() and setting.fill_uninitialized_memory):
+        yield False
+        return
+    setting.fill_uninitialized_memory = False
+    try:
+        yield True
+    finally:
+        setting.fill_uninitialized_memory = True
+
+
+def fill_uninitialized(tensor: torch.Tensor) -> None:
+    """Fills a tensor as torch fills uninitialised memory if its algorithms are to be deterministic."""
+    tensor.copy_(torch.empty_like(tensor))

@@ -75,12 +75,12 @@ class Contents:
 
         Peak memory: itself, and what one step at a time reads.
         """
-        with torch.no_grad(), torch.inference_mode(False):
+        with _undisturbed():
             return _make(self)
 
     def write_to(self, storage: torch.UntypedStorage) -> None:
         """Gives memory of the same length and device these contents."""
-        with torch.no_grad(), torch.inference_mode(False):
+        with _undisturbed():
             for step in _chain(self.last):
                 step.run(storage, self.device, {})
 
@@ -202,6 +202,18 @@ def _filled(value: Any, storage: torch.UntypedStorage, made: _Made) -> Any:
 def _operator(name: str) -> Callable[..., Any]:
     namespace, packet, overload = name.split(".")
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Takes steps as they were taken down, whatever the caller is in the middle of."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.inference_mode(False))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @contextlib.contextmanager

@@ -597,7 +597,7 @@ def test_assign_is_bit_exact(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", BUILT_ON_META)
 # What shares memory is built in memory; averages are copies that move before anything is restored.
 @pytest.mark.filterwarnings("ignore:meta_init built:UserWarning")
-@pytest.mark.filterwarnings("ignore:A module that was built under meta_init moves:UserWarning")
+@pytest.mark.filterwarnings("ignore:A parameter that was built under meta_init is used:UserWarning")
 def test_module_built_on_meta_is_bit_exact(name: str, tmp_path: Path) -> None:
     same_resume(CASES[name], tmp_path, meta=True)
 

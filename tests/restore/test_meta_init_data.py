@@ -226,6 +226,47 @@ def test_a_seed_decides() -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_deterministic_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch then fills what nothing initialises."""
+
+    def build() -> nn.Module:
+        module = nn.Module()
+        module.empty = nn.Parameter(torch.empty(3, 4))
+        module.full = nn.Parameter(torch.full((3, 4), 2.0))
+        return module
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        expected = build()
+        with meta_init():
+            module = build()
+        assert module.empty.is_meta
+        follow_recipes(module)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    same_weights(module, expected)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.filterwarnings("ignore:A parameter that was built under meta_init is used:UserWarning")
+def test_values_do_not_depend_on_who_asks() -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(4)
+        with meta_init():
+            module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+            module.product = nn.Parameter(module[0].weight.detach() @ module[1].weight.detach())
+        return module
+
+    expected = build()
+    follow_recipes(expected)
+    for context in (torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode(), meta_init()):
+        module = build()
+        with context:
+            _ = module.product.tolist()
+        assert raw(module.product) == raw(expected.product)
+        assert not module.product.is_inference()
+
+
 USED = "ignore:A parameter that was built under meta_init is used:UserWarning"
 
 
@@ -258,6 +299,17 @@ class TestBeforeTheRestore:
         module = self.build()
         module.load_state_dict(expected.state_dict(), assign=True)
         same_weights(module, expected)
+
+    @pytest.mark.filterwarnings(USED)
+    def test_its_own_state_dict_is_loaded(self) -> None:
+        for keep_vars in (False, True):
+            module = self.build()
+            module.load_state_dict(module.state_dict(keep_vars=keep_vars))
+            same_weights(module, self.values())
+        module = self.build()
+        with torch.no_grad():
+            module[0].weight.copy_(module[0].weight)
+        same_weights(module, self.values())
 
     def test_ties_are_loaded_once(self) -> None:
         with meta_init():
