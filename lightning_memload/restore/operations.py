@@ -15,6 +15,7 @@ import torch
 __all__ = [
     "Kind",
     "draws",
+    "draws_from_user",
     "empty_call",
     "indexes_by_position",
     "kind_of",
@@ -108,6 +109,11 @@ def written_in(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def draws(operator: Any) -> bool:
     """Whether an operation draws random numbers."""
     return torch.Tag.nondeterministic_seeded in operator.tags
+
+
+def draws_from_user(kwargs: dict[str, Any]) -> bool:
+    """Whether random numbers come from a generator that the user made, and go on in its order."""
+    return kwargs.get("generator") is not None
 
 
 @functools.cache

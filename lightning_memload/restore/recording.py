@@ -26,6 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lightning_memload.restore.operations import (
     Kind,
     draws,
+    draws_from_user,
     empty_call,
     indexes_by_position,
     kind_of,
@@ -215,7 +216,7 @@ class Recorder:
             if pending is not None and is_filled:
                 self._add(pending, fill_uninitialized, (own_view(result),), {}, False, overwriting=True)
             return result
-        if kind is Kind.FILLED and not _draws_from_user(kwargs):
+        if kind is Kind.FILLED and not draws_from_user(kwargs):
             call = empty_call(operator, args, kwargs)
             if call is not None:
                 make, rest, how, in_place, value = call
@@ -262,7 +263,7 @@ class Recorder:
         self, operator: Any, target: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> bool:
         pending = self.find(target)
-        if pending is None or not is_plain(target) or _draws_from_user(kwargs):
+        if pending is None or not is_plain(target) or draws_from_user(kwargs):
             return False
         if name_of(operator) == "eye" and tuple(target.shape) != (args[0], args[-1]):
             return False  # It would resize it.
@@ -288,7 +289,7 @@ class Recorder:
     def _record_new(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = [self.find(tensor) for tensor in tensors_in((args, kwargs))]
         waiting = [pending for pending in inputs if pending is not None]
-        if not waiting or _draws_from_user(kwargs) or kwargs.get("device") == torch.device("meta"):
+        if not waiting or draws_from_user(kwargs) or kwargs.get("device") == torch.device("meta"):
             return None
         derived = any(pending.is_derived for pending in waiting)
         with unfilled():
@@ -397,8 +398,3 @@ class Recorder:
         if self._seeds is None:
             self._seeds = random.Random(int(torch.empty((), dtype=torch.int64, device="cpu").random_().item()))
         return self._seeds.getrandbits(63)
-
-
-def _draws_from_user(kwargs: dict[str, Any]) -> bool:
-    """Whether random numbers come from a generator that the user made, and go on in its order."""
-    return kwargs.get("generator") is not None
