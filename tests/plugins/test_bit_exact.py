@@ -578,6 +578,8 @@ PRECISIONS = {
 
 CASES = {**OPTIMIZERS, **MODULES, **PRECISIONS}
 BUILT_ON_META = {name: case for name, case in CASES.items() if case.meta}
+# Of these no parameter can be the file's pages: other values or dtypes than in the file, or modules that load themselves.
+NEVER_ASSIGNED = {"renaming", "in-place", "two-names", "other-dtype-on-disk", "64-true", "bf16-true-from-32"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -591,7 +593,8 @@ def test_copy_is_bit_exact(name: str, tmp_path: Path) -> None:
 def test_assign_is_bit_exact(name: str, tmp_path: Path) -> None:
     report = same_resume(CASES[name], tmp_path, mode="assign").report
     assert report is not None
-    assert report.mode == "assign"
+    assert report.mode == ("copy" if name in NEVER_ASSIGNED else "assign")
+    assert (report.bytes_assigned > 0) is (report.mode == "assign")
 
 
 @pytest.mark.parametrize("name", BUILT_ON_META)
