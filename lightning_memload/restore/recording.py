@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lightning_memload.checkpoint import span_bytes
+from lightning_memload.restore.mapped_files import file_under
 from lightning_memload.restore.operations import (
     Kind,
     draws,
@@ -119,8 +121,6 @@ class Recorder:
         finally:
             self.is_paused = before
 
-    # Memory -----------------------------------------------------------------------------------------------------------
-
     def find(self, tensor: torch.Tensor) -> Pending | None:
         """What waits in the memory of a tensor."""
         storage = storage_of(tensor)
@@ -178,7 +178,7 @@ class Recorder:
         for group in mine.values():
             if use_count(group[0].tensor) >= count_alone() + len(group):
                 for source in group:
-                    source.tensor = source.tensor.clone()
+                    source.keep()
 
     def forget(self, pending: Pending) -> None:
         """Takes nothing down any more for memory that is overwritten, or that a recipe stands for."""
@@ -195,9 +195,7 @@ class Recorder:
         for reference in self._sources.pop(storage._cdata, ()):
             source = reference()
             if source is not None:
-                source.tensor = source.tensor.clone()
-
-    # Calls ------------------------------------------------------------------------------------------------------------
+                source.keep()
 
     def on_operation(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Takes an operation down, or lets it happen."""
@@ -305,15 +303,11 @@ class Recorder:
                 if name_of(operator) in ("clone", "_to_copy"):
                     self._add(pending, "aten.copy_.default", (target, terms[0][0]), {}, False, overwriting=True)
                 else:
-                    pending.contents = Contents(
-                        pending.contents.nbytes,
-                        pending.contents.device,
-                        Step(str(operator), terms[0], terms[1], None, target, index, seed),
-                    )
-        single = str(operator._schema.returns[0].type) == "Tensor"
+                    step = Step(str(operator), terms[0], terms[1], None, target, index, seed)
+                    pending.contents = Contents(pending.contents.nbytes, pending.contents.device, step)
         if len(operator._schema.returns) > 1:
             return tuple(results)
-        return results[0] if single else results
+        return results[0] if str(operator._schema.returns[0].type) == "Tensor" else results
 
     def _happen(self, operator: Any, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         reason = f"{name_of(operator).strip('_')}() needs its values"
@@ -386,10 +380,14 @@ class Recorder:
         nbytes = tensor.numel() * tensor.element_size()
         if nbytes <= _COPIED_BYTES:
             return Source(tensor.detach().clone())
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._known or storage.nbytes() > _MOST_AROUND * nbytes:
+        storage, file = tensor.untyped_storage(), None
+        if storage._cdata not in self._known:
+            file = file_under(tensor.data_ptr(), span_bytes(tensor)) if tensor.is_cpu else None
+            if file is None:
+                return None
+        elif storage.nbytes() > _MOST_AROUND * nbytes:
             return None
-        source = Source(tensor.detach())
+        source = Source(tensor.detach(), file)
         self._sources.setdefault(storage._cdata, []).append(weakref.ref(source))
         return source
 

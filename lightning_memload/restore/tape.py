@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+from lightning_memload.errors import MetaTensorError
+from lightning_memload.restore.mapped_files import MappedFile
+
 __all__ = ["Contents", "Own", "Read", "Source", "Step", "holds_data", "sources_of", "view_of"]
 
 # What the arguments of one call read, by what was made.
@@ -28,19 +31,40 @@ class Source:
     Copies of a module share their sources, so a deep copy of one is itself.
 
     Attributes:
-        tensor: The values. Whoever is about to change them puts a copy here first.
+        tensor: The values.
+        file: The file whose pages they are, ``None`` for other memory.
     """
 
-    __slots__ = ("__weakref__", "tensor")
+    __slots__ = ("__weakref__", "file", "tensor")
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, file: MappedFile | None = None) -> None:
         self.tensor = tensor
+        self.file = file
+
+    def read(self) -> torch.Tensor:
+        """The values, as they were.
+
+        Raises:
+            MetaTensorError: Their file has been written to in place.
+        """
+        if self.file is not None and self.file.has_changed:
+            raise MetaTensorError(
+                f"{self.file.path} has been written to in place since a constructor loaded parameters from it under "
+                "meta_init, before a restore needed their values. Build the module again, load that file without "
+                "mmap=True, or replace it by a new file instead.",
+                names=(),
+            )
+        return self.tensor
+
+    def keep(self) -> None:
+        """Copies the values, before somebody else changes them."""
+        self.tensor, self.file = self.read().clone(), None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Source:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Source, (self.tensor,)
+        return Source, (self.read(),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +209,7 @@ def _filled(value: Any, storage: torch.UntypedStorage, made: _Made) -> Any:
     if isinstance(value, Own):
         return view_of(storage, value)
     if isinstance(value, Source):
-        return value.tensor
+        return value.read()
     if isinstance(value, Read):
         key = (id(value.contents.last), value.contents.nbytes)
         if key not in made:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import warnings
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_memload import load_weights, meta_init
+from lightning_memload import MetaTensorError, load_weights, meta_init
 from lightning_memload.restore import follow_recipes, names_of_data
 from lightning_memload.restore.recipes import WaitingParameter
 from tests.fresh_process import run_fresh
@@ -199,6 +200,47 @@ def test_data_is_told_from_initialisation(pretrained: Path) -> None:
     with meta_init():
         module = Custom(constants, pretrained)
     assert names_of_data(module) == []
+
+
+class TestPagesOfAFile:
+    """They are kept instead of copied, so what happens to the file matters."""
+
+    @pytest.mark.parametrize("construct", [loaded_mapped, loaded_safetensors])
+    @pytest.mark.parametrize("change", ["replaced", "deleted", "rewritten"])
+    def test_a_file_that_changes(self, construct: Any, change: str, pretrained: Path) -> None:
+        expected = Custom(construct, pretrained)
+        with meta_init():
+            module = Custom(construct, pretrained)
+        path = pretrained / ("encoder.pt" if construct is loaded_mapped else "encoder.safetensors")
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        if change != "rewritten":
+            path.unlink()
+        if change == "replaced":
+            path.write_bytes(data)
+        if change == "rewritten":
+            with path.open("r+b") as file:
+                file.write(data)
+            os.utime(path, (1, 1))  # a clock that is too coarse to tell
+            with pytest.raises(MetaTensorError, match=rf"{path.name} has been written to in place"):
+                follow_recipes(module)
+            with path.open("r+b") as file:
+                file.truncate(100)
+            with pytest.raises(MetaTensorError, match="Build the module again"):
+                follow_recipes(module)
+            return
+        follow_recipes(module)
+        same_weights(module, expected)
+
+    def test_a_file_that_is_rewritten_and_not_needed(self, pretrained: Path) -> None:
+        expected = Custom(loaded, pretrained)
+        torch.save(expected.state_dict(), pretrained / "all.pt")
+        with meta_init():
+            module = Custom(loaded_mapped, pretrained)
+        with (pretrained / "encoder.pt").open("r+b") as file:
+            file.write(b"something else")
+        load_weights(module, pretrained / "all.pt")
+        same_weights(module, expected, but="nothing")
 
 
 def test_copies_begin_with_the_same_random_values() -> None:
@@ -425,7 +467,7 @@ class Loaded(nn.Module):
         super().__init__()
         self.body = build()
         if ARGS["data"]:
-            self.body.load_state_dict(torch.load(ARGS["path"], weights_only=True))
+            self.body.load_state_dict(torch.load(ARGS["path"], weights_only=True, mmap=ARGS["mapped"]))
 if ARGS["way"] == "write":
     torch.save(build().state_dict(), ARGS["path"])
     torch.save({f"body.{name}": value for name, value in build().state_dict().items()}, ARGS["path"] + ".all")
@@ -441,13 +483,17 @@ else:
     RESULT = [building.peaks.anonymous_above_start_bytes, loading.peaks.anonymous_above_start_bytes]
 """
     path = str(tmp_path / "weights.pt")
-    run_fresh(program, way="write", path=path, data=True)
+    run_fresh(program, way="write", path=path, data=True, mapped=False)
     weights = 6 * 2048 * 2048 * 4
-    plain = run_fresh(program, way="ours", path=path, data=False).result
+    plain = run_fresh(program, way="ours", path=path, data=False, mapped=False).result
     assert plain[0] <= 8 * MIB
     assert weights - 4 * MIB <= plain[1] <= weights + 16 * MIB
-    data = run_fresh(program, way="ours", path=path, data=True).result
-    stock = run_fresh(program, way="stock", path=path, data=True).result
-    # The source is kept, not copied.
+    # What lies in a file stays there.
+    mapped = run_fresh(program, way="ours", path=path, data=True, mapped=True).result
+    assert mapped[0] <= 8 * MIB
+    assert mapped[1] <= weights + 16 * MIB
+    # Else the source is kept, not copied.
+    data = run_fresh(program, way="ours", path=path, data=True, mapped=False).result
+    stock = run_fresh(program, way="stock", path=path, data=True, mapped=False).result
     assert data[0] <= weights + 16 * MIB
     assert stock[0] >= 2 * weights - 8 * MIB
