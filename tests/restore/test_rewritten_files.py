@@ -204,8 +204,9 @@ RESULT = [read, read_status().anonymous_bytes - start, same]
     naive, _, _ = run_fresh(program, path=path, naive=True).result
     assert same
     assert read < 8 * mib
-    assert 64 * mib <= kept < 64 * mib + 12 * mib
-    assert naive > 64 * mib
+    # What was free in the process at the start is used first.
+    assert 63 * mib <= kept < 64 * mib + 12 * mib
+    assert naive > 63 * mib
 
 
 def test_a_copy_of_the_same_size(tmp_path: Path, path: Path, expected: dict[str, bytes]) -> None:
