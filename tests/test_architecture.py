@@ -21,6 +21,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # name every room, and nothing below may import from it.
 FLOORS = {
     "errors": 0,
+    "units": 0,
+    "collector": 0,
     "checkpoint": 1,
     "distributed": 1,
     "memory": 1,

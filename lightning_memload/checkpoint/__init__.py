@@ -4,7 +4,9 @@ from lightning_memload.checkpoint.chunked import ChunkedTensor, FilePiece
 from lightning_memload.checkpoint.erasing import holds_refused
 from lightning_memload.checkpoint.formats import (
     CheckpointFormat,
+    checkpoints_in,
     find_format,
+    is_checkpoint,
     load_mapped,
     local_path,
     open_checkpoint,
@@ -24,6 +26,7 @@ from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
 from lightning_memload.checkpoint.lease import FileWatch
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint, span_bytes
 from lightning_memload.checkpoint.mapping import DetachedError, FileMapping
+from lightning_memload.checkpoint.missing import hub_advice
 from lightning_memload.checkpoint.pickled_globals import (
     SafeGlobal,
     allow_globals,
@@ -60,8 +63,11 @@ __all__ = [
     "UnmappableCheckpoint",
     "allow_globals",
     "check_safe_globals",
+    "checkpoints_in",
     "find_format",
     "holds_refused",
+    "hub_advice",
+    "is_checkpoint",
     "lay_out",
     "load_mapped",
     "local_path",

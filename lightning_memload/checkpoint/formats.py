@@ -19,13 +19,24 @@ from lightning_memload.checkpoint.index import Checkpoint
 from lightning_memload.checkpoint.inventory import Inventory
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
+from lightning_memload.checkpoint.missing import require_exists
 from lightning_memload.checkpoint.safetensors import Safetensors
 from lightning_memload.checkpoint.tensor_directory import TensorDirectory
 from lightning_memload.checkpoint.torch_shards import TorchShards
 from lightning_memload.checkpoint.torch_zip import TorchZip
+from lightning_memload.collector import paused_collector
 from lightning_memload.errors import CheckpointFormatError
 
-__all__ = ["FORMATS", "CheckpointFormat", "find_format", "load_mapped", "local_path", "open_checkpoint"]
+__all__ = [
+    "FORMATS",
+    "CheckpointFormat",
+    "checkpoints_in",
+    "find_format",
+    "is_checkpoint",
+    "load_mapped",
+    "local_path",
+    "open_checkpoint",
+]
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 
@@ -119,7 +130,7 @@ def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
         UnmappableCheckpoint: It is a file of no known format, which ``torch.load`` may know all the same.
     """
     name = local_path(path)
-    os.stat(name)
+    require_exists(name)
     candidate = _recognize(name)
     if candidate is not None:
         return candidate
@@ -146,6 +157,27 @@ def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
 
 def _recognize(name: str) -> CheckpointFormat | None:
     return next((candidate for candidate in FORMATS if candidate.recognizes(name)), None)
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether a file or directory has a known format, sound or damaged. ``False`` also if it cannot be read."""
+    name = os.fspath(path)
+    try:
+        # Opening a pipe waits for one who writes.
+        looks = os.path.isdir(name) or os.path.isfile(name)
+        return looks and _recognize(name) is not None
+    except OSError:
+        return False
+
+
+def checkpoints_in(folder: str | os.PathLike[str]) -> list[str]:
+    """The paths of the checkpoints in a directory, by their names, without hidden ones.
+
+    Raises:
+        OSError: It cannot be listed.
+    """
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    return [path for path in (os.path.join(folder, name) for name in names) if is_checkpoint(path)]
 
 
 def _may_be_legacy(name: str) -> bool:
@@ -177,7 +209,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointFormatError: It is no such checkpoint, or it is truncated, damaged or not complete.
     """
     name = local_path(path)
-    return find_format(name).read_index(name)
+    with paused_collector():
+        return find_format(name).read_index(name)
 
 
 def load_mapped(

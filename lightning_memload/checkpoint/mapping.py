@@ -152,8 +152,8 @@ class FileMapping:
         # The mapping starts on a page, so offsets in the file and addresses round alike.
         pages = [(start // _PAGE, (end - 1) // _PAGE + 1) for start, end in ranges]
         written = self._find_written(pages)
-        if written is None:
-            return [False] * len(pages)
+        if not written:
+            return [written is not None] * len(pages)
         return [bisect_left(written, start) == bisect_left(written, end) for start, end in pages]
 
     def _find_written(self, pages: Sequence[tuple[int, int]]) -> list[int] | None:

@@ -25,6 +25,7 @@ from lightning_memload.checkpoint.inventory import Damage, Inventory
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
 from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.pickled_globals import explain_refusal, refused_globals
+from lightning_memload.checkpoint.plain_pickle import NotPlain, build_plain
 from lightning_memload.checkpoint.source import FileSet, LocalFile
 from lightning_memload.checkpoint.torch_pickle import STUB_BYTES, walk_pickle
 from lightning_memload.checkpoint.zip_records import is_zip, pickle_is_sound, read_records, read_zip_inventory
@@ -35,6 +36,8 @@ __all__ = ["TorchZip", "load_onto", "load_what_is_allowed", "name_sections", "re
 # What torch's messages have in common (2.6 to 2.13).
 _NOT_HANDED_OVER = "Callable map_location not supported"
 _ZIP_READER = ("PytorchStreamReader", "inline_container", "hasRecord")
+# Of fewer storages torch.load builds the object in less than 0.1 s.
+_MANY_STORAGES = 1000
 
 
 class TorchZip:
@@ -193,6 +196,8 @@ def load_onto(
         UnmappableCheckpoint: A tensor is of a subclass whose storage torch gives to nobody.
         InsufficientMemoryError: See :class:`TorchZip`, as for all others.
     """
+    with contextlib.suppress(NotPlain):
+        return _load_plain(mapping, index, file, stubs)
     handover: Any = _Handover(index, mapping, stubs)
     descriptor = file.open_descriptor()
     try:
@@ -225,6 +230,31 @@ def load_onto(
         os.close(descriptor)
         # torch (2.13) keeps the map_location of a load that failed until the next load: not the file with it.
         handover.end()
+
+
+def _load_plain(mapping: FileMapping, index: Checkpoint, file: LocalFile, stubs: Collection[str]) -> Any:
+    """Builds the object without ``torch.load``.
+
+    Raises:
+        NotPlain: It is left to ``torch.load``.
+    """
+    if len(index.storages) < _MANY_STORAGES or file.size_bytes >= _memory_bytes():
+        raise NotPlain  # torch takes no time for it, or has to say that it is too large
+    try:
+        records, pickled = read_records(file)
+    except (MemloadError, OSError) as error:
+        raise NotPlain from error  # changed since it was indexed
+    if "constants.pkl" in records:
+        raise NotPlain  # TorchScript
+    storages = {storage.key: storage for storage in index.storages}
+
+    def storage_of(key: str, location: str, nbytes: int) -> torch.UntypedStorage:
+        info = storages[key]
+        if location != info.location or nbytes != (STUB_BYTES if key in stubs else info.nbytes):
+            raise NotPlain
+        return mapping.storage(info.offset, info.nbytes) if info.nbytes else torch.UntypedStorage(0)
+
+    return build_plain(pickled, storage_of)
 
 
 def name_sections(index: Checkpoint) -> dict[int, str]:
@@ -264,6 +294,10 @@ class _Handover:
         self._mapping = None
 
 
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 @contextlib.contextmanager
 def _without_reading(index: Checkpoint, file: LocalFile) -> Iterator[bool]:
     """Within, ``torch.load`` reads no tensor data; the value is its ``mmap`` argument.
@@ -272,7 +306,7 @@ def _without_reading(index: Checkpoint, file: LocalFile) -> Iterator[bool]:
     default overcommit. Larger files go through ``skip_data``, whose storages are allocated one at a time and never
     touched. (torch 2.13; an early prototype there, and torch 2.6 has it for saving only, hence not the first choice.)
     """
-    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory_bytes = _memory_bytes()
     path, file_bytes = file.name, file.size_bytes
     if file_bytes < memory_bytes:
         yield True

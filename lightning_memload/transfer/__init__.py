@@ -1,5 +1,6 @@
 """Moves bytes from a source into tensors: the plan, the staging ring with its hard budget, and the threads."""
 
+from lightning_memload.transfer.compare import compare_records
 from lightning_memload.transfer.cuda_context import on_device, on_stream
 from lightning_memload.transfer.engine import Record, TensorCopy, TransferStats, transfer
 from lightning_memload.transfer.staging import (
@@ -15,6 +16,7 @@ from lightning_memload.transfer.threads import (
     Latch,
     available_cpus,
     check_num_threads,
+    check_whole,
     default_threads,
     run_threads,
     start_thread,
@@ -34,7 +36,9 @@ __all__ = [
     "available_cpus",
     "check_host_budget",
     "check_num_threads",
+    "check_whole",
     "choose_layout",
+    "compare_records",
     "default_threads",
     "on_device",
     "on_stream",

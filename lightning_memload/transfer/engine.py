@@ -28,7 +28,7 @@ from lightning_memload.transfer.plan import Check, Piece, Range, Read, Segment, 
 from lightning_memload.transfer.staging import StagingRing
 from lightning_memload.transfer.threads import run_threads
 
-__all__ = ["Record", "TensorCopy", "TransferStats", "transfer"]
+__all__ = ["Record", "TensorCopy", "TransferStats", "checksum_error", "transfer"]
 
 # Into CPU memory a checksum is taken from what is still in the core's cache: 2 times the speed of 16 MiB.
 _DIRECT_BLOCK_BYTES = 1 << 20
@@ -168,8 +168,9 @@ class _Transfer:
         self._device = next((c.destination.device for c in copies if c.destination.device.type != "cpu"), None)
         on_cuda = self._device is not None and self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if on_cuda else None
+        self._is_raw = [_is_raw(copy) for copy in copies]
         jobs = self._plan(block_bytes)
-        self._jobs = iter(jobs)
+        self._jobs, self._num_jobs = iter(jobs), len(jobs)
         needs_ring = self._device is not None or any(job.piece is not None for job in jobs)
         self._ring = ring() if needs_ring else None
         layout = self._ring.layout if self._ring else None
@@ -177,7 +178,9 @@ class _Transfer:
             raise ValueError(f"{num_threads} threads with blocks of {block_bytes} bytes do not fit {layout}.")
         self._num_threads = max(1, min(num_threads, len(jobs)))
         self._inference_mode = torch.is_inference_mode_enabled()
-        self._bytes = [_byte_view(copy.destination) if _is_raw(copy) else None for copy in copies]
+        self._bytes: list[torch.Tensor | int | None] = [
+            _bytes_of(copy.destination) if raw else None for copy, raw in zip(copies, self._is_raw, strict=True)
+        ]
         # Buffers to read into; ``None`` wakes a thread that waits for one in vain.
         self._empty: queue.SimpleQueue[_Buffer | None] = queue.SimpleQueue()
         for view, tensor in zip(self._ring.views, self._ring.tensors, strict=True) if self._ring else ():
@@ -195,7 +198,7 @@ class _Transfer:
         pieces: list[tuple[Read, Piece]] = []
         for number, copy in enumerate(self._copies):
             itemsize = copy.dtype.itemsize
-            if _is_raw(copy):
+            if self._is_raw[number]:
                 ranges.append(Range(number, copy.offset, copy.destination.numel() * itemsize))
                 continue
             shape = tuple(copy.destination.shape)
@@ -216,9 +219,12 @@ class _Transfer:
             # The destinations' memory may still be in use by work that was queued before they were allocated.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
-            run_threads(
-                self._read_all, self._num_threads, self._stop, meanwhile=self._copy_all, alone=self._read_and_copy
-            )
+            if self._device is None and self._num_jobs == 1:
+                self._read_all()  # Thousands of modules may be filled one by one: a thread for each takes longer.
+            else:
+                run_threads(
+                    self._read_all, self._num_threads, self._stop, meanwhile=self._copy_all, alone=self._read_and_copy
+                )
         finally:
             if self._stream is not None:
                 self._stream.synchronize()
@@ -301,16 +307,7 @@ class _Transfer:
         with self._lock:
             self._bytes_verified += record.nbytes
         if actual != record.crc32:
-            path, position = self._source.place(record.offset)
-            raise ChecksumError(
-                f"{path} is damaged: the {record.nbytes} bytes of {record.name} at byte {position} have CRC-32 "
-                f"{actual:#010x}, but the file records {record.crc32:#010x}. Resume from another checkpoint.",
-                path=path,
-                key=record.name,
-                offset=position,
-                expected=record.crc32,
-                actual=actual,
-            )
+            raise checksum_error(self._source, record, actual)
 
     def _read(self, job: _Job, parts: Sequence[tuple[int, memoryview]]) -> None:
         """Reads into consecutive parts of memory, and compares the checksums while the bytes are in the cache."""
@@ -346,10 +343,10 @@ class _Transfer:
 
     def _cpu_bytes(self, segment: Segment, skip: int, nbytes: int | None = None) -> memoryview:
         """Writable memory of a segment's target, without its first ``skip`` bytes."""
-        view = self._bytes[segment.target]
-        assert view is not None
+        start = self._bytes[segment.target]
+        assert isinstance(start, int)
         length = segment.nbytes - skip if nbytes is None else nbytes
-        address = view.data_ptr() + segment.target_start + skip
+        address = start + segment.target_start + skip
         return memoryview((ctypes.c_char * length).from_address(address)).cast("B")
 
     # Through the staging ring ---------------------------------------------------------------------------------------
@@ -362,11 +359,9 @@ class _Transfer:
         for segment in read.segments:
             target = self._bytes[segment.target]
             assert target is not None
-            if target.is_cpu:
+            if isinstance(target, int):
                 # An optimizer's steps: a call into torch for each of thousands of scalars would take longer.
-                ctypes.memmove(
-                    target.data_ptr() + segment.target_start, buffer.tensor.data_ptr() + segment.start, segment.nbytes
-                )
+                ctypes.memmove(target + segment.target_start, buffer.address + segment.start, segment.nbytes)
                 continue
             target[segment.target_start : segment.target_start + segment.nbytes].copy_(
                 buffer.tensor[segment.start : segment.start + segment.nbytes], non_blocking=self._stream is not None
@@ -386,6 +381,7 @@ class _Buffer:
     def __init__(self, view: memoryview, tensor: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
         self.view = view
         self.tensor = tensor
+        self.address = tensor.data_ptr()
         self._stream = stream
         self._event = torch.cuda.Event() if stream is not None else None
         self._scratch: torch.Tensor | None = None
@@ -417,11 +413,27 @@ class _Buffer:
         copy.destination[index].copy_(piece_values)
 
 
+def checksum_error(source: ByteSource, record: Record, actual: int) -> ChecksumError:
+    """The error that says that the bytes of a record have another CRC-32 than the file records."""
+    path, position = source.place(record.offset)
+    return ChecksumError(
+        f"{path} is damaged: the {record.nbytes} bytes of {record.name} at byte {position} have CRC-32 "
+        f"{actual:#010x}, but the file records {record.crc32:#010x}. Resume from another checkpoint.",
+        path=path,
+        key=record.name,
+        offset=position,
+        expected=record.crc32,
+        actual=actual,
+    )
+
+
 def _is_raw(copy: TensorCopy) -> bool:
     """Whether the destination's memory is, byte for byte, what the file holds."""
     destination = copy.destination
     if destination.dtype != copy.dtype or destination.is_conj() or destination.is_neg():
         return False
+    if destination.is_contiguous() and destination.stride() == copy.stride:
+        return True
     axes = sorted(
         (in_memory, in_file, size)
         for size, in_file, in_memory in zip(destination.shape, copy.stride, destination.stride(), strict=True)
@@ -436,8 +448,10 @@ def _is_raw(copy: TensorCopy) -> bool:
     return True
 
 
-def _byte_view(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a dense tensor as a flat tensor, on any device and for any dtype."""
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor | int:
+    """The bytes of a dense tensor: their address in CPU memory, or a flat tensor on a device."""
+    if tensor.is_cpu:
+        return tensor.data_ptr()
     start = tensor.storage_offset() * tensor.element_size()
     nbytes = tensor.numel() * tensor.element_size()
     empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)

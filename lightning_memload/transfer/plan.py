@@ -125,8 +125,9 @@ def _cut_run(ranges: Sequence[Range], run_start: int, run_end: int, block_bytes:
             # A gap at either end of a block need not be read.
             low = segments[0].start
             high = max(segment.start + segment.nbytes for segment in segments)
-            trimmed = tuple(Segment(s.start - low, s.nbytes, s.target, s.target_start) for s in segments)
-            yield Read(start + low, high - low, trimmed)
+            if low:
+                segments = [Segment(s.start - low, s.nbytes, s.target, s.target_start) for s in segments]
+            yield Read(start + low, high - low, tuple(segments))
 
 
 def plan_checks(reads: Sequence[Read], records: Sequence[tuple[int, int]]) -> tuple[list[tuple[Check, ...]], list[int]]:

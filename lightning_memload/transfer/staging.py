@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lightning_memload.transfer.cuda_context import on_device
-from lightning_memload.transfer.threads import default_threads, run_threads, start_thread
+from lightning_memload.transfer.threads import check_whole, default_threads, run_threads, start_thread
 
 __all__ = [
     "MIN_BUDGET_BYTES",
@@ -59,8 +59,10 @@ def check_host_budget(host_budget_mib: int) -> None:
     """Refuses a budget that is none, where a user gives it.
 
     Raises:
+        TypeError: It is no number.
         ValueError: It is less than 1 MiB.
     """
+    check_whole("host_budget_mib", host_budget_mib, "a whole number of MiB such as 128")
     if host_budget_mib < 1:
         raise ValueError(f"host_budget_mib must be at least 1 (MiB), got {host_budget_mib}.")
 

@@ -9,13 +9,22 @@ machine may have no more of them.
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import threading
 from collections.abc import Callable, Sequence
 
 import torch
 
-__all__ = ["Latch", "available_cpus", "check_num_threads", "default_threads", "run_threads", "start_thread"]
+__all__ = [
+    "Latch",
+    "available_cpus",
+    "check_num_threads",
+    "check_whole",
+    "default_threads",
+    "run_threads",
+    "start_thread",
+]
 
 # Measured on one H100 with 16 cores (examples/benchmarks/streaming.py). Into CPU memory more than 4 gain nothing.
 _MAX_THREADS_DEVICE = 12
@@ -42,8 +51,11 @@ def check_num_threads(num_threads: int | None) -> None:
     """Refuses a number of threads that is none, where a user gives it.
 
     Raises:
+        TypeError: It is no number, and not ``None``.
         ValueError: It is less than 1, and not ``None``.
     """
+    if num_threads is not None:
+        check_whole("num_threads", num_threads, "a whole number, or None to choose")
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, or None to choose, got {num_threads}.")
 
@@ -85,6 +97,18 @@ def start_thread(work: Callable[[], None], name: str) -> threading.Thread | None
     """
     thread = threading.Thread(target=work, name=name)
     return thread if _start(thread) else None
+
+
+def check_whole(name: str, value: object, words: str) -> None:
+    """Refuses what is no whole number, such as the text of one.
+
+    Raises:
+        TypeError: ``value`` is none.
+    """
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(f"{name} must be {words}, got {value!r}.") from error
 
 
 def run_threads(

@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lightning_memload.checkpoint import Damage, FileSet, Inventory, Section, find_format, local_path
+from lightning_memload.collector import paused_collector
 from lightning_memload.errors import CheckpointFormatError
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.plan import MAX_GAP_BYTES
 from lightning_memload.transfer.threads import available_cpus, check_num_threads, run_threads
+from lightning_memload.units import format_bytes
 
 __all__ = ["VerifyReport", "verify_checkpoint"]
 
@@ -66,9 +68,11 @@ class VerifyReport:
         return not self.damage and self.bytes_without_checksum == 0
 
     def __str__(self) -> str:
-        counted = f"{_gib(self.bytes_verified)} in {self.num_verified} records verified"
+        counted = f"{format_bytes(self.bytes_verified)} in {self.num_verified} records verified"
         if self.bytes_without_checksum:
-            counted += f", {_gib(self.bytes_without_checksum)} without a checksum could be read but not verified"
+            counted += (
+                f", {format_bytes(self.bytes_without_checksum)} without a checksum could be read but not verified"
+            )
         speed = f"{self.seconds:.2f} s, {self.num_threads} threads"
         if not self.damage:
             verdict = "verified" if self.is_verified else "nothing wrong was found, but not all of it can be verified"
@@ -113,7 +117,7 @@ def verify_checkpoint(
     started = time.perf_counter()
     name = local_path(path)
     for _ in range(_MAX_TRIES):
-        with _held(name) as is_there:
+        with _held(name) as is_there, paused_collector():
             try:
                 run = _verify(name, num_threads, progress)
             except (CheckpointFormatError, OSError):
@@ -318,7 +322,3 @@ def _fill(source: FileSet, buffer: memoryview, offset: int) -> str | None:
             return "the file was cut short while it was read"
         buffer, offset = buffer[count:], offset + count
     return None
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"

@@ -1,0 +1,105 @@
+"""Comparing the checksums of records whose bytes are wanted nowhere: those of pages that become a module's memory.
+
+The pages stay in the page cache, from which whoever uses the module gets them. Nothing is loaded.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from lightning_memload.checkpoint import ByteSource, read_fully
+from lightning_memload.transfer.checksums import PartialChecksums
+from lightning_memload.transfer.engine import Record, TransferStats, checksum_error
+from lightning_memload.transfer.plan import Range, Read, plan_reads
+from lightning_memload.transfer.threads import run_threads
+
+__all__ = ["compare_records"]
+
+# Each thread has one buffer of this size. The checksum is taken from what is still in the core's cache.
+_BLOCK_BYTES = 1 << 20
+
+
+def compare_records(
+    source: ByteSource,
+    records: Sequence[Record],
+    *,
+    num_threads: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> TransferStats:
+    """Reads records and compares their checksums.
+
+    Args:
+        source: Where the bytes are.
+        records: The records.
+        num_threads: The most threads to read with.
+        on_progress: Called after every read with its length in bytes, from the threads, one at a time.
+
+    Returns:
+        Counters.
+
+    Raises:
+        CheckpointReadError: A read failed or met the end of the file.
+        ChecksumError: The bytes of a record do not have their checksum.
+
+    Peak memory: 1 MiB for each thread.
+    """
+    records = [record for record in records if record.nbytes]
+    started = time.perf_counter()
+    ranges = [Range(number, record.offset, record.nbytes) for number, record in enumerate(records)]
+    reads = plan_reads(ranges, block_bytes=_BLOCK_BYTES)
+    comparison = _Comparison(source, records, reads, on_progress)
+    num_threads = min(num_threads, len(reads))
+    if num_threads > 1:
+        run_threads(comparison.work, num_threads, comparison.stop)
+    else:
+        comparison.work()
+    return TransferStats(
+        bytes_read=sum(read.nbytes for read in reads),
+        bytes_verified=sum(record.nbytes for record in records),
+        seconds=time.perf_counter() - started,
+        num_threads=num_threads,
+    )
+
+
+class _Comparison:
+    def __init__(
+        self,
+        source: ByteSource,
+        records: Sequence[Record],
+        reads: Sequence[Read],
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        self._source = source
+        self._records = records
+        self._reads = iter(reads)
+        self._on_progress = on_progress
+        self._checksums = PartialChecksums([record.nbytes for record in records])
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def work(self) -> None:
+        buffer = memoryview(bytearray(_BLOCK_BYTES))
+        while not self._stopped:
+            with self._lock:
+                read = next(self._reads, None)
+            if read is None:
+                return
+            data = buffer[: read.nbytes]
+            read_fully(self._source, [data], read.offset, name_at=self._name_at)
+            for segment in read.segments:
+                part = data[segment.start : segment.start + segment.nbytes]
+                actual = self._checksums.update(segment.target, segment.target_start, [part])
+                record = self._records[segment.target]
+                if actual is not None and actual != record.crc32:
+                    raise checksum_error(self._source, record, actual)
+            with self._lock:
+                if self._on_progress is not None:
+                    self._on_progress(read.nbytes)
+
+    def _name_at(self, offset: int) -> str | None:
+        return next((r.name for r in self._records if r.offset <= offset < r.offset + r.nbytes), None)

@@ -1,0 +1,204 @@
+"""Checkpoints of plain things are built as torch.load builds them; all others are left to it."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pickle
+import zipfile
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_memload.checkpoint import load_mapped, torch_zip
+from lightning_memload.checkpoint.plain_pickle import NotPlain, build_plain
+
+
+def pickled(value: Any, folder: Path) -> bytes:
+    """The pickle that torch.save writes."""
+    torch.save(value, folder / "any.pt")
+    with zipfile.ZipFile(folder / "any.pt") as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
+        return archive.read(name)
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """The same types, values, attributes and order, all the way down."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert (ours.dtype, ours.shape, ours.stride(), ours.storage_offset()) == (
+            theirs.dtype, theirs.shape, theirs.stride(), theirs.storage_offset(),
+        )  # fmt: skip
+        assert (ours.requires_grad, ours.is_leaf, ours.__dict__) == (
+            theirs.requires_grad,
+            theirs.is_leaf,
+            theirs.__dict__,
+        )
+        assert ours._backward_hooks == theirs._backward_hooks
+        assert type(ours._backward_hooks) is type(theirs._backward_hooks)
+        assert (
+            torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
+            if ours.is_floating_point()
+            else torch.equal(ours, theirs)
+        )
+    elif isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        assert_same(list(ours.values()), list(theirs.values()))
+        if isinstance(ours, OrderedDict):
+            assert_same(ours.__dict__, theirs.__dict__)
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same(one, other)
+    else:
+        assert ours == theirs or ours != ours
+
+
+def optimizer_state() -> Any:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+BASE = torch.arange(12.0).reshape(3, 4)
+SHARED: list[Any] = [1, 2]
+PLAIN: dict[str, Callable[[], Any]] = {
+    "numbers": lambda: [0, 255, 256, 65536, -1, 2**31, -(2**40), 2**100, 1.5, float("inf"), True, False, None],
+    "strings": lambda: {"": "a", "\u00e4\u4e2d": "\ud800", "x" * 300: ()},
+    "containers": lambda: {"a": [[], {}, (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)], 3: OrderedDict(b=1)},
+    "shared containers": lambda: [SHARED, SHARED, {"s": SHARED}],
+    "state dict": lambda: nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).state_dict(),
+    "views and ties": lambda: [BASE, BASE.t(), BASE[1:, ::2], BASE, BASE.view(-1)[5]],
+    "parameters": lambda: [nn.Parameter(BASE), nn.Parameter(BASE, requires_grad=False), BASE.clone().requires_grad_()],
+    "types": lambda: [
+        torch.zeros(3, dtype=dtype)
+        for dtype in (torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.bool, torch.int64, torch.float64)
+    ],
+    "empty": lambda: [torch.empty(0), torch.empty(2, 0), torch.tensor(3.0)],
+    "optimizer": optimizer_state,
+}
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds small checkpoints as well as those of very many tensors."""
+    monkeypatch.setattr(torch_zip, "_MANY_STORAGES", 0)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("weights_only", [True, False, None])
+def test_plain_things_are_as_torch_gives_them(
+    name: str, weights_only: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "plain.pt"
+    torch.save(PLAIN[name](), path)
+    expected = torch.load(path, weights_only=weights_only)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", None)  # It is not asked.
+        loaded, _ = load_mapped(path, weights_only=weights_only)
+    assert_same(loaded, expected)
+
+
+@pytest.mark.usefixtures("always")
+def test_what_is_shared_stays_shared(tmp_path: Path) -> None:
+    path = tmp_path / "shared.pt"
+    torch.save([SHARED, SHARED, BASE, BASE, BASE.t()], path)
+    loaded, _ = load_mapped(path)
+    assert loaded[0] is loaded[1]
+    assert loaded[2] is loaded[3]
+    assert loaded[4].data_ptr() == loaded[2].data_ptr()
+
+
+class Hyperparameters:
+    """A class of the user."""
+
+
+OTHERS: dict[str, Callable[[], Any]] = {
+    "class": lambda: {"a": Hyperparameters()},
+    "namespace": lambda: argparse.Namespace(a=1),
+    "class itself": lambda: {"kind": OrderedDict},
+    "class in a tuple": lambda: {"kind": (1, (OrderedDict, 2))},
+    "class as a key": lambda: {OrderedDict: 1},
+    "class alone": lambda: OrderedDict,
+    "storage": lambda: {"storage": torch.FloatStorage(3)},
+    "defaultdict": lambda: defaultdict(dict, a=1),
+    "set": lambda: {"a": {1, 2}},
+    "bytes": lambda: {"a": b"123"},
+    "complex": lambda: {"a": 1j},
+    "dtype": lambda: {"a": torch.float32},
+    "size": lambda: {"a": torch.Size([1])},
+    "complex tensor": lambda: torch.zeros(2, dtype=torch.complex64),
+    "conjugate": lambda: torch.zeros(2, dtype=torch.complex64).conj(),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "buffer": lambda: nn.Buffer(torch.ones(2)) if hasattr(nn, "Buffer") else {1, 2},
+}
+
+
+def refuse(key: str, location: str, nbytes: int) -> torch.UntypedStorage:
+    return torch.UntypedStorage(nbytes)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.filterwarnings("ignore")
+def test_all_others_are_left_to_torch(name: str, tmp_path: Path) -> None:
+    with pytest.raises(NotPlain):
+        build_plain(pickled(OTHERS[name](), tmp_path), refuse)
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 3, 4, 5])
+def test_other_protocols_are_left_to_torch(protocol: int) -> None:
+    with pytest.raises(NotPlain):
+        build_plain(pickle.dumps({"a": 1}, protocol=protocol), refuse)
+
+
+def test_no_prefix_and_no_flipped_byte_does_harm(tmp_path: Path) -> None:
+    """Whatever the bytes are: an object of plain things, or NotPlain."""
+    data = pickled(optimizer_state(), tmp_path)
+    for end in range(len(data)):
+        with pytest.raises(NotPlain):
+            build_plain(data[:end], refuse)
+    for position in range(len(data)):
+        changed = bytearray(data)
+        changed[position] ^= 0x41
+        try:
+            built = build_plain(bytes(changed), refuse)
+        except NotPlain:
+            continue
+        torch.save(built, io.BytesIO())
+
+
+@pytest.mark.usefixtures("always")
+def test_what_torch_refuses_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "refused.pt"
+    torch.save({"a": Hyperparameters()}, path)
+    with pytest.raises(pickle.UnpicklingError, match="Hyperparameters"):
+        load_mapped(path, weights_only=True)
+
+
+def test_within_a_fake_mode_torch_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of another kind are torch's to make."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    data = pickled([torch.ones(3)], tmp_path)
+    storage = torch.ones(3).untyped_storage()
+    with FakeTensorMode(), pytest.raises(NotPlain):
+        build_plain(data, lambda *_: storage)
+
+
+@pytest.mark.parametrize("number", [999, 1000])
+def test_it_is_used_for_very_many_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    used: list[Any] = []
+    build = torch_zip.build_plain
+    monkeypatch.setattr(torch_zip, "build_plain", lambda *a: used.append(build(*a)) or used[-1])
+    torch.save([torch.ones(1) for _ in range(number)], tmp_path / "w.pt")
+    load_mapped(tmp_path / "w.pt")
+    assert len(used) == (number == 1000)

@@ -1,0 +1,32 @@
+"""Numbers of bytes as people read them."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_memload.units import format_bytes, format_speed
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "words"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1.00 KiB"),
+        (4_200_000, "4.01 MiB"),
+        (2**30 - 1, "1.00 GiB"),
+        (18 * 2**30, "18.00 GiB"),
+        (5000 * 2**40, "5000.00 TiB"),
+    ],
+)
+def test_the_unit_fits(nbytes: int, words: str) -> None:
+    assert format_bytes(nbytes) == words
+
+
+def test_a_column_has_the_unit_of_its_largest() -> None:
+    assert [format_bytes(n, like=3 << 30) for n in (0, 1 << 20, 3 << 30)] == ["0.00 GiB", "0.00 GiB", "3.00 GiB"]
+
+
+def test_speeds() -> None:
+    assert format_speed(3 << 20, 2.0) == "1.50 MiB/s"
+    assert format_speed(0, 0.0) == "0 bytes/s"
