@@ -1,6 +1,6 @@
 """What a restore really cost: the figures of one restore as a dict, as scalars for a logger, as a table.
 
-Bytes inside, GiB where people read. A figure that is not known is absent, never zero.
+Bytes inside, GiB for loggers, for people the unit that fits. A figure that is not known is absent, never zero.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 from lightning_memload.errors import listed
 from lightning_memload.memory import MemoryPeaks
+from lightning_memload.restore import WeightsMatch
+from lightning_memload.units import format_bytes
 
 __all__ = ["MEMORY_FIGURES", "PhaseReport", "RankMaximum", "RestoreReport"]
 
@@ -76,6 +78,7 @@ class RestoreReport:
         bytes_verified: Bytes whose CRC-32 was compared with the file's.
         bytes_assigned: Bytes of parameters that are the file's own pages now.
         bytes_copied_ordinarily: Bytes that torch copied, since they no longer lay in the file as they were.
+        match: How the names of the checkpoint's weights and of the module's match; ``None`` where all do.
         bytes_kept: Bytes of the checkpoint that somebody still refers to after the restore.
         staging_bytes: Host memory of the staging ring.
         num_threads: Threads that read.
@@ -96,6 +99,7 @@ class RestoreReport:
     bytes_verified: int = 0
     bytes_assigned: int = 0
     bytes_copied_ordinarily: int = 0
+    match: WeightsMatch | None = None
     bytes_kept: int = 0
     staging_bytes: int = 0
     num_threads: int = 0
@@ -133,18 +137,25 @@ class RestoreReport:
         return asdict(self)
 
     def table(self) -> str:
-        """A compact table for people: one line per phase, GiB and seconds."""
-        rows: list[tuple[str, ...]] = [("restore", "seconds", "read", "speed", "host anonymous", "GPU peak")]
-        phases: Sequence[PhaseReport] = (*self.phases, self.total)
-        rows.extend(_row(phase) for phase in phases)
-        if all(row[-1] == "-" for row in rows[1:]):
-            rows = [row[:-1] for row in rows]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        """A compact table for people: one line per phase, seconds, and bytes in the unit that fits each column."""
+        phases = (*self.phases, self.total)
+        columns = [
+            ["restore", *(phase.name for phase in phases)],
+            ["seconds", *(f"{phase.seconds:.2f}" for phase in phases)],
+            ["read", *_column([phase.bytes_read or None for phase in phases])],
+            ["speed", *_column([phase.bytes_per_second for phase in phases], after="/s")],
+            ["host anonymous", *_column([phase.peaks.anonymous_above_start_bytes for phase in phases], before="+")],
+            ["GPU peak", *_column([phase.peaks.cuda_allocated_peak_bytes for phase in phases])],
+        ]
+        if set(columns[-1][1:]) == {"-"}:
+            columns.pop()
+        widths = [max(map(len, column)) for column in columns]
         lines = [
-            "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
-                      for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        ]  # fmt: skip
+            "  ".join(
+                [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]
+            )
+            for name, *cells in zip(*columns, strict=True)
+        ]
         rule = "-" * len(lines[0])
         body = [*lines[1:-1], rule] if self.phases else []
         return "\n".join([lines[0], rule, *body, lines[-1], self._footer()])
@@ -153,15 +164,16 @@ class RestoreReport:
         parts = [f"mode {self.mode} ({self.mode_reason})"]
         peaks = self.total.peaks
         if peaks.file_backed_peak_bytes is not None:
-            parts.append(f"file-backed peak {_gib(peaks.file_backed_peak_bytes)}")
+            parts.append(f"file-backed peak {format_bytes(peaks.file_backed_peak_bytes)}")
         if peaks.pinned_peak_bytes:
-            parts.append(f"pinned {_gib(peaks.pinned_peak_bytes)}")
+            parts.append(f"pinned {format_bytes(peaks.pinned_peak_bytes)}")
         if self.bytes_verified:
-            parts.append(f"verified {_gib(self.bytes_verified)}")
+            parts.append(f"verified {format_bytes(self.bytes_verified)}")
         if self.bytes_assigned:
-            parts.append(f"assigned {_gib(self.bytes_assigned)} of the file, not read")
+            fate = "" if self.bytes_verified else ", not read"
+            parts.append(f"assigned {format_bytes(self.bytes_assigned)} of the file{fate}")
         if self.bytes_copied_ordinarily:
-            parts.append(f"copied by torch {_gib(self.bytes_copied_ordinarily)}")
+            parts.append(f"copied by torch {format_bytes(self.bytes_copied_ordinarily)}")
         maximum = self.maxima.get("host_anonymous_above_start")
         if maximum:
             known = self.maxima_ranks
@@ -170,24 +182,10 @@ class RestoreReport:
                 if len(known) == self.world_size
                 else f"ranks {listed(known)} of {self.world_size}"
             )
-            parts.append(f"most host anonymous of {of} +{_gib(maximum.value)} on rank {maximum.rank}")
+            parts.append(f"most host anonymous of {of} +{format_bytes(maximum.value)} on rank {maximum.rank}")
         return "; ".join(parts)
 
 
-def _row(phase: PhaseReport) -> tuple[str, ...]:
-    speed = phase.bytes_per_second
-    peaks = phase.peaks
-    rise = peaks.anonymous_above_start_bytes
-    gpu = peaks.cuda_allocated_peak_bytes
-    return (
-        phase.name,
-        f"{phase.seconds:.2f}",
-        _gib(phase.bytes_read) if phase.bytes_read else "-",
-        f"{speed / _GIB:.1f} GiB/s" if speed else "-",
-        f"+{_gib(rise)}" if rise is not None else "-",
-        _gib(gpu) if gpu is not None else "-",
-    )
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / _GIB:.2f} GiB"
+def _column(values: Sequence[float | None], *, before: str = "", after: str = "") -> list[str]:
+    largest = max((value for value in values if value is not None), default=0)
+    return ["-" if value is None else f"{before}{format_bytes(value, like=largest)}{after}" for value in values]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lightning_memload.memory import MemoryPeaks
 from lightning_memload.save import SaveStats
+from lightning_memload.units import format_bytes, format_speed
 
 __all__ = ["SaveReport"]
 
@@ -49,12 +50,12 @@ class SaveReport:
     def line(self) -> str:
         """The same for people."""
         stats, rise = self.stats, self.peaks.anonymous_above_start_bytes
-        speed = stats.bytes_written / max(stats.seconds, 1e-9) / 1e9
-        line = f"Saved {stats.path}: {stats.bytes_written / _GIB:.2f} GiB in {stats.seconds:.2f} s, {speed:.1f} GB/s"
+        line = f"Saved {stats.path}: {format_bytes(stats.bytes_written)} in {stats.seconds:.2f} s"
+        line += f", {format_speed(stats.bytes_written, stats.seconds)}"
         if stats.bytes_linked:
-            line += f", {stats.bytes_linked / _GIB:.2f} GiB unchanged and linked"
+            line += f", {format_bytes(stats.bytes_linked)} unchanged and linked"
         if rise is not None:
-            line += f", host anonymous +{rise / _GIB:.2f} GiB"
+            line += f", host anonymous +{format_bytes(rise)}"
         if self.blocked_seconds is not None and self.blocked_seconds < stats.seconds:
             line += f", training waited {self.blocked_seconds:.2f} s"
         return line

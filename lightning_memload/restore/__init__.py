@@ -2,6 +2,7 @@
 
 from lightning_memload.restore.allocation import materialize, meta_names
 from lightning_memload.restore.load import LoadOptions, WeightsSource, load_weights, open_any
+from lightning_memload.restore.matching import WeightsMatch, refused_by_torch, require_match
 from lightning_memload.restore.meta import meta_init
 from lightning_memload.restore.optimizer import OptimizerRestore
 from lightning_memload.restore.recipes import follow_recipes, names_of_data
@@ -26,6 +27,7 @@ __all__ = [
     "RestoreSession",
     "Siblings",
     "Verdict",
+    "WeightsMatch",
     "WeightsRestore",
     "WeightsSource",
     "add_compiled_versions",
@@ -43,5 +45,7 @@ __all__ = [
     "meta_names",
     "names_of_data",
     "open_any",
+    "refused_by_torch",
     "rename_keys",
+    "require_match",
 ]

@@ -31,9 +31,18 @@ from lightning_memload.checkpoint import (
     load_mapped,
     local_path,
 )
-from lightning_memload.errors import CheckpointFormatError, IncompatibleWeightsError, MetaTensorError, listed
+from lightning_memload.collector import paused_collector
+from lightning_memload.errors import CheckpointFormatError, MetaTensorError, listed
 from lightning_memload.restore.allocation import meta_names
-from lightning_memload.restore.matching import module_keys, require_all_taken, require_match
+from lightning_memload.restore.matching import (
+    OTHERS_LOADED,
+    WeightsMatch,
+    incompatible,
+    match_weights,
+    module_keys,
+    refused_by_torch,
+    require_match,
+)
 from lightning_memload.restore.recipes import follow_recipes
 from lightning_memload.restore.session import RestoreSession
 from lightning_memload.restore.special import assign_special
@@ -145,9 +154,10 @@ def load_weights(
     options = LoadOptions(target, mode, host_budget_mib, num_threads, verify, check_fit)
     state_dict, session = options.open(weights.open)
     with options.closing(session):
-        keys = weights.stream(state_dict, module, session, dtype=dtype, assign=options.assigns)
+        keys, _ = weights.stream(state_dict, module, session, dtype=dtype, assign=options.assigns)
         del state_dict  # what is referred to when the session ends is copied
-    module.to(device=session.device, dtype=dtype)
+    if dtype is not None or any(t.device != session.device for t in (*module.parameters(), *module.buffers())):
+        module.to(device=session.device, dtype=dtype)
     return keys
 
 
@@ -197,7 +207,8 @@ class LoadOptions:
             device = torch.device("cuda", torch.cuda.current_device())  # as parameters say it
         ring = start_ring(device, self.host_budget_mib * _MIB, self.num_threads)
         try:
-            loaded, mapped = load()
+            with paused_collector():
+                loaded, mapped = load()
             session = RestoreSession(
                 mapped, device=device, ring=ring, verify=self.verify, check_fit=self.check_fit, drop_behind=True
             )
@@ -218,7 +229,8 @@ class LoadOptions:
     def closing(self, session: RestoreSession) -> Iterator[None]:
         """Ends the session with the block. A failure leaves the mapping to the tensors that its traceback refers to."""
         try:
-            yield
+            with paused_collector():
+                yield
         except BaseException:
             session.close(detach=False)
             raise
@@ -304,11 +316,16 @@ class WeightsSource:
         *,
         dtype: torch.dtype | None = None,
         assign: bool = False,
-    ) -> _IncompatibleKeys:
+        may_match_nothing: bool = False,
+    ) -> tuple[_IncompatibleKeys, WeightsMatch | None]:
         """Brings an opened state dict into a module.
 
+        Returns:
+            What ``load_state_dict`` returned, and what the module got; ``None`` where every name has its counterpart.
+
         Raises:
-            IncompatibleWeightsError: It does not fit.
+            IncompatibleWeightsError: It does not fit, or unless ``may_match_nothing`` no name of it is one of the
+                module's.
             MetaTensorError: Something stays on meta.
         """
         wants = key_filter(self.include, self.exclude)
@@ -322,21 +339,19 @@ class WeightsSource:
         try:
             keys: _IncompatibleKeys = module.load_state_dict(state_dict, strict=False)
         except RuntimeError as error:
-            if not str(error).startswith("Error(s) in loading state_dict"):
-                raise
             # Modules that load in their own way: what does not fit them is known only now.
-            raise IncompatibleWeightsError(
-                f"{path}: {error}\nOther weights were loaded.",
-                path=path,
-                missing_keys=(),
-                unexpected_keys=(),
-                mismatched_shapes={},
-            ) from error
+            refused = refused_by_torch(module, error, None, path=path)
+            if refused is None:
+                raise
+            raise refused from error
         finally:
             restore.remove()
         keys.missing_keys[:] = [name for name in keys.missing_keys if name not in assigned]
-        if self.strict:
-            require_all_taken(module, state_dict, wants, keys, path=path)
+        match = match_weights(module, state_dict, keys, wants)
+        if match is not None and (self.strict or (match.is_nothing and not may_match_nothing)):
+            # Strict or not, so much is known of modules that load in their own way only now.
+            done = OTHERS_LOADED if match.num_loaded else "Nothing of it was loaded."
+            raise incompatible(module, path, match.new, match.unused, {}, done=done)
         follow_recipes(module, None, session.device, dtype)
         parameters, buffers = meta_names(module)
         if parameters or buffers:
@@ -346,7 +361,7 @@ class WeightsSource:
                 "meta_init(), which keeps buffers real, or give what is missing values first.",
                 names=names,
             )
-        return keys
+        return keys, match
 
 
 def open_any(

@@ -76,6 +76,16 @@ class meta_init:
         >>> trainer.fit(model, ckpt_path="last.ckpt")
     """
 
+    def __new__(cls, enabled: Any = True, **options: Any) -> Any:
+        """The context, or for ``@meta_init`` without parentheses the function as ``@meta_init()`` gives it."""
+        if isinstance(enabled, (type, nn.Module)):
+            name = enabled.__name__ if isinstance(enabled, type) else f"a {type(enabled).__name__}"
+            raise TypeError(
+                f"meta_init takes functions that build modules, got {name}. Use 'with meta_init(): model = ...', or "
+                "decorate a function that returns the module."
+            )
+        return cls(**options)(enabled) if callable(enabled) else super().__new__(cls)
+
     def __init__(
         self,
         enabled: bool = True,

@@ -11,7 +11,7 @@ import errno
 import os
 import threading
 import warnings
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,8 +28,10 @@ from lightning_memload.transfer import (
     StagingRing,
     TensorCopy,
     TransferStats,
+    compare_records,
     transfer,
 )
+from lightning_memload.units import format_bytes
 
 __all__ = ["Move", "RestoreSession"]
 
@@ -62,6 +64,7 @@ class RestoreSession:
         verify: Compare the CRC-32 of every record that is read completely.
         check_fit: Refuse a restore that cannot fit before the first byte is moved.
         drop_behind: Give the page cache of what was cold back to the kernel, see :class:`LocalFile`.
+        verify_pages: Also compare the CRC-32 of every record whose pages :meth:`pages_of` gives away, which reads them.
         on_progress: Called with the number of bytes after every read, from any thread, one at a time.
         on_pinned: Called with the number of page-locked bytes whenever that changes.
     """
@@ -75,6 +78,7 @@ class RestoreSession:
         verify: bool = True,
         check_fit: bool = True,
         drop_behind: bool = False,
+        verify_pages: bool = False,
         on_progress: Callable[[int], None] | None = None,
         on_pinned: Callable[[int], None] | None = None,
     ) -> None:
@@ -98,11 +102,21 @@ class RestoreSession:
         for tensor in checkpoint.index:
             for storage in tensor.storages:
                 names.setdefault(storage.key, tensor.name)
-        self._records = [
-            Record(names.get(storage.key, storage.key), storage.offset, storage.nbytes, storage.crc32)
-            for storage in checkpoint.index.storages
-            if verify and storage.crc32 is not None
-        ]
+        self._records = sorted(
+            (
+                Record(names.get(storage.key, storage.key), storage.offset, storage.nbytes, storage.crc32)
+                for storage in checkpoint.index.storages
+                if verify and storage.crc32 is not None
+            ),
+            key=lambda record: record.offset,
+        )
+        self._verifies_pages = verify_pages
+        self._compared: set[int] = set()
+        self._record_offsets = [record.offset for record in self._records]
+
+    def keep_cached(self) -> None:
+        """Leaves what is read from now on in the page cache: what becomes a module's memory is used again."""
+        self.checkpoint.source.drop_behind = False
 
     def move(self, moves: Sequence[Move]) -> None:
         """Brings values to their destinations: streamed where they still lie in the file, else copied by torch.
@@ -129,13 +143,21 @@ class RestoreSession:
             self._get_ring,
             num_threads=self._ring.layout.num_threads,
             block_bytes=self._ring.layout.block_bytes,
-            records=self._records,
+            records=self._records_at([copy.offset for copy in copies]),
             on_progress=self._on_progress,
         )
         with torch.no_grad():
             for item in ordinary:
                 item.destination.copy_(item.value)
                 self.bytes_copied_ordinarily += item.value.nbytes
+
+    def _records_at(self, offsets: Sequence[int]) -> list[Record]:
+        """The records in which the tensors at some offsets lie. To go through all of them for a few tensors takes long.
+
+        A tensor lies in the record that begins before it, or where it does.
+        """
+        numbers = {bisect_right(self._record_offsets, offset) - 1 for offset in offsets}
+        return [self._records[number] for number in sorted(numbers) if number >= 0]
 
     def require(self, needed_bytes: Mapping[torch.device, int]) -> None:
         """Stops a restore that cannot fit, before anything was allocated.
@@ -153,26 +175,28 @@ class RestoreSession:
             host = torch.device("cpu")
             needs[host] = needs.get(host, 0) + self._ring.missing_bytes
         for device, needed in needs.items():
+            if needed == 0:
+                continue
             if device.type == "cuda":
                 # Whoever page-locks the ring may still be at it, and nothing is known of a GPU before.
                 torch.cuda.init()
             free = free_device_bytes(device)
-            if free is None or needed == 0:
+            if free is None:
                 continue
             place = "host memory" if device.type == "cpu" else f"memory on {device}"
             if needed > free:
                 raise InsufficientMemoryError(
-                    f"Restoring {self.checkpoint.index.path} needs {_gib(needed)} of {place}, but only {_gib(free)} "
-                    "are free. Nothing was changed. Free memory or restore on a larger machine; if you know that the "
-                    "estimate is wrong, pass check_fit=False.",
+                    f"Restoring {self.checkpoint.index.path} needs {format_bytes(needed)} of {place}, but only "
+                    f"{format_bytes(free)} are free. Nothing was changed. Free memory or restore on a larger machine; "
+                    "if you know that the estimate is wrong, pass check_fit=False.",
                     device=str(device),
                     needed_bytes=needed,
                     free_bytes=free,
                 )
             if needed > _TIGHT_FRACTION * free:
                 warnings.warn(
-                    f"Restoring {self.checkpoint.index.path} takes {_gib(needed)} of {_gib(free)} free {place}: little "
-                    "is left for training.",
+                    f"Restoring {self.checkpoint.index.path} takes {format_bytes(needed)} of {format_bytes(free)} free "
+                    f"{place}: little is left for training.",
                     stacklevel=2,
                 )
 
@@ -200,12 +224,30 @@ class RestoreSession:
             ``None`` where there is no such range of the file: for a tensor that somebody wrote to, that lies in several
             parts, or whose bytes another tensor was given already. For all of them when somebody is changing a file
             that is watched.
+
+        Raises:
+            CheckpointReadError: With ``verify_pages``: reading failed.
+            ChecksumError: With ``verify_pages``: the file is damaged.
         """
         located = self.checkpoint.locate_all(tensors)
-        return [
+        given = [
             self._give_pages(tensor, pieces[0].offset) if pieces is not None and len(pieces) == 1 else None
             for tensor, pieces in zip(tensors, located, strict=True)
         ]
+        if self._verifies_pages:
+            self._compare([p[0].offset for p, pages in zip(located, given, strict=True) if p and pages is not None])
+        return given
+
+    def _compare(self, offsets: Sequence[int]) -> None:
+        """Compares the records at some offsets, each once."""
+        records = [record for record in self._records_at(offsets) if record.offset not in self._compared]
+        self._compared.update(record.offset for record in records)
+        self.stats += compare_records(
+            self.checkpoint.source,
+            records,
+            num_threads=self._ring.layout.num_threads,
+            on_progress=self._on_progress,
+        )
 
     def _give_pages(self, tensor: torch.Tensor, start: int) -> torch.Tensor | None:
         end = start + span_bytes(tensor)
@@ -305,7 +347,3 @@ class _Freeing(threading.Thread):
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_Freeing.join_all)
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB"

@@ -8,8 +8,7 @@ What the hook does not recognise stays in the state dict as it is and is copied 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -19,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_memload.checkpoint import ChunkedTensor, span_bytes
 from lightning_memload.restore.allocation import empty_on, materialize, replace_data, without_weak_references
-from lightning_memload.restore.matching import module_keys
+from lightning_memload.restore.matching import WeightsMatch, is_of_restore, match_weights, module_keys, walk_apart
 from lightning_memload.restore.recipes import (
     WaitingParameter,
     fill_before_load,
@@ -35,6 +34,8 @@ __all__ = ["WeightsRestore"]
 # The types that hold every float16, bfloat16 and float32 value exactly.
 _HOLDS_HALF = (torch.float32, torch.float64)
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter, WaitingParameter)
+# To ask the system for its free memory takes some 0.5 ms: not for each of thousands of small modules.
+_CHECK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,13 @@ class WeightsRestore:
             what ``meta_init`` knows that their constructor made, else what their modules' ``reset_parameters`` makes.
         later_bytes: What the restore will need later, per device, for the check before the first byte.
 
+    Attributes:
+        match: What the module got, after its ``load_state_dict``; ``None`` where every name has its counterpart.
+
     Peak memory: the destinations and the session's staging ring. No copy of the checkpoint.
     """
+
+    is_of_restore = True  # tells is_of_restore() whose the hooks are, also in copies
 
     def __init__(
         self,
@@ -87,6 +93,12 @@ class WeightsRestore:
         self._keep_memory = keep_memory
         self._strict = strict
         self._later_bytes = later_bytes
+        # Both are asked once: to look at the whole module or optimizer for each submodule takes the square of the time.
+        self._needed_later: dict[torch.device, int] | None = None
+        self._unchecked_bytes = 0
+        self._sharing: _Sharing | None = None
+        self.match: WeightsMatch | None = None
+        self._given: list[str] = []
         # What each key had in the file, and the versions of the tensors since: whether somebody changed them meanwhile.
         self._values: dict[str, torch.Tensor] = {}
         self._versions: dict[int, int] = {}
@@ -107,6 +119,7 @@ class WeightsRestore:
         # A copy of the module may keep this object: nothing of the restore, or of the Trainer, may hang on it.
         self._session = self._root = None
         self._later_bytes = dict
+        self._sharing = None
         self._values.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightsRestore:
@@ -125,6 +138,8 @@ class WeightsRestore:
         if module is root and not prefix:
             # Here, since a user's on_load_checkpoint may have renamed them before.
             rename_compiled(state_dict, module_keys(module))
+        if module is root:
+            self._given = list(state_dict)
         tensors: list[tuple[str, torch.Tensor | None]] = [*module._parameters.items(), *module._buffers.items()]
         own = [(f"{prefix}{name}", tensor) for name, tensor in tensors if tensor is not None]
         with unrecorded():
@@ -162,21 +177,23 @@ class WeightsRestore:
         if not by_tensor:
             return  # A parent's hook did it.
         last = [targets[-1] for targets in by_tensor.values()]
-        if not any(target.tensor.is_meta or session.checkpoint.holds(target.value) for target in last):
-            return  # torch copies all of them. To look at the whole module for each of its submodules would take long.
-        sharing = _Sharing(root, last)
+        held = {target.key for target in last if session.checkpoint.holds(target.value)}
+        if not held and not any(target.tensor.is_meta for target in last):
+            return  # torch copies all of them.
+        if self._sharing is not None:
+            self._sharing.note(module)  # Code of its own may have tied something since.
+        overlapping = _overlapping(target.tensor for target in last)
         stream: list[_Target] = []
         fresh: list[_Target] = []
         assignable: list[_Target] = []
-        for targets in by_tensor.values():
-            target = targets[-1]
-            if sharing.overlaps(target):
+        for target in last:
+            if id(target.tensor) in overlapping:
                 continue  # The order in which torch fills the memory matters.
-            if not session.checkpoint.holds(target.value):
-                # A value that somebody made: torch copies it, into memory that has to exist.
+            if target.key not in held:
+                # A value that a hook made: torch copies it, into memory that has to exist.
                 if target.tensor.is_meta:
                     fresh.append(target)
-            elif not overrides and self._may_assign(target, session.device, sharing):
+            elif not overrides and self._may_assign(target, session.device, root):
                 assignable.append(target)
             elif target.tensor.device == session.device and _overlaps_itself(target.tensor):
                 continue  # An expanded buffer: torch refuses it, and says which.
@@ -191,11 +208,8 @@ class WeightsRestore:
         fresh.extend(target for target in stream if target.tensor.device != session.device)
         if not (stream or fresh or assign):
             return
-        needed = self._later_bytes()
         device = session.device
-        needed[device] = needed.get(device, 0) + sum(self._fresh_bytes(target) for target in fresh)
-        session.require(needed)
-
+        self._require(session, sum(self._fresh_bytes(target) for target in fresh))
         replacements = {target.key: self._allocate(target, device) for target in fresh}
         session.move(
             [Move(target.key, target.value, replacements.get(target.key, target.tensor.detach())) for target in stream]
@@ -217,13 +231,28 @@ class WeightsRestore:
                     state_dict[alias.key] = alias.tensor
                 self._versions[id(targets[-1].tensor)] = _version_of(targets[-1].tensor)
 
-    def _may_assign(self, target: _Target, device: torch.device, sharing: _Sharing) -> bool:
+    def _require(self, session: RestoreSession, fresh_bytes: int) -> None:
+        """Stops what cannot fit. Many small modules together are looked at once for every few MiB."""
+        self._unchecked_bytes += fresh_bytes
+        if self._needed_later is None:
+            self._needed_later = self._later_bytes()
+        elif self._unchecked_bytes < _CHECK_BYTES:
+            return
+        device = session.device
+        session.require({**self._needed_later, device: self._needed_later.get(device, 0) + self._unchecked_bytes})
+        self._unchecked_bytes = 0
+
+    def _may_assign(self, target: _Target, device: torch.device, root: nn.Module) -> bool:
         tensor, value = target.tensor, target.value
         if not self._assign or device.type != "cpu" or value.dtype != self._final_dtype(target):
             return False
         if isinstance(value, ChunkedTensor) or tensor.stride() != value.stride():
             return False
-        return tensor.is_meta or (tensor.is_cpu and not self._keep_memory and not sharing.shares(tensor))
+        if tensor.is_meta or self._keep_memory or not tensor.is_cpu:
+            return tensor.is_meta
+        if self._sharing is None:
+            self._sharing = _Sharing(root)
+        return not self._sharing.shares(tensor)
 
     def _final_dtype(self, target: _Target) -> torch.dtype:
         """The dtype of new memory for a target, such that the values are those of the ordinary way.
@@ -245,35 +274,53 @@ class WeightsRestore:
         return target.tensor.numel() * self._final_dtype(target).itemsize
 
     def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
-        if not self._strict and self._session is not None:
+        if self._session is None:
+            return
+        self.match = match_weights(module, self._given, incompatible_keys)
+        if not self._strict:
             missing = incompatible_keys.missing_keys
             follow_recipes(module, set(missing), self._session.device, self._dtype)
             materialize(module, missing, self._session.device, self._dtype)
 
 
 class _Sharing:
-    """Which of a module's tensors lie in the same memory without being one object."""
+    """Which of a module's tensors lie in the same memory without being one object.
 
-    def __init__(self, module: nn.Module, targets: Sequence[_Target]) -> None:
-        tensors = {id(t): t for t in (*module.parameters(), *module.buffers()) if _has_memory(t)}
-        self._owners = Counter(map(_memory_of, tensors.values()))
-        self._overlapping: set[int] = set()
-        in_memory = [target.tensor for target in targets if _has_memory(target.tensor) and self.shares(target.tensor)]
-        in_memory.sort(key=lambda tensor: (str(tensor.device), tensor.data_ptr()))
-        furthest: torch.Tensor | None = None
-        for tensor in in_memory:
-            if furthest is not None and furthest.device == tensor.device and tensor.data_ptr() < _end(furthest):
-                self._overlapping |= {id(furthest), id(tensor)}
-            if furthest is None or furthest.device != tensor.device or _end(tensor) > _end(furthest):
-                furthest = tensor
+    Memory that a tensor has left counts as its own still, so the answer may be yes for too many, never for too few.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._owners: dict[tuple[torch.device, int], set[int]] = {}
+        self.note(module)
+
+    def note(self, module: nn.Module) -> None:
+        """Takes in where the tensors of a module, or of a part of it, are now."""
+        for tensor in (*module.parameters(), *module.buffers()):
+            if _has_memory(tensor):
+                self._owners.setdefault(_memory_of(tensor), set()).add(id(tensor))
 
     def shares(self, tensor: torch.Tensor) -> bool:
         """Whether another parameter or buffer has the same storage."""
-        return self._owners[_memory_of(tensor)] > 1
+        return bool(self._owners.get(_memory_of(tensor), set()) - {id(tensor)})
 
-    def overlaps(self, target: _Target) -> bool:
-        """Whether filling the target writes to memory of another one too."""
-        return id(target.tensor) in self._overlapping
+
+def _overlapping(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """The ids of the tensors whose filling writes to memory of another one of them too."""
+    by_device: dict[torch.device, list[tuple[int, int, int]]] = {}
+    for tensor in tensors:
+        if _has_memory(tensor):
+            start = tensor.data_ptr()
+            end = start + (tensor.nbytes if tensor.is_contiguous() else span_bytes(tensor))
+            by_device.setdefault(tensor.device, []).append((start, end, id(tensor)))
+    overlapping: set[int] = set()
+    for spans in by_device.values():
+        furthest_end, furthest = -1, 0
+        for start, end, number in sorted(spans):
+            if start < furthest_end:
+                overlapping |= {furthest, number}
+            if end > furthest_end:
+                furthest_end, furthest = end, number
+    return overlapping
 
 
 def _has_memory(tensor: Any) -> TypeGuard[torch.Tensor]:
@@ -306,15 +353,13 @@ def _version_of(tensor: torch.Tensor) -> int:
 
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    if tensor.is_contiguous():
+        return False
     return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _memory_of(tensor: torch.Tensor) -> tuple[str, int]:
-    return str(tensor.device), tensor.untyped_storage().data_ptr()
-
-
-def _end(tensor: torch.Tensor) -> int:
-    return tensor.data_ptr() + span_bytes(tensor)
+def _memory_of(tensor: torch.Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()
 
 
 def _find_targets(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> Iterator[_Target]:
@@ -325,13 +370,10 @@ def _find_targets(module: nn.Module, state_dict: dict[str, Any], prefix: str) ->
     """
     taken: list[tuple[str, nn.Module]] = []
     left: list[nn.Module] = []
-    own_ways: tuple[str, ...] = ()
     overrides = _overrides_load(module)
-    for path, child in module.named_modules(remove_duplicate=False):
-        # What overrides it may go on with what its children get, after it has called torch's.
-        if path and (overrides or _has_own_ways(child)):
-            own_ways += (f"{path}.",)
-        if f"{path}.".startswith(own_ways):
+    # What overrides it may go on with what its children get, after it has called torch's.
+    for path, child, is_left in walk_apart(module, lambda child: overrides or _has_own_ways(child)):
+        if is_left:
             left.append(child)
         else:
             taken.append((path, child))
@@ -362,12 +404,7 @@ def _has_own_ways(module: nn.Module) -> bool:
     """Whether code that is not torch's sees the values of a module before they are there."""
     if _overrides_load(module):
         return True
-    # torch (2.13) wraps each hook, and has no public name for them.
-    hooks = (getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values())
-    return any(
-        getattr(hook, "__func__", hook) is not WeightsRestore._before_load and hook is not fill_before_load
-        for hook in hooks
-    )
+    return any(not is_of_restore(hook) for hook in module._load_state_dict_pre_hooks.values())
 
 
 def _is_plain(tensor: Any) -> TypeGuard[torch.Tensor]:

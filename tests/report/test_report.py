@@ -94,14 +94,14 @@ def bare_report(**changes: Any) -> RestoreReport:
 def test_table_of_a_gpu() -> None:
     assert gpu_report().table() == "\n".join(
         [
-            "restore     seconds       read       speed  host anonymous   GPU peak",
-            "---------------------------------------------------------------------",
-            "open           0.03          -           -       +0.01 GiB          -",
-            "weights        0.42   6.00 GiB  24.0 GiB/s       +0.13 GiB   6.00 GiB",
-            "optimizers     0.90  12.00 GiB  24.0 GiB/s       +0.12 GiB  18.00 GiB",
-            "---------------------------------------------------------------------",
-            "total          1.40  18.00 GiB  24.0 GiB/s       +0.13 GiB  18.00 GiB",
-            "mode copy (parameters live on cuda:0); file-backed peak 0.50 GiB; pinned 0.12 GiB; verified 18.00 GiB",
+            "restore     seconds       read        speed  host anonymous   GPU peak",
+            "----------------------------------------------------------------------",
+            "open           0.03          -            -      +10.24 MiB          -",
+            "weights        0.42   6.00 GiB  24.00 GiB/s     +133.12 MiB   6.00 GiB",
+            "optimizers     0.90  12.00 GiB  24.00 GiB/s     +128.00 MiB  18.00 GiB",
+            "----------------------------------------------------------------------",
+            "total          1.40  18.00 GiB  24.00 GiB/s     +133.12 MiB  18.00 GiB",
+            "mode copy (parameters live on cuda:0); file-backed peak 512.00 MiB; pinned 128.00 MiB; verified 18.00 GiB",
         ]
     )
 

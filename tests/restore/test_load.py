@@ -599,25 +599,57 @@ def test_hooks_of_submodules_see_the_file(tmp_path: Path, way: str, mode: Any) -
     assert_equal(module, expected)
 
 
+class OwnLoad(nn.Linear):
+    """Loads in a way of its own, as old batch norms and quantised layers do."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class Hooked(nn.Linear):
+    """Has a hook of its own, as weight norm does."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_load_state_dict_pre_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, OwnLoad, Hooked])
+@pytest.mark.parametrize("mode", ["copy", "assign"])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_each_submodule_looks_at_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool) -> None:
-    """What torch copies takes no longer for its being watched: one look at the whole module, not one for each child."""
-    looks: list[nn.Module] = []
+def test_the_work_for_a_module_does_not_grow_with_the_number_of_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool, mode: Any, kind: type[nn.Linear]
+) -> None:
+    """Of tensors looked at, records compared and free memory asked for, four times the modules take four times."""
 
-    class Sharing(weights._Sharing):
-        def __init__(self, module: nn.Module, targets: Any) -> None:
-            looks.append(module)
-            super().__init__(module, targets)
+    def count(number: int) -> tuple[int, int, int]:
+        looks: list[None] = []
+        records: list[int] = []
+        asked: list[None] = []
+        is_plain, transfer, free = weights._is_plain, session.transfer, session.free_device_bytes
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, "_is_plain", lambda tensor: looks.append(None) or is_plain(tensor))
 
-    monkeypatch.setattr(weights, "_Sharing", Sharing)
-    path = tmp_path / "weights.pt"
-    module = nn.Sequential(*(nn.Linear(2, 2) for _ in range(50)))
-    torch.save(module.state_dict(), path, _use_new_zipfile_serialization=not legacy)
-    with warnings.catch_warnings():
-        if legacy:
-            warnings.simplefilter("ignore")
-        load_weights(nn.Sequential(*(nn.Linear(2, 2) for _ in range(50))), path)
-    assert len(looks) == (0 if legacy else 1)
+            def count_records(*args: Any, **kwargs: Any) -> Any:
+                records.append(len(kwargs["records"]))
+                return transfer(*args, **kwargs)
+
+            patch.setattr(session, "transfer", count_records)
+            patch.setattr(session, "free_device_bytes", lambda device: asked.append(None) or free(device))
+            path = tmp_path / f"{number}.pt"
+            saved = nn.Sequential(*(kind(2, 2) for _ in range(number)))
+            torch.save(saved.state_dict(), path, _use_new_zipfile_serialization=not legacy)
+            loaded = nn.Sequential(*(kind(2, 2) for _ in range(number)))
+            with warnings.catch_warnings():
+                if legacy:
+                    warnings.simplefilter("ignore")
+                load_weights(loaded, path, mode=mode)
+            assert_equal(loaded, saved)
+        return len(looks), sum(records), len(asked)
+
+    few, many = count(20), count(80)
+    assert few[0] > 0
+    assert all(after <= 4.2 * before + 8 for before, after in zip(few, many, strict=True))
 
 
 @pytest.mark.parametrize("mode", ["copy", "assign"])
