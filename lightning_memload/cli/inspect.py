@@ -11,6 +11,7 @@ import argparse
 import json
 
 from lightning_memload.checkpoint import Checkpoint, open_checkpoint, refused_globals
+from lightning_memload.collector import paused_collector
 
 __all__ = ["add_arguments", "run"]
 
@@ -28,8 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
         CheckpointFormatError: It is no checkpoint, or damaged.
         OSError: It cannot be read.
     """
-    index = open_checkpoint(arguments.path)
-    print(json.dumps(_as_dict(index)) if arguments.json else _as_table(index))
+    with paused_collector():
+        index = open_checkpoint(arguments.path)
+        print(json.dumps(_as_dict(index)) if arguments.json else _as_table(index))
     return 0
 
 

@@ -27,14 +27,17 @@ from lightning_memload.plugins.run import Mode, RestoreOptions, RestoreRun
 from lightning_memload.plugins.saves import SaveLog
 from lightning_memload.plugins.saving_io import Asynchronous, SaveFormat, check_asynchronous
 from lightning_memload.plugins.seams import (
+    around_load,
     before_move,
     begin_averages,
     install_io,
     keep_strategy_on_device,
     let_teardown_pass,
     loads_by_itself,
+    require_one,
     when_set_up,
 )
+from lightning_memload.plugins.telling import tell_match
 from lightning_memload.report import RestoreReport
 from lightning_memload.restore import WeightsSource, follow_recipes, meta_names, names_of_data
 from lightning_memload.save import tensors_of_optimizers
@@ -59,22 +62,23 @@ class MemoryEfficientRestore(Callback):
 
     Args:
         mode: ``"copy"`` streams every tensor into memory of its own. ``"assign"`` makes CPU parameters the file's own
-            pages: nothing is read until it is used and the kernel can take it back; the first write to a page makes it
-            ordinary memory, and checksums are not compared. Before another program changes the file in place they
-            become ordinary memory too, with their values, and a warning says so; where Linux cannot tell (network file
-            systems, files of other users, a directory of very many files) a change is noticed afterwards only, with
-            a warning at the end of the stage or the start of the next. Replacing the file by a new one is fine.
+            pages, which the kernel can take back; the first write to a page makes it ordinary memory. Before another
+            program changes the file in place they become ordinary memory too, with their values, and a warning says so;
+            where Linux cannot tell (network file systems, files of others, directories of very many files) a change
+            is noticed afterwards only, with a warning at the end of the stage or the start of the next. Replacing the
+            file by a new one is fine.
             ``"auto"`` assigns for evaluation on the CPU where Linux can tell, else copies.
         host_budget_mib: The most host memory for staging, in MiB, per process. Hard. For saves likewise, if the
             CheckpointIO is installed by this callback.
         num_threads: Threads that read. ``None``: up to 12 for a GPU and 4 for the CPU, shared between the processes of
             a host.
-        verify: Compare the CRC-32 that the file records for every tensor, on the way.
+        verify: Compare the CRC-32 that the file records for every tensor: on the way, or of what is assigned before it
+            is used. ``False`` lets assigned weights be read only when they are used.
         check_fit: Compare needed with free memory of device and host before the first byte, and refuse what cannot fit.
         log: Print a table of what the restore cost, and log it as ``memload/...`` to every logger of the Trainer; a
             line for each save, and ``memload/save_...``. Measuring a save costs some 20 ms.
         progress_bar: Show a bar for restores of more than a second, if the Trainer shows bars.
-        restore: What ``fit`` takes of the checkpoint: any of ``"weights"``, ``"optimizer"`` (with learning rate
+        restore: What ``fit`` takes of the checkpoint: some of ``"weights"``, ``"optimizer"`` (with learning rate
             schedulers and the precision plugin's state), ``"loops"`` (epoch, step, progress) and ``"callbacks"``. What
             is left out is not read. ``None``: all, as Lightning does. With ``["weights"]`` any file of weights will do.
         weights_from: A checkpoint of any format whose weights, and nothing else of it, ``fit`` starts from: for
@@ -100,8 +104,9 @@ class MemoryEfficientRestore(Callback):
         report: The figures of the last restore, ``None`` before the first.
 
     Raises:
-        ValueError: An argument is out of its range, or a name in ``safe_globals`` cannot be imported.
-        TypeError: ``safe_globals`` is no list of classes or names.
+        ValueError: An argument is out of its range, or a name in ``safe_globals`` cannot be imported; or (from ``fit``
+            and the others) the Trainer has two of these.
+        TypeError: ``safe_globals`` is no list of classes or names, or a number is none.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[MemoryEfficientRestore()])
@@ -117,7 +122,7 @@ class MemoryEfficientRestore(Callback):
         check_fit: bool = True,
         log: bool = True,
         progress_bar: bool = True,
-        restore: Collection[Part] | None = None,
+        restore: Part | Collection[Part] | None = None,
         weights_from: str | Path | WeightsSource | None = None,
         on_corrupt: OnCorrupt = "raise",
         keep_on_device: bool = False,
@@ -178,6 +183,7 @@ class MemoryEfficientRestore(Callback):
         """Installs the CheckpointIO. Nothing has been read yet, and nothing is if there is no checkpoint."""
         self._abort()
         self._tell_changed_files()
+        require_one(trainer, type(self))
         io = self._io = install_io(trainer, self._make_io)
         wanted = self._asynchronous_save
         if wanted and (io is None or io.asynchronous != wanted):
@@ -206,6 +212,7 @@ class MemoryEfficientRestore(Callback):
         self._run = RestoreRun(self._options, trainer, pl_module, stage, streams=io is not None)
         if io is not None:
             self._undo += [io.observe(self._run), io.allow(self._run.allowance)]
+            self._undo.append(around_load(trainer.strategy, self._run.load_model))
         if not loads_by_itself(trainer.strategy):
             self._undo.append(before_move(trainer.strategy, lambda: self._end_weights(trainer, pl_module)))
         meet = self._run.meet_companions
@@ -218,11 +225,11 @@ class MemoryEfficientRestore(Callback):
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything is restored."""
-        self._finish(trainer)
+        self._finish(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything is restored, and from here on only steps change what optimizers have, if that is promised."""
-        self._finish(trainer)
+        self._finish(trainer, pl_module)
         if self._io is None or not self._io.asynchronous:
             return
         if self._io.asynchronous is True or not only_steps_change(trainer):
@@ -248,17 +255,17 @@ class MemoryEfficientRestore(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything is restored; during validation others may put averaged weights in place of these."""
-        self._finish(trainer)
+        self._finish(trainer, pl_module)
         if self._io is not None:
             self._io.wait_until_written()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything is restored."""
-        self._finish(trainer)
+        self._finish(trainer, pl_module)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything is restored."""
-        self._finish(trainer)
+        self._finish(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Whatever failed, no hook stays and no memory. Of a damaged checkpoint the error says what to take instead."""
@@ -274,7 +281,7 @@ class MemoryEfficientRestore(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Ends a restore after which nothing was left to train or to evaluate, and tells of the last save."""
-        self._finish(trainer)
+        self._finish(trainer, pl_module)
         self._tell_changed_files()
         self._end_steps(leaves=True)
         if self._io is not None:
@@ -310,7 +317,7 @@ class MemoryEfficientRestore(Callback):
     def _begin_stage(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything is restored, also by a strategy that does so by itself: there is a checkpoint, or none."""
         self._load_weights(trainer, pl_module)
-        self._finish(trainer)
+        self._finish(trainer, pl_module)
 
     def _load_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Loads the weights to start from, unless there are none, the module has them, or a checkpoint brings all."""
@@ -364,7 +371,7 @@ class MemoryEfficientRestore(Callback):
         if self._writer is not None:
             (self._writer.leave if leaves else self._writer.wait)()
 
-    def _finish(self, trainer: pl.Trainer) -> None:
+    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         run = self._take_run()
         if run is None:
             return
@@ -378,6 +385,7 @@ class MemoryEfficientRestore(Callback):
         self.report = report
         if run.exposed_files is not None and report.bytes_assigned:
             self._exposed = run.exposed_files, weakref.ref(trainer.lightning_module)
+        tell_match(report, pl_module)
         if not self._log:
             return
         rank_zero_info(f"Restored {report.path} for {report.stage}\n{report.table()}")

@@ -28,6 +28,7 @@ from lightning_memload.checkpoint import (
     SafeGlobal,
     UnmappableCheckpoint,
     allow_globals,
+    hub_advice,
     load_mapped,
 )
 from lightning_memload.errors import MemloadError
@@ -97,6 +98,7 @@ class StreamingCheckpointIO(SavingIO):
         last_save: What the last save that ended in this process cost, ``None`` before the first.
 
     Raises:
+        TypeError: The budget is no number.
         ValueError: The budget is below 1 MiB, or there is no such format or way to save asynchronously.
 
     Example:
@@ -167,7 +169,8 @@ class StreamingCheckpointIO(SavingIO):
             path = observer.on_load_start(str(path))
         filesystem, local_path = url_to_fs(str(path))
         if not filesystem.exists(local_path):
-            raise FileNotFoundError(f"Checkpoint file not found: {path}")
+            advice = hub_advice(str(path))
+            raise FileNotFoundError(f"Checkpoint file not found: {path}" + (f". {advice}" if advice else ""))
         allowances = [allowance(str(path)) for allowance in self._allowances]
         checkpoint: Any
         mapped: MappedCheckpoint | None = None

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_memload.checkpoint import UnmappableCheckpoint
+from lightning_memload.checkpoint import UnmappableCheckpoint, checkpoints_in, is_checkpoint
 from lightning_memload.distributed import Companions, LostCompanion
 from lightning_memload.errors import CheckpointFormatError, CheckpointReadError, MemloadError, listed
 from lightning_memload.restore import (
@@ -61,6 +61,9 @@ def tell_of_damage(exception: BaseException, path: str, trainer: pl.Trainer, *, 
         return
     if not isinstance(exception, (CheckpointFormatError, CheckpointReadError)):
         return
+    path = os.path.abspath(path)
+    if _is_folder_of_checkpoints(path):
+        return  # It is the folder where the siblings are, and the error names them.
     _log_on_rank(trainer, str(exception.args[0]))
     words = _search(exception, path, trainer, advise_option=advise_option)
     if words is not None:
@@ -72,7 +75,7 @@ def _search(
     exception: CheckpointFormatError | CheckpointReadError, path: str, trainer: pl.Trainer, *, advise_option: bool
 ) -> str | None:
     """What can be told of the checkpoints beside a damaged one, ``None`` if there is nothing to tell."""
-    folder = os.path.dirname(path) or "."
+    folder = os.path.dirname(path)
     newest: list[str] = []
     found: list[Siblings] = []
 
@@ -152,13 +155,16 @@ def choose_intact(path: str | None, trainer: pl.Trainer, companions: Companions 
                 stacklevel=2,
             )
         return path
+    complete = os.path.abspath(path) if path is not None and os.path.exists(path) else path
     try:
-        chosen = _choose(path, companions, trainer.global_rank)
+        chosen = _choose(complete, companions, trainer.global_rank)
     except LostCompanion as error:
         raise MemloadError(
             f"The ranks cannot agree which checkpoint to restore instead of a damaged one, since {error}. The error of "
             f"that rank tells more. ckpt_path of rank {trainer.global_rank}: {path}."
         ) from error
+    if chosen == complete:
+        return path
     if chosen != path:
         # Not the public setter: it would make the path that of all later calls too.
         trainer._checkpoint_connector._ckpt_path = chosen
@@ -212,6 +218,8 @@ def _look(path: str | None, companions: Companions | None) -> _Finding:
         if "://" not in path:
             return _Finding(path, problems=("it does not exist.",), exists=False)
         warnings.warn(f"on_corrupt='previous' is ignored: {path} is not a local file.", stacklevel=2)
+        return _Finding(path)
+    if _is_folder_of_checkpoints(path):
         return _Finding(path)
     file = _identity(path)
     if companions is not None and file and not companions.claim(file):
@@ -305,6 +313,11 @@ def _apart(listings: Mapping[int, list[str]], common: list[str]) -> str:
     names = dict.fromkeys(name for listing in listings.values() for name in listing if name not in common)
     having = {name: [rank for rank, listing in listings.items() if name in listing] for name in names}
     return "".join(f"Only rank {listed(having[name])} can take {name}. " for name in list(names)[:_MAX_LISTED])
+
+
+def _is_folder_of_checkpoints(path: str) -> bool:
+    """Whether a path is that of a directory which is no checkpoint itself and has some in it."""
+    return os.path.isdir(path) and not is_checkpoint(path) and bool(checkpoints_in(path))
 
 
 def _counted(damaged: Sequence[str]) -> str:

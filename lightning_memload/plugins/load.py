@@ -119,14 +119,13 @@ def load_from_checkpoint(
             )
         module.on_load_checkpoint(checkpoint)
         weights = WeightsSource(os.fspath(path), strict=module.strict_loading if strict is None else strict)
-        keys = weights.stream(checkpoint["state_dict"], module, session, assign=loading.assigns)
-        del checkpoint  # what is referred to when the session ends is copied
-    if keys.missing_keys:
-        rank_zero_warn(
-            f"{path} lacks keys of the module, which got the initial values of their layers: {keys.missing_keys}"
+        _, match = weights.stream(
+            checkpoint["state_dict"], module, session, assign=loading.assigns, may_match_nothing=True
         )
-    if keys.unexpected_keys:
-        rank_zero_warn(f"{path} has keys that the module lacks: {keys.unexpected_keys}")
+        del checkpoint  # what is referred to when the session ends is copied
+    if match is not None:
+        fate = " What is new has the initial values of its layers." if match.new else ""
+        rank_zero_warn(f"{path}: {match}.{fate}")
     return module.to(session.device)
 
 

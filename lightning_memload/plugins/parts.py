@@ -36,7 +36,10 @@ _KEYS = {
 
 
 def check_parts(parts: Collection[str] | None) -> frozenset[str] | None:
-    """Raises unless all of ``parts`` are known and there is one at least.
+    """The parts, unless one of them is unknown or there is none.
+
+    Args:
+        parts: Some of them, or the name of one.
 
     Raises:
         ValueError: They are not.
@@ -44,7 +47,9 @@ def check_parts(parts: Collection[str] | None) -> frozenset[str] | None:
     if parts is None:
         return None
     known = get_args(Part)
-    if isinstance(parts, str) or not parts or not set(parts) <= set(known):
+    if isinstance(parts, str):
+        parts = [parts]
+    if not parts or not set(parts) <= set(known):
         names = ", ".join(map(repr, known))
         raise ValueError(f"restore must be some of {names}, or None for all, got {parts!r}.")
     return frozenset(parts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,15 +28,19 @@ from lightning_memload.plugins.damaged import choose_intact
 from lightning_memload.plugins.parts import hooks_load, leave_out_refused, take_parts
 from lightning_memload.plugins.rank_maxima import reduce_maxima
 from lightning_memload.plugins.seams import all_ranks_load
+from lightning_memload.plugins.telling import warn_of_hyperparameters
 from lightning_memload.report import MEMORY_FIGURES, PhaseReport, RestoreReport
 from lightning_memload.restore import (
     OptimizerRestore,
     RestoreSession,
+    WeightsMatch,
     WeightsRestore,
     WeightsSource,
     add_compiled_versions,
     mapped_bytes,
     meta_names,
+    refused_by_torch,
+    require_match,
 )
 from lightning_memload.transfer import LazyRing, TransferStats, start_ring
 
@@ -54,7 +58,10 @@ _TRUE_PRECISIONS = (
     "lightning.pytorch.plugins.precision.DoublePrecision",
 )
 _TRUE_PRECISION_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
-# In every checkpoint of a Trainer; Lightning cannot go on without it.
+_ADVICE = (
+    "Build the module with the hyperparameters that it was saved with. To take a part of the weights, or to take them "
+    "under other names, use MemoryEfficientRestore(weights_from=WeightsSource(...)) in place of ckpt_path."
+)
 # Worth a garbage collection before it is copied out of the file for good.
 _COLLECT_BYTES = 1 << 20
 
@@ -112,6 +119,7 @@ class RestoreRun:
         self._companions = Companions.announce(agrees=self._chooses) if trainer.world_size > 1 else None
         # Files whose pages became parameters and that nothing watches.
         self.exposed_files: FileSet | None = None
+        self._match: WeightsMatch | None = None
         if not streams:
             self._total.start()
 
@@ -159,7 +167,9 @@ class RestoreRun:
         state_dict, mapped = source.open()
         self._begin_phase("weights")
         session = self._open_session(mapped)
-        source.stream(state_dict, self._module, session, dtype=self._true_precision(), assign=self._mode == "assign")
+        _, self._match = source.stream(
+            state_dict, self._module, session, dtype=self._true_precision(), assign=self._mode == "assign"
+        )
         self._stop_measuring()
 
     def _begin(self, path: str) -> None:
@@ -179,6 +189,7 @@ class RestoreRun:
         if self.path != path or self._session is not None:
             return False
         self._begin_phase("weights")
+        warn_of_hyperparameters(path, checkpoint, self._module)
         refusal = mapped.refusal if mapped is not None else None
         if refusal is not None:
             leave_out_refused(checkpoint, refusal, self._trainer)
@@ -218,11 +229,39 @@ class RestoreRun:
             check_fit=self._options.check_fit,
             # Where several ranks of one host read the same file, one would throw away what the others need.
             drop_behind=self._trainer.num_devices == 1,
+            verify_pages=self._options.verify,
             on_progress=self._make_bar(mapped),
             on_pinned=lambda nbytes: self._total.tick(pinned_bytes=nbytes),
         )
         self._mode, self._mode_reason = self._choose_mode(session)
+        if self._mode == "assign":
+            session.keep_cached()
         return session
+
+    def load_model(self, load: Callable[..., None], checkpoint: Mapping[str, Any], strict: bool) -> None:
+        """Loads the weights as Lightning does. If they do not fit, a short error takes the place of torch's long one.
+
+        Args:
+            load: Lightning's way.
+            checkpoint: What it takes them from.
+            strict: Whether names must match.
+
+        Raises:
+            IncompatibleWeightsError: They do not fit. A ``RuntimeError``, as torch raises.
+        """
+        state_dict = checkpoint.get("state_dict")
+        if self._weights is None or self.path is None or not isinstance(state_dict, Mapping):
+            load(checkpoint, strict=strict)
+            return
+        require_match(self._module, state_dict, strict=strict, path=self.path, advice=_ADVICE)
+        try:
+            load(checkpoint, strict=strict)
+        except RuntimeError as error:
+            match = self._weights.match if strict else None
+            refused = refused_by_torch(self._module, error, match, path=self.path, advice=_ADVICE)
+            if refused is None:
+                raise
+            raise refused from error
 
     # What the Callback tells us -------------------------------------------------------------------------------------
 
@@ -276,6 +315,7 @@ class RestoreRun:
             bytes_verified=stats.bytes_verified,
             bytes_assigned=session.bytes_assigned if session else 0,
             bytes_copied_ordinarily=session.bytes_copied_ordinarily if session else 0,
+            match=self._weights.match if self._weights else self._match,
             bytes_kept=kept,
             staging_bytes=stats.staging_bytes,
             num_threads=stats.num_threads,
@@ -341,7 +381,7 @@ class RestoreRun:
         refusal = session.watch_pages()
         if refusal is not None:
             return "copy", f"nothing would tell when the file is changed in place: {refusal}"
-        return "assign", "evaluation on the CPU only reads the weights; checksums are not compared"
+        return "assign", "evaluation on the CPU only reads the weights"
 
     def _true_precision(self) -> torch.dtype | None:
         """The dtype that the precision plugin is going to convert the module to, if converting is all that it does."""

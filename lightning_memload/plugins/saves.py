@@ -53,8 +53,17 @@ class MeasuredSave:
             self._monitor.stop()
 
 
+# A save that takes longer is worth a line each time.
+_LONG_SECONDS = 1.0
+# Below this, twice as slow is the noise of a disk.
+_NOISE_SECONDS = 0.1
+
+
 class SaveLog:
     """Tells people of a save at once, and the loggers of a Trainer in the thread that made this object.
+
+    People get a line for the first save, and then only for one that takes more than a second, or twice as long as the
+    one that they were told of last. Loggers get every save.
 
     Args:
         trainer: Whose loggers get ``memload/save_...``.
@@ -64,10 +73,14 @@ class SaveLog:
         self._trainer: pl.Trainer | None = trainer
         self._thread = threading.get_ident()
         self._reports: deque[SaveReport] = deque()
+        self._told_seconds: float | None = None
 
     def add(self, report: SaveReport) -> None:
         """Takes the figures of a save, in any thread."""
-        rank_zero_info(report.line())
+        seconds = report.stats.seconds
+        if self._told_seconds is None or seconds > min(_LONG_SECONDS, max(2 * self._told_seconds, _NOISE_SECONDS)):
+            self._told_seconds = seconds
+            rank_zero_info(report.line())
         if self._trainer is None:
             return
         self._reports.append(report)

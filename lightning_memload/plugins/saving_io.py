@@ -17,6 +17,7 @@ import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from lightning_memload.collector import paused_collector
 from lightning_memload.plugins.compat import TorchCheckpointIO
 from lightning_memload.plugins.pending import PendingSaves
 from lightning_memload.plugins.saves import MeasuredSave, SaveObserver, register
@@ -30,6 +31,7 @@ from lightning_memload.save import (
     save_torch,
     write_torch,
 )
+from lightning_memload.transfer import check_whole
 
 __all__ = ["Asynchronous", "SaveFormat", "SavingIO", "check_asynchronous"]
 
@@ -46,6 +48,7 @@ class SavingIO(TorchCheckpointIO):
 
     def __init__(self, *, host_budget_mib: int, asynchronous: Asynchronous, format: SaveFormat) -> None:
         super().__init__()
+        check_whole("host_budget_mib", host_budget_mib, "a whole number of MiB such as 128")
         if host_budget_mib < 1:
             raise ValueError(f"host_budget_mib must be at least 1, got {host_budget_mib}.")
         if format not in get_args(SaveFormat):
@@ -240,15 +243,16 @@ class SavingIO(TorchCheckpointIO):
         return self._changed_in_steps()
 
     def _plan(self, checkpoint: dict[str, Any], target: str, before: str | None) -> Save:
-        if self.format == "torch":
-            return plan_torch_save(checkpoint, target, host_budget_bytes=self._host_budget_bytes)
-        return plan_directory_save(
-            checkpoint,
-            target,
-            host_budget_bytes=self._host_budget_bytes,
-            link_unchanged_from=before,
-            safetensors=self.format == "safetensors+state",
-        )
+        with paused_collector():
+            if self.format == "torch":
+                return plan_torch_save(checkpoint, target, host_budget_bytes=self._host_budget_bytes)
+            return plan_directory_save(
+                checkpoint,
+                target,
+                host_budget_bytes=self._host_budget_bytes,
+                link_unchanged_from=before,
+                safetensors=self.format == "safetensors+state",
+            )
 
     def _end_save(self, measured: MeasuredSave, stats: SaveStats, blocked_seconds: float, target: str) -> None:
         self.last_save, self._before = stats, stats.path

@@ -6,7 +6,7 @@ objects stay as they are. Each says why no hook would do, and with which version
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "all_ranks_load",
+    "around_load",
     "before_move",
     "begin_averages",
     "install_io",
     "keep_strategy_on_device",
     "let_teardown_pass",
     "loads_by_itself",
+    "require_one",
     "when_set_up",
 ]
 
@@ -54,6 +56,20 @@ def all_ranks_load(strategy: Strategy) -> bool:
     """
     stock = package_of(strategy).find("lightning.pytorch.strategies.Strategy")
     return type(strategy).load_checkpoint is stock.load_checkpoint and not strategy.restore_checkpoint_after_setup
+
+
+def require_one(trainer: pl.Trainer, kind: type[pl.Callback]) -> None:
+    """Raises if a Trainer has several callbacks that restore.
+
+    Raises:
+        ValueError: It has.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    number = sum(isinstance(callback, kind) for callback in callbacks)
+    if number > 1:
+        raise ValueError(
+            f"The Trainer has {number} {kind.__name__} callbacks, and each would restore the checkpoint. Keep one."
+        )
 
 
 def install_io(trainer: pl.Trainer, make: Callable[..., StreamingCheckpointIO]) -> StreamingCheckpointIO | None:
@@ -110,6 +126,29 @@ def before_move(strategy: Strategy, action: Callable[[], object]) -> Callable[[]
 
     strategy.__dict__["model_to_device"] = action_then_move
     return lambda: strategy.__dict__.pop("model_to_device", None) and None
+
+
+def around_load(
+    strategy: Strategy, load: Callable[[Callable[..., None], Mapping[str, Any], bool], None]
+) -> Callable[[], None]:
+    """Has something else called where a strategy loads the module's weights out of a checkpoint.
+
+    The hooks of a module (torch 2.13) are not told whether its ``load_state_dict`` is strict.
+
+    Args:
+        strategy: The strategy.
+        load: Is called with the strategy's own method, the checkpoint, and whether names must match.
+
+    Returns:
+        A function that ends this.
+    """
+    stock = strategy.load_model_state_dict
+
+    def load_model_state_dict(checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        load(stock, checkpoint, strict)
+
+    strategy.__dict__["load_model_state_dict"] = load_model_state_dict
+    return lambda: strategy.__dict__.pop("load_model_state_dict", None) and None
 
 
 def when_set_up(

@@ -53,7 +53,7 @@ def test_status_of_verify(names: list[str], status: int, folder: Path, capsys: p
 def test_verify_prints(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["verify", "--threads", "2", str(folder / "sound.ckpt"), str(folder / "damaged.ckpt")])
     shown = capsys.readouterr().out
-    assert "sound.ckpt (torch): verified. 0.00 MiB in " in shown
+    assert "sound.ckpt (torch): verified. 434 bytes in " in shown
     assert "damaged, 1 problems" in shown
     assert "96 bytes of state_dict.weight at byte" in shown
     main(["verify", "--quiet", str(folder / "sound.ckpt"), str(folder / "plain.safetensors")])

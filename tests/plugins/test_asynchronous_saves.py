@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -606,8 +607,9 @@ def test_every_save_is_logged_once_at_its_step(tmp_path: Path, way: str, caplog:
         }
         assert figures["memload/save_gib"] * 2**30 == (tmp_path / f"{number}.ckpt").stat().st_size
     lines = [record.message for record in caplog.records if record.message.startswith("Saved ")]
-    assert len(lines) == 8
-    assert f"Saved {tmp_path}/0.ckpt: 0.00 GiB in 0." in lines[0]
+    told = sum(figures["memload/save_seconds"] > 1 for _, figures in logger.saves[1:])
+    assert len(lines) >= 1 + told  # The rest is up to how slow the disk is, see test_saves.
+    assert re.match(rf"Saved {tmp_path}/0.ckpt: \d+\.\d\d KiB in 0\.\d\d s, [\d.]+ .iB/s", lines[0])
     assert ("training waited" in lines[0]) is (way in ("asynchronous", "late"))
 
 
@@ -617,7 +619,7 @@ def test_a_save_after_fit_is_told_and_not_logged(tmp_path: Path, caplog: pytest.
     trainer.fit(Normalised())
     with caplog.at_level("INFO", logger=f"{L.PYTORCH}.utilities.rank_zero"):
         trainer.save_checkpoint(tmp_path / "end.ckpt")
-    assert "end.ckpt: 0.00 GiB" in caplog.text
+    assert re.search(r"end.ckpt: \d+\.\d\d KiB", caplog.text)
     assert not logger.saves
 
 

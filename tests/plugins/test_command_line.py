@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from lightning_memload import MemoryEfficientRestore
 from tests.fresh_process import run_fresh
 from tests.lightning import PYTORCH
-from tests.plugins.harness import TRUSTED
+from tests.plugins.harness import TRUSTED, TinyModule
 
 pytest.importorskip("jsonargparse")
 
@@ -120,3 +122,51 @@ def test_configured_and_resumed(tmp_path: Path) -> None:
     # LightningCLI looks for hyperparameters before the callback exists; torch's own setting makes that free.
     assert stock["peak"] > 0.9 * size
     assert mapped["peak"] < 0.1 * size or not HAS_MAPPED_LOADING
+
+
+class Sloped(TinyModule):
+    """Has a hyperparameter that changes no shape."""
+
+    def __init__(self, slope: float = 0.1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.slope = slope
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    def val_dataloader(self) -> Any:
+        return self.train_dataloader()
+
+
+def run_cli(folder: Path, format: Any, *words: str) -> Any:
+    from tests.lightning.pytorch.cli import LightningCLI
+
+    defaults = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "default_root_dir": folder,
+        "callbacks": [MemoryEfficientRestore(save_format=format)],
+    }
+    return LightningCLI(
+        Sloped, args=list(words), trainer_defaults=defaults, save_config_callback=None, seed_everything_default=1
+    )
+
+
+# Of Lightning's own use of jsonargparse.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not TRUSTED, reason="the LightningCLI of 2.5 does not look into checkpoints")
+@pytest.mark.parametrize("format", ["torch", "directory"])
+def test_hyperparameters_that_a_directory_does_not_give(tmp_path: Path, format: Any) -> None:
+    path = tmp_path / "saved.ckpt"
+    run_cli(tmp_path, format, "fit", "--model.slope=0.3", "--trainer.max_steps=1").trainer.save_checkpoint(path)
+    words = ["validate", f"--ckpt_path={path}", "--weights_only=false"]
+    if format == "torch":
+        assert run_cli(tmp_path, format, *words).model.slope == 0.3
+        return
+    with pytest.warns(UserWarning, match=r"no hyperparameters from .* slope is 0.1 in the module and 0.3 in the"):
+        run_cli(tmp_path, format, *words)
+    # Those that are given again are as they were: nothing to say.
+    assert run_cli(tmp_path, format, *words, "--model.slope=0.3").model.slope == 0.3
