@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import frozen
+import growth
 import save
 import weight_loading
 from common import GIB, median, number
@@ -44,6 +45,7 @@ def render(result: dict[str, Any]) -> str:
     """Return one result as a Markdown table with its machine, versions and command."""
     renderers = {
         "frozen": render_frozen,
+        "growth": render_growth,
         "resume": render_resume,
         "save": render_save,
         "weight-loading": render_weight_loading,
@@ -51,6 +53,25 @@ def render(result: dict[str, Any]) -> str:
     table = renderers[result["benchmark"]](result)
     # What else the reader of these figures must know.
     return f"{table}\n\n{result['remark']}" if "remark" in result else table
+
+
+def render_growth(result: dict[str, Any]) -> str:
+    """Return a table of how times grow with numbers."""
+    versions = result["versions"]
+    rows = [f"| {' | '.join(row)} |" for row in growth.table(result)]
+    return "\n".join(
+        [
+            f"**Many small modules and tensors, on the CPU.** {place(result)}, load average "
+            f"{result['load_average']:.1f}, torch {versions['torch']}, Lightning {versions['lightning']}; best of "
+            f"{result['repeats']}.",
+            "",
+            "| | number | stock, s | this project, s | times stock |",
+            "|---|---:|---:|---:|---:|",
+            *rows,
+            "",
+            f"`{result['command']}`",
+        ]
+    )
 
 
 def render_resume(result: dict[str, Any]) -> str:
