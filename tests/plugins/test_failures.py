@@ -20,6 +20,7 @@ import tests.lightning as L
 from lightning_memload import (
     CheckpointFormatError,
     ChecksumError,
+    IncompatibleWeightsError,
     MemoryEfficientRestore,
     MetaTensorError,
     StreamingCheckpointIO,
@@ -154,12 +155,15 @@ class More(TinyModule):
 
 @pytest.mark.parametrize("make", [Raising, Wider, More])
 @pytest.mark.parametrize("mode", ["copy", "assign"])
-def test_error_is_the_stock_one(make: Callable[[], L.LightningModule], mode: Any, path: Path) -> None:
+def test_error_is_the_stock_one_or_a_kind_of_it(make: Callable[[], L.LightningModule], mode: Any, path: Path) -> None:
     stock = failure(make(), path)
     module = make()
     ours = failure(module, path, MemoryEfficientRestore(mode=mode))
-    assert type(ours) is type(stock)
-    assert str(ours) == str(stock)
+    if make is Raising:
+        assert (type(ours), str(ours)) == (type(stock), str(stock))
+    else:  # a short message, which is caught where torch's is
+        assert isinstance(ours, IncompatibleWeightsError)
+        assert isinstance(ours, type(stock))
     assert not [parameter for parameter in module.parameters() if parameter.is_meta]
     module(torch.ones(1, FEATURES))
     del ours, stock
@@ -282,7 +286,9 @@ def test_parameter_on_meta_that_the_file_lacks(path: Path) -> None:
     with meta_init():
         module = make()
     ours = failure(module, path, MemoryEfficientRestore())
-    assert (type(ours), str(ours)) == (type(stock), str(stock))
+    assert isinstance(ours, type(stock))
+    assert isinstance(ours, IncompatibleWeightsError)
+    assert ours.missing_keys == ("head.weight", "head.bias")
     with meta_init():
         module = make()
     module.strict_loading = False
