@@ -101,4 +101,4 @@ def _is_known(frame: FrameType) -> bool:
 
 
 def _is_lightnings(definition: Any, module: str) -> bool:
-    return definition.__module__ in (f"lightning.pytorch.{module}", f"pytorch_lightning.{module}")
+    return definition.__module__ in {f"{package}.{module}" for package in ("lightning.pytorch", "pytorch_lightning")}

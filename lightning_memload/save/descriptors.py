@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from typing import ClassVar
 
 __all__ = ["OwnDescriptors"]
@@ -17,6 +18,9 @@ class OwnDescriptors:
     """Opens and closes the descriptors that belong to this process alone."""
 
     _open: ClassVar[set[int]] = set()
+    # A fork between the opening of a file and the note of it would give the child a descriptor that it does not know.
+    # Reentrant: a signal handler may fork in the thread that opens.
+    _lock: ClassVar[threading.RLock] = threading.RLock()
 
     @classmethod
     def open(cls, path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
@@ -25,24 +29,40 @@ class OwnDescriptors:
         Raises:
             OSError: It cannot be opened.
         """
-        descriptor = os.open(path, flags | os.O_CLOEXEC, mode, dir_fd=dir_fd)
-        cls._open.add(descriptor)
+        with cls._lock:
+            descriptor = os.open(path, flags | os.O_CLOEXEC, mode, dir_fd=dir_fd)
+            cls._open.add(descriptor)
         return descriptor
 
     @classmethod
     def close(cls, descriptor: int) -> None:
         """Closes what :meth:`open` opened."""
-        # Forgotten first: another file may get the number, and a child must not close that.
-        cls._open.discard(descriptor)
-        os.close(descriptor)
+        with cls._lock:
+            cls._open.discard(descriptor)
+            os.close(descriptor)
+
+    @classmethod
+    def before_fork(cls) -> None:
+        """Waits while a file is opened or closed."""
+        cls._lock.acquire()
+
+    @classmethod
+    def after_fork(cls) -> None:
+        """Ends what :meth:`before_fork` began."""
+        cls._lock.release()
 
     @classmethod
     def close_in_child(cls) -> None:
         """Closes all of them. The locks on them stay with the parent."""
+        cls._lock.release()
         while cls._open:
             with contextlib.suppress(OSError):
                 os.close(cls._open.pop())
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=OwnDescriptors.close_in_child)
+    os.register_at_fork(
+        before=OwnDescriptors.before_fork,
+        after_in_parent=OwnDescriptors.after_fork,
+        after_in_child=OwnDescriptors.close_in_child,
+    )

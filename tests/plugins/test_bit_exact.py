@@ -578,7 +578,7 @@ PRECISIONS = {
 
 CASES = {**OPTIMIZERS, **MODULES, **PRECISIONS}
 BUILT_ON_META = {name: case for name, case in CASES.items() if case.meta}
-# Of these no parameter can be the file's pages: other values or dtypes than in the file, or modules that load themselves.
+# No parameter of these can be the file's pages: their values or dtypes are others, or they load in their own way.
 NEVER_ASSIGNED = {"renaming", "in-place", "two-names", "other-dtype-on-disk", "64-true", "bf16-true-from-32"}
 
 
