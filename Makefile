@@ -8,6 +8,9 @@ INSTALLED := $(VENV)/.installed
 # Twice quiet: errors only, no hints that newer versions exist.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
+# One process for each core, each with whole files of tests. Figures of memory are taken in processes of their own.
+IN_PARALLEL := --numprocesses auto --dist loadfile
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -17,13 +20,13 @@ help: ## Show this list
 
 .PHONY: test
 test: $(INSTALLED) test-names ## Run the test suite (tests that need a GPU are skipped without one)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(IN_PARALLEL)
 
 # Every tenth case only, to save minutes; without --every all of them pass too. Twice quiet: the last line is the suite's.
 .PHONY: test-names
 test-names: $(INSTALLED) ## Run the tests that enter Lightning with its other name, pytorch_lightning
 	@echo "With pytorch_lightning:"
-	@TEST_LIGHTNING=pytorch_lightning $(BIN)/python -m pytest -qq --every 10 tests/plugins --ignore=tests/plugins/test_packages.py
+	@TEST_LIGHTNING=pytorch_lightning $(BIN)/python -m pytest -qq $(IN_PARALLEL) --every 10 tests/plugins --ignore=tests/plugins/test_packages.py
 
 # VERSIONS="3.12:2.8.0:2.5.5" chooses others: python:torch:lightning. Needs these Pythons and some GB of disk.
 .PHONY: test-versions

@@ -189,11 +189,10 @@ def of_name(value: Any, path: tuple[Any, ...]) -> torch.Tensor:
 def test_weights_only_is_torchs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_directory({"user": Settings()}, path)
     torch.save({"user": Settings()}, tmp_path / "stock.pt")
-    with pytest.raises(pickle.UnpicklingError) as theirs:
+    with pytest.raises(pickle.UnpicklingError, match=r"files\.Settings"):
         torch.load(tmp_path / "stock.pt", weights_only=True)
-    with pytest.raises(pickle.UnpicklingError) as ours:
+    with pytest.raises(pickle.UnpicklingError, match=r"files\.Settings, at user"):
         load_mapped(path, weights_only=True)
-    assert str(ours.value) == str(theirs.value)
     seen: list[Any] = []
     original = torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: (seen.append(k["weights_only"]), original(*a, **k))[1])
