@@ -39,7 +39,9 @@ from lightning_memload.restore import (
     add_compiled_versions,
     mapped_bytes,
     meta_names,
+    module_keys,
     refused_by_torch,
+    rename_compiled,
     require_match,
 )
 from lightning_memload.transfer import LazyRing, TransferStats, start_ring
@@ -253,7 +255,9 @@ class RestoreRun:
         if self._weights is None or self.path is None or not isinstance(state_dict, Mapping):
             load(checkpoint, strict=strict)
             return
-        require_match(self._module, state_dict, strict=strict, path=self.path, advice=_ADVICE)
+        named = dict(state_dict)
+        rename_compiled(named, module_keys(self._module))  # as the load itself is going to
+        require_match(self._module, named, strict=strict, path=self.path, advice=_ADVICE)
         try:
             load(checkpoint, strict=strict)
         except RuntimeError as error:

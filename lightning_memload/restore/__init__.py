@@ -2,7 +2,7 @@
 
 from lightning_memload.restore.allocation import materialize, meta_names
 from lightning_memload.restore.load import LoadOptions, WeightsSource, load_weights, open_any
-from lightning_memload.restore.matching import WeightsMatch, refused_by_torch, require_match
+from lightning_memload.restore.matching import WeightsMatch, module_keys, refused_by_torch, require_match
 from lightning_memload.restore.meta import meta_init
 from lightning_memload.restore.optimizer import OptimizerRestore
 from lightning_memload.restore.recipes import follow_recipes, names_of_data
@@ -17,7 +17,7 @@ from lightning_memload.restore.siblings import (
     judge_sibling,
     list_siblings,
 )
-from lightning_memload.restore.state_dict import add_compiled_versions, find_state_dict, rename_keys
+from lightning_memload.restore.state_dict import add_compiled_versions, find_state_dict, rename_compiled, rename_keys
 from lightning_memload.restore.weights import WeightsRestore
 
 __all__ = [
@@ -43,9 +43,11 @@ __all__ = [
     "materialize",
     "meta_init",
     "meta_names",
+    "module_keys",
     "names_of_data",
     "open_any",
     "refused_by_torch",
+    "rename_compiled",
     "rename_keys",
     "require_match",
 ]
