@@ -12,12 +12,12 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from tests.lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from tests.lightning.pytorch.plugins.io import AsyncCheckpointIO
 
+import tests.lightning as L
 from lightning_memload import CheckpointReadError, MemoryEfficientRestore, StreamingCheckpointIO, meta_init
 from lightning_memload.checkpoint import MappedCheckpoint, lease
 from tests.checkpoint.test_lease import watches_end
@@ -376,4 +376,4 @@ def test_other_errors_stay(path: Path) -> None:
 
     with pytest.raises(CheckpointReadError, match="cut short"):
         make_trainer(path.parent, [MemoryEfficientRestore()]).fit(Cuts(adamw), ckpt_path=path, **TRUSTED)
-    assert L.__version__
+    assert L.pytorch.__version__

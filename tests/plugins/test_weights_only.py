@@ -8,11 +8,11 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from tests.lightning.pytorch.plugins.io import TorchCheckpointIO
 
+import tests.lightning as L
 from lightning_memload import MemoryEfficientRestore, UnsafeGlobalsError, WeightsSource, load_from_checkpoint
 from tests.plugins.harness import TRUSTED, Case, TinyModule, adamw, assert_same, make_trainer, resume, write_checkpoint
 
