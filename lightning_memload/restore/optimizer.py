@@ -158,9 +158,7 @@ def _optimizers_with_hooks(optimizer: Any) -> Iterator[Optimizer]:
             queue.extend(item.values())
         elif isinstance(item, (list, tuple)):
             queue.extend(item)
-        elif item is optimizer or all(
-            callable(getattr(type(item), name, None)) for name in ("step", "load_state_dict")
-        ):
+        elif item is optimizer or _is_optimizer(type(item)):
             # Of the object itself: a wrapper that forwards attributes shows the hooks of another one. They have no
             # public name (torch 2.6 to 2.14), and a subclass that never calls Optimizer.__init__ lacks them.
             own: dict[str, Any] = getattr(item, "__dict__", {})
