@@ -122,8 +122,8 @@ def require_match(
     if _has_own_way(module):
         return
     own_ways: set[str] = set()
-    for path, child, _ in walk_apart(module, _has_own_way):
-        prefix = f"{path}." if path else ""
+    for place, child, _ in walk_apart(module, _has_own_way):
+        prefix = f"{place}." if place else ""
         # torch passes over names below a child that is None.
         parts = child._modules.items()
         own_ways.update(f"{prefix}{name}." for name, part in parts if part is None or _has_own_way(part))

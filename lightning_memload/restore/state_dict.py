@@ -36,6 +36,7 @@ _MAX_DEPTH = 6
 _MAX_ITEMS = 16
 # torch.compile wraps a module in one that has it under this name.
 _COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod\.")
+_FEW = 3
 _SAMPLE = 64
 
 
@@ -221,7 +222,7 @@ def add_compiled_versions(state_dict: Any, module_paths: Collection[str]) -> Non
 
 
 def suggest_renaming(given: Collection[str], expected: Collection[str]) -> str | None:
-    """The argument that gives most names of a state dict the module's, where one prefix more or less does."""
+    """The arguments that give most names of a state dict the module's, where one prefix more or less does."""
     expected, given = set(expected), set(given)
     before = len(given & expected)
     best: tuple[int, str] = (before, "")
@@ -229,7 +230,12 @@ def suggest_renaming(given: Collection[str], expected: Collection[str]) -> str |
     less = Counter(prefix for name in _sample(expected) for prefix, tail in _splits(name) if tail in given)
     for prefix, _ in more.most_common(3):
         count = len({name.removeprefix(prefix) for name in given if name.startswith(prefix)} & expected)
-        best = max(best, (count, f"strip_prefix={prefix!r}"), key=lambda item: item[0])
+        words = f"strip_prefix={prefix!r}"
+        # What stands beside the module, such as the counter of an AveragedModel.
+        others = sorted(name for name in given if not name.startswith(prefix) and name not in expected)
+        if 0 < len(others) <= _FEW:
+            words += f", exclude={[f'^{re.escape(name)}$' for name in others]}"
+        best = max(best, (count, words), key=lambda item: item[0])
     for prefix, _ in less.most_common(3):
         count = len({f"{prefix}{name}" for name in given} & expected)
         best = max(best, (count, f"rename={{'^': {prefix!r}}}"), key=lambda item: item[0])

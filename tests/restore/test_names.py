@@ -138,7 +138,22 @@ class TestPrefixes:
 
     def test_with_others_beside(self) -> None:
         given = ["n_averaged", *(f"module.{number}.weight" for number in range(9))]
-        assert suggest_renaming(given, [f"{number}.weight" for number in range(10)]) == "strip_prefix='module.'"
+        expected = [f"{number}.weight" for number in range(10)]
+        assert suggest_renaming(given, expected) == "strip_prefix='module.', exclude=['^n_averaged$']"
+        many = [f"beside.{number}" for number in range(4)]
+        assert suggest_renaming([*given, *many], expected) == "strip_prefix='module.'"
+
+    def test_an_averaged_model(self, weights: Weights, path: Path) -> None:
+        """The error names the file, and gives every argument that is needed."""
+        module = net()
+        module.load_state_dict(weights)
+        averaged = torch.optim.swa_utils.AveragedModel(module).state_dict()
+        torch.save(averaged, path)
+        with pytest.raises(IncompatibleWeightsError) as error:
+            load_weights(net(), path)
+        assert str(error.value).startswith(f"{path} does not fit Sequential:\n  6 missing: 0.weight, ")
+        assert f"use strip_prefix='module.', exclude={['^n_averaged$']}." in str(error.value)
+        assert_loads(averaged, weights, path, strip_prefix="module.", exclude=["^n_averaged$"])
 
     def test_nothing_where_it_would_not_help(self) -> None:
         assert suggest_renaming(["a.weight", "b.bias"], ["a.weight", "c.bias"]) is None
