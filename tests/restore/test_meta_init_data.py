@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,8 @@ def pretrained(tmp_path: Path) -> Path:
     torch.manual_seed(5)
     torch.save(encoder().state_dict(), tmp_path / "encoder.pt")
     save_file(encoder().state_dict(), tmp_path / "encoder.safetensors")
+    for path in tmp_path.iterdir():
+        os.utime(path, (2, 2))  # not written at this very moment, which would be a case of its own
     return tmp_path
 
 
@@ -229,6 +232,20 @@ class TestPagesOfAFile:
             with pytest.raises(MetaTensorError, match="Build the module again"):
                 follow_recipes(module)
             return
+        follow_recipes(module)
+        same_weights(module, expected)
+
+    def test_a_file_that_is_written_again_at_once(self, pretrained: Path) -> None:
+        """The time of a file does not tell of it then, so its values are kept."""
+        path = pretrained / "encoder.pt"
+        expected = Custom(loaded, pretrained)
+        written = time.time() + 100  # as young as can be, however slow this machine is
+        os.utime(path, (written, written))
+        with meta_init():
+            module = Custom(loaded_mapped, pretrained)
+        with path.open("r+b") as file:
+            file.write(bytes(path.stat().st_size))
+        os.utime(path, (written, written))
         follow_recipes(module)
         same_weights(module, expected)
 
