@@ -225,6 +225,7 @@ def resume(
     *,
     meta: bool = False,
     last: bool = False,
+    trusted: Mapping[str, Any] = TRUSTED,
 ) -> tuple[L.LightningModule, Probe]:
     """Resumes the checkpoint and trains the next batches.
 
@@ -235,6 +236,7 @@ def resume(
         restore: The callback, ``None`` for the stock way.
         meta: Build under ``meta_init``.
         last: Put the callback last instead of first.
+        trusted: What to say of ``weights_only``.
     """
     torch.manual_seed(20)
     with meta_init(enabled=meta):
@@ -247,7 +249,7 @@ def resume(
     trainer = make_trainer(folder, callbacks, plugins=case.plugins(), **case.trainer)
     torch.manual_seed(30)
     with _stopping():
-        trainer.fit(module, ckpt_path=path, **TRUSTED)
+        trainer.fit(module, ckpt_path=path, **trusted)
     assert probe.restored, "training did not start"
     for name, parameter in objects.items():
         assert probe.before[name] is parameter, f"{name} is another object after the restore"

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import collections
+import dataclasses
+import decimal
+import importlib
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import omegaconf
 import pytest
 import torch
 from tests.lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -64,6 +72,66 @@ def test_a_resume_with_what_is_allowed_is_stocks(path: Path, tmp_path: Path, all
     module, ours = resume(case, path, tmp_path, MemoryEfficientRestore(safe_globals=allowed))
     assert_same(stock.restored, ours.restored, "restored")
     assert_same(stock_module.losses, module.losses, "losses")
+
+
+@dataclasses.dataclass
+class Settings:
+    """A user's own, as hyperparameters."""
+
+    layers: int = 2
+    names: tuple[str, ...] = ("a",)
+
+
+class Vocabulary:
+    """Likewise, with a state of its own."""
+
+    def __init__(self) -> None:
+        self.words = {"a": 1}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and other.words == self.words
+
+    __hash__ = object.__hash__
+
+
+CONFIGURATIONS: dict[str, Callable[[], Any]] = {
+    "namespace": config,
+    "numpy": lambda: {"mean": np.float64(0.5), "table": np.arange(3.0), "kind": np.dtype("int8")},
+    "dataclass": Settings,
+    "class": Vocabulary,
+    "enum and path": lambda: [Path("data"), decimal.Decimal("0.1")],
+    "omegaconf": lambda: omegaconf.OmegaConf.create(
+        {"model": {"layers": 2}, "betas": [0.9, 0.99], "lr": "${model.layers}"}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_following_the_words_of_the_error(name: str, tmp_path: Path) -> None:
+    """First what it says to pass, then what it says to call: both resume as stock does with ``weights_only=False``."""
+    make = CONFIGURATIONS[name]
+    path = write_checkpoint(Case(lambda: Configured(make())), tmp_path)
+    case = Case(Configured)
+    stock_module, stock = resume(case, path, tmp_path, None)
+    trainer = make_trainer(tmp_path, callbacks=[MemoryEfficientRestore()])
+    with pytest.raises(UnsafeGlobalsError) as error:
+        trainer.fit(Configured(), ckpt_path=str(path), **SAFE)
+    words = str(error.value)
+    argument = re.search(r"safe_globals=(\[.*?\])", words)
+    call = re.search(r"torch\.serialization\.add_safe_globals\((\[.*\])\)", words)
+    assert argument, words
+    assert call, words
+    before = torch.serialization.get_safe_globals()
+    names = {module: importlib.import_module(module) for module in {n.partition(".")[0] for n in error.value.places}}
+    try:
+        for allowed, called in ((ast.literal_eval(argument[1]), []), ([], eval(call[1], names))):
+            torch.serialization.add_safe_globals(called)
+            module, ours = resume(case, path, tmp_path, MemoryEfficientRestore(safe_globals=allowed), trusted=SAFE)
+            assert_same(stock.restored, ours.restored, "restored")
+            assert_same(stock_module.losses, module.losses, "losses")
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def test_evaluation_needs_only_weights(path: Path, tmp_path: Path) -> None:
