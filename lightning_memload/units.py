@@ -1,13 +1,18 @@
-"""Bytes and speeds as people read them: the one place that chooses a unit.
+"""Numbers, bytes and speeds as people read them: the one place that chooses a unit.
 
 Units are binary (KiB, MiB, GiB, TiB), and fit the number. Needs nothing of the package.
 """
 
 from __future__ import annotations
 
-__all__ = ["format_bytes", "format_speed"]
+__all__ = ["counted", "format_bytes", "format_speed"]
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number of things, for example ``"1 file"`` or ``"1,200 files"``. ``plural``: ``None`` adds an s."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def format_bytes(nbytes: float, *, like: float | None = None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_memload.units import format_bytes, format_speed
+from lightning_memload.units import counted, format_bytes, format_speed
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,11 @@ def test_the_unit_fits(nbytes: int, words: str) -> None:
 
 def test_a_column_has_the_unit_of_its_largest() -> None:
     assert [format_bytes(n, like=3 << 30) for n in (0, 1 << 20, 3 << 30)] == ["0.00 GiB", "0.00 GiB", "3.00 GiB"]
+
+
+def test_nouns_agree() -> None:
+    assert [counted(n, "tensor") for n in (0, 1, 1200)] == ["0 tensors", "1 tensor", "1,200 tensors"]
+    assert [counted(n, "class", "classes") for n in (1, 2)] == ["1 class", "2 classes"]
 
 
 def test_speeds() -> None:

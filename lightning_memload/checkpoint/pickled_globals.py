@@ -22,6 +22,7 @@ import torch
 
 from lightning_memload.checkpoint.index import Checkpoint, PickledGlobal
 from lightning_memload.errors import UnsafeGlobalsError
+from lightning_memload.units import counted
 
 __all__ = ["SafeGlobal", "allow_globals", "check_safe_globals", "explain_refusal", "refused_globals"]
 
@@ -104,7 +105,8 @@ def explain_refusal(index: Checkpoint, error: pickle.UnpicklingError) -> pickle.
         return error
     found = [f"  {item.name}, at {item.place}" for item in refused]
     lines = [
-        f"{index.path} holds objects of {len(refused)} classes that torch refuses under weights_only=True:",
+        f"{index.path} holds objects of {counted(len(refused), 'class', 'classes')} that torch refuses under "
+        "weights_only=True:",
         *found,
     ]
     unbuildable = [item.name for item in refused if not item.is_buildable or item.module in _NEVER]

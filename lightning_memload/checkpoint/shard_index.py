@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from lightning_memload.checkpoint.safetensors_json import COPY_AGAIN, MAX_HEADER_BYTES, parse_json, short
 from lightning_memload.checkpoint.source import LocalFile
 from lightning_memload.errors import CheckpointFormatError, listed
+from lightning_memload.units import counted
 
 __all__ = [
     "INDEX_SUFFIX",
@@ -177,7 +178,8 @@ def keep_last(path: str, found: Iterable[tuple[str, str]]) -> dict[str, str]:
         holders[key] = shard
     if twice:
         warnings.warn(
-            f"{path} holds {len(twice)} tensors in two shards, and each is taken from the last one: {listed(twice)}.",
+            f"{path} holds {counted(len(twice), 'tensor')} in two shards, and each is taken from the last one: "
+            f"{listed(twice)}.",
             stacklevel=2,
         )
     return holders

@@ -12,6 +12,7 @@ import json
 
 from lightning_memload.checkpoint import Checkpoint, open_checkpoint, refused_globals
 from lightning_memload.collector import paused_collector
+from lightning_memload.units import counted
 
 __all__ = ["add_arguments", "run"]
 
@@ -53,18 +54,19 @@ def _as_table(index: Checkpoint) -> str:
         f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {dtype:<{widths[2]}}  {nbytes:>{widths[3]}}  {note}".rstrip()
         for name, shape, dtype, nbytes, note in rows
     ]
-    files = f"{len(index.files)} files" if len(index.files) != 1 else "1 file"
     lines.append(
-        f"{index.path} ({index.format}): {len(index)} tensors, {index.nbytes:,} bytes in {len(index.storages)} "
-        f"storages; {files} of {index.file_size:,} bytes; {len(index.ties)} ties"
+        f"{index.path} ({index.format}): {counted(len(index), 'tensor')}, {index.nbytes:,} bytes in "
+        f"{counted(len(index.storages), 'storage')}; {counted(len(index.files), 'file')} of {index.file_size:,} bytes; "
+        f"{counted(len(index.ties), 'tie')}"
     )
     refused = refused_globals(index.globals)
     if refused:
-        lines.append(f"{len(refused)} classes that torch.load(weights_only=True) refuses:")
+        lines.append(f"{counted(len(refused), 'class', 'classes')} that torch.load(weights_only=True) refuses:")
         lines += [f"  {_printable(item.name)}, at {_printable(item.place)}" for item in refused]
     allowed = [_printable(item.name) for item in index.globals if item not in refused]
     if allowed:
-        lines.append(f"{len(allowed)} classes and functions that it allows: {', '.join(allowed)}")
+        count = counted(len(allowed), "class or function", "classes and functions")
+        lines.append(f"{count} that it allows: {', '.join(allowed)}")
     return "\n".join(lines)
 
 

@@ -22,7 +22,7 @@ from lightning_memload.errors import CheckpointFormatError
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.plan import MAX_GAP_BYTES
 from lightning_memload.transfer.threads import available_cpus, check_num_threads, run_threads
-from lightning_memload.units import format_bytes
+from lightning_memload.units import counted, format_bytes
 
 __all__ = ["VerifyReport", "verify_checkpoint"]
 
@@ -68,16 +68,14 @@ class VerifyReport:
         return not self.damage and self.bytes_without_checksum == 0
 
     def __str__(self) -> str:
-        counted = f"{format_bytes(self.bytes_verified)} in {self.num_verified} records verified"
+        done = f"{format_bytes(self.bytes_verified)} in {counted(self.num_verified, 'record')} verified"
         if self.bytes_without_checksum:
-            counted += (
-                f", {format_bytes(self.bytes_without_checksum)} without a checksum could be read but not verified"
-            )
-        speed = f"{self.seconds:.2f} s, {self.num_threads} threads"
+            done += f", {format_bytes(self.bytes_without_checksum)} without a checksum could be read but not verified"
+        speed = f"{self.seconds:.2f} s, {counted(self.num_threads, 'thread')}"
         if not self.damage:
             verdict = "verified" if self.is_verified else "nothing wrong was found, but not all of it can be verified"
-            return f"{self.path} ({self.format}): {verdict}. {counted}; {speed}."
-        lines = [f"{self.path} ({self.format}): damaged, {len(self.damage)} problems. {counted}; {speed}."]
+            return f"{self.path} ({self.format}): {verdict}. {done}; {speed}."
+        lines = [f"{self.path} ({self.format}): damaged, {counted(len(self.damage), 'problem')}. {done}; {speed}."]
         lines += [f"  {problem}" for problem in self.damage[:_MAX_LISTED]]
         if len(self.damage) > _MAX_LISTED:
             lines.append(f"  and {len(self.damage) - _MAX_LISTED} more")

@@ -511,7 +511,7 @@ class TestShards:
     def test_the_last_shard_counts_of_two_that_have_a_tensor(self, tmp_path: Path) -> None:
         folder = sharded(tmp_path, TWO)
         save_file({"a0": torch.full((2,), 7.0), "b0": torch.ones(4)}, folder / "b.safetensors")
-        with pytest.warns(UserWarning, match=r"1 tensors in two shards.*'a0' \(a.safetensors and b.safetensors\)"):
+        with pytest.warns(UserWarning, match=r"1 tensor in two shards.*'a0' \(a.safetensors and b.safetensors\)"):
             index = open_checkpoint(folder)
         assert len(index) == 3
         if FileMapping.supported:

@@ -54,7 +54,7 @@ def test_verify_prints(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     main(["verify", "--threads", "2", str(folder / "sound.ckpt"), str(folder / "damaged.ckpt")])
     shown = capsys.readouterr().out
     assert "sound.ckpt (torch): verified. 434 bytes in " in shown
-    assert "damaged, 1 problems" in shown
+    assert "damaged, 1 problem." in shown
     assert "96 bytes of state_dict.weight at byte" in shown
     main(["verify", "--quiet", str(folder / "sound.ckpt"), str(folder / "plain.safetensors")])
     assert capsys.readouterr() == ("", "")
@@ -154,7 +154,7 @@ def test_inspect_lists_special_tensors_and_classes(tmp_path: Path, capsys: pytes
     assert "sparse 3x3 float32 60 sparse_coo" in lines
     assert "meta 4 float32 0 meta" in lines
     assert "plain 2 float32 8" in lines
-    assert "1 classes that torch.load(weights_only=True) refuses:" in lines
+    assert "1 class that torch.load(weights_only=True) refuses:" in lines
     assert "argparse.Namespace, at config" in lines
     assert any(line.startswith("3 classes and functions that it allows: ") and "torch.Size" in line for line in lines)
     assert main(["inspect", "--json", str(tmp_path / "file.pt")]) == 0
