@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lightning_memload.memory import MemoryMonitor, MemoryPeaks, host, monitor
+from lightning_memload.memory.cgroup import CgroupMemory
 from tests.fresh_process import run_fresh
 
 MIB = 1 << 20
@@ -607,16 +608,21 @@ class TestInterrupted:
 def _run_interrupted(monkeypatch: pytest.MonkeyPatch, handler: Callable[[], None]) -> None:
     """Starts a monitor, which calls the handler in the middle of that; fails if this does not end."""
     num_threads = threading.active_count()
-    of_this_process = host.CgroupMemory.of_this_process
+    of_this_process = CgroupMemory.of_this_process
 
     def interrupted() -> Any:
-        monkeypatch.setattr(host.CgroupMemory, "of_this_process", of_this_process)
+        monkeypatch.setattr(CgroupMemory, "of_this_process", of_this_process)
         handler()
         return of_this_process()
 
-    monkeypatch.setattr(host.CgroupMemory, "of_this_process", interrupted)
+    monkeypatch.setattr(CgroupMemory, "of_this_process", interrupted)
     outer = MemoryMonitor()
-    thread = threading.Thread(target=lambda: (outer.start(), outer.stop()), daemon=True)
+
+    def measure() -> None:
+        with outer:
+            pass
+
+    thread = threading.Thread(target=measure, daemon=True)
     thread.start()
     thread.join(timeout=60)
     assert not thread.is_alive()
