@@ -535,7 +535,7 @@ class TestFigures:
 
     def test_without_proc_only_rss_is_given(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(host, "_PROC_SELF", str(tmp_path / "nothing"))
-        monkeypatch.setattr(host.CgroupMemory, "of_this_process", lambda: None)
+        monkeypatch.setattr(CgroupMemory, "of_this_process", lambda: None)
         monkeypatch.setitem(sys.modules, "resource", None)
         with MemoryMonitor() as memory_monitor:
             memory_monitor.tick()
