@@ -14,6 +14,7 @@ import dataclasses
 import os
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,9 @@ __all__ = ["MemoryMonitor", "MemoryPeaks"]
 # The split of "shared" into files and shmem costs five times the sample itself, so it is read again only when the
 # memory has moved by this much: no file or shmem peak is off by more.
 _SPLIT_STEP_BYTES = 1 << 20
+
+# Whoever measures takes some milliseconds, so a thread that has the lock for longer is interrupted.
+_LONGEST_TURN_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,7 +379,7 @@ class _Sampler(threading.Thread):
             if self._wake.wait(self.interval_seconds):
                 self._wake.clear()
             else:
-                self._process.tick()
+                self._process.sample()
 
 
 class _Process:
@@ -411,16 +415,28 @@ class _Process:
                 raise
 
     def stop(self, window: _Window) -> None:
-        with self._lock:
+        with self._turn() as has_lock:
             if not window.is_active:
                 return
             try:
-                self._measure([window])
+                if has_lock:
+                    self._measure([window])
             finally:
                 ended = self._remove(window)
-        # Outside the lock, which the thread needs for its last sample. A window begun meanwhile has a new thread.
+        # A window begun meanwhile has a new thread.
         if ended is not None and ended is not threading.current_thread():
             ended.join()
+
+    def sample(self) -> None:
+        """Tick, unless a thread has the lock: that one measures by itself, or a signal handler interrupted it.
+
+        The handler may wait for the sampling thread, which calls this, so this must not wait for the lock.
+        """
+        if self._lock.acquire(blocking=False):
+            try:
+                self.tick()
+            finally:
+                self._lock.release()
 
     def tick(self, told_pinned_bytes: int = 0) -> None:
         with self._lock:
@@ -435,10 +451,24 @@ class _Process:
                 self._take_status(host)
 
     def figures(self, window: _Window) -> MemoryPeaks:
-        with self._lock:
-            if window.is_active:
+        with self._turn() as has_lock:
+            if has_lock and window.is_active:
                 self._measure([window])
             return window.figures()
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[bool]:
+        """Waits for the lock, but not for ever; tells whether it got it.
+
+        The thread that has the lock may be interrupted by a signal handler that waits for this thread: for the end of
+        a save in the background, whose figures are then those of its last sample.
+        """
+        has_lock = self._lock.acquire(timeout=_LONGEST_TURN_SECONDS)
+        try:
+            yield has_lock
+        finally:
+            if has_lock:
+                self._lock.release()
 
     def abandon(self) -> None:
         """End all windows without the lock, which in a forked child may be held by a thread that is gone."""
@@ -494,9 +524,12 @@ class _Process:
             sampler = _Sampler(self, interval_seconds)
             # Where no thread can be started, as while the interpreter shuts down, the kernel's marks and the samples
             # at the ends of each window remain.
-            with contextlib.suppress(RuntimeError):
+            # Known before it runs: a signal handler that interrupts here must not start another one.
+            self._sampler = sampler
+            try:
                 sampler.start()
-                self._sampler = sampler
+            except RuntimeError:
+                self._sampler = None
         elif self._sampler.interval_seconds != interval_seconds:
             self._sampler.set_interval(interval_seconds)
 

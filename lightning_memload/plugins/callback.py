@@ -24,7 +24,7 @@ from lightning_memload.plugins.onlookers import only_lightning_looks, only_steps
 from lightning_memload.plugins.parts import Part, check_parts
 from lightning_memload.plugins.pending import Gate
 from lightning_memload.plugins.run import Mode, RestoreOptions, RestoreRun
-from lightning_memload.plugins.saves import SaveLog
+from lightning_memload.plugins.saves import SaveLog, step_of_loggers
 from lightning_memload.plugins.saving_io import Asynchronous, SaveFormat, check_asynchronous
 from lightning_memload.plugins.seams import (
     around_load,
@@ -389,8 +389,9 @@ class MemoryEfficientRestore(Callback):
         if not self._log:
             return
         rank_zero_info(f"Restored {report.path} for {report.stage}\n{report.table()}")
+        step = report.global_step if report.stage != "fit" else step_of_loggers(trainer, report.global_step)
         for logger in trainer.loggers:
-            logger.log_metrics(report.scalars(), step=report.global_step)
+            logger.log_metrics(report.scalars(), step=step)
 
     def _tell_changed_files(self) -> None:
         files, module = self._exposed or (None, None)

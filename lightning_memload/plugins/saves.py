@@ -16,7 +16,7 @@ from lightning_memload.save import SaveStats
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["MeasuredSave", "SaveLog", "SaveObserver", "register"]
+__all__ = ["MeasuredSave", "SaveLog", "SaveObserver", "register", "step_of_loggers"]
 
 SaveObserver = Callable[[SaveReport], object]
 
@@ -94,13 +94,29 @@ class SaveLog:
                 report = self._reports.popleft()
             except IndexError:
                 return  # a signal handler that saves may have taken the last one
+            step = step_of_loggers(trainer, report.global_step)
             for logger in trainer.loggers:
-                logger.log_metrics(report.scalars(), step=report.global_step)
+                logger.log_metrics(report.scalars(), step=step)
 
     def close(self) -> None:
         """Logs what has come, and no more: the loggers are about to end. People are still told."""
         self.flush()
         self._trainer = None
+
+
+def step_of_loggers(trainer: pl.Trainer, step: int | None) -> int | None:
+    """The step at which loggers get a figure of a training: never ahead of what they get next.
+
+    Lightning (2.5, 2.6) logs at the number of batches after which an optimizer stepped, the current one not counted,
+    and so do its own callbacks. ``global_step`` is ahead of that by one, and with several optimizers by far: a logger
+    that wants steps to grow would drop what the module logs next.
+
+    Args:
+        trainer: Whose loggers.
+        step: The ``global_step`` to which the figure belongs.
+    """
+    num_batches = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
+    return step if step is None or num_batches is None else min(step, num_batches)
 
 
 def register(observers: list[Any], observer: Any) -> Callable[[], None]:

@@ -6,6 +6,7 @@ go on after that, and what a user promises for it.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
@@ -16,8 +17,10 @@ from typing import Any, Literal, get_args
 import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_memload.collector import paused_collector
+from lightning_memload.errors import CheckpointWriteError
 from lightning_memload.plugins.compat import TorchCheckpointIO
 from lightning_memload.plugins.pending import PendingSaves
 from lightning_memload.plugins.saves import MeasuredSave, SaveObserver, register
@@ -156,7 +159,8 @@ class SavingIO(TorchCheckpointIO):
             ValueError: The format is a directory, and the place is remote or not on Linux.
             FileExistsError: Likewise, and there is something else than a checkpoint at ``path``.
             CheckpointWriteError: There is not enough space, or writing failed; what was there before is untouched. Also
-                if that happened to the save before this one, in the background, when this one is done.
+                if that happened to the save before this one, in the background, when this one is done. A file that may
+                be written to but not replaced is overwritten as Lightning does it, with a warning.
             Exception: Whatever pickling the checkpoint, or a remote file system, raises.
 
         In a thread of Lightning's (``AsyncCheckpointIO``) an error is also printed at once: the Trainer may ask for it
@@ -196,7 +200,18 @@ class SavingIO(TorchCheckpointIO):
         measured = MeasuredSave(checkpoint, tuple(self._save_observers), blocks=blocks)
         try:
             if is_local:
-                self._save_locally(checkpoint, target, measured)
+                try:
+                    self._save_locally(checkpoint, target, measured)
+                except CheckpointWriteError as error:
+                    if format != "torch" or not _can_only_be_overwritten(target, error):
+                        raise
+                    measured.stop()
+                    rank_zero_warn(
+                        f"{error} Its directory does not let this file be replaced, so Lightning overwrites it in "
+                        "place: the whole checkpoint is in host memory meanwhile, and a process that is killed then "
+                        "leaves a torn file. Allow this user to replace files there, or save elsewhere."
+                    )
+                    super().save_checkpoint(checkpoint, target)
                 return
             with filesystem.transaction, filesystem.open(target, "wb") as file:
                 stats = write_torch(checkpoint, file, name=str(path), host_budget_bytes=self._host_budget_bytes)
@@ -284,6 +299,12 @@ class SavingIO(TorchCheckpointIO):
         """
         self._pending.finish()
         self._pending.tell()
+
+
+def _can_only_be_overwritten(target: str, error: CheckpointWriteError) -> bool:
+    """Whether this user may write to a file but not replace it: in a directory of others, or mounted by itself."""
+    is_refused = error.errno in (errno.EACCES, errno.EPERM, errno.EBUSY)
+    return is_refused and os.path.isfile(target) and os.access(target, os.W_OK)
 
 
 def check_asynchronous(name: str, value: Any) -> None:

@@ -17,6 +17,7 @@ import inspect
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -75,9 +76,9 @@ class BackgroundSave:
         self._may_wait = {tensor.untyped_storage()._cdata for tensor, _ in self._versions}
         self._pid = os.getpid()
         self._first, self._published, self._ended = Latch(), Latch(), Latch()
-        self._lock = threading.RLock()  # a signal handler that interrupts may take it again
-        self._set_aside: list[SetAside] = []
-        self._is_closed = False
+        # No lock: a signal handler that interrupts remove_at_end may wait for the thread that takes these out.
+        self._set_aside: deque[SetAside] = deque()
+        self._removes: bool | None = None  # not known before the end
         self._error: BaseException | None = None
         self._waits_since: float | None = time.perf_counter()
         self._hook: Any = None
@@ -154,13 +155,12 @@ class BackgroundSave:
         Raises:
             OSError: The checkpoint cannot be renamed.
         """
-        if os.getpid() != self._pid:
+        if os.getpid() != self._pid or self._removes is not None:
             return False
-        with self._lock:
-            if self._is_closed:
-                return False
-            self._set_aside.append(SetAside(path))
-            return True
+        self._set_aside.append(SetAside(path))
+        if self._removes is not None:
+            self._end_removals(removes=self._removes)  # the thread may have looked before this one came
+        return True
 
     # In the thread --------------------------------------------------------------------------------------------------
 
@@ -210,9 +210,12 @@ class BackgroundSave:
             self.blocked_seconds += time.perf_counter() - since
 
     def _end_removals(self, *, removes: bool) -> None:
-        with self._lock:
-            self._is_closed = True
-        for other in self._set_aside:
+        self._removes = removes
+        while True:
+            try:
+                other = self._set_aside.popleft()
+            except IndexError:
+                return
             if removes:
                 other.remove()
             else:

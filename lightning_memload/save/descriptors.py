@@ -9,9 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections.abc import Iterator
 from typing import ClassVar
 
 __all__ = ["OwnDescriptors"]
+
+# Opening a file takes milliseconds, on a network too.
+_LONGEST_SECONDS = 5.0
 
 
 class OwnDescriptors:
@@ -29,7 +33,7 @@ class OwnDescriptors:
         Raises:
             OSError: It cannot be opened.
         """
-        with cls._lock:
+        with cls._no_fork():
             descriptor = os.open(path, flags | os.O_CLOEXEC, mode, dir_fd=dir_fd)
             cls._open.add(descriptor)
         return descriptor
@@ -37,9 +41,24 @@ class OwnDescriptors:
     @classmethod
     def close(cls, descriptor: int) -> None:
         """Closes what :meth:`open` opened."""
-        with cls._lock:
+        with cls._no_fork():
             cls._open.discard(descriptor)
             os.close(descriptor)
+
+    @classmethod
+    @contextlib.contextmanager
+    def _no_fork(cls) -> Iterator[None]:
+        """Holds off forks, unless another thread does so for too long.
+
+        A signal handler may have interrupted that thread and wait for this one: for the end of a save. A child that is
+        forked right then might hold a file that it does not know, which is the lesser evil.
+        """
+        has_lock = cls._lock.acquire(timeout=_LONGEST_SECONDS)
+        try:
+            yield
+        finally:
+            if has_lock:
+                cls._lock.release()
 
     @classmethod
     def before_fork(cls) -> None:

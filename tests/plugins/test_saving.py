@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -122,6 +123,51 @@ def test_storage_options_are_refused_as_lightning_does(make: type[TorchCheckpoin
     with pytest.raises(TypeError, match=f"storage_options.*is not supported for `{make.__name__}`"):
         make().save_checkpoint({}, tmp_path / "file.ckpt", storage_options={"a": 1})
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("asynchronous", [False, True, "until_step"])
+def test_a_file_that_may_not_be_replaced_is_overwritten_as_lightning_does(
+    asynchronous: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is mounted by itself, or in a directory in which only others may replace files."""
+    path = tmp_path / "mounted.ckpt"
+    path.write_bytes(b"old")
+    inode = path.stat().st_ino
+
+    def refusing(call: Any) -> Any:
+        def rename(source: Any, target: Any, **kwargs: Any) -> None:
+            if os.fspath(target) == str(path):
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), target)
+            call(source, target, **kwargs)
+
+        return rename
+
+    monkeypatch.setattr(os, "replace", refusing(os.replace))
+    monkeypatch.setattr(os, "rename", refusing(os.rename))
+    state = {"global_step": 3, "state_dict": {"weight": torch.arange(5.0)}}
+    io = StreamingCheckpointIO(asynchronous=asynchronous)
+    with pytest.warns(UserWarning, match=r"mounted\.ckpt could not be saved: .* Lightning overwrites it in place"):
+        io.save_checkpoint(state, path)
+    io.teardown()
+    assert path.stat().st_ino == inode
+    assert_same(state, torch.load(path), "state")
+    assert os.listdir(tmp_path) == ["mounted.ckpt"]
+    TorchCheckpointIO().save_checkpoint(state, path)
+    assert_same(state, torch.load(path), "state")
+
+
+def test_a_file_that_may_not_be_written_either_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(b"old")
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(CheckpointWriteError, match=r"Permission denied.*untouched"):
+        StreamingCheckpointIO().save_checkpoint({"weight": torch.ones(1)}, path)
+    assert path.read_bytes() == b"old"
 
 
 def test_a_budget_of_nothing_is_refused() -> None:

@@ -24,6 +24,7 @@ from lightning_memload.checkpoint import load_mapped
 from lightning_memload.save import (
     BackgroundSave,
     ChangedMeanwhileError,
+    descriptors,
     plan_directory_save,
     plan_torch_save,
     tensors_of_optimizers,
@@ -287,6 +288,33 @@ def test_what_is_removed_meanwhile_loses_its_name_at_once(path: Path, disk: Disk
         assert torch.load(path.with_name("other.pt")) == {"other": 1}
         with pytest.raises(CheckpointWriteError):
             save.result()
+
+
+@pytest.mark.parametrize("call", ["rename", "open"])
+def test_a_signal_handler_that_interrupts_a_removal_may_wait_for_the_save(
+    path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """The thread of the save needs nothing that the interrupted thread holds."""
+    monkeypatch.setattr(descriptors, "_LONGEST_SECONDS", 0.1)
+    weight, optimizer = make_optimizer()
+    torch.save({"other": 1}, path.with_name("other.pt"))
+    save = begin(path, weight, optimizer)
+    original = getattr(os, call)
+
+    def interrupted(name: str, *args: Any, **kwargs: Any) -> Any:
+        result = original(name, *args, **kwargs)
+        if threading.current_thread() is removal and not disk.goes_on.is_set():
+            disk.goes_on.set()
+            save.wait()
+        return result
+
+    removal = threading.Thread(target=save.remove_at_end, args=(str(path.with_name("other.pt")),), daemon=True)
+    monkeypatch.setattr(os, call, interrupted)
+    removal.start()
+    removal.join(timeout=60)
+    assert not removal.is_alive()
+    assert os.listdir(path.parent) == ["file.pt"]
+    assert "weight" in torch.load(path)
 
 
 def test_without_a_thread_all_is_done_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
