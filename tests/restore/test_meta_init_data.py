@@ -116,6 +116,20 @@ def changed_source(self: Any, folder: Path) -> None:
     values["0.weight"].fill_(0)
 
 
+def copied_onto_itself(self: Any, folder: Path) -> None:
+    """A copy overwrites everything, and reads what it overwrites."""
+    self.encoder = encoder()
+    with torch.no_grad():
+        for parameter in self.encoder.parameters():
+            nn.init.constant_(parameter, 0.5)
+            parameter.copy_(parameter)
+            parameter.data.copy_(parameter.data)
+        weight = self.encoder[0].weight
+        weight[3:5] = torch.arange(WIDTH) / WIDTH
+        weight.copy_(weight)
+    self.encoder.load_state_dict(self.encoder.state_dict())
+
+
 def constants(self: Any, folder: Path) -> None:
     """Initialisation, but none that draws."""
     self.layer = nn.Linear(WIDTH, WIDTH)
@@ -131,7 +145,7 @@ def constants(self: Any, folder: Path) -> None:
 
 CONSTRUCTORS = [
     loaded, loaded_mapped, loaded_and_assigned, loaded_safetensors, loaded_by_us, assigned_by_us, copied_in, converted,
-    from_arrays, sinusoids, changed_source, constants,
+    from_arrays, sinusoids, changed_source, copied_onto_itself, constants,
 ]  # fmt: skip
 
 
