@@ -89,6 +89,10 @@ def load_from_checkpoint(
         >>> model = load_from_checkpoint(LitGPT, "last.ckpt", device="cuda", dropout=0.0)
         >>> model = load_from_checkpoint(LitGPT, "last.ckpt", {"device": "cuda"}, mode="an argument of LitGPT")
     """
+    if not isinstance(cls, type):
+        raise TypeError(
+            f"load_from_checkpoint() builds a module of a class, got a {type(cls).__name__}. Give the class."
+        )
     if not issubclass(cls, classes("lightning.pytorch.LightningModule")):
         raise TypeError(
             f"load_from_checkpoint() builds LightningModules, and {cls.__qualname__} is none. Build it yourself, and "

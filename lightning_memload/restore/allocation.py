@@ -8,13 +8,42 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_memload.errors import MetaTensorError
+from lightning_memload.restore.tape import Read
 
-__all__ = ["empty_on", "materialize", "meta_names", "replace_data", "without_weak_references"]
+__all__ = ["SharedMemory", "empty_on", "materialize", "meta_names", "replace_data", "without_weak_references"]
+
+
+class SharedMemory:
+    """Memory that a parameter on meta and its aliases will have in common, once there is any.
+
+    Attributes:
+        parameter: The parameter, which makes its values by ``follow``. ``None`` if it has got other memory, or there is
+            none.
+        read: The values, if there is no parameter.
+        values: The tensor in this memory when there is one.
+    """
+
+    __slots__ = ("parameter", "read", "values")
+
+    def __init__(self, parameter: Any, read: Read | None) -> None:
+        self.parameter = parameter
+        self.read = read
+        self.values: torch.Tensor | None = None
+
+    def make(self) -> torch.Tensor:
+        """The tensor in this memory, with its values."""
+        if self.parameter is not None and self.values is None:
+            self.parameter.follow()
+        if self.values is None and self.read is not None:
+            self.values = self.read.make()
+        assert self.values is not None
+        return self.values
 
 
 def replace_data(tensor: torch.Tensor, new: torch.Tensor, *, name: str) -> torch.Tensor:
@@ -45,7 +74,8 @@ def _replace(tensor: torch.Tensor, new: torch.Tensor, name: str) -> torch.Tensor
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
     # All but what a parameter on meta waits for (recipes.py): it gets its values here.
-    new.__dict__.update({key: value for key, value in tensor.__dict__.items() if key != "waits_for"})
+    memory = tensor.__dict__.get("memory")
+    new.__dict__.update({key: value for key, value in tensor.__dict__.items() if key not in ("waits_for", "memory")})
     # The very dicts, so that the handles that a user has can still remove a hook. They have no public names.
     hooks = {key: getattr(tensor, key) for key in ("_backward_hooks", "_post_accumulate_grad_hooks")}
     try:
@@ -57,6 +87,8 @@ def _replace(tensor: torch.Tensor, new: torch.Tensor, name: str) -> torch.Tensor
     for key, value in hooks.items():
         if value:
             setattr(tensor, key, value)
+    if memory is not None:
+        memory.parameter, memory.values = None, tensor.detach()
     return new.detach()
 
 

@@ -351,7 +351,7 @@ class WeightsSource:
         if match is not None and (self.strict or (match.is_nothing and not may_match_nothing)):
             # Strict or not, so much is known of modules that load in their own way only now.
             done = OTHERS_LOADED if match.num_loaded else "Nothing of it was loaded."
-            raise incompatible(module, path, match.new, match.unused, {}, done=done)
+            raise incompatible(module, path, match.new, match.unused, {}, done=done, strict=self.strict)
         follow_recipes(module, None, session.device, dtype)
         parameters, buffers = meta_names(module)
         if parameters or buffers:

@@ -257,6 +257,7 @@ def incompatible(
     done: str,
     advice: str = ADVICE,
     others: Sequence[str] = (),
+    strict: bool = True,
 ) -> IncompatibleWeightsError:
     """The error that names all that does not fit: the first ten names of each kind, and their number.
 
@@ -269,6 +270,7 @@ def incompatible(
         done: What has happened to the module.
         advice: What to do.
         others: What else is wrong, in words.
+        strict: Whether names may be neither missing nor unexpected. If not, there is nothing more to pass over.
     """
     lines = [f"{path} does not fit {type(module).__name__}:"]
     if mismatched:
@@ -284,7 +286,7 @@ def incompatible(
         lines.append(f"  {listed(others, separator=' ')}")
     # Shapes have to be the same whether strict or not.
     loosely = " strict=False passes over all of these names, and is the last resort."
-    lines.append(f"{done} {advice}{loosely if (missing or unexpected) and advice == ADVICE else ''}")
+    lines.append(f"{done} {advice}{loosely if strict and (missing or unexpected) and advice == ADVICE else ''}")
     return IncompatibleWeightsError(
         "\n".join(lines),
         path=path,

@@ -7,6 +7,7 @@ it is an ordinary parameter.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Collection
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from lightning_memload.checkpoint import span_bytes
-from lightning_memload.restore.allocation import empty_on, replace_data
+from lightning_memload.restore.allocation import SharedMemory, empty_on, replace_data
 from lightning_memload.restore.operations import tensors_in
 from lightning_memload.restore.recording import unrecorded
 from lightning_memload.restore.tape import Contents, Own, Read, Step, holds_data
@@ -51,7 +52,7 @@ _WITHOUT_VALUES = _getters(
 ) | {
     getattr(torch.Tensor, name).__set__
     for name in ("_backward_hooks", "_post_accumulate_grad_hooks", "grad", "requires_grad")
-} | {torch._has_compatible_shallow_copy_type}  # fmt: skip
+}  # fmt: skip
 # What can be done on meta, if it does not lead to another device.
 _CONVERSIONS = _methods("bfloat16", "double", "float", "half", "to", "type")
 _ALIASES = {torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
@@ -60,48 +61,84 @@ _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 def _call_when_ready(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Makes the values that a call needs: none, for questions about shape and type."""
-    waiting = [tensor for tensor in tensors_in((args, kwargs)) if type(tensor) in (WaitingParameter, WaitingAlias)]
-    for tensor in waiting:
-        if isinstance(tensor, WaitingAlias) and tensor.read is None and type(tensor.parameter) is nn.Parameter:
-            tensor.follow()  # Its parameter has got values meanwhile.
-    waiting = [tensor for tensor in waiting if isinstance(tensor, (WaitingParameter, WaitingAlias))]
+    makes_parameter = _makes_parameter()
+    for tensor in tensors_in((args, kwargs)):
+        if isinstance(tensor, WaitingAlias) and tensor.memory.values is not None and not makes_parameter:
+            tensor.follow()  # They are there meanwhile.
+    waiting = [tensor for tensor in tensors_in((args, kwargs)) if isinstance(tensor, (WaitingParameter, WaitingAlias))]
     with torch._C.DisableTorchFunctionSubclass():
         if func in _WITHOUT_VALUES:
             return func(*args, **kwargs)
-        if func == _SET_DATA and args[1].is_meta:
-            if isinstance(args[0], WaitingParameter) and isinstance(args[1], WaitingAlias) and args[1].read is not None:
-                vars(args[0])["waits_for"] = args[1].read
-            return func(*args, **kwargs)
+        if func is torch._has_compatible_shallow_copy_type:  # to_empty() asks: memory anywhere may take their place.
+            return func(*(_in_memory(tensor) for tensor in args))
         if func is torch.empty_like and kwargs.get("device") is not None:
             return func(*args, **kwargs)
-        if func in _ALIASES and isinstance(args[0], WaitingParameter):
-            return WaitingAlias.of(args[0].data, args[0], None)
-        if func in _ALIASES and isinstance(args[0], WaitingAlias) and args[0].read is None:
-            return WaitingAlias.of(args[0].data, args[0], None)
+        if func in _ALIASES and waiting and not (isinstance(args[0], WaitingParameter) and makes_parameter):
+            return WaitingAlias.of(args[0].data, _memory_of(args[0]))
         if func in _CONVERSIONS and isinstance(args[0], (WaitingParameter, WaitingAlias)):
             try:
                 result = func(*args, **kwargs)
                 if not isinstance(result, torch.Tensor) or isinstance(result, (WaitingParameter, WaitingAlias)):
                     return result
-                return WaitingAlias.of(result, args[0], _converted(_read_of(args[0]), result))
+                return WaitingAlias.of(result, SharedMemory(None, _converted(_read_of(args[0]), result)))
             except NotImplementedError:
                 pass  # To a device.
+    if func == _SET_DATA and isinstance(args[0], WaitingParameter):
+        return _set_data(args[0], args[1])
     if waiting and not (func is torch.Tensor.copy_ and len(waiting) == 1 and _is_overwritten(*args[:1])):
-        warnings.warn(
-            "A parameter that was built under meta_init is used before a checkpoint is restored. It gets the initial "
-            "values that its constructor made, in memory.",
-            stacklevel=3,
-        )
+        _follow_all(waiting)
+    with torch._C.DisableTorchFunctionSubclass():
+        result = func(*args, **kwargs)
+        return nn.Parameter(result, requires_grad=False) if waiting and makes_parameter else result
+
+
+def _follow_all(waiting: Collection[WaitingParameter | WaitingAlias]) -> None:
+    warnings.warn(
+        "A parameter that was built under meta_init is used before a checkpoint is restored. It gets the initial "
+        "values that its constructor made, in memory.",
+        stacklevel=4,
+    )
     for tensor in waiting:
         if isinstance(tensor, (WaitingParameter, WaitingAlias)):  # still
             tensor.follow()
+
+
+def _set_data(parameter: WaitingParameter, new: torch.Tensor) -> None:
+    """``parameter.data = new``: what referred to the old memory still does, and the new memory is shared."""
+    memory = _memory_of(new) if isinstance(new, (WaitingParameter, WaitingAlias)) else None
+    if memory is not None and memory is _memory_of(parameter):
+        return
+    if memory is not None and memory.parameter is not None:
+        _follow_all([new])  # type: ignore[list-item]
+    if "memory" in vars(parameter):
+        old: SharedMemory = vars(parameter).pop("memory")
+        old.parameter, old.read = None, parameter.waits_for
     with torch._C.DisableTorchFunctionSubclass():
-        return func(*args, **kwargs)
+        if not new.is_meta:
+            replace_data(parameter, new.detach(), name="a parameter")
+            return
+        if memory is not None and memory.read is not None:
+            vars(parameter).update(waits_for=memory.read, memory=memory)
+            memory.parameter, memory.read = parameter, None
+        _SET_DATA(parameter, new)
+
+
+def _makes_parameter() -> bool:
+    """Whether ``nn.Parameter(...)`` calls: it detaches its argument, and refuses a result of another class."""
+    # Below: _call_when_ready, __torch_function__.
+    return sys._getframe(3).f_code is nn.Parameter.__new__.__code__
+
+
+def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the device on which a parameter has been made that waits."""
+    if not isinstance(tensor, (WaitingParameter, WaitingAlias)):
+        return tensor
+    return torch.empty(0, dtype=tensor.dtype, device=_read_of(tensor).contents.device)
 
 
 def _is_overwritten(target: torch.Tensor) -> bool:
     """Gives what is about to be overwritten memory, but no values."""
-    parameter = target.parameter if isinstance(target, WaitingAlias) and target.read is None else target
+    parameter = target.memory.parameter if isinstance(target, WaitingAlias) else target
     if type(parameter) is not WaitingParameter:
         return False
     _give_memory(parameter, "a parameter")
@@ -113,10 +150,19 @@ def _give_memory(parameter: WaitingParameter, name: str) -> None:
         replace_data(parameter, empty_on(parameter, parameter.waits_for.contents.device, None), name=name)
 
 
+def _memory_of(tensor: WaitingParameter | WaitingAlias) -> SharedMemory:
+    if isinstance(tensor, WaitingAlias):
+        return tensor.memory
+    memory: SharedMemory = vars(tensor).setdefault("memory", SharedMemory(tensor, None))
+    return memory
+
+
 def _read_of(tensor: WaitingParameter | WaitingAlias) -> Read:
-    if isinstance(tensor, WaitingParameter):
-        return tensor.waits_for
-    return tensor.read if tensor.read is not None else _read_of(tensor.parameter)  # type: ignore[arg-type]
+    if isinstance(tensor, WaitingAlias) and tensor.memory.read is not None:
+        return tensor.memory.read
+    parameter = tensor.memory.parameter if isinstance(tensor, WaitingAlias) else tensor
+    assert parameter is not None
+    return parameter.waits_for
 
 
 def _converted(read: Read, like: torch.Tensor) -> Read:
@@ -130,12 +176,10 @@ class WaitingAlias(torch.Tensor):
     """What ``detach()``, ``data`` or a conversion of a waiting parameter is, in a state dict for instance.
 
     Attributes:
-        parameter: The parameter.
-        read: Its values, if it does not share the parameter's memory.
+        memory: What it will have in common with others.
     """
 
-    parameter: nn.Parameter
-    read: Read | None
+    memory: SharedMemory
 
     @classmethod
     def __torch_function__(
@@ -145,23 +189,30 @@ class WaitingAlias(torch.Tensor):
         return _call_when_ready(func, args, kwargs or {})
 
     @classmethod
-    def of(cls, tensor: torch.Tensor, source: WaitingParameter | WaitingAlias, read: Read | None) -> torch.Tensor:
+    def of(cls, tensor: torch.Tensor, memory: SharedMemory) -> torch.Tensor:
         """Makes a tensor on meta one."""
         tensor.__class__ = cls
-        vars(tensor).update(parameter=source if isinstance(source, nn.Parameter) else source.parameter, read=read)
+        vars(tensor)["memory"] = memory
         return tensor
 
     def follow(self) -> None:
         """Becomes an ordinary tensor: an alias of the parameter, which gets its values, or one with its own."""
-        parameter = self.parameter
-        if self.read is not None:
-            values = self.read.make()
-        else:
-            if isinstance(parameter, WaitingParameter):
-                parameter.follow()
-            values = parameter.detach()
+        values = self.memory.make().detach()
         with torch._C.DisableTorchFunctionSubclass():
             torch.utils.swap_tensors(self, values)
+
+    @property
+    def _is_param(self) -> bool:
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        """``nn.Parameter(alias)`` says so, of another alias: it is a parameter from now on."""
+        with torch._C.DisableTorchFunctionSubclass():
+            requires_grad = self.requires_grad
+        _follow_all([self])
+        with torch._C.DisableTorchFunctionSubclass():
+            torch.utils.swap_tensors(self, nn.Parameter(self.detach(), requires_grad=requires_grad))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         self.follow()
@@ -214,22 +265,25 @@ class WaitingParameter(nn.Parameter):
             replace_data(self, values, name=name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        # As torch does: attributes stay behind in a copy, and not in a pickle.
         if id(self) not in memo:
-            memo[id(self)] = _rebuild(tuple(self.shape), self.stride(), self.dtype, self.requires_grad, self.waits_for)
+            attributes = {"waits_for": self.waits_for}
+            memo[id(self)] = _rebuild(tuple(self.shape), self.stride(), self.dtype, self.requires_grad, attributes)
         copy: nn.Parameter = memo[id(self)]
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (tuple(self.shape), self.stride(), self.dtype, self.requires_grad, self.waits_for)
+        attributes = {key: value for key, value in vars(self).items() if key != "memory"}
+        return _rebuild, (tuple(self.shape), self.stride(), self.dtype, self.requires_grad, attributes)
 
 
 def _rebuild(
-    size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, requires_grad: bool, read: Read
+    size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, requires_grad: bool, attributes: dict[str, Any]
 ) -> nn.Parameter:
     empty = torch.empty_strided(size, stride, dtype=dtype, device="meta")
     parameter = nn.Parameter(empty, requires_grad=requires_grad)
     parameter.__class__ = WaitingParameter
-    vars(parameter)["waits_for"] = read
+    vars(parameter).update(attributes)
     return parameter
 
 
@@ -306,6 +360,9 @@ def follow_recipes(
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if type(parameter) is WaitingParameter and (names is None or name in names):
             parameter.follow(name, device, dtype)
+    for _, buffer in root.named_buffers():
+        if isinstance(buffer, WaitingAlias):
+            buffer.follow()
     remove_load_hooks(root)
 
 

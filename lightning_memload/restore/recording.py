@@ -267,7 +267,7 @@ class Recorder:
             return False  # It would resize it.
         overwriting = overwrites(operator) and is_all_of(target, target.untyped_storage())
         rest = tensors_in((args[1:], kwargs))
-        others = [self.find(tensor) for tensor in rest if tensor is not target]
+        others = [self.find(tensor) for tensor in rest if tensor is not kwargs.get("out")]  # Others, or itself.
         terms = self._terms((args, kwargs), pending) if rest else ((own_view(target), *args[1:]), kwargs)
         if terms is None:
             # Data that may change: copied now, as always. What it replaces need not be made before.

@@ -278,6 +278,8 @@ def test_load_from_checkpoint_names_what_is_no_lightning_module(tmp_path: Path) 
     cls: Any = torch.nn.Linear
     with pytest.raises(TypeError, match=r"builds LightningModules, and Linear is none.*load_weights"):
         load_from_checkpoint(cls, tmp_path / "x.ckpt")
+    with pytest.raises(TypeError, match=r"a module of a class, got a Linear\. Give the class"):
+        load_from_checkpoint(cls(2, 2), tmp_path / "x.ckpt")
 
 
 def test_unsaid_weights_only_is_what_the_older_package_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

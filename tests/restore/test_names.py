@@ -248,3 +248,16 @@ def test_a_tied_weight_whose_owner_has_a_hook(name: str, path: Path) -> None:
     load_weights(module, path)
     assert torch.equal(module.head.weight, value)
     assert module.head.weight is module.body.emb.weight
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_error_names_the_checkpoint(strict: bool, tmp_path: Path) -> None:
+    """Not the part of the module that was looked at last, and no way out that was taken already."""
+    path = tmp_path / "other.pt"
+    torch.save({"other": torch.ones(2)}, path)
+    module = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(IncompatibleWeightsError) as caught:
+        load_weights(module, path, strict=strict)
+    assert caught.value.path == str(path)
+    assert str(caught.value).startswith(f"{path} does not fit Sequential:")
+    assert ("strict=False" in str(caught.value)) == strict
