@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.installed-docs
+# The extra `docs` of pyproject.toml.
+DOCS_PACKAGES := 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.29' ruff
 # Twice quiet: errors only, no hints that newer versions exist.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
@@ -45,6 +48,12 @@ demo: $(INSTALLED) ## Train, save and resume a small GPT, stock and with the cal
 finetune: $(INSTALLED) ## Finetune a model larger than the memory that the process may use (needs root for the limit)
 	@$(BIN)/python examples/finetune_low_ram.py
 
+# Strict: a broken link or reference is an error. The variable silences a notice of the theme about other programs.
+.PHONY: docs
+docs: $(DOCS_INSTALLED) ## Build the documentation into build/docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Built build/docs/index.html"
+
 .PHONY: lint
 lint: $(INSTALLED) ## Check style and formatting
 	@$(BIN)/ruff check .
@@ -69,4 +78,10 @@ $(BIN)/pip:
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing the tested versions into $(VENV) ..."
 	@$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Without the project and so without torch: pages are made from the sources, which are read and not imported.
+$(DOCS_INSTALLED): Makefile constraints.txt | $(BIN)/pip
+	@echo "Installing what builds the documentation into $(VENV) ..."
+	@$(PIP_INSTALL) -c constraints.txt $(DOCS_PACKAGES)
 	@touch $@

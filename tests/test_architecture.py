@@ -262,10 +262,10 @@ def text_complaints(text: str) -> list[str]:
 
 
 def text_files() -> list[Path]:
-    roots = ["*.md", "*.toml", "*.txt", "Makefile", ".ci/run"]
+    roots = ["*.md", "*.toml", "*.txt", "*.yml", "*.cff", ".pre-commit-config.yaml", "Makefile", ".ci/run"]
     files = [file for pattern in roots for file in REPOSITORY.glob(pattern)]
-    for folder in (PACKAGE, "examples"):
-        for suffix in ("py", "md", "json", "yaml", "txt", "csv", "svg"):
+    for folder in (PACKAGE, "examples", "docs", ".github"):
+        for suffix in ("py", "md", "json", "yaml", "yml", "txt", "csv", "svg", "css"):
             files += (REPOSITORY / folder).rglob(f"*.{suffix}")
     return sorted(files)
 
@@ -280,9 +280,9 @@ class TestTexts:
         assert text_complaints(file.read_text()) == []
 
     def test_the_texts_that_matter_are_read(self) -> None:
-        assert {"README.md", "Makefile", "pyproject.toml", "lightning_memload/errors.py"} <= set(
-            map(relative, text_files())
-        )
+        read = set(map(relative, text_files()))
+        assert {"README.md", "Makefile", "pyproject.toml", "lightning_memload/errors.py"} <= read
+        assert {"mkdocs.yml", "docs/index.md", ".github/workflows/ci.yml", "SECURITY.md"} <= read
 
     @pytest.mark.parametrize(
         "text",

@@ -1,6 +1,7 @@
-"""Render the measured results into the README: the figures there are never typed.
+"""Render the measured results into the documentation: the figures there are never typed.
 
-Reads every JSON file in ``results/`` and replaces what stands between the two marks in the README.
+Reads every JSON file in ``results/`` and replaces what stands between the two marks: all tables in
+``docs/benchmarks.md``, and a summary of four rows in the README.
 
     python examples/benchmarks/render.py
 """
@@ -20,25 +21,75 @@ from common import GIB, median, number
 from resume import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-README = ROOT / "README.md"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 RESULTS = Path(__file__).resolve().parent / "results"
 # What a weight loading table names of its versions.
 SOFTWARE = ("torch", *weight_loading.PACKAGES)
 START, END = "<!-- results: examples/benchmarks/render.py -->", "<!-- end of results -->"
+# What readers who have not run the demo would not know.
+MODELS = {"demo": "a small GPT"}
+TITLES = {
+    "resume": "Resuming a training",
+    "save": "Saving checkpoints",
+    "weight-loading": "Loading weights",
+    "frozen": "Saving a finetuning",
+    "growth": "Many small modules and tensors",
+}
 
 
 def main() -> int:
-    """Write the tables into the README."""
-    README.write_text(with_results(README.read_text()))
+    """Write the tables."""
+    for file, text in rendered().items():
+        file.write_text(text)
     return 0
 
 
-def with_results(text: str) -> str:
-    """Return the README's text with the tables of all results."""
-    before, _, rest = text.partition(START)
+def rendered() -> dict[Path, str]:
+    """Return the text that each file shall have."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    # What needs a GPU first.
+    results.sort(key=lambda result: (not result["machine"]["gpu"], [*TITLES].index(result["benchmark"])))
+    sections = [f"## {title(result)}\n\n{render(result)}" for result in results]
+    texts = {README: summary(results), PAGE: "\n\n".join(sections)}
+    return {file: between_marks(file.read_text(), text) for file, text in texts.items()}
+
+
+def between_marks(page: str, text: str) -> str:
+    """Return a page with a text between its two marks."""
+    before, _, rest = page.partition(START)
     _, _, after = rest.partition(END)
-    tables = [render(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
-    return "\n\n".join([before + START, *tables, END + after])
+    return "\n\n".join([before + START, text, END + after])
+
+
+def title(result: dict[str, Any]) -> str:
+    """Name a result."""
+    return f"{TITLES[result['benchmark']]} on {'a GPU' if result['machine']['gpu'] else 'a CPU'}"
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """Return a table of four rows: stock against this project, resuming and saving, on a GPU and on a CPU."""
+    lines = [
+        "| | stock Lightning, s | this project, s | stock Lightning, host GiB | this project, host GiB |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for result in results:
+        model = MODELS.get(result["size"], result["size"]) if "size" in result else ""
+        if result["benchmark"] == "resume":
+            stock, ours = result["variants"]["stock"], result["variants"]["callback"]
+            name, size = f"resume {model}", result["checkpoint_bytes"]
+        elif result["benchmark"] == "save":
+            stock, ours = result["ways"]["stock"], result["ways"]["ours"]
+            name, size = f"save {model}", ours["bytes"]
+        else:
+            continue
+        rows = [
+            *(number(way["seconds"], 1) for way in (stock, ours)),
+            *(number(way["host_above_start_bytes"], GIB) for way in (stock, ours)),
+        ]
+        device = result["machine"]["gpu"] or "CPU"
+        lines.append(f"| {name} with AdamW, {size / 1e9:.2f} GB, {device} | {' | '.join(rows)} |")
+    lines += ["", "Seconds until training goes on; host memory above the start. A resume reads from a warm page cache."]
+    return "\n".join(lines)
 
 
 def render(result: dict[str, Any]) -> str:
