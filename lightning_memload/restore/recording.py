@@ -50,7 +50,7 @@ from lightning_memload.restore.storages import (
     unfilled,
     use_count,
 )
-from lightning_memload.restore.tape import Contents, Read, Source, Step, sources_of
+from lightning_memload.restore.tape import Contents, Read, Source, Step, in_order, sources_of
 
 __all__ = ["Recorder", "claim", "set_active", "unrecorded"]
 
@@ -58,6 +58,8 @@ __all__ = ["Recorder", "claim", "set_active", "unrecorded"]
 _COPIED_BYTES = 64 << 10
 # Of a longer chain the steps are taken.
 _MOST_STEPS = 100
+# What has been made so often is kept: a model that runs while it is built must not initialise itself for every value.
+_MOST_MADE = 4
 # A source that lies in memory much larger than itself would keep all of that.
 _MOST_AROUND = 4
 
@@ -143,7 +145,32 @@ class Recorder:
             return
         if pending.owner is not None and reason is not None:
             self.realised.append(Realised(pending.owner, reason, storage.nbytes(), pending.storage))
-        pending.contents.write_to(storage)
+        pending.contents.write_to(storage, self._realised_on_the_way(pending.contents))
+
+    def _realised_on_the_way(self, contents: Contents) -> dict[int, torch.UntypedStorage]:
+        """Memory that gets its contents as well, since it would be made again and again, and where it goes on.
+
+        That is what a model computes while it runs: all layers so far would be run again for every value. Of parameters
+        it is those that have been made several times.
+        """
+        others: dict[int, torch.UntypedStorage] = {}
+        if not contents.needs():
+            return others
+        made = {item.key for item in in_order(contents)}
+        for pending in list(self._pending.values()):
+            storage = pending.get() if pending.contents.key in made else None
+            if storage is None:
+                continue
+            pending.num_made += 1
+            if pending.owner is not None and pending.num_made < _MOST_MADE:
+                continue
+            if pending.is_derived and pending.contents.key not in others:
+                self.forget(pending)
+                others[pending.contents.key] = storage
+                if pending.owner is not None:
+                    reason = "its values are needed again and again"
+                    self.realised.append(Realised(pending.owner, reason, storage.nbytes(), pending.storage))
+        return others
 
     def expose(self, tensor: torch.Tensor, reason: str | None = None, *, overwritten: bool = False) -> None:
         """Makes the memory of a tensor ordinary, since code that is not seen is going to read or write it.
