@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,10 @@ import torch
 from lightning_memload.errors import MetaTensorError
 from lightning_memload.restore.mapped_files import MappedFile
 
-__all__ = ["Contents", "Own", "Read", "Source", "Step", "holds_data", "in_order", "sources_of", "view_of"]
+__all__ = ["Contents", "Made", "Own", "Read", "Source", "Step", "holds_data", "in_order", "sources_of", "view_of"]
 
 # Memory with the contents that steps read, by what identifies these contents.
-_Made = dict[int, torch.UntypedStorage]
+Made = dict[int, torch.UntypedStorage]
 
 
 class Source:
@@ -109,16 +109,17 @@ class Contents:
         self.write_to(storage)
         return storage
 
-    def write_to(self, storage: torch.UntypedStorage, others: _Made | None = None) -> None:
+    def write_to(self, storage: torch.UntypedStorage, others: Made | None = None, known: Made | None = None) -> None:
         """Gives memory of the same length and device these contents.
 
         Args:
             storage: The memory.
             others: Other memory that gets its contents on the way, by their keys.
+            known: Memory that has contents already, likewise. It is read only, but may be ``storage``.
         """
         if self.last is not None:
             with _undisturbed():
-                _replay(self, storage, others or {})
+                _replay(self, storage, others or {}, known or {})
 
     def needs(self) -> list[Contents]:
         """The contents from which the last step makes these."""
@@ -166,7 +167,7 @@ class Step:
     index: int = 0
     seed: int | None = None
 
-    def run(self, storage: torch.UntypedStorage, device: torch.device, made: _Made) -> None:
+    def run(self, storage: torch.UntypedStorage, device: torch.device, made: Made) -> None:
         """Takes the step on memory that has the contents before it."""
         args, kwargs = _filled(self.args, storage, made), _filled(self.kwargs, storage, made)
         call = _operator(self.call) if isinstance(self.call, str) else self.call
@@ -209,10 +210,15 @@ def holds_data(contents: Contents) -> bool:
     return next(sources_of(contents), None) is not None
 
 
-def in_order(contents: Contents) -> list[Contents]:
-    """Everything that is made on the way to contents, each once, after what it needs. They are the last."""
+def in_order(contents: Contents, known: Collection[int] = ()) -> list[Contents]:
+    """Everything that is made on the way to contents, each once, after what it needs. They are the last.
+
+    Args:
+        contents: The contents.
+        known: Keys of what need not be made.
+    """
     order: list[Contents] = []
-    seen: set[int] = set()
+    seen: set[int] = set(known)
     left = [(contents, False)]
     while left:
         item, has_needs = left.pop()
@@ -225,20 +231,25 @@ def in_order(contents: Contents) -> list[Contents]:
     return order
 
 
-def _replay(contents: Contents, storage: torch.UntypedStorage, others: _Made) -> None:
+def _replay(contents: Contents, storage: torch.UntypedStorage, others: Made, known: Made) -> None:
     """Takes every step on the way to contents once, and lets go of memory when no further step reads it."""
-    order = in_order(contents)
+    order = in_order(contents, known)
     uses = Counter(need.key for item in order for need in item.needs())
     trunk = _first_step(contents)
-    made: _Made = {}
+    made = dict(known)
+    for key, memory in known.items():
+        if memory._cdata == storage._cdata and uses[key] > 1:
+            made[key] = memory.clone()  # Steps begin to write to it before others read what is in it.
     for item in order:
         step = item.last
         if step is not None and step.previous is not None:
             before = id(step.previous)
             memory = made[before]
-            if uses[before] > 1:  # Others read it as it was.
+            if before in known and memory._cdata != storage._cdata:
+                memory = memory.clone()
+            elif uses[before] > 1:  # Others read it as it was.
                 made[before] = memory.clone()
-        elif step is trunk:
+        elif step is trunk and all(memory._cdata != storage._cdata for memory in made.values()):
             memory = storage
         else:
             memory = torch.empty(item.nbytes, dtype=torch.uint8, device=item.device).untyped_storage()
@@ -251,6 +262,8 @@ def _replay(contents: Contents, storage: torch.UntypedStorage, others: _Made) ->
                 made.pop(need.key, None)
         if item.key in others:
             others[item.key].copy_(memory)
+    if made[contents.key]._cdata != storage._cdata:
+        storage.copy_(made[contents.key])
 
 
 def _first_step(contents: Contents) -> Step | None:
@@ -271,7 +284,7 @@ def _reads_in(value: Any) -> Iterator[Read]:
             yield from _reads_in(item)
 
 
-def _filled(value: Any, storage: torch.UntypedStorage, made: _Made) -> Any:
+def _filled(value: Any, storage: torch.UntypedStorage, made: Made) -> Any:
     """Arguments with tensors."""
     if isinstance(value, Own):
         return view_of(storage, value)
