@@ -50,7 +50,7 @@ from lightning_memload.restore.storages import (
     unfilled,
     use_count,
 )
-from lightning_memload.restore.tape import Contents, Read, Source, Step, sources_of
+from lightning_memload.restore.tape import Contents, Made, Read, Source, Step, in_order, sources_of
 
 __all__ = ["Recorder", "claim", "set_active", "unrecorded"]
 
@@ -58,6 +58,8 @@ __all__ = ["Recorder", "claim", "set_active", "unrecorded"]
 _COPIED_BYTES = 64 << 10
 # Of a longer chain the steps are taken.
 _MOST_STEPS = 100
+# What has been made so often is kept until the construction ends: a model must not initialise itself for every value.
+_MOST_MADE = 4
 # A source that lies in memory much larger than itself would keep all of that.
 _MOST_AROUND = 4
 
@@ -143,7 +145,40 @@ class Recorder:
             return
         if pending.owner is not None and reason is not None:
             self.realised.append(Realised(pending.owner, reason, storage.nbytes(), pending.storage))
-        pending.contents.write_to(storage)
+        known, others = self._on_the_way(pending)
+        pending.contents.write_to(storage, others, known)
+
+    def _on_the_way(self, root: Pending) -> tuple[Made, Made]:
+        """The memory that has contents already from which others are made, and the memory that gets its own as well.
+
+        The latter is what a model computes while it runs: all layers so far would be run again for every value.
+        Parameters that have been made several times lend their memory: they still move to meta in the end.
+        """
+        known: Made = {}
+        own = root.get()
+        if root.made is not None and own is not None:
+            known[root.made.key] = own
+        others: Made = {}
+        if not root.contents.needs():
+            return known, others
+        needed = {item.key for item in in_order(root.contents)}
+        for pending in list(self._pending.values()):
+            key, made = pending.contents.key, pending.made
+            storage = pending.get() if key in needed or (made is not None and made.key in needed) else None
+            if storage is None:
+                continue
+            if made is not None and made.key in needed:
+                known[made.key] = storage
+            if key not in needed or key in known:
+                continue
+            pending.num_made += 1
+            if pending.owner is None and pending.is_derived:
+                self.forget(pending)
+                others[key] = storage
+            elif pending.owner is not None and made is None and pending.num_made >= _MOST_MADE:
+                pending.made = pending.contents
+                others[key] = storage
+        return known, others
 
     def expose(self, tensor: torch.Tensor, reason: str | None = None, *, overwritten: bool = False) -> None:
         """Makes the memory of a tensor ordinary, since code that is not seen is going to read or write it.

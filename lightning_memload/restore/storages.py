@@ -38,15 +38,20 @@ class Pending:
         contents: What it is to contain.
         owner: The module class and the name of the parameter that it belongs to, ``None`` if none is known.
         is_derived: Whether a parameter's values went into it, or it is one.
+        made: The contents that its memory has already, ``None`` if it has never been written.
+        num_made: How often its contents were made for others.
+        num_steps: How many steps its contents are away from memory that nobody has written.
     """
 
-    __slots__ = ("contents", "is_derived", "num_steps", "owner", "storage")
+    __slots__ = ("contents", "is_derived", "made", "num_made", "num_steps", "owner", "storage")
 
     def __init__(self, storage: torch.UntypedStorage, *, is_derived: bool = False) -> None:
         self.storage = StorageWeakRef(storage)
         self.contents = Contents(storage.nbytes(), storage.device, None)
         self.owner: tuple[type[nn.Module], str] | None = None
         self.is_derived = is_derived
+        self.made: Contents | None = None
+        self.num_made = 0
         self.num_steps = 0
 
     def get(self) -> torch.UntypedStorage | None:

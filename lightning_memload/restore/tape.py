@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,10 @@ import torch
 from lightning_memload.errors import MetaTensorError
 from lightning_memload.restore.mapped_files import MappedFile
 
-__all__ = ["Contents", "Own", "Read", "Source", "Step", "holds_data", "sources_of", "view_of"]
+__all__ = ["Contents", "Made", "Own", "Read", "Source", "Step", "holds_data", "in_order", "sources_of", "view_of"]
 
-# What the arguments of one call read, by what was made.
-_Made = dict[tuple[int, int], torch.UntypedStorage]
+# Memory with the contents that steps read, by what identifies these contents.
+Made = dict[int, torch.UntypedStorage]
 
 
 class Source:
@@ -94,19 +95,39 @@ class Contents:
     def __deepcopy__(self, memo: dict[int, Any]) -> Contents:
         return self
 
+    @property
+    def key(self) -> int:
+        """What contents have in common that are the same."""
+        return id(self) if self.last is None else id(self.last)
+
     def make(self) -> torch.UntypedStorage:
         """New memory with these contents.
 
-        Peak memory: itself, and what one step at a time reads.
+        Peak memory: itself, and what steps read that are not taken yet.
         """
-        with _undisturbed():
-            return _make(self)
+        storage = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device).untyped_storage()
+        self.write_to(storage)
+        return storage
 
-    def write_to(self, storage: torch.UntypedStorage) -> None:
-        """Gives memory of the same length and device these contents."""
-        with _undisturbed():
-            for step in _chain(self.last):
-                step.run(storage, self.device, {})
+    def write_to(self, storage: torch.UntypedStorage, others: Made | None = None, known: Made | None = None) -> None:
+        """Gives memory of the same length and device these contents.
+
+        Args:
+            storage: The memory.
+            others: Other memory that gets its contents on the way, by their keys.
+            known: Memory that has contents already, likewise. It is read only, but may be ``storage``.
+        """
+        if self.last is not None:
+            with _undisturbed():
+                _replay(self, storage, others or {}, known or {})
+
+    def needs(self) -> list[Contents]:
+        """The contents from which the last step makes these."""
+        step = self.last
+        if step is None:
+            return []
+        before = [] if step.previous is None else [Contents(self.nbytes, self.device, step.previous)]
+        return [*before, *(read.contents for read in _reads_in((step.args, step.kwargs)))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +167,7 @@ class Step:
     index: int = 0
     seed: int | None = None
 
-    def run(self, storage: torch.UntypedStorage, device: torch.device, made: _Made) -> None:
+    def run(self, storage: torch.UntypedStorage, device: torch.device, made: Made) -> None:
         """Takes the step on memory that has the contents before it."""
         args, kwargs = _filled(self.args, storage, made), _filled(self.kwargs, storage, made)
         call = _operator(self.call) if isinstance(self.call, str) else self.call
@@ -189,32 +210,88 @@ def holds_data(contents: Contents) -> bool:
     return next(sources_of(contents), None) is not None
 
 
-def _chain(last: Step | None) -> list[Step]:
-    steps = []
-    while last is not None:
-        steps.append(last)
-        last = last.previous
-    return steps[::-1]
+def in_order(contents: Contents, known: Collection[int] = ()) -> list[Contents]:
+    """Everything that is made on the way to contents, each once, after what it needs. They are the last.
+
+    Args:
+        contents: The contents.
+        known: Keys of what need not be made.
+    """
+    order: list[Contents] = []
+    seen: set[int] = set(known)
+    left = [(contents, False)]
+    while left:
+        item, has_needs = left.pop()
+        if has_needs:
+            order.append(item)
+        elif item.key not in seen:
+            seen.add(item.key)
+            left.append((item, True))
+            left.extend((need, False) for need in reversed(item.needs()))
+    return order
 
 
-def _make(contents: Contents) -> torch.UntypedStorage:
-    storage = torch.empty(contents.nbytes, dtype=torch.uint8, device=contents.device).untyped_storage()
-    for step in _chain(contents.last):
-        step.run(storage, contents.device, {})
-    return storage
+def _replay(contents: Contents, storage: torch.UntypedStorage, others: Made, known: Made) -> None:
+    """Takes every step on the way to contents once, and lets go of memory when no further step reads it."""
+    order = in_order(contents, known)
+    uses = Counter(need.key for item in order for need in item.needs())
+    trunk = _first_step(contents)
+    made = dict(known)
+    for key, memory in known.items():
+        if memory._cdata == storage._cdata and uses[key] > 1:
+            made[key] = memory.clone()  # Steps begin to write to it before others read what is in it.
+    for item in order:
+        step = item.last
+        if step is not None and step.previous is not None:
+            before = id(step.previous)
+            memory = made[before]
+            if before in known and memory._cdata != storage._cdata:
+                memory = memory.clone()
+            elif uses[before] > 1:  # Others read it as it was.
+                made[before] = memory.clone()
+        elif step is trunk and all(memory._cdata != storage._cdata for memory in made.values()):
+            memory = storage
+        else:
+            memory = torch.empty(item.nbytes, dtype=torch.uint8, device=item.device).untyped_storage()
+        made[item.key] = memory
+        if step is not None:
+            step.run(memory, item.device, made)
+        for need in item.needs():
+            uses[need.key] -= 1
+            if not uses[need.key]:
+                made.pop(need.key, None)
+        if item.key in others:
+            others[item.key].copy_(memory)
+    if made[contents.key]._cdata != storage._cdata:
+        storage.copy_(made[contents.key])
 
 
-def _filled(value: Any, storage: torch.UntypedStorage, made: _Made) -> Any:
-    """Arguments with tensors. What one call reads twice is made once."""
+def _first_step(contents: Contents) -> Step | None:
+    step = contents.last
+    while step is not None and step.previous is not None:
+        step = step.previous
+    return step
+
+
+def _reads_in(value: Any) -> Iterator[Read]:
+    if isinstance(value, Read):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _reads_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _reads_in(item)
+
+
+def _filled(value: Any, storage: torch.UntypedStorage, made: Made) -> Any:
+    """Arguments with tensors."""
     if isinstance(value, Own):
         return view_of(storage, value)
     if isinstance(value, Source):
         return value.read()
     if isinstance(value, Read):
-        key = (id(value.contents.last), value.contents.nbytes)
-        if key not in made:
-            made[key] = _make(value.contents)
-        return view_of(made[key], value.view)
+        return view_of(made[value.contents.key], value.view)
     if isinstance(value, dict):
         return {key: _filled(item, storage, made) for key, item in value.items()}
     if type(value) in (tuple, list):
