@@ -198,8 +198,10 @@ def _inferred(
     kwargs = {key: value for key, value in kwargs.items() if key != "device"}
     try:
         result = operator(*_on_meta(args), **_on_meta(kwargs))
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return None  # It has no meta kernel, or needs values. If it is the user's error, the real call raises it.
+    except Exception:
+        # It has no meta kernel, needs values, or checks its arguments otherwise (cholesky in torch 2.6 with an assert).
+        # If it is the user's error, the real call raises it.
+        return None
     made = []
     for shape in tensors_in(result):
         if type(shape) is not torch.Tensor or not shape.is_meta or shape.layout is not torch.strided:

@@ -180,6 +180,23 @@ def test_every_question_gets_its_answer(make: Callable[[], torch.Tensor]) -> Non
     assert len(questions()) > 400
 
 
+@pytest.mark.parametrize("error", [AssertionError, IndexError, KeyError, NotImplementedError])
+def test_an_operator_without_a_meta_kernel_that_works(error: type[Exception]) -> None:
+    """What a meta kernel cannot foresee happens at once, as always."""
+    name = f"memload_tests::twice_{error.__name__.lower()}"
+    schema = "(Tensor tensor) -> Tensor"
+    twice = torch.library.custom_op(name, lambda tensor: 2 * tensor, mutates_args=(), schema=schema)
+
+    @twice.register_fake
+    def fail(tensor: torch.Tensor) -> torch.Tensor:
+        raise error("not here")
+
+    expected = twice(registered())
+    with meta_init():
+        actual = twice(registered())
+    assert plain(actual) == plain(expected)
+
+
 def test_empties_are_not_written_before_they_are_needed() -> None:
     """The meta-test of the above: in a block, what is asked there is really waiting."""
     with meta_init():
