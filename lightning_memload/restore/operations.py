@@ -174,7 +174,8 @@ def make_like_result(
             return None
         how = {key: kwargs[key] for key in ("dtype", "device") if kwargs.get(key) is not None}
         return [torch.empty_like(first, memory_format=kwargs.get("memory_format") or torch.preserve_format, **how)]
-    plain = first.is_floating_point() and first.is_contiguous()
+    # Sparse tensors have no answer to is_contiguous().
+    plain = first.layout is torch.strided and first.is_floating_point() and first.is_contiguous()
     if name in _ARITHMETIC and plain and len(inputs) == 1 and not kwargs:
         if all(type(value) in (int, float) for value in args[1:]):
             return [torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device=first.device)]

@@ -197,6 +197,25 @@ def test_an_operator_without_a_meta_kernel_that_works(error: type[Exception]) ->
     assert plain(actual) == plain(expected)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc], ids=str)
+@pytest.mark.parametrize("name", ["add", "mul", "mm"])
+def test_sparse_tensors_meet_waiting_ones(layout: torch.layout, name: str) -> None:
+    """A mask or an adjacency matrix that a constructor combines with a parameter."""
+
+    def answer() -> Any:
+        sparse = torch.eye(2, 3).to_sparse(layout=layout)
+        try:
+            return plain(getattr(torch, name)(sparse, registered().T if name == "mm" else registered()))
+        except RuntimeError as error:
+            return type(error)
+
+    expected = answer()
+    with meta_init():
+        actual = answer()
+    assert actual == expected
+
+
 def test_empties_are_not_written_before_they_are_needed() -> None:
     """The meta-test of the above: in a block, what is asked there is really waiting."""
     with meta_init():
