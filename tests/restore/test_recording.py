@@ -216,6 +216,35 @@ def test_sparse_tensors_meet_waiting_ones(layout: torch.layout, name: str) -> No
     assert actual == expected
 
 
+class Probed(nn.Module):
+    """Finds the size of its head with a forward, as constructors of vision models do."""
+
+    def __init__(self, norm: nn.Module, is_training: bool) -> None:
+        super().__init__()
+        self.body = nn.Conv1d(2, 4, 3)
+        nn.init.constant_(self.body.weight, 0.5)
+        nn.init.constant_(self.body.bias, 0.25)
+        self.norm = norm.train(is_training)
+        with torch.no_grad():
+            self.head = nn.Linear(self.norm(self.body(torch.arange(64.0).view(4, 2, 8))).flatten(1).shape[1], 2)
+
+
+@pytest.mark.filterwarnings("ignore:meta_init built")
+@pytest.mark.parametrize("is_training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.InstanceNorm1d])
+def test_a_forward_updates_running_statistics(norm: type[nn.Module], is_training: bool) -> None:
+    def build() -> Probed:
+        return Probed(norm(4, track_running_stats=True), is_training)
+
+    expected = build()
+    with meta_init():
+        actual = build()
+    for key, buffer in actual.named_buffers():
+        assert plain(buffer) == plain(expected.get_buffer(key)), key
+    assert bool(actual.norm.running_var.max() > 1) == is_training
+    assert actual.body.weight.is_meta
+
+
 def test_empties_are_not_written_before_they_are_needed() -> None:
     """The meta-test of the above: in a block, what is asked there is really waiting."""
     with meta_init():
