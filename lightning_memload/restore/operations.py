@@ -17,8 +17,7 @@ __all__ = [
     "draws",
     "draws_from_user",
     "empty_call",
-    "indexes_by_position",
-    "kind_of",
+    "kind_of_call",
     "make_like_result",
     "name_of",
     "overwrites",
@@ -64,7 +63,7 @@ def name_of(operator: Any) -> str:
 
 
 @functools.cache
-def kind_of(operator: Any) -> Kind:
+def _kind_of(operator: Any) -> Kind:
     """The kind of an operator."""
     schema, tags, name = operator._schema, operator.tags, name_of(operator)
     aten = operator.namespace == "aten"
@@ -89,7 +88,15 @@ def kind_of(operator: Any) -> Kind:
     return Kind.NEW if types and types <= {"Tensor", "List[Tensor]", "Tensor[]"} else Kind.OTHER
 
 
-def indexes_by_position(operator: Any, args: tuple[Any, ...]) -> bool:
+def kind_of_call(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
+    """The kind of a call, which depends on its arguments now and then."""
+    kind = _kind_of(operator)
+    if kind is Kind.OTHER and _indexes_by_position(operator, args):
+        return Kind.NEW
+    return Kind.OTHER if kind is Kind.NEW and _updated_in(operator, args, kwargs) else kind
+
+
+def _indexes_by_position(operator: Any, args: tuple[Any, ...]) -> bool:
     """Whether a call is ``tensor[indices]`` with a result whose shape does not depend on the indices' values."""
     if operator is not _ATEN.index.Tensor:
         return False
@@ -102,7 +109,29 @@ def written_in(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for position, argument in enumerate(operator._schema.arguments):
         if argument.alias_info and argument.alias_info.is_write:
             found += tensors_in(args[position] if position < len(args) else kwargs.get(argument.name))
-    return found
+    return found + _updated_in(operator, args, kwargs)
+
+
+def _updated_in(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The running statistics that a batch norm updates, which its schema does not tell."""
+    positions = _statistics(operator)
+    if not positions:
+        return []
+    named = {name: args[at] if at < len(args) else kwargs.get(name) for name, at in positions.items()}
+    is_training = named.pop("training", True)
+    return tensors_in(list(named.values())) if is_training else []
+
+
+@functools.cache
+def _statistics(operator: Any) -> dict[str, int]:
+    """Where a batch norm takes running statistics and whether it trains; empty for other operators."""
+    arguments = operator._schema.arguments
+    # native_batch_norm and those of cuDNN, MIOpen and SyncBatchNorm have no annotation for them (torch 2.6 to 2.14).
+    if "batch_norm" not in name_of(operator) or name_of(operator).endswith("_backward"):
+        return {}
+    names = ("running_mean", "running_var", "training")
+    found = {item.name: at for at, item in enumerate(arguments) if item.name in names and not item.alias_info}
+    return found if "running_mean" in found else {}
 
 
 @functools.cache
@@ -174,7 +203,8 @@ def make_like_result(
             return None
         how = {key: kwargs[key] for key in ("dtype", "device") if kwargs.get(key) is not None}
         return [torch.empty_like(first, memory_format=kwargs.get("memory_format") or torch.preserve_format, **how)]
-    plain = first.is_floating_point() and first.is_contiguous()
+    # Sparse tensors have no answer to is_contiguous().
+    plain = first.layout is torch.strided and first.is_floating_point() and first.is_contiguous()
     if name in _ARITHMETIC and plain and len(inputs) == 1 and not kwargs:
         if all(type(value) in (int, float) for value in args[1:]):
             return [torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device=first.device)]
@@ -198,8 +228,10 @@ def _inferred(
     kwargs = {key: value for key, value in kwargs.items() if key != "device"}
     try:
         result = operator(*_on_meta(args), **_on_meta(kwargs))
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return None  # It has no meta kernel, or needs values. If it is the user's error, the real call raises it.
+    except Exception:
+        # It has no meta kernel, needs values, or checks its arguments otherwise (cholesky in torch 2.6 with an assert).
+        # If it is the user's error, the real call raises it.
+        return None
     made = []
     for shape in tensors_in(result):
         if type(shape) is not torch.Tensor or not shape.is_meta or shape.layout is not torch.strided:

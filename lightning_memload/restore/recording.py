@@ -30,8 +30,7 @@ from lightning_memload.restore.operations import (
     draws,
     draws_from_user,
     empty_call,
-    indexes_by_position,
-    kind_of,
+    kind_of_call,
     make_like_result,
     name_of,
     overwrites,
@@ -234,9 +233,7 @@ class Recorder:
 
     def on_operation(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Takes an operation down, or lets it happen."""
-        kind = kind_of(operator)
-        if kind is Kind.OTHER and indexes_by_position(operator, args):
-            kind = Kind.NEW
+        kind = kind_of_call(operator, args, kwargs)
         if kind is Kind.VIEW:
             result = operator(*args, **kwargs)
             if name_of(operator) == "set_":

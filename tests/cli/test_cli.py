@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,9 @@ def test_status_of_verify(names: list[str], status: int, folder: Path, capsys: p
 def test_verify_prints(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["verify", "--threads", "2", str(folder / "sound.ckpt"), str(folder / "damaged.ckpt")])
     shown = capsys.readouterr().out
-    assert "sound.ckpt (torch): verified. 434 bytes in " in shown
+    with zipfile.ZipFile(folder / "sound.ckpt") as file:  # torch 2.6 writes smaller ones
+        num_bytes = sum(item.file_size for item in file.infolist())
+    assert f"sound.ckpt (torch): verified. {num_bytes} bytes in " in shown
     assert "damaged, 1 problem." in shown
     assert "96 bytes of state_dict.weight at byte" in shown
     main(["verify", "--quiet", str(folder / "sound.ckpt"), str(folder / "plain.safetensors")])

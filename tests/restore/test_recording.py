@@ -180,6 +180,71 @@ def test_every_question_gets_its_answer(make: Callable[[], torch.Tensor]) -> Non
     assert len(questions()) > 400
 
 
+@pytest.mark.parametrize("error", [AssertionError, IndexError, KeyError, NotImplementedError])
+def test_an_operator_without_a_meta_kernel_that_works(error: type[Exception]) -> None:
+    """What a meta kernel cannot foresee happens at once, as always."""
+    name = f"memload_tests::twice_{error.__name__.lower()}"
+    schema = "(Tensor tensor) -> Tensor"
+    twice = torch.library.custom_op(name, lambda tensor: 2 * tensor, mutates_args=(), schema=schema)
+
+    @twice.register_fake
+    def fail(tensor: torch.Tensor) -> torch.Tensor:
+        raise error("not here")
+
+    expected = twice(registered())
+    with meta_init():
+        actual = twice(registered())
+    assert plain(actual) == plain(expected)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc], ids=str)
+@pytest.mark.parametrize("name", ["add", "mul", "mm"])
+def test_sparse_tensors_meet_waiting_ones(layout: torch.layout, name: str) -> None:
+    """A mask or an adjacency matrix that a constructor combines with a parameter."""
+
+    def answer() -> Any:
+        sparse = torch.eye(2, 3).to_sparse(layout=layout)
+        try:
+            return plain(getattr(torch, name)(sparse, registered().T if name == "mm" else registered()))
+        except RuntimeError as error:
+            return type(error)
+
+    expected = answer()
+    with meta_init():
+        actual = answer()
+    assert actual == expected
+
+
+class Probed(nn.Module):
+    """Finds the size of its head with a forward, as constructors of vision models do."""
+
+    def __init__(self, norm: nn.Module, is_training: bool) -> None:
+        super().__init__()
+        self.body = nn.Conv1d(2, 4, 3)
+        nn.init.constant_(self.body.weight, 0.5)
+        nn.init.constant_(self.body.bias, 0.25)
+        self.norm = norm.train(is_training)
+        with torch.no_grad():
+            self.head = nn.Linear(self.norm(self.body(torch.arange(64.0).view(4, 2, 8))).flatten(1).shape[1], 2)
+
+
+@pytest.mark.filterwarnings("ignore:meta_init built")
+@pytest.mark.parametrize("is_training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.InstanceNorm1d])
+def test_a_forward_updates_running_statistics(norm: type[nn.Module], is_training: bool) -> None:
+    def build() -> Probed:
+        return Probed(norm(4, track_running_stats=True), is_training)
+
+    expected = build()
+    with meta_init():
+        actual = build()
+    for key, buffer in actual.named_buffers():
+        assert plain(buffer) == plain(expected.get_buffer(key)), key
+    assert bool(actual.norm.running_var.max() > 1) == is_training
+    assert actual.body.weight.is_meta
+
+
 def test_empties_are_not_written_before_they_are_needed() -> None:
     """The meta-test of the above: in a block, what is asked there is really waiting."""
     with meta_init():

@@ -13,8 +13,12 @@ from torch import nn
 from lightning_memload import load_weights, meta_init
 from tests.checkpoint.files import quantised
 
-# torch's own quantised tensors are built so, by torch.
-pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+pytestmark = [
+    # torch's own quantised tensors are built so, by torch.
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+    # torch 2.14 says so whenever it loads a sparse tensor with weights_only=True.
+    pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants"),
+]
 
 
 class Packed(torch.Tensor):
