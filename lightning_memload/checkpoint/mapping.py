@@ -207,10 +207,10 @@ class FileMapping:
                 return 0
             # The addresses are this mapping's for as long as one of these is: the rest may go meanwhile.
             region = self._bytes
-            spans = [(ref(), start, nbytes) for ref, start, nbytes in self._spans]
+            spans = [span for ref, _, _ in self._spans if (span := ref()) is not None]
             self._is_detaching = True
             try:
-                alive = [(start, nbytes) for span, start, nbytes in spans if span is not None]
+                alive = [(start, nbytes) for ref, start, nbytes in self._spans if ref() is not None]
                 copied, failure = 0, None
                 if alive or region is not None:
                     copied, failure = self._take_out(alive, beside_others)
@@ -218,6 +218,7 @@ class FileMapping:
             finally:
                 self._is_detaching = False
                 spans.clear()
+                span = None
             if not self._is_watched:
                 self.source.close()
         if failure is not None:
