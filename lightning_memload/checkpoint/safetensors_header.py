@@ -185,7 +185,8 @@ def _require_full_cover(path: str, size: int, data_start: int, ranges: Mapping[s
     Raises:
         CheckpointFormatError: Tensors overlap, or bytes are left over: some tensor is missing from the header.
     """
-    position, before = data_start, "the header"
+    position = data_start
+    before: str | None = None
     # Empty tensors first: they may stand wherever another one begins.
     for key, (begin, end) in sorted(ranges.items(), key=lambda item: item[1]):
         if begin != position:
@@ -194,15 +195,19 @@ def _require_full_cover(path: str, size: int, data_start: int, ranges: Mapping[s
                 if begin < position
                 else f"leave {begin - position} bytes between them that belong to no tensor"
             )
-            what = f"begins at byte {begin}, but {before} ends at byte {position}: they {what}. {COPY_AGAIN}"
+            what = f"begins at byte {begin}, but {_before(before)} ends at byte {position}: they {what}. {COPY_AGAIN}"
             raise _entry_error(path, key, what)
-        position, before = end, f"tensor {short(key)}"
+        position, before = end, key
     if position != size:
         raise CheckpointFormatError(
-            f"{path}: {before} ends at byte {position}, but the file has {size} bytes: the last "
+            f"{path}: {_before(before)} ends at byte {position}, but the file has {size} bytes: the last "
             f"{size - position} belong to no tensor. {COPY_AGAIN}",
             path=path,
         )
+
+
+def _before(key: str | None) -> str:
+    return "the header" if key is None else f"tensor {short(key)}"
 
 
 def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -13,12 +13,11 @@ import threading
 import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
-from lightning_memload.checkpoint import DetachedError, FileMapping, FileWatch, MappedCheckpoint, span_bytes
+from lightning_memload.checkpoint import Checkpoint, DetachedError, FileMapping, FileWatch, MappedCheckpoint, span_bytes
 from lightning_memload.errors import ChecksumError, InsufficientMemoryError
 from lightning_memload.memory import free_device_bytes
 from lightning_memload.restore.recording import claim
@@ -43,8 +42,7 @@ _SMALL_BYTES = 64 << 10
 _ALL_SMALL_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(NamedTuple):
     """One tensor of the checkpoint and the tensor that takes its values.
 
     Attributes:
@@ -102,18 +100,7 @@ class RestoreSession:
         self._watch: FileWatch | None = None
         self._has_no_pages = False
         self._given: list[tuple[int, int]] = []
-        names: dict[str, str] = {}
-        for tensor in checkpoint.index:
-            for storage in tensor.storages:
-                names.setdefault(storage.key, tensor.name)
-        self._records = sorted(
-            (
-                Record(names.get(storage.key, storage.key), storage.offset, storage.nbytes, storage.crc32)
-                for storage in checkpoint.index.storages
-                if verify and storage.crc32 is not None
-            ),
-            key=lambda record: record.offset,
-        )
+        self._records = _records_of(checkpoint.index) if verify else []
         self._verifies_pages = verify_pages
         self._compared: set[int] = set()
         self._record_offsets = [record.offset for record in self._records]
@@ -365,6 +352,17 @@ class RestoreSession:
     def _tell_pinned(self, nbytes: int) -> None:
         if self._on_pinned is not None:
             self._on_pinned(nbytes)
+
+
+def _records_of(index: Checkpoint) -> list[Record]:
+    """The storages whose checksum the file records, in the order of the file, by the name of a tensor in each."""
+    checked = [storage for storage in index.storages if storage.crc32 is not None]
+    names: dict[str, str] = {}
+    for tensor in index if checked else ():
+        for storage in tensor.storages:
+            names.setdefault(storage.key, tensor.name)
+    checked.sort(key=lambda storage: storage.offset)
+    return [Record(names.get(s.key, s.key), s.offset, s.nbytes, s.crc32) for s in checked if s.crc32 is not None]
 
 
 class _Freeing(threading.Thread):

@@ -9,8 +9,7 @@ What the hook does not recognise stays in the state dict as it is and is copied 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -47,8 +46,7 @@ _HOLDS_HALF = (torch.float32, torch.float64)
 _CHECK_BYTES = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
+class _Target(NamedTuple):
     """A parameter or persistent buffer that ``load_state_dict`` is about to fill."""
 
     key: str
