@@ -143,8 +143,9 @@ def _parse_entry(path: str, key: str, entry: object) -> tuple[torch.dtype | str,
         case _:
             what = f"must have a dtype, a shape and two data_offsets, but is {short(entry)}. {COPY_AGAIN}"
             raise _entry_error(path, key, what)
+    numbers = (*sizes, begin, end)
     # bool is a kind of int, and true is no size.
-    if not all(type(number) is int and 0 <= number < _LIMIT for number in (*sizes, begin, end)):
+    if {*map(type, numbers)} != {int} or min(numbers) < 0 or max(numbers) >= _LIMIT:
         what = f"has shape {short(sizes)} and data_offsets {short([begin, end])}, but these must be integers"
         raise _entry_error(path, key, f"{what} from 0 to 2**63 - 1. {COPY_AGAIN}")
     dtype = _DTYPES.get(dtype_name)

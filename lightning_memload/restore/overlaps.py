@@ -52,8 +52,7 @@ def overlapping_ids(tensors: Iterable[torch.Tensor]) -> set[int]:
     for tensor in tensors:
         if has_memory(tensor):
             start = tensor.data_ptr()
-            end = start + (tensor.nbytes if tensor.is_contiguous() else span_bytes(tensor))
-            by_device.setdefault(tensor.device, []).append((start, end, id(tensor)))
+            by_device.setdefault(tensor.device, []).append((start, start + span_bytes(tensor), id(tensor)))
     overlapping: set[int] = set()
     for spans in by_device.values():
         furthest_end, furthest = -1, 0

@@ -155,12 +155,13 @@ class WeightsRestore:
             return  # torch copies all of them.
         tensors: list[tuple[str, torch.Tensor | None]] = [*module._parameters.items(), *module._buffers.items()]
         own = [(f"{prefix}{name}", tensor) for name, tensor in tensors if tensor is not None]
+        overrides = _overrides_load(module)
         with unrecorded():
             for key, tensor in own:
                 value = state_dict.get(key)
                 if key in self._values and value is tensor and self._is_disturbed(tensor):
                     state_dict[key] = self._values[key]
-                elif not _overrides_load(module) and is_alias(value, tensor):
+                elif not overrides and is_alias(value, tensor):
                     # It has these values: torch would copy them onto themselves, byte by byte.
                     state_dict[key] = tensor
             if module._modules or any(state_dict.get(key) is not tensor for key, tensor in own):
@@ -224,7 +225,7 @@ class WeightsRestore:
                     fresh.append(target)
             elif not overrides and self._may_assign(target, session.device, root):
                 assignable.append(target)
-            elif target.tensor.device == session.device and overlaps_itself(target.tensor):
+            elif overlaps_itself(target.tensor) and target.tensor.device == session.device:
                 continue  # An expanded buffer: torch refuses it, and says which.
             else:
                 stream.append(target)
