@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -24,8 +23,7 @@ __all__ = ["ChunkedTensor", "ChunkedValues", "FilePiece"]
 _READ_BLOCK_BYTES = 16 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class FilePiece:
+class FilePiece(NamedTuple):
     """Where a part of a tensor, or all of it, lies.
 
     Attributes:

@@ -12,13 +12,13 @@ from lightning_memload.checkpoint.mapped import UnmappableCheckpoint
 from lightning_memload.checkpoint.placeholders import DefaultDict, GlobalName, Opaque, SpecialValue, TensorValue
 from lightning_memload.errors import CheckpointFormatError
 
-__all__ = ["collect_tensors", "locate_globals"]
+__all__ = ["MAX_DEPTH", "children_of", "collect_tensors", "locate_globals"]
 
 # What a million of may be in a pickle, and no tensor in any.
 _LEAVES = frozenset((int, float, str, bool, bytes, type(None)))
 
 # Pickling anything deeper runs into Python's recursion limit. A path costs memory for every level.
-_MAX_DEPTH = 1000
+MAX_DEPTH = 1000
 
 _NUMPY_DTYPE = re.compile(r"[|<>=]?[a-zA-Z]\d{0,4}")
 
@@ -57,13 +57,14 @@ def collect_tensors(file_name: str, root: Any) -> tuple[tuple[TensorInfo, ...], 
         visited.add(id(value))
         if isinstance(value, SpecialValue):
             special.append(SpecialTensor(path, value.kind, value.dtype, value.shape, value.nbytes))
-        if len(path) == _MAX_DEPTH:
-            raise UnmappableCheckpoint(f"{file_name} nests its objects more than {_MAX_DEPTH} deep.", path=file_name)
-        stack.extend(reversed(_children(path, value)))
+        if len(path) == MAX_DEPTH:
+            raise UnmappableCheckpoint(f"{file_name} nests its objects more than {MAX_DEPTH} deep.", path=file_name)
+        stack.extend(reversed(children_of(path, value)))
     return tuple(found), tuple(special)
 
 
-def _children(path: KeyPath, value: Any) -> list[tuple[KeyPath, Any]]:
+def children_of(path: KeyPath, value: Any) -> list[tuple[KeyPath, Any]]:
+    """What a container at some path holds, each with its own path, without numbers and texts."""
     if isinstance(value, dict):
         return [((*path, _path_key(key)), item) for key, item in value.items() if type(item) not in _LEAVES]
     items = value.parts if isinstance(value, Opaque) else value
@@ -114,9 +115,9 @@ def locate_globals(root: Any, named: Iterable[GlobalName]) -> tuple[PickledGloba
             if type(value) is not dict:
                 stack.append((path, getattr(value, "__dict__", None)))  # _metadata of a state dict
             stack += [(path, key) for key in value if type(key) not in _LEAVES]
-            stack.extend(reversed(_children(path, value)))
+            stack.extend(reversed(children_of(path, value)))
         elif isinstance(value, (list, tuple, set)):
-            stack.extend(reversed(_children(path, value)))
+            stack.extend(reversed(children_of(path, value)))
     return tuple(PickledGlobal(*name, path, name not in with_items) for name, path in places.items())
 
 

@@ -143,8 +143,9 @@ def _parse_entry(path: str, key: str, entry: object) -> tuple[torch.dtype | str,
         case _:
             what = f"must have a dtype, a shape and two data_offsets, but is {short(entry)}. {COPY_AGAIN}"
             raise _entry_error(path, key, what)
+    numbers = (*sizes, begin, end)
     # bool is a kind of int, and true is no size.
-    if not all(type(number) is int and 0 <= number < _LIMIT for number in (*sizes, begin, end)):
+    if {*map(type, numbers)} != {int} or min(numbers) < 0 or max(numbers) >= _LIMIT:
         what = f"has shape {short(sizes)} and data_offsets {short([begin, end])}, but these must be integers"
         raise _entry_error(path, key, f"{what} from 0 to 2**63 - 1. {COPY_AGAIN}")
     dtype = _DTYPES.get(dtype_name)
@@ -185,7 +186,8 @@ def _require_full_cover(path: str, size: int, data_start: int, ranges: Mapping[s
     Raises:
         CheckpointFormatError: Tensors overlap, or bytes are left over: some tensor is missing from the header.
     """
-    position, before = data_start, "the header"
+    position = data_start
+    before: str | None = None
     # Empty tensors first: they may stand wherever another one begins.
     for key, (begin, end) in sorted(ranges.items(), key=lambda item: item[1]):
         if begin != position:
@@ -194,15 +196,19 @@ def _require_full_cover(path: str, size: int, data_start: int, ranges: Mapping[s
                 if begin < position
                 else f"leave {begin - position} bytes between them that belong to no tensor"
             )
-            what = f"begins at byte {begin}, but {before} ends at byte {position}: they {what}. {COPY_AGAIN}"
+            what = f"begins at byte {begin}, but {_before(before)} ends at byte {position}: they {what}. {COPY_AGAIN}"
             raise _entry_error(path, key, what)
-        position, before = end, f"tensor {short(key)}"
+        position, before = end, key
     if position != size:
         raise CheckpointFormatError(
-            f"{path}: {before} ends at byte {position}, but the file has {size} bytes: the last "
+            f"{path}: {_before(before)} ends at byte {position}, but the file has {size} bytes: the last "
             f"{size - position} belong to no tensor. {COPY_AGAIN}",
             path=path,
         )
+
+
+def _before(key: str | None) -> str:
+    return "the header" if key is None else f"tensor {short(key)}"
 
 
 def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ __all__ = [
     "PickleContents",
     "Record",
     "current_name",
+    "find_storage",
     "read_structure",
     "walk_pickle",
 ]
@@ -111,6 +112,56 @@ def read_structure(path: str, data: bytes, records: Mapping[str, Record]) -> Any
     """
     with _damage_reported(path):
         return _StructureUnpickler(path, data, records).load()
+
+
+def find_storage(
+    path: str,
+    records: Mapping[str, Record],
+    key: str,
+    location: str,
+    nbytes: int,
+    elsewhere: Mapping[str, StorageInfo] = MappingProxyType({}),
+) -> StorageInfo:
+    """The storage that a pickle refers to.
+
+    Args:
+        path: What to call the file in messages.
+        records: See :func:`walk_pickle`.
+        key: The storage's name.
+        location: The device that the pickle has it on.
+        nbytes: Its length there.
+        elsewhere: See :func:`walk_pickle`.
+
+    Raises:
+        CheckpointFormatError: The file lacks it, or has less of it.
+    """
+    record = records.get(f"data/{key}")
+    if record is None:
+        raise CheckpointFormatError(
+            f"{path} is damaged: its pickle needs storage {key!r} of {nbytes} bytes, which the file lacks.",
+            path=path,
+        )
+    if not 0 <= nbytes <= record.nbytes:
+        raise CheckpointFormatError(
+            f"{path} is damaged: its pickle gives storage {key!r} {nbytes} bytes, the file {record.nbytes}.",
+            path=path,
+        )
+    if key in elsewhere:
+        if nbytes != STUB_BYTES:
+            raise CheckpointFormatError(
+                f"{path} is damaged: storage {key!r} lies in a file of its own, yet the pickle gives it {nbytes} bytes "
+                f"instead of the {STUB_BYTES} of a stub.",
+                path=path,
+            )
+        if location != elsewhere[key].location:
+            raise CheckpointFormatError(
+                f"{path} is damaged: its pickle has storage {key!r} on {reprlib.repr(location)}, but the manifest on "
+                f"{reprlib.repr(elsewhere[key].location)}.",
+                path=path,
+            )
+        return elsewhere[key]
+    crc32 = record.crc32 if nbytes == record.nbytes else None
+    return StorageInfo(key=key, offset=record.offset, nbytes=nbytes, crc32=crc32, location=location)
 
 
 @contextlib.contextmanager
@@ -202,36 +253,9 @@ class _StructureUnpickler(InertUnpickler):
             )
         typed = self._typed.get(key)
         if typed is None:
-            storage = self.storages[key] = self._find_storage(key, location, numel * dtype.itemsize)
+            storage = self.storages[key] = find_storage(
+                self._path, self._records, key, location, numel * dtype.itemsize, self._elsewhere
+            )
             # Like torch: the first reference to a storage gives it its type.
             typed = self._typed[key] = TypedStorage(storage, dtype)
         return typed
-
-    def _find_storage(self, key: str, location: str, nbytes: int) -> StorageInfo:
-        record = self._records.get(f"data/{key}")
-        if record is None:
-            raise CheckpointFormatError(
-                f"{self._path} is damaged: its pickle needs storage {key!r} of {nbytes} bytes, which the file lacks.",
-                path=self._path,
-            )
-        if not 0 <= nbytes <= record.nbytes:
-            raise CheckpointFormatError(
-                f"{self._path} is damaged: its pickle gives storage {key!r} {nbytes} bytes, the file {record.nbytes}.",
-                path=self._path,
-            )
-        if key in self._elsewhere:
-            if nbytes != STUB_BYTES:
-                raise CheckpointFormatError(
-                    f"{self._path} is damaged: storage {key!r} lies in a file of its own, yet the pickle gives it "
-                    f"{nbytes} bytes instead of the {STUB_BYTES} of a stub.",
-                    path=self._path,
-                )
-            if location != self._elsewhere[key].location:
-                raise CheckpointFormatError(
-                    f"{self._path} is damaged: its pickle has storage {key!r} on {reprlib.repr(location)}, but the "
-                    f"manifest on {reprlib.repr(self._elsewhere[key].location)}.",
-                    path=self._path,
-                )
-            return self._elsewhere[key]
-        crc32 = record.crc32 if nbytes == record.nbytes else None
-        return StorageInfo(key=key, offset=record.offset, nbytes=nbytes, crc32=crc32, location=location)

@@ -13,7 +13,7 @@ import contextlib
 import os
 import pickle
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.checkpoint.pickled_globals import explain_refusal, refused_globals
 from lightning_memload.checkpoint.plain_pickle import NotPlain, build_plain
 from lightning_memload.checkpoint.source import FileSet, LocalFile
-from lightning_memload.checkpoint.torch_pickle import STUB_BYTES, walk_pickle
+from lightning_memload.checkpoint.torch_pickle import STUB_BYTES, PickleContents, Record, find_storage, walk_pickle
 from lightning_memload.checkpoint.zip_records import is_zip, pickle_is_sound, read_records, read_zip_inventory
 from lightning_memload.errors import CheckpointFormatError, InsufficientMemoryError, MemloadError, UnsafeGlobalsError
 
@@ -64,14 +64,18 @@ class TorchZip:
             pickle.UnpicklingError: Likewise, for another reason than classes; torch's own message.
         """
         source = FileSet([path])
+        (file,) = source.files
         try:
-            index = read_index(source.files[0])
+            records, pickled = read_records(file)
+            with contextlib.suppress(NotPlain):
+                return _load_plain(source, records, pickled)
+            index = _make_index(file, walk_pickle(file.name, pickled, records))
             mapping = FileMapping(source)
         except BaseException:
             source.close()
             raise
         loaded, refusal = load_what_is_allowed(
-            mapping, index, source.files[0], weights_only=weights_only, erases=erases
+            mapping, index, file, weights_only=weights_only, erases=erases, may_be_plain=False
         )
         return loaded, MappedCheckpoint(index, source, mapping, refusal)
 
@@ -113,7 +117,10 @@ def read_index(file: LocalFile) -> Checkpoint:
         UnmappableCheckpoint: The records are compressed or of the other byte order.
     """
     records, pickled = read_records(file)
-    found = walk_pickle(file.name, pickled, records)
+    return _make_index(file, walk_pickle(file.name, pickled, records))
+
+
+def _make_index(file: LocalFile, found: PickleContents) -> Checkpoint:
     return Checkpoint(
         path=file.name,
         format=TorchZip.name,
@@ -133,6 +140,7 @@ def load_what_is_allowed(
     weights_only: bool | None,
     erases: bool,
     stubs: Collection[str] = (),
+    may_be_plain: bool = True,
 ) -> tuple[Any, UnsafeGlobalsError | None]:
     """Loads the object of a torch zip file as :func:`load_onto` does, on request without what is refused.
 
@@ -144,10 +152,14 @@ def load_what_is_allowed(
         stubs: See :func:`load_onto`.
         erases: Where ``weights_only`` refuses classes, load the object all the same, with tuples in which a
             ``RefusedGlobal`` stands for each of them. Nothing is built of these classes.
+        may_be_plain: Try to build the object without ``torch.load`` first.
 
     Returns:
         The object, and the error that would have been raised without ``erases``.
     """
+    if may_be_plain:
+        with contextlib.suppress(NotPlain):
+            return _load_plain_indexed(mapping, index, file, stubs), None
     try:
         return load_onto(mapping, index, file, weights_only=weights_only, stubs=stubs), None
     except UnsafeGlobalsError as error:
@@ -196,8 +208,6 @@ def load_onto(
         UnmappableCheckpoint: A tensor is of a subclass whose storage torch gives to nobody.
         InsufficientMemoryError: See :class:`TorchZip`, as for all others.
     """
-    with contextlib.suppress(NotPlain):
-        return _load_plain(mapping, index, file, stubs)
     handover: Any = _Handover(index, mapping, stubs)
     descriptor = file.open_descriptor()
     try:
@@ -232,29 +242,60 @@ def load_onto(
         handover.end()
 
 
-def _load_plain(mapping: FileMapping, index: Checkpoint, file: LocalFile, stubs: Collection[str]) -> Any:
-    """Builds the object without ``torch.load``.
+def _load_plain(source: FileSet, records: Mapping[str, Record], pickled: bytes) -> tuple[Any, MappedCheckpoint]:
+    """Builds the object and the index in one pass.
+
+    Raises:
+        NotPlain: It is left to ``torch.load`` and the inert walk.
+        OSError: The kernel refuses the mapping.
+    """
+    (file,) = source.files
+    if sum(name.startswith("data/") for name in records) < _MANY_STORAGES:
+        raise NotPlain  # torch takes no time for it
+    _require_loadable(file, records)
+    mapping = FileMapping(source)
+
+    def storage_of(key: str, location: str, nbytes: int) -> tuple[StorageInfo, torch.UntypedStorage]:
+        info = find_storage(file.name, records, key, location, nbytes)
+        return info, _storage_on(mapping, info)
+
+    plain = build_plain(pickled, storage_of)
+    index = _make_index(file, PickleContents(plain.tensors(), plain.storages, (), ()))
+    return plain.root, MappedCheckpoint(index, source, mapping)
+
+
+def _load_plain_indexed(mapping: FileMapping, index: Checkpoint, file: LocalFile, stubs: Collection[str]) -> Any:
+    """Builds the object of a file that was indexed, see :func:`load_onto`, without ``torch.load``.
 
     Raises:
         NotPlain: It is left to ``torch.load``.
     """
-    if len(index.storages) < _MANY_STORAGES or file.size_bytes >= _memory_bytes():
-        raise NotPlain  # torch takes no time for it, or has to say that it is too large
+    if len(index.storages) < _MANY_STORAGES:
+        raise NotPlain  # torch takes no time for it
     try:
         records, pickled = read_records(file)
     except (MemloadError, OSError) as error:
         raise NotPlain from error  # changed since it was indexed
-    if "constants.pkl" in records:
-        raise NotPlain  # TorchScript
+    _require_loadable(file, records)
     storages = {storage.key: storage for storage in index.storages}
 
-    def storage_of(key: str, location: str, nbytes: int) -> torch.UntypedStorage:
+    def storage_of(key: str, location: str, nbytes: int) -> tuple[StorageInfo, torch.UntypedStorage]:
         info = storages[key]
         if location != info.location or nbytes != (STUB_BYTES if key in stubs else info.nbytes):
             raise NotPlain
-        return mapping.storage(info.offset, info.nbytes) if info.nbytes else torch.UntypedStorage(0)
+        return info, _storage_on(mapping, info)
 
-    return build_plain(pickled, storage_of)
+    return build_plain(pickled, storage_of).root
+
+
+def _require_loadable(file: LocalFile, records: Mapping[str, Record]) -> None:
+    """Raises ``NotPlain`` for what torch refuses, or loads in another way."""
+    if file.size_bytes >= _memory_bytes() or "constants.pkl" in records:
+        raise NotPlain  # it is too large, which torch has to say, or TorchScript
+
+
+def _storage_on(mapping: FileMapping, info: StorageInfo) -> torch.UntypedStorage:
+    return mapping.storage(info.offset, info.nbytes) if info.nbytes else torch.UntypedStorage(0)
 
 
 def name_sections(index: Checkpoint) -> dict[int, str]:

@@ -13,13 +13,12 @@ import threading
 import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
-from lightning_memload.checkpoint import DetachedError, FileMapping, FileWatch, MappedCheckpoint, span_bytes
-from lightning_memload.errors import InsufficientMemoryError
+from lightning_memload.checkpoint import Checkpoint, DetachedError, FileMapping, FileWatch, MappedCheckpoint, span_bytes
+from lightning_memload.errors import ChecksumError, InsufficientMemoryError
 from lightning_memload.memory import free_device_bytes
 from lightning_memload.restore.recording import claim
 from lightning_memload.transfer import (
@@ -37,10 +36,13 @@ __all__ = ["Move", "RestoreSession"]
 
 # Of the free memory; a restore that needs more than this is announced, since the first step needs memory as well.
 _TIGHT_FRACTION = 0.9
+# To stream a tensor by itself takes 100 to 200 us. torch copies one of this size out of the mapping in 20.
+_SMALL_BYTES = 64 << 10
+# Of these together, since what is copied out of a mapping counts as the process's file-backed memory meanwhile.
+_ALL_SMALL_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(NamedTuple):
     """One tensor of the checkpoint and the tensor that takes its values.
 
     Attributes:
@@ -98,18 +100,7 @@ class RestoreSession:
         self._watch: FileWatch | None = None
         self._has_no_pages = False
         self._given: list[tuple[int, int]] = []
-        names: dict[str, str] = {}
-        for tensor in checkpoint.index:
-            for storage in tensor.storages:
-                names.setdefault(storage.key, tensor.name)
-        self._records = sorted(
-            (
-                Record(names.get(storage.key, storage.key), storage.offset, storage.nbytes, storage.crc32)
-                for storage in checkpoint.index.storages
-                if verify and storage.crc32 is not None
-            ),
-            key=lambda record: record.offset,
-        )
+        self._records = _records_of(checkpoint.index) if verify else []
         self._verifies_pages = verify_pages
         self._compared: set[int] = set()
         self._record_offsets = [record.offset for record in self._records]
@@ -238,6 +229,52 @@ class RestoreSession:
             self._compare([p[0].offset for p, pages in zip(located, given, strict=True) if p and pages is not None])
         return given
 
+    def leave_small(self, tensors: Sequence[torch.Tensor]) -> dict[int, tuple[torch.Tensor, ChecksumError | None]]:
+        """Chooses tensors of the checkpoint that torch shall copy itself, and compares the checksums of all at once.
+
+        Args:
+            tensors: Tensors that would else be moved one by one.
+
+        Returns:
+            By its ``id``, each tensor that is small, and lies in a small record, with the error of its checksum.
+
+        Raises:
+            CheckpointReadError: Reading failed.
+        """
+        chosen: list[tuple[torch.Tensor, int]] = []
+        records: dict[int, Record] = {}
+        room = _ALL_SMALL_BYTES
+        for tensor, pieces in zip(tensors, self.checkpoint.locate_all(tensors), strict=True):
+            if pieces is None or len(pieces) > 1 or tensor.nbytes > min(room, _SMALL_BYTES):
+                continue
+            offset = pieces[0].offset
+            for record in self._records_at([offset]):
+                if offset < record.offset + record.nbytes:
+                    records[offset] = record
+            if offset not in records or records[offset].nbytes <= _SMALL_BYTES:
+                chosen.append((tensor, offset))
+                room -= tensor.nbytes
+        errors = self._compare_all([records[offset] for _, offset in chosen if offset in records])
+        return {
+            id(tensor): (tensor, errors.get(records[offset].offset) if offset in records else None)
+            for tensor, offset in chosen
+        }
+
+    def _compare_all(self, records: Sequence[Record]) -> dict[int, ChecksumError]:
+        """The errors of records, by their offsets. Leaves them in the page cache, for torch to copy from there."""
+        errors: dict[int, ChecksumError] = {}
+        source = self.checkpoint.source
+        drops, source.drop_behind = source.drop_behind, False
+        self.stats += compare_records(
+            source,
+            list({record.offset: record for record in records}.values()),
+            num_threads=self._ring.layout.num_threads,
+            on_progress=self._on_progress,
+            on_damage=lambda record, error: errors.update({record.offset: error}),
+        )
+        source.drop_behind = drops
+        return errors
+
     def _compare(self, offsets: Sequence[int]) -> None:
         """Compares the records at some offsets, each once."""
         records = [record for record in self._records_at(offsets) if record.offset not in self._compared]
@@ -315,6 +352,17 @@ class RestoreSession:
     def _tell_pinned(self, nbytes: int) -> None:
         if self._on_pinned is not None:
             self._on_pinned(nbytes)
+
+
+def _records_of(index: Checkpoint) -> list[Record]:
+    """The storages whose checksum the file records, in the order of the file, by the name of a tensor in each."""
+    checked = [storage for storage in index.storages if storage.crc32 is not None]
+    names: dict[str, str] = {}
+    for tensor in index if checked else ():
+        for storage in tensor.storages:
+            names.setdefault(storage.key, tensor.name)
+    checked.sort(key=lambda storage: storage.offset)
+    return [Record(names.get(s.key, s.key), s.offset, s.nbytes, s.crc32) for s in checked if s.crc32 is not None]
 
 
 class _Freeing(threading.Thread):

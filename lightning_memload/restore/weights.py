@@ -8,19 +8,28 @@ What the hook does not recognise stays in the state dict as it is and is copied 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_memload.checkpoint import ChunkedTensor, span_bytes
+from lightning_memload.checkpoint import ChunkedTensor
+from lightning_memload.errors import ChecksumError
 from lightning_memload.restore.allocation import empty_on, materialize, replace_data, without_weak_references
 from lightning_memload.restore.matching import WeightsMatch, is_of_restore, match_weights, module_keys, walk_apart
+from lightning_memload.restore.overlaps import (
+    PLAIN_TYPES,
+    Sharing,
+    has_memory,
+    is_alias,
+    is_plain_tensor,
+    memory_of,
+    overlapping_ids,
+    overlaps_itself,
+)
 from lightning_memload.restore.recipes import (
-    WaitingParameter,
     fill_before_load,
     follow_recipes,
     remove_load_hooks,
@@ -33,13 +42,11 @@ __all__ = ["WeightsRestore"]
 
 # The types that hold every float16, bfloat16 and float32 value exactly.
 _HOLDS_HALF = (torch.float32, torch.float64)
-_PLAIN_TYPES = (torch.Tensor, nn.Parameter, WaitingParameter)
 # To ask the system for its free memory takes some 0.5 ms: not for each of thousands of small modules.
 _CHECK_BYTES = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
+class _Target(NamedTuple):
     """A parameter or persistent buffer that ``load_state_dict`` is about to fill."""
 
     key: str
@@ -96,13 +103,16 @@ class WeightsRestore:
         # Both are asked once: to look at the whole module or optimizer for each submodule takes the square of the time.
         self._needed_later: dict[torch.device, int] | None = None
         self._unchecked_bytes = 0
-        self._sharing: _Sharing | None = None
+        self._sharing: Sharing | None = None
         self.match: WeightsMatch | None = None
         self._given: list[str] = []
         # What each key had in the file, and the versions of the tensors since: whether somebody changed them meanwhile.
         self._values: dict[str, torch.Tensor] = {}
         self._versions: dict[int, int] = {}
         self._disturbed: set[int] = set()
+        # What torch copies by itself, by its id, and whether one of these has not its checksum.
+        self._left: dict[int, tuple[torch.Tensor, ChecksumError | None]] = {}
+        self._is_damaged = False
         # ScriptModules refuse hooks. A parent's hook finds their parameters; one that is loaded by itself is torch's.
         hookable = [child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule)]
         self._handles = [_first_hook(child, self._before_load) for child in hookable]
@@ -121,6 +131,7 @@ class WeightsRestore:
         self._later_bytes = dict
         self._sharing = None
         self._values.clear()
+        self._left.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightsRestore:
         # A module that is copied during the restore takes its hooks along; they end with this one's.
@@ -140,21 +151,40 @@ class WeightsRestore:
             rename_compiled(state_dict, module_keys(module))
         if module is root:
             self._given = list(state_dict)
+        elif not self._is_damaged and all(id(value) in self._left for value in state_dict.values()):
+            return  # torch copies all of them.
         tensors: list[tuple[str, torch.Tensor | None]] = [*module._parameters.items(), *module._buffers.items()]
         own = [(f"{prefix}{name}", tensor) for name, tensor in tensors if tensor is not None]
+        overrides = _overrides_load(module)
         with unrecorded():
             for key, tensor in own:
                 value = state_dict.get(key)
                 if key in self._values and value is tensor and self._is_disturbed(tensor):
                     state_dict[key] = self._values[key]
-                elif not _overrides_load(module) and _is_alias(value, tensor):
+                elif not overrides and is_alias(value, tensor):
                     # It has these values: torch would copy them onto themselves, byte by byte.
                     state_dict[key] = tensor
-            self._stream(session, root, module, state_dict, prefix)
+            if module._modules or any(state_dict.get(key) is not tensor for key, tensor in own):
+                self._stream(session, root, module, state_dict, prefix)
+            if module is root:
+                self._leave(session, root, state_dict)
         for key, tensor in own:
             if key in self._values and state_dict.get(key) is tensor:
                 # torch copies it onto itself now.
                 self._versions[id(tensor)] = self._versions.get(id(tensor), 0) + 1
+
+    def _leave(self, session: RestoreSession, root: nn.Module, state_dict: dict[str, Any]) -> None:
+        """Leaves small tensors of modules that load in their own way to torch, which copies them into their memory."""
+        values = [v for v in state_dict.values() if type(v) in PLAIN_TYPES and id(v) not in self._versions]
+        on_meta = any(tensor.is_meta for tensor in (*root.parameters(), *root.buffers())) if values else False
+        self._left = {} if self._assign or on_meta else session.leave_small(values)
+        self._is_damaged = any(error is not None for _, error in self._left.values())
+
+    def _is_left(self, value: torch.Tensor) -> bool:
+        _, error = self._left.get(id(value), (None, None))
+        if error is not None:
+            raise error
+        return id(value) in self._left
 
     def _is_disturbed(self, tensor: torch.Tensor) -> bool:
         """Whether code that ran since it was filled has changed it. Then torch's order counts, and it is filled again.
@@ -182,25 +212,26 @@ class WeightsRestore:
             return  # torch copies all of them.
         if self._sharing is not None:
             self._sharing.note(module)  # Code of its own may have tied something since.
-        overlapping = _overlapping(target.tensor for target in last)
+        overlapping = overlapping_ids(target.tensor for target in last)
         stream: list[_Target] = []
         fresh: list[_Target] = []
         assignable: list[_Target] = []
         for target in last:
-            if id(target.tensor) in overlapping:
-                continue  # The order in which torch fills the memory matters.
+            if id(target.tensor) in overlapping or self._is_left(target.value):
+                continue  # The order in which torch fills the memory matters, or it is small.
             if target.key not in held:
                 # A value that a hook made: torch copies it, into memory that has to exist.
                 if target.tensor.is_meta:
                     fresh.append(target)
             elif not overrides and self._may_assign(target, session.device, root):
                 assignable.append(target)
-            elif target.tensor.device == session.device and _overlaps_itself(target.tensor):
+            elif overlaps_itself(target.tensor) and target.tensor.device == session.device:
                 continue  # An expanded buffer: torch refuses it, and says which.
             else:
                 stream.append(target)
         assign: dict[str, torch.Tensor] = {}
-        for target, pages in zip(assignable, session.pages_of([t.value for t in assignable]), strict=True):
+        pages_of_all = session.pages_of([target.value for target in assignable]) if assignable else []
+        for target, pages in zip(assignable, pages_of_all, strict=True):
             if pages is None:
                 stream.append(target)
             else:
@@ -251,7 +282,7 @@ class WeightsRestore:
         if tensor.is_meta or self._keep_memory or not tensor.is_cpu:
             return tensor.is_meta
         if self._sharing is None:
-            self._sharing = _Sharing(root)
+            self._sharing = Sharing(root)
         return not self._sharing.shares(tensor)
 
     def _final_dtype(self, target: _Target) -> torch.dtype:
@@ -283,62 +314,6 @@ class WeightsRestore:
             materialize(module, missing, self._session.device, self._dtype)
 
 
-class _Sharing:
-    """Which of a module's tensors lie in the same memory without being one object.
-
-    Memory that a tensor has left counts as its own still, so the answer may be yes for too many, never for too few.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._owners: dict[tuple[torch.device, int], set[int]] = {}
-        self.note(module)
-
-    def note(self, module: nn.Module) -> None:
-        """Takes in where the tensors of a module, or of a part of it, are now."""
-        for tensor in (*module.parameters(), *module.buffers()):
-            if _has_memory(tensor):
-                self._owners.setdefault(_memory_of(tensor), set()).add(id(tensor))
-
-    def shares(self, tensor: torch.Tensor) -> bool:
-        """Whether another parameter or buffer has the same storage."""
-        return bool(self._owners.get(_memory_of(tensor), set()) - {id(tensor)})
-
-
-def _overlapping(tensors: Iterable[torch.Tensor]) -> set[int]:
-    """The ids of the tensors whose filling writes to memory of another one of them too."""
-    by_device: dict[torch.device, list[tuple[int, int, int]]] = {}
-    for tensor in tensors:
-        if _has_memory(tensor):
-            start = tensor.data_ptr()
-            end = start + (tensor.nbytes if tensor.is_contiguous() else span_bytes(tensor))
-            by_device.setdefault(tensor.device, []).append((start, end, id(tensor)))
-    overlapping: set[int] = set()
-    for spans in by_device.values():
-        furthest_end, furthest = -1, 0
-        for start, end, number in sorted(spans):
-            if start < furthest_end:
-                overlapping |= {furthest, number}
-            if end > furthest_end:
-                furthest_end, furthest = end, number
-    return overlapping
-
-
-def _has_memory(tensor: Any) -> TypeGuard[torch.Tensor]:
-    return _is_plain(tensor) and not tensor.is_meta and tensor.numel() > 0
-
-
-def _is_alias(value: Any, tensor: torch.Tensor) -> bool:
-    return (
-        value is not tensor
-        and _has_memory(value)
-        and _has_memory(tensor)
-        and value.data_ptr() == tensor.data_ptr()
-        and (value.device, value.dtype, value.shape, value.stride())
-        == (tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-        and not (value.is_conj() or value.is_neg() or tensor.is_conj() or tensor.is_neg())
-    )
-
-
 def _first_hook(module: nn.Module, hook: Callable[..., None]) -> RemovableHandle:
     """Registers a load_state_dict pre-hook before :func:`fill_before_load`, which then finds nothing to do."""
     handle: RemovableHandle = module.register_load_state_dict_pre_hook(hook)
@@ -350,16 +325,6 @@ def _first_hook(module: nn.Module, hook: Callable[..., None]) -> RemovableHandle
 
 def _version_of(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _overlaps_itself(tensor: torch.Tensor) -> bool:
-    if tensor.is_contiguous():
-        return False
-    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _memory_of(tensor: torch.Tensor) -> tuple[torch.device, int]:
-    return tensor.device, tensor.untyped_storage().data_ptr()
 
 
 def _find_targets(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> Iterator[_Target]:
@@ -378,7 +343,7 @@ def _find_targets(module: nn.Module, state_dict: dict[str, Any], prefix: str) ->
         else:
             taken.append((path, child))
     tensors = [tensor for child in left for tensor in (*child._parameters.values(), *child._buffers.values())]
-    later = {id(tensor) for tensor in tensors} | {_memory_of(tensor) for tensor in tensors if _has_memory(tensor)}
+    later = {id(tensor) for tensor in tensors} | {memory_of(tensor) for tensor in tensors if has_memory(tensor)}
     for path, child in taken:
         child_prefix = f"{prefix}{path}." if path else prefix
         # torch 2.13 has no public name for non-persistent buffers; load_state_dict itself reads this set. Filling such
@@ -387,11 +352,11 @@ def _find_targets(module: nn.Module, state_dict: dict[str, Any], prefix: str) ->
         buffers = ((name, buffer) for name, buffer in child._buffers.items() if name not in skipped)
         for name, tensor in (*child._parameters.items(), *buffers):
             value = state_dict.get(child_prefix + name)
-            if not isinstance(value, ChunkedTensor) and not _is_plain(value):
+            if not isinstance(value, ChunkedTensor) and not is_plain_tensor(value):
                 continue
-            if not _is_plain(tensor) or tensor.shape != value.shape:
+            if not is_plain_tensor(tensor) or tensor.shape != value.shape:
                 continue
-            if path and later and (id(tensor) in later or (_has_memory(tensor) and _memory_of(tensor) in later)):
+            if path and later and (id(tensor) in later or (has_memory(tensor) and memory_of(tensor) in later)):
                 continue
             yield _Target(child_prefix + name, tensor, value)
 
@@ -405,8 +370,3 @@ def _has_own_ways(module: nn.Module) -> bool:
     if _overrides_load(module):
         return True
     return any(not is_of_restore(hook) for hook in module._load_state_dict_pre_hooks.values())
-
-
-def _is_plain(tensor: Any) -> TypeGuard[torch.Tensor]:
-    """Whether a tensor's memory is simply its values. Subclasses and special layouts stay with torch."""
-    return type(tensor) in _PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_quantized

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from lightning_memload.checkpoint import ByteSource, read_fully
+from lightning_memload.errors import ChecksumError
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.engine import Record, TransferStats, checksum_error
 from lightning_memload.transfer.plan import Range, Read, plan_reads
@@ -27,6 +28,7 @@ def compare_records(
     *,
     num_threads: int,
     on_progress: Callable[[int], None] | None = None,
+    on_damage: Callable[[Record, ChecksumError], None] | None = None,
 ) -> TransferStats:
     """Reads records and compares their checksums.
 
@@ -35,6 +37,8 @@ def compare_records(
         records: The records.
         num_threads: The most threads to read with.
         on_progress: Called after every read with its length in bytes, from the threads, one at a time.
+        on_damage: Called with a record that does not have its checksum, and the error, instead of raising it. From the
+            threads, one at a time.
 
     Returns:
         Counters.
@@ -46,10 +50,12 @@ def compare_records(
     Peak memory: 1 MiB for each thread.
     """
     records = [record for record in records if record.nbytes]
+    if not records:
+        return TransferStats()
     started = time.perf_counter()
     ranges = [Range(number, record.offset, record.nbytes) for number, record in enumerate(records)]
     reads = plan_reads(ranges, block_bytes=_BLOCK_BYTES)
-    comparison = _Comparison(source, records, reads, on_progress)
+    comparison = _Comparison(source, records, reads, on_progress, on_damage)
     num_threads = min(num_threads, len(reads))
     if num_threads > 1:
         run_threads(comparison.work, num_threads, comparison.stop)
@@ -70,11 +76,14 @@ class _Comparison:
         records: Sequence[Record],
         reads: Sequence[Read],
         on_progress: Callable[[int], None] | None,
+        on_damage: Callable[[Record, ChecksumError], None] | None,
     ) -> None:
         self._source = source
         self._records = records
         self._reads = iter(reads)
         self._on_progress = on_progress
+        self._on_damage = on_damage
+        self._block_bytes = max(read.nbytes for read in reads)
         self._checksums = PartialChecksums([record.nbytes for record in records])
         self._lock = threading.Lock()
         self._stopped = False
@@ -83,7 +92,7 @@ class _Comparison:
         self._stopped = True
 
     def work(self) -> None:
-        buffer = memoryview(bytearray(_BLOCK_BYTES))
+        buffer = memoryview(bytearray(self._block_bytes))
         while not self._stopped:
             with self._lock:
                 read = next(self._reads, None)
@@ -96,10 +105,16 @@ class _Comparison:
                 actual = self._checksums.update(segment.target, segment.target_start, [part])
                 record = self._records[segment.target]
                 if actual is not None and actual != record.crc32:
-                    raise checksum_error(self._source, record, actual)
+                    self._tell_damage(record, checksum_error(self._source, record, actual))
             with self._lock:
                 if self._on_progress is not None:
                     self._on_progress(read.nbytes)
+
+    def _tell_damage(self, record: Record, error: ChecksumError) -> None:
+        if self._on_damage is None:
+            raise error
+        with self._lock:
+            self._on_damage(record, error)
 
     def _name_at(self, offset: int) -> str | None:
         return next((r.name for r in self._records if r.offset <= offset < r.offset + r.nbytes), None)

@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -34,8 +35,7 @@ __all__ = ["Record", "TensorCopy", "TransferStats", "checksum_error", "transfer"
 _DIRECT_BLOCK_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class TensorCopy:
+class TensorCopy(NamedTuple):
     """One tensor to bring from the file to its destination.
 
     Attributes:

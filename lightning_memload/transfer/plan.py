@@ -3,12 +3,15 @@
 Reads are in file order and never longer than a block. Tensors that lie close together share a read, a tensor longer
 than a block is cut, and several targets may want the same bytes of one read (ties, views). Every byte of every target
 is covered exactly once. Nothing here knows of devices, files or torch.
+
+What there is one of for each tensor is a named tuple: to make one takes 0.4 us, a frozen dataclass 1.5.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lightning_memload.checkpoint import span_elements
 
@@ -18,8 +21,7 @@ __all__ = ["Check", "Piece", "Range", "Read", "Segment", "plan_checks", "plan_re
 MAX_GAP_BYTES = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
+class Range(NamedTuple):
     """What one target wants: ``nbytes`` of the file from ``offset`` on."""
 
     target: int
@@ -27,8 +29,7 @@ class Range:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Part of a read that belongs to a target: read bytes ``[start, start + nbytes)`` go to ``target_start`` on."""
 
     start: int
@@ -46,8 +47,7 @@ class Read:
     segments: tuple[Segment, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(NamedTuple):
     """Part of a read whose checksum counts: ``nbytes`` from ``start`` on are the record's from ``record_start`` on."""
 
     start: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import pickle
+import tempfile
 import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -13,9 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from lightning_memload.checkpoint import load_mapped, torch_zip
+from lightning_memload.checkpoint import load_mapped, open_checkpoint, torch_zip
+from lightning_memload.checkpoint.index import StorageInfo
 from lightning_memload.checkpoint.plain_pickle import NotPlain, build_plain
 
 
@@ -107,6 +111,91 @@ def test_plain_things_are_as_torch_gives_them(
     assert_same(loaded, expected)
 
 
+# Storages that tensors of a drawn object are views of.
+BASES = [
+    torch.arange(12, dtype=dtype)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
+]
+BASES += [torch.arange(12) % 2 == 0, torch.empty(0)]
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    """Any view of any of the storages, a tensor of its own, or a parameter."""
+    base = draw(st.sampled_from(BASES))
+    if base.numel():
+        shape = draw(st.lists(st.integers(0, 3), max_size=2))
+        stride = draw(st.lists(st.integers(0, 3), min_size=len(shape), max_size=len(shape)))
+        base = base.as_strided(shape, stride, draw(st.integers(0, 2 if 0 not in shape else 12)))
+    if draw(st.booleans()):
+        base = base.clone()
+    if base.is_floating_point() and draw(st.booleans()):
+        return nn.Parameter(base.detach(), requires_grad=draw(st.booleans()))
+    return base.detach().requires_grad_(base.is_floating_point() and draw(st.booleans()))
+
+
+def state_dict_of(items: dict[str, Any]) -> OrderedDict[str, Any]:
+    """A dict with the attribute that a module's state dict has."""
+    state = OrderedDict(items)
+    state._metadata = OrderedDict(a={"version": 1})  # type: ignore[attr-defined]
+    return state
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3) | tensors()
+KEYS = st.text(max_size=3) | st.integers() | st.booleans() | st.none() | st.tuples(st.integers(), st.text(max_size=2))
+OBJECTS = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=5).map(tuple)
+        | st.dictionaries(KEYS, inner, max_size=4)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=3).map(state_dict_of)
+        | inner.map(lambda value: [value, value, (value, [value])])
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(value=OBJECTS)
+def test_object_and_index_are_the_same_either_way(value: Any) -> None:
+    """Object: as torch.load gives it. Index: as the inert walk gives it. What is one object stays one."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "any.pt"
+        torch.save(value, path)
+        patch.setattr(torch_zip, "_MANY_STORAGES", 0)
+        expected = [torch.load(path, weights_only=weights_only) for weights_only in (True, False)]
+        index = open_checkpoint(path)
+        patch.setattr(torch, "load", None)
+        loaded, mapped = load_mapped(path)
+        for theirs in expected:
+            assert_same(loaded, theirs)
+            assert identities(loaded) == identities(theirs)
+        assert mapped.index == index
+        mapped.detach()
+
+
+def identities(value: Any) -> list[int]:
+    """For every container and tensor, in order, which of those before it is the same object or has the same storage."""
+    seen: dict[Any, int] = {}
+    found: list[int] = []
+    kept: list[Any] = []  # or a storage's identity could be another one's later
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if not isinstance(item, (torch.Tensor, dict, list, tuple)) or item == ():
+            continue
+        is_new = id(item) not in seen
+        found.append(seen.setdefault(id(item), len(seen)))
+        if isinstance(item, torch.Tensor):
+            kept.append(item.untyped_storage())
+            if kept[-1].nbytes():
+                found.append(seen.setdefault(("storage", kept[-1].data_ptr()), len(seen)))
+        elif is_new:
+            stack += item.values() if isinstance(item, dict) else item
+    return found
+
+
 @pytest.mark.usefixtures("always")
 def test_what_is_shared_stays_shared(tmp_path: Path) -> None:
     path = tmp_path / "shared.pt"
@@ -143,21 +232,21 @@ OTHERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def refuse(key: str, location: str, nbytes: int) -> torch.UntypedStorage:
-    return torch.UntypedStorage(nbytes)
+def empty(key: str, location: str, nbytes: int) -> tuple[StorageInfo, torch.UntypedStorage]:
+    return StorageInfo(key, 0, nbytes, None, location), torch.UntypedStorage(nbytes)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.filterwarnings("ignore")
 def test_all_others_are_left_to_torch(name: str, tmp_path: Path) -> None:
     with pytest.raises(NotPlain):
-        build_plain(pickled(OTHERS[name](), tmp_path), refuse)
+        build_plain(pickled(OTHERS[name](), tmp_path), empty)
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 3, 4, 5])
 def test_other_protocols_are_left_to_torch(protocol: int) -> None:
     with pytest.raises(NotPlain):
-        build_plain(pickle.dumps({"a": 1}, protocol=protocol), refuse)
+        build_plain(pickle.dumps({"a": 1}, protocol=protocol), empty)
 
 
 def test_no_prefix_and_no_flipped_byte_does_harm(tmp_path: Path) -> None:
@@ -165,15 +254,40 @@ def test_no_prefix_and_no_flipped_byte_does_harm(tmp_path: Path) -> None:
     data = pickled(optimizer_state(), tmp_path)
     for end in range(len(data)):
         with pytest.raises(NotPlain):
-            build_plain(data[:end], refuse)
+            build_plain(data[:end], empty)
     for position in range(len(data)):
         changed = bytearray(data)
         changed[position] ^= 0x41
         try:
-            built = build_plain(bytes(changed), refuse)
+            built = build_plain(bytes(changed), empty)
         except NotPlain:
             continue
-        torch.save(built, io.BytesIO())
+        torch.save(built.root, io.BytesIO())
+
+
+def test_tuples_of_tuples_take_no_time() -> None:
+    """Some hundred bytes make a tuple that holds another one 2**200 times. Nobody looks into each."""
+    doubled = b"".join(b"q%bh%b\x86" % (bytes((number,)), bytes((number,))) for number in range(200))
+    root = build_plain(b"\x80\x02)" + doubled + b"\x85.", empty).root
+    depth = 0
+    while root:
+        root, depth = root[0], depth + 1
+    assert depth == 201
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x02K\x01(\x85.",  # a tuple of what is below a mark
+        b"\x80\x02}K\x01K\x02(\x73.",  # an item for a dict below a mark
+        b"\x80\x02}(K\x01u.",  # half an item
+    ],
+)
+def test_what_pickle_refuses_is_not_plain(data: bytes) -> None:
+    with pytest.raises((IndexError, pickle.UnpicklingError)):
+        pickle.loads(data)
+    with pytest.raises(NotPlain):
+        build_plain(data, empty)
 
 
 @pytest.mark.usefixtures("always")
@@ -191,7 +305,7 @@ def test_within_a_fake_mode_torch_decides(tmp_path: Path, monkeypatch: pytest.Mo
     data = pickled([torch.ones(3)], tmp_path)
     storage = torch.ones(3).untyped_storage()
     with FakeTensorMode(), pytest.raises(NotPlain):
-        build_plain(data, lambda *_: storage)
+        build_plain(data, lambda *_: (StorageInfo("0", 0, 12, None, "cpu"), storage))
 
 
 @pytest.mark.parametrize("number", [999, 1000])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,8 @@ def test_every_kind_is_measured(import_benchmark: Callable[[str], ModuleType], t
     numbers: dict[str, list[int]] = {}
     for row in result["rows"]:
         numbers.setdefault(row["what"], []).append(row["number"])
-    assert sorted(numbers.values()) == [[2, 3]] * 4 + [[200]] * 5
+    assert sorted(numbers.values()) == [[2, 3]] * 6 + [[200]] * 5
+    assert result["command"].startswith("python examples/benchmarks/growth.py --modules 2 3 --tensors 200")
+    assert ("remark" in result) == (result["load_average"] > (os.cpu_count() or 1))
     rendered = import_benchmark("render").render(result)
     assert all(f"| {what} |" in rendered for what in numbers)

@@ -28,7 +28,7 @@ from lightning_memload import (
     open_checkpoint,
     save_directory,
 )
-from lightning_memload.restore import RestoreSession, session, weights
+from lightning_memload.restore import RestoreSession, overlaps, session, weights
 from lightning_memload.transfer.engine import _Transfer
 from tests.checkpoint.files import as_bytes
 from tests.fresh_process import run_fresh
@@ -52,6 +52,14 @@ class Net(nn.Module):
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "weights.pt"
+
+
+@pytest.fixture(params=["small", "streamed"])
+def is_small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether tiny tensors of modules that load in their own way are torch's to copy, or streamed as large ones are."""
+    if request.param == "streamed":
+        monkeypatch.setattr(session, "_SMALL_BYTES", -1)
+    return bool(request.param == "small")
 
 
 @pytest.fixture
@@ -449,7 +457,7 @@ DISTURBED: dict[str, tuple[Callable[[], nn.Module], int]] = {
 @pytest.mark.parametrize("mode", ["copy", "assign"])
 @pytest.mark.parametrize("name", DISTURBED)
 def test_what_changes_while_others_load(
-    name: str, mode: Any, meta: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, mode: Any, meta: bool, path: Path, monkeypatch: pytest.MonkeyPatch, is_small: bool
 ) -> None:
     make, num_transfers = DISTURBED[name]
     state = make().state_dict()
@@ -467,13 +475,14 @@ def test_what_changes_while_others_load(
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         assert not isinstance(value, torch.Tensor) or torch.equal(ours[key], value), key
-    if mode == "copy":
+    if mode == "copy" and not is_small:
         assert len(transfers) == num_transfers
     if name == "anchor":
         assert type(module[1].anchor) is torch.Tensor
         assert torch.equal(module[1].anchor, state["1.weight"])
 
 
+@pytest.mark.usefixtures("is_small")
 class TestModulesWithWaysOfTheirOwn:
     @pytest.mark.parametrize("meta", [False, True])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -585,6 +594,7 @@ class Upgrades(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["swap", "drop", "keep", "in place", "transpose", "numpy"])
+@pytest.mark.usefixtures("is_small")
 @pytest.mark.parametrize("mode", ["copy", "assign"])
 def test_hooks_of_submodules_see_the_file(tmp_path: Path, way: str, mode: Any) -> None:
     path = tmp_path / "weights.pt"
@@ -614,6 +624,7 @@ class Hooked(nn.Linear):
         self.register_load_state_dict_pre_hook(lambda *_: None)
 
 
+@pytest.mark.usefixtures("is_small")
 @pytest.mark.parametrize("kind", [nn.Linear, OwnLoad, Hooked])
 @pytest.mark.parametrize("mode", ["copy", "assign"])
 @pytest.mark.parametrize("legacy", [False, True])
@@ -626,9 +637,10 @@ def test_the_work_for_a_module_does_not_grow_with_the_number_of_modules(
         looks: list[None] = []
         records: list[int] = []
         asked: list[None] = []
-        is_plain, transfer, free = weights._is_plain, session.transfer, session.free_device_bytes
+        is_plain, transfer, free = weights.is_plain_tensor, session.transfer, session.free_device_bytes
         with monkeypatch.context() as patch:
-            patch.setattr(weights, "_is_plain", lambda tensor: looks.append(None) or is_plain(tensor))
+            for owner in (weights, overlaps):
+                patch.setattr(owner, "is_plain_tensor", lambda tensor: looks.append(None) or is_plain(tensor))
 
             def count_records(*args: Any, **kwargs: Any) -> Any:
                 records.append(len(kwargs["records"]))
@@ -650,6 +662,77 @@ def test_the_work_for_a_module_does_not_grow_with_the_number_of_modules(
     few, many = count(20), count(80)
     assert few[0] > 0
     assert all(after <= 4.2 * before + 8 for before, after in zip(few, many, strict=True))
+
+
+@pytest.mark.parametrize("kind", [OwnLoad, Hooked])
+def test_small_modules_take_one_read_together(
+    path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[nn.Linear]
+) -> None:
+    """A read, threads and a plan for each of thousands took 0.2 ms each."""
+    calls: list[str] = []
+    for name in ("transfer", "compare_records"):
+        function = getattr(session, name)
+        monkeypatch.setattr(
+            session, name, lambda *a, name=name, function=function, **k: calls.append(name) or function(*a, **k)
+        )
+    saved, module = (nn.Sequential(nn.Linear(2, 2), *(kind(2, 2) for _ in range(30))) for _ in range(2))
+    torch.save(saved.state_dict(), path)
+    load_weights(module, path)
+    assert_equal(module, saved)
+    assert calls == ["transfer", "compare_records"]
+
+
+def damage(path: Path, name: str) -> None:
+    data = bytearray(path.read_bytes())
+    data[open_checkpoint(path)[name].storage.offset + 1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.usefixtures("is_small")
+@pytest.mark.parametrize("kind", [OwnLoad, Hooked])
+def test_small_modules_are_verified(path: Path, kind: type[nn.Linear]) -> None:
+    torch.save(nn.Sequential(kind(2, 2), kind(2, 2)).state_dict(), path)
+    damage(path, "1.weight")
+    with pytest.raises(ChecksumError, match=r"of 1\.weight at byte") as caught:
+        load_weights(nn.Sequential(kind(2, 2), kind(2, 2)), path)
+    assert caught.value.key == "1.weight"
+    load_weights(nn.Sequential(kind(2, 2), kind(2, 2)), path, verify=False)
+
+
+@pytest.mark.usefixtures("is_small")
+def test_what_a_module_drops_may_be_damaged(path: Path) -> None:
+    class Drops(nn.Linear):
+        def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+            state_dict.pop(f"{prefix}old", None)
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    saved, module = Drops(2, 2), Drops(2, 2)
+    torch.save({**saved.state_dict(), "old": torch.ones(3)}, path)
+    damage(path, "old")
+    load_weights(module, path)
+    assert_equal(module, saved)
+
+
+@pytest.mark.usefixtures("is_small")
+@pytest.mark.parametrize("small_first", [False, True])
+@pytest.mark.parametrize("within", [False, True])
+def test_a_small_view_of_a_large_weight(path: Path, small_first: bool, within: bool) -> None:
+    """torch's order decides what the shared memory has in the end."""
+
+    def make() -> nn.Module:
+        memory = torch.zeros(300, 300)
+        tensors = {"large": nn.Parameter(memory), "small": nn.Parameter(memory[0])}
+        module, child = Hooked(1, 1), nn.Module()
+        for name in sorted(tensors, reverse=small_first):
+            (child if within and name == "large" else module).register_parameter(name, tensors[name])
+        module.add_module("child", child)
+        return nn.Sequential(module, nn.Linear(2, 2))
+
+    torch.save({name: torch.randn(value.shape) for name, value in make().state_dict().items()}, path)
+    module, expected = make(), make()
+    expected.load_state_dict(torch.load(path))
+    load_weights(module, path)
+    assert_equal(module, expected)
 
 
 @pytest.mark.parametrize("mode", ["copy", "assign"])
