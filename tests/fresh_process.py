@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FreshProcessError", "FreshResult", "memory_cgroup_obstacle", "run_fresh"]
+__all__ = ["FreshProcessError", "FreshResult", "memory_cgroup_obstacle", "run_fresh", "run_program"]
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -140,7 +140,24 @@ def memory_cgroup_obstacle() -> str | None:
         return f"no writable memory cgroup: {error}"
 
 
-def _run(command: list[str], timeout_seconds: float) -> tuple[int | None, str, str]:
+def run_program(program: Path, timeout_seconds: float = 500, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program file, which may start ranks: with this repository on its path, and one thread for each process.
+
+    Args:
+        program: The file.
+        timeout_seconds: After this the program and its ranks are killed, and its status is -9. On a busy machine ranks
+            take minutes to import torch.
+        **environment: Further variables of its environment.
+    """
+    variables = {**os.environ, "PYTHONPATH": str(_REPOSITORY), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, str(program)]
+    returncode, stdout, stderr = _run(command, timeout_seconds, variables)
+    return subprocess.CompletedProcess(command, -9 if returncode is None else returncode, stdout, stderr)
+
+
+def _run(
+    command: list[str], timeout_seconds: float, environment: dict[str, str] | None = None
+) -> tuple[int | None, str, str]:
     """Run a command in a session of its own; returns its status (``None``: timed out), output and error output."""
     # A session of its own: a timeout then also ends what the program started.
     process = subprocess.Popen(
@@ -150,6 +167,7 @@ def _run(command: list[str], timeout_seconds: float) -> tuple[int | None, str, s
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
+        env=environment,
         start_new_session=True,
     )
     with process:

@@ -4,6 +4,8 @@
 
 A combination is ``python:torch:lightning``. Each takes an environment of up to 8 GB, since plain torch wheels are built
 for CUDA; it is removed when its tests have run. What follows ``--`` goes to pip: an index with CPU wheels, say.
+Interpreters are looked for on the PATH (with pyenv: ``PYENV_VERSION=3.10.13:3.13.0 make test-versions``).
+The first name runs all rooms that meet torch or Lightning, the others a tenth of the cases of tests/plugins.
 Exits with 1 if a test failed or an environment could not be made.
 """
 
@@ -26,7 +28,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 COMBINATIONS = ("3.10:2.6.0:2.5.0", "3.13:2.14.1:2.6.6")
 NAMES = ("lightning.pytorch", "pytorch_lightning")
 # What meets torch and Lightning. Peaks are another matter: they depend on what a version imports.
-TESTS = ("tests/checkpoint", "tests/restore", "tests/save", "tests/transfer", "tests/plugins", "-m", "not memory")
+ROOMS = ("checkpoint", "cli", "distributed", "plugins", "report", "restore", "save", "transfer")
+TESTS = (*(f"tests/{room}" for room in ROOMS), "-m", "not memory")
+# The other name changes which package is imported, and nothing else: every tenth case, as `make test-names`.
+OTHER_NAME = ("tests/plugins", "--ignore=tests/plugins/test_packages.py", "--every", "10", "-m", "not memory")
 NEEDED = ("hypothesis", "jsonargparse[signatures]", "pytest", "pytest-timeout", "tensorboard")
 
 
@@ -96,12 +101,13 @@ def run_tests(combination: Combination, python: Path, name: str, tests: list[str
     """Runs the tests in an environment, under one of Lightning's names."""
     started = time.monotonic()
     environment = {**os.environ, "TEST_LIGHTNING": name}
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    command = [str(python), "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
-    for line in lines:
-        if line.startswith(("FAILED", "ERROR")):
-            print(line, flush=True)
+    # All of it: the environment is gone when somebody reads it.
+    found = re.search(r"^=+ (?:FAILURES|ERRORS) =+$.*", done.stdout, re.MULTILINE | re.DOTALL)
+    if found is not None:
+        print(found[0], flush=True)
     summary = next((line for line in reversed(lines) if re.search(r"\d+ \w+.* in ", line)), (lines or ["nothing"])[-1])
     return Row(combination, name, summary.strip("= "), time.monotonic() - started, done.returncode == 0)
 
@@ -114,7 +120,7 @@ def main(arguments: list[str]) -> int:
     default = [*map(Combination.parse, COMBINATIONS)]
     parser.add_argument("combinations", nargs="*", type=Combination.parse, default=default)
     parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES, help="of Lightning's packages")
-    parser.add_argument("--tests", default=shlex.join(TESTS), help="what to give to pytest")
+    parser.add_argument("--tests", type=shlex.split, help="what to give to pytest, with each name")
     options = parser.parse_args(own)
     rows: list[Row] = []
     for combination in options.combinations:
@@ -123,10 +129,12 @@ def main(arguments: list[str]) -> int:
                 python = install(combination, Path(folder), pip_arguments)
             except (OSError, subprocess.CalledProcessError) as error:
                 rows.append(Row(combination, "-", f"not installed: {error}", 0, is_good=False))
+                print(rows[-1].line(), flush=True)
             else:
                 for name in options.names:
-                    rows.append(run_tests(combination, python, name, shlex.split(options.tests)))
-        print(rows[-1].line(), flush=True)
+                    tests = options.tests or [*(TESTS if name == options.names[0] else OTHER_NAME)]
+                    rows.append(run_tests(combination, python, name, tests))
+                    print(rows[-1].line(), flush=True)
     print(f"\n{'python':8} {'torch':10} {'lightning':10} {'imported as':18} {'time':>8}  outcome")
     print("\n".join(row.line() for row in rows))
     return 0 if all(row.is_good for row in rows) else 1

@@ -27,6 +27,8 @@ __all__ = [
 ]
 
 _MAX_PARTS = 1000
+# Since torch 2.14 weights_only puts items into objects of allowed classes that derive list.
+_FILLS_LISTS = torch.__version__ >= "2.14"
 
 # Module and qualified name.
 GlobalName = tuple[str, str]
@@ -37,7 +39,8 @@ class Opaque:
 
     Attributes:
         global_name: The class or function that made it, ``None`` where the placeholder is for something else.
-        holds_items: Whether the pickle puts items into it, as into an object whose class derives dict or list.
+        holds_items: Whether the pickle puts items into it that ``weights_only`` never allows, as into an object whose
+            class derives dict.
     """
 
     global_name: ClassVar[GlobalName | None] = None
@@ -63,24 +66,21 @@ class Opaque:
         self.parts.append(state)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self._take((key, value))
+        self.add((key, value))
 
     def append(self, value: Any) -> None:
         """Keeps an item."""
-        self._take(value)
+        self.extend([value])
 
     def extend(self, values: Any) -> None:
         """Keeps items."""
-        for value in values:
-            self._take(value)
+        self.holds_items |= not _FILLS_LISTS or self.global_name == ("collections", "deque")  # no list
+        self.parts.extend(values)
 
     def add(self, value: Any) -> None:
         """Keeps an item."""
-        self._take(value)
-
-    def _take(self, item: Any) -> None:
         self.holds_items = True
-        self.parts.append(item)
+        self.parts.append(value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Opaque:
         """Stands for what a call of it would return."""

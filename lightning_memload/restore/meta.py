@@ -248,8 +248,8 @@ class _Construction:
             self.recorder.is_paused = False
 
     def describe(self) -> str:
-        """What was built in memory, and why."""
-        realised = self.recorder.kept()
+        """What was built in memory and is still there, and why."""
+        realised = self.recorder.realised
         nbytes = sum(item.nbytes for item in realised)
         reasons = {f"{item.owner[0].__name__}.{item.owner[1]}": item.reason for item in realised}
         named = listed((f"{name}: {reason}" for name, reason in reasons.items()), separator="; ")

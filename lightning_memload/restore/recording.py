@@ -13,6 +13,7 @@ one what reads memory past the dispatcher. Other threads, and extensions that ta
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import sys
 import threading
@@ -201,7 +202,10 @@ class Recorder:
 
     def kept(self) -> list[Realised]:
         """Of what was realised, what is still there."""
-        return [item for item in self.realised if not item.storage.expired()]
+        if any(not item.storage.expired() for item in self.realised):
+            gc.collect()  # torch.save (2.6) leaves what it has saved in a circle of references.
+        self.realised = [item for item in self.realised if not item.storage.expired()]
+        return self.realised
 
     def own_sources(self, contents: Iterable[Contents]) -> None:
         """Copies what others could still change of what contents depend on, when the construction ends."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from lightning_memload.errors import (
 from lightning_memload.restore import OptimizerRestore, RestoreSession
 from lightning_memload.transfer import LazyRing, choose_layout
 from tests.checkpoint.files import save_dcp
+from tests.fresh_process import run_program
 from tests.plugins.harness import FEATURES, TRUSTED, Case, TinyModule, assert_same, make_trainer, resume
 
 # Two processes: FSDP2 under ModelParallelStrategy, whose state is then saved once more as a whole, and once more in
@@ -139,19 +138,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("this torch cannot train with FSDP2 on CPUs")
     folder = tmp_path_factory.mktemp("sharded")
     (folder / "program.py").write_text(PROGRAM)
-    done = subprocess.run(
-        [sys.executable, str(folder / "program.py")],
-        env={
-            **os.environ,
-            "MEMLOAD_TEST_FOLDER": str(folder),
-            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+    done = run_program(folder / "program.py", MEMLOAD_TEST_FOLDER=str(folder))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return folder
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.fresh_process import run_program
 from tests.plugins.harness import Case, TinyModule, adamw, make_trainer, write_checkpoint
 from tests.plugins.test_callback import flip_byte
 
@@ -70,20 +68,7 @@ def ranks(path: Path, folder: Path, strategy: str, *, ours: bool, **options: str
     program = folder / "program.py"
     program.write_text(PROGRAM)
     arguments = {"path": str(path), "folder": str(folder), "strategy": strategy, "ours": ours, **options}
-    repository = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, str(program)],
-        env={
-            **os.environ,
-            "MEMLOAD_TEST_ARGUMENTS": json.dumps(arguments),
-            "PYTHONPATH": str(repository),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+    done = run_program(program, MEMLOAD_TEST_ARGUMENTS=json.dumps(arguments))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -175,15 +160,7 @@ def test_ranks_that_are_not_alike(path: Path, tmp_path: Path) -> None:
     flip_byte(tmp_path / "node1" / "damaged.ckpt", "state_dict.second.weight")
     program = tmp_path / "program.py"
     program.write_text(UNEQUAL)
-    environment = {
-        **os.environ,
-        "MEMLOAD_TEST_FOLDER": str(tmp_path),
-        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=150, check=False
-    )
+    done = run_program(program, MEMLOAD_TEST_FOLDER=str(tmp_path))
 
     def results(name: str) -> list[dict[str, Any]]:
         files = [tmp_path / f"{name}.{rank}.json" for rank in range(2)]

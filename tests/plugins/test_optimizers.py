@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -238,8 +239,9 @@ class Mapped(L.Callback):
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.found += [line for line in Path("/proc/self/maps").read_text().splitlines() if self.path in line]
-        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-        self.found += [str(link) for link in links if self.path in str(link.readlink())]
+        for link in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                self.found += [str(link)] if self.path in str(link.readlink()) else []
 
 
 @pytest.mark.parametrize("meta", [False, True])

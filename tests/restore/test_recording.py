@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -214,6 +215,19 @@ def test_sparse_tensors_meet_waiting_ones(layout: torch.layout, name: str) -> No
     with meta_init():
         actual = answer()
     assert actual == expected
+
+
+def test_nothing_is_told_of_what_only_a_circle_of_references_keeps() -> None:
+    gc.disable()
+    try:
+        with meta_init():
+            layer = nn.Linear(2, 2)
+            circle: list[Any] = [layer]
+            circle.append(circle)
+            layer.weight.tolist()
+            del layer, circle
+    finally:
+        gc.enable()
 
 
 class Probed(nn.Module):
