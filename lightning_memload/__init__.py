@@ -1,8 +1,8 @@
 """Resume PyTorch Lightning training from an ordinary checkpoint at no more memory than training itself.
 
-Every public name can be imported from here. All but the errors are looked up on first use (PEP 562), so
-``import lightning_memload`` is cheap and brings in Lightning only when ``MemoryEfficientRestore`` or
-``StreamingCheckpointIO`` is touched. The modules below this one never import from it.
+Every public name can be imported from here. All names except the errors are imported on first use (PEP 562), so
+``import lightning_memload`` is cheap. Lightning is imported on the first use of ``MemoryEfficientRestore``,
+``StreamingCheckpointIO`` or ``load_from_checkpoint``. The modules below this one never import from it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from lightning_memload.save import save_directory
     from lightning_memload.transfer import VerifyReport, verify_checkpoint
 else:
-    # Only at run time: a type checker that sees a module-level __getattr__ accepts every misspelt name.
+    # Only at run time: with a module-level __getattr__ a type checker accepts every misspelt name.
     _HOMES = {
         "Checkpoint": "lightning_memload.checkpoint",
         "MemoryEfficientRestore": "lightning_memload.plugins",
@@ -82,7 +82,7 @@ else:
     }
 
     def __getattr__(name: str) -> object:
-        """Import a public name from the room it lives in, and keep it here for the next use."""
+        """Import a public name from its package, and keep it here for the next use."""
         home = _HOMES.get(name)
         if home is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -93,5 +93,5 @@ else:
         return value
 
     def __dir__() -> list[str]:
-        """All public names, also those that were not looked up yet."""
+        """All public names, including those that have not been imported yet."""
         return sorted({*globals(), *__all__})

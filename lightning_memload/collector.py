@@ -1,7 +1,7 @@
-"""Python's garbage collector, paused while many objects are made that all live on.
+"""Pauses Python's garbage collector while many long-lived objects are created.
 
-The collector walks the heap again and again meanwhile and finds nothing: with ten thousand tensors a third
-of the time.
+Otherwise the collector scans the heap many times and finds no garbage. With ten thousand tensors this takes a third of
+the time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["paused_collector"]
 
 @contextlib.contextmanager
 def paused_collector() -> Iterator[None]:
-    """Within, the collector does not start by itself, in any thread. Afterwards it is as it was."""
+    """Disable automatic collection in all threads for a ``with`` block, and restore the previous state after it."""
     if not gc.isenabled():
         yield
         return

@@ -1,7 +1,7 @@
-"""Every error this package raises on purpose, in one tree.
+"""The hierarchy of all errors that this package raises on purpose.
 
-Each class also derives the builtin it resembles, so that code written against plain Python or torch keeps
-working. The values a caller may want to act on are fields of the exception, not only words in its message.
+Each class also derives the builtin error that it resembles, so code written for plain Python or torch keeps working.
+Values that a caller may need are fields of the exception, and not only part of its message.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class MemloadError(Exception):
 
 
 class CheckpointFormatError(MemloadError, ValueError):
-    """The file is not a checkpoint that can be indexed: truncated, inconsistent, or of another format.
+    """The file is not a checkpoint that can be indexed: it is truncated, inconsistent, or of an unknown format.
 
     Attributes:
         path: The file.
-        intact_sibling: Another checkpoint in its directory that is intact, ``None`` if none is known.
+        intact_sibling: An intact checkpoint in the same directory, ``None`` if none is known.
     """
 
     def __init__(self, message: str, *, path: str) -> None:
@@ -49,8 +49,8 @@ class CheckpointReadError(MemloadError, OSError):
     Attributes:
         path: The file.
         key: The tensor whose bytes were being read, ``None`` when no tensor is known.
-        offset: Where in the file, in bytes.
-        intact_sibling: Another checkpoint in its directory that is intact, ``None`` if none is known.
+        offset: The position in the file, in bytes.
+        intact_sibling: An intact checkpoint in the same directory, ``None`` if none is known.
     """
 
     def __init__(self, message: str, *, path: str, key: str | None, offset: int, errno: int | None = None) -> None:
@@ -63,10 +63,10 @@ class CheckpointReadError(MemloadError, OSError):
 
 
 class ChecksumError(CheckpointReadError):
-    """The bytes of a tensor do not have the CRC-32 that the file records for them.
+    """The CRC-32 of a tensor's bytes differs from the one that the file records.
 
     Attributes:
-        expected: The CRC-32 in the file's directory.
+        expected: The CRC-32 recorded in the file.
         actual: The CRC-32 of the bytes that were read.
     """
 
@@ -77,12 +77,12 @@ class ChecksumError(CheckpointReadError):
 
 
 class CheckpointWriteError(MemloadError, OSError):
-    """Writing a checkpoint failed, or was refused for want of space. What was there before is untouched.
+    """Writing a checkpoint failed, or there is not enough space for it. A previous checkpoint there is unchanged.
 
     Attributes:
         path: The file that was to be written.
-        needed_bytes: The size it would have, ``None`` when it is not known.
-        free_bytes: What is free on its file system, ``None`` when it is not known.
+        needed_bytes: The size of the new checkpoint, ``None`` if it is unknown.
+        free_bytes: The free space of the file system, ``None`` if it is unknown.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class IncompatibleWeightsError(MemloadError, RuntimeError):
         path: The checkpoint.
         missing_keys: Keys of the module that the checkpoint lacks.
         unexpected_keys: Keys of the checkpoint that the module lacks.
-        mismatched_shapes: For each key whose shapes differ, the shape on disk and the one in the module.
+        mismatched_shapes: For each key whose shapes differ: the shape on disk and the shape in the module.
     """
 
     def __init__(
@@ -122,11 +122,11 @@ class IncompatibleWeightsError(MemloadError, RuntimeError):
 
 
 class IncompleteCheckpointError(MemloadError, KeyError):
-    """The checkpoint lacks a part that shall be restored.
+    """The checkpoint lacks a part that is to be restored.
 
     Attributes:
         path: The checkpoint.
-        missing: The parts it lacks, as ``MemoryEfficientRestore(restore=...)`` names them.
+        missing: The missing parts, named as in ``MemoryEfficientRestore(restore=...)``.
     """
 
     def __init__(self, message: str, *, path: str, missing: tuple[str, ...]) -> None:
@@ -135,16 +135,16 @@ class IncompleteCheckpointError(MemloadError, KeyError):
         self.missing = missing
 
     def __str__(self) -> str:
-        return str(self.args[0])  # KeyError shows its repr
+        return str(self.args[0])  # str() of a KeyError is the repr of its message.
 
 
 class InsufficientMemoryError(MemloadError, MemoryError):
-    """The restore cannot fit, found before the first byte was moved.
+    """The restore needs more memory than is free. Raised before the first byte is moved.
 
     Attributes:
-        device: Where the memory is short, for example ``"cpu"`` or ``"cuda:0"``.
-        needed_bytes: What the restore would allocate there.
-        free_bytes: What is free there.
+        device: The device that lacks memory, for example ``"cpu"`` or ``"cuda:0"``.
+        needed_bytes: The memory that the restore would allocate there.
+        free_bytes: The memory that is free there.
     """
 
     def __init__(self, message: str, *, device: str, needed_bytes: int, free_bytes: int) -> None:
@@ -155,11 +155,11 @@ class InsufficientMemoryError(MemloadError, MemoryError):
 
 
 class MetaTensorError(MemloadError, RuntimeError):
-    """Tensors are still on the meta device where values are needed, and nothing can supply them.
+    """Tensors that need values are still on the meta device, and no source has values for them.
 
     Attributes:
-        names: The parameters and buffers concerned.
-        module_class: The class that cannot be built under ``meta_init``, ``None`` where that is not the matter.
+        names: The names of these parameters and buffers.
+        module_class: The class that cannot be built under ``meta_init``, ``None`` if the cause is another one.
     """
 
     def __init__(self, message: str, *, names: tuple[str, ...], module_class: type | None = None) -> None:
@@ -169,11 +169,11 @@ class MetaTensorError(MemloadError, RuntimeError):
 
 
 class OptimizerMismatchError(MemloadError, ValueError):
-    """A checkpoint that keeps optimizer states by name has other names than the optimizer's parameters.
+    """A checkpoint stores optimizer states by name, and its names are not those of the optimizer's parameters.
 
     Attributes:
-        missing: Parameters of the optimizer that the checkpoint has no place for.
-        unexpected: Parameters of the checkpoint that the optimizer does not update.
+        missing: Parameters of the optimizer that the checkpoint lacks.
+        unexpected: Parameters of the checkpoint that the optimizer lacks.
     """
 
     def __init__(self, message: str, *, missing: tuple[str, ...], unexpected: tuple[str, ...]) -> None:
@@ -183,11 +183,11 @@ class OptimizerMismatchError(MemloadError, ValueError):
 
 
 class UnsafeGlobalsError(MemloadError, pickle.UnpicklingError):
-    """``weights_only`` refuses classes or functions that a checkpoint names. None of them was imported.
+    """``weights_only`` refuses classes or functions of a checkpoint. None of them has been imported.
 
     Attributes:
         path: The checkpoint.
-        places: The full name of each refused class, and where in the checkpoint the first object of it stands.
+        places: The full name of each refused class or function, and the place of its first object in the checkpoint.
     """
 
     def __init__(self, message: str, *, path: str, places: Mapping[str, str]) -> None:
@@ -197,7 +197,7 @@ class UnsafeGlobalsError(MemloadError, pickle.UnpicklingError):
 
 
 def listed(items: Iterable[object], *, separator: str = ", ", most: int = 10) -> str:
-    """Items as messages list them: the first ones, and how many more there are."""
+    """Return items as a list for a message: the first ``most`` of them and the number of the others."""
     shown = [str(item) for item in items]
     more = f"{separator}and {len(shown) - most} more" if len(shown) > most else ""
     return separator.join(shown[:most]) + more

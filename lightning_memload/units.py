@@ -1,6 +1,6 @@
-"""Numbers, bytes and speeds as people read them: the one place that chooses a unit.
+"""Formats numbers, bytes and speeds for people. No other module chooses a unit.
 
-Units are binary (KiB, MiB, GiB, TiB), and fit the number. Needs nothing of the package.
+Units are binary (KiB, MiB, GiB, TiB) and chosen to fit the number. Imports nothing from this package.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ _UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """A number of things, for example ``"1 file"`` or ``"1,200 files"``. ``plural``: ``None`` adds an s."""
+    """Return a number with its noun, such as ``"1 file"`` or ``"1,200 files"``. ``plural=None`` adds an s."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def format_bytes(nbytes: float, *, like: float | None = None) -> str:
-    """A number of bytes with the unit that fits it, for example ``"1.50 GiB"``.
+    """Return a number of bytes with a unit that fits it, for example ``"1.50 GiB"``.
 
     Args:
-        nbytes: The bytes.
-        like: Take the unit that fits this number instead, for a column of numbers. ``None``: the number's own.
+        nbytes: The number of bytes.
+        like: Choose the unit for this number of bytes instead, for a column with one unit. ``None``: for ``nbytes``.
     """
     largest = abs(nbytes if like is None else like)
     if largest < 1024:
@@ -32,5 +32,5 @@ def format_bytes(nbytes: float, *, like: float | None = None) -> str:
 
 
 def format_speed(nbytes: float, seconds: float) -> str:
-    """The speed of so many bytes in so many seconds, for example ``"3.20 GiB/s"``."""
+    """Return the speed of ``nbytes`` in ``seconds``, for example ``"3.20 GiB/s"``."""
     return f"{format_bytes(nbytes / max(seconds, 1e-9))}/s"

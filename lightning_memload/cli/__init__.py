@@ -1,6 +1,6 @@
 """The command line: ``python -m lightning_memload VERB``, one file for each verb.
 
-Needs no Lightning and no GPU, runs no code from a checkpoint, and reads no more of it than the verb says.
+Needs no Lightning and no GPU. Runs no code from a checkpoint, and reads only the parts that the verb names.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb.
 
     Args:
-        arguments: Words of the command line behind the program's name. ``None``: those of this process.
+        arguments: The command line after the program's name. ``None``: the command line of this process.
 
     Returns:
-        The exit status: 0 for what the verb calls good, 2 when the question could not be answered (no such file, no
-        checkpoint, wrong usage), others as the verb says.
+        The exit status: 0 for success, 2 if the verb cannot run (no such file, no checkpoint, wrong usage), others as
+        documented by the verb.
     """
     parser = argparse.ArgumentParser(
-        prog="lightning-memload", description="Look at checkpoints of PyTorch Lightning without loading them."
+        prog="lightning-memload",
+        description="Inspect and verify checkpoints of PyTorch Lightning without loading them.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in _VERBS.items():
@@ -42,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb.add_arguments(verb_parser)
     parsed = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # A name that the terminal has no letters for is no damage.
+        sys.stdout.reconfigure(errors="backslashreplace")  # The terminal may lack characters of a name.
     try:
         return int(_VERBS[parsed.verb].run(parsed))
     except (MemloadError, OSError) as error:
         if isinstance(error, BrokenPipeError):
-            # Whoever reads has seen enough (head). Python would complain once more when it flushes at exit.
+            # The reader has closed the pipe, for example `head`. Without this, the flush at exit would fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         print(f"lightning-memload {parsed.verb}: {error}", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""List the tensors of a checkpoint: name, shape, dtype, bytes and ties; and the classes that its objects need.
+"""List the tensors of a checkpoint (name, shape, dtype, bytes, ties) and the classes of its other objects.
 
-Reads no tensor and runs no code from the file, so it is safe and quick for files of any size and origin.
+Reads no tensor and runs no code from the file, so it is safe and fast for files of any size and origin.
 
-Exit status: 0; 2 if there is no checkpoint at this path, or it is damaged.
+Exit status: 0 for success; 2 if there is no checkpoint at this path, or it is damaged.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the list; returns the exit status that the module's docstring lists.
+    """Prints the list and returns the exit status, see the module's docstring.
 
     Raises:
-        CheckpointFormatError: It is no checkpoint, or damaged.
-        OSError: It cannot be read.
+        CheckpointFormatError: The path is not a checkpoint, or the checkpoint is damaged.
+        OSError: The checkpoint cannot be read.
     """
     with paused_collector():
         index = open_checkpoint(arguments.path)
@@ -105,5 +105,5 @@ def _as_dict(index: Checkpoint) -> dict[str, object]:
 
 
 def _printable(name: str | None) -> str:
-    """A name on one line: a hostile file may put control codes of the terminal in it."""
+    """Return a name on one line, without the terminal control codes that a hostile file may put in it."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in name or "")

@@ -1,8 +1,8 @@
 """Compare every checksum of checkpoints, and list all damage.
 
-Exit status: 0 every byte of every checkpoint has its checksum; 1 something is damaged; 2 something is no checkpoint,
-or cannot be read; 3 nothing wrong was found, but the checkpoint holds bytes without a checksum (safetensors).
-Of several, the first of 1, 2, 3 that applies.
+Exit status: 0 every byte of every checkpoint matches its checksum; 1 a checkpoint is damaged; 2 a path is not a
+checkpoint, or cannot be read; 3 no damage was found, but a checkpoint has bytes without a checksum (safetensors).
+If several apply, the first of 1, 2, 3.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path",
         nargs="+",
         metavar="PATH",
-        help="a checkpoint: a file or a directory, whose other checkpoints are verified as well",
+        help="a checkpoint: a file, or a directory; other checkpoints in that directory are verified as well",
     )
-    parser.add_argument("--threads", type=_positive, help="threads that read (default: one for each CPU, 8 at most)")
-    parser.add_argument("--quiet", action="store_true", help="print damage only, and show no bar")
+    parser.add_argument(
+        "--threads", type=_positive, help="number of reading threads (default: one for each CPU, at most 8)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print damage only, and show no progress bar")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Verifies and prints; returns the exit status that the module's docstring lists."""
+    """Verifies the checkpoints, prints the results and returns the exit status, see the module's docstring."""
     statuses = set()
     for path in [path for named in arguments.path for path in (named, *_not_part_of(named))]:
         try:
@@ -51,14 +53,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _not_part_of(path: str) -> list[str]:
-    """Files in a directory of weights that are checkpoints of their own: who names the directory means them as well."""
+    """Return the files in a directory of weights that are not part of it but checkpoints of their own."""
     try:
         if not os.path.isdir(path) or not is_checkpoint(path):
             return []
         parts = {os.path.realpath(file.path) for file in find_format(path).take_inventory(path).files}
         found = [beside for beside in checkpoints_in(path) if os.path.isfile(beside)]
     except (MemloadError, OSError):
-        return []  # What is wrong is said of the directory.
+        return []  # The verification of the directory itself reports the error.
     return [beside for beside in found if os.path.realpath(beside) not in parts]
 
 

@@ -1,13 +1,15 @@
-"""What a stretch of this process costs in memory, and what memory is left for it.
+"""Measures the memory that a part of a program takes, and the memory that is still free.
 
-Anonymous memory (what the machine must have) and file-backed memory (what the kernel takes back under pressure) are
-reported apart, in bytes, and ``None`` where the platform does not tell. This room knows nothing of checkpoints.
+Anonymous memory (the machine must have it) and file-backed memory (the kernel takes it back under pressure) are
+reported separately, in bytes. A figure is ``None`` where the platform does not report it. Nothing here knows
+checkpoints.
 """
 
 from __future__ import annotations
 
 from lightning_memload.memory.device import free_device_bytes
 from lightning_memload.memory.host import available_host_bytes
-from lightning_memload.memory.monitor import MemoryMonitor, MemoryPeaks
+from lightning_memload.memory.monitor import MemoryMonitor
+from lightning_memload.memory.peaks import MemoryPeaks
 
 __all__ = ["MemoryMonitor", "MemoryPeaks", "available_host_bytes", "free_device_bytes"]

@@ -1,7 +1,8 @@
-"""The memory control groups of this process: their limits, and what is charged to them.
+"""The memory control groups of this process: their limits and their usage.
 
-Both versions of the hierarchy, in containers too, where only a part of it can be seen. Limits of ancestors hold as
-well. Usage includes the page cache, so a group that read a large file looks full. What cannot be read is ``None``.
+Supports both versions of the hierarchy, also in containers, where only a part of it is visible. Limits of ancestors
+apply as well. Usage includes the page cache, so a group that read a large file looks full. A figure that cannot be
+read is ``None``.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ _NO_LIMIT_BYTES = 1 << 60
 
 
 class CgroupMemory:
-    """The memory control groups that this process is in, its own first and then the ancestors that can be seen.
+    """The memory control groups of this process: its own group first, then the visible ancestors.
 
-    Every figure is read when it is asked for. Limits of ancestors hold too, so the one in force is the tightest.
+    Each call reads the current figure. Limits of ancestors apply too: the tightest limit is the one in force.
 
     Args:
         directories: The group's own directory, then its ancestors' up to the mount point.
@@ -36,14 +37,14 @@ class CgroupMemory:
         """Find the groups of this process.
 
         Args:
-            root: Where ``proc`` and the mounts hang; another place than ``/`` is for tests.
+            root: The directory that contains ``proc`` and the mounts. Only tests use another one than ``/``.
 
         Returns:
             ``None`` when the platform has no control groups or no memory controller is mounted.
         """
         root = Path(root)
         memberships = _memberships(root)
-        # A hybrid system has both lines; the memory controller can be in one hierarchy only, and names itself in v1.
+        # A hybrid system has both lines. The memory controller is in one hierarchy only, and v1 lists it by name.
         version: Literal[1, 2]
         if "memory" in memberships:
             version, path = 1, memberships["memory"]
@@ -59,14 +60,15 @@ class CgroupMemory:
         return self._limit_bytes(self._in_force())
 
     def usage_bytes(self) -> int | None:
-        """Return what is charged to the group whose limit is in force (its own group without any limit), in bytes.
+        """Return the usage of the group whose limit is in force, in bytes. Without any limit: of the own group.
 
-        The page cache is in: a group that read a large file looks full, see :meth:`reclaimable_file_bytes`.
+        Usage includes the page cache, so a group that read a large file looks full. See
+        :meth:`reclaimable_file_bytes`.
         """
         return self._usage_bytes(self._in_force())
 
     def peak_bytes(self) -> int | None:
-        """Return the highest usage of that group since it was made, in bytes; it includes the page cache.
+        """Return the highest usage of that group since its creation, in bytes, including the page cache.
 
         ``None`` for version 2 before Linux 5.19.
         """
@@ -74,11 +76,11 @@ class CgroupMemory:
         return _read_int(self._in_force() / name)
 
     def reclaimable_file_bytes(self) -> int | None:
-        """Return how much of that group's usage is file cache, which the kernel takes back on demand, in bytes."""
+        """Return the part of that group's usage that is file cache, in bytes. The kernel takes it back on demand."""
         return self._reclaimable_file_bytes(self._in_force())
 
     def available_bytes(self) -> int | None:
-        """Return what the process can still allocate before a limit is met, in bytes.
+        """Return how much memory the process can still allocate before it reaches a limit, in bytes.
 
         Returns:
             The minimum over all levels of limit - usage + reclaimable file cache, at least 0; ``None`` without limits.
@@ -92,7 +94,7 @@ class CgroupMemory:
 
     def _in_force(self) -> Path:
         limited = [(limit, place) for place in self.directories if (limit := self._limit_bytes(place)) is not None]
-        # On equal limits the ancestor's is met first, as it is charged for its other children too.
+        # Of equal limits the ancestor's is reached first: the ancestor is charged for its other children too.
         return min(reversed(limited), key=lambda pair: pair[0])[1] if limited else self.directories[0]
 
     def _limit_bytes(self, directory: Path) -> int | None:
@@ -100,7 +102,7 @@ class CgroupMemory:
         if self.version == 2:
             candidates = [_read_int(directory / "memory.max")]
         else:
-            # The second also knows the ancestors above a container's mount point, whose directories nobody sees here.
+            # The second one includes the ancestors above a container's mount point. Their directories are not visible.
             hierarchical = _read_counters(directory / "memory.stat").get("hierarchical_memory_limit")
             candidates = [_read_int(directory / "memory.limit_in_bytes"), hierarchical]
         return min((limit for limit in candidates if limit is not None and limit < _NO_LIMIT_BYTES), default=None)
@@ -110,7 +112,7 @@ class CgroupMemory:
 
     def _reclaimable_file_bytes(self, directory: Path) -> int | None:
         counters = _read_counters(directory / "memory.stat")
-        # Version 1 has two sets; only total_* counts the children, as the usage does.
+        # Version 1 has two sets of counters. Only total_* includes the children, as the usage does.
         prefix = "total_" if self.version == 1 else ""
         try:
             return counters[f"{prefix}inactive_file"] + counters[f"{prefix}active_file"]
@@ -140,18 +142,18 @@ def _group_directories(root: Path, version: Literal[1, 2], path: str) -> list[Pa
         if directory is not None:
             break
     else:
-        # A container that sees the host's path in /proc/self/cgroup but only its own group in the mount: the mount
-        # point *is* the group.
+        # In some containers /proc/self/cgroup shows the host's path, and the mount shows the container's group only.
+        # The mount point is then the directory of the group.
         point = directory = mounts[0][1]
     above = len(directory.relative_to(point).parts)
     return [directory, *directory.parents[:above]]
 
 
 def _inside_mount(mount_root: str, point: Path, path: str) -> Path | None:
-    """Return where the group ``path`` lies under a mount point that shows the hierarchy from ``mount_root`` on."""
+    """Return the directory of group ``path`` under a mount point that shows the hierarchy below ``mount_root``."""
     group = path.strip("/").split("/") if path != "/" else []
     shown = mount_root.strip("/").split("/") if mount_root != "/" else []
-    # ".." stands for what lies outside the cgroup namespace.
+    # ".." is a directory outside the cgroup namespace.
     if ".." in group or ".." in shown or group[: len(shown)] != shown:
         return None
     directory = point.joinpath(*group[len(shown) :])
@@ -183,7 +185,7 @@ def _read_lines(path: Path) -> list[str]:
 def _read_int(path: Path) -> int | None:
     try:
         return int(path.read_text())
-    except (OSError, ValueError):  # "max" is the ValueError: no limit.
+    except (OSError, ValueError):  # "max" (no limit) raises ValueError.
         return None
 
 

@@ -1,8 +1,8 @@
-"""What torch's allocators hold on a CUDA device and in pinned host memory, and what is still free.
+"""Memory of torch's allocators on a CUDA device and in pinned host memory, and the device memory that is free.
 
-The invariant: measuring changes nothing. A process that has not initialised CUDA gets ``None`` and stays without a
-CUDA context (which alone costs hundreds of MiB on device and host, and forbids a later fork); torch itself is not
-imported for an answer that can only be ``None``. Not promised: memory that other libraries took from the driver.
+The invariant: measuring changes nothing. In a process that has not initialised CUDA every figure is ``None``, and no
+CUDA context is created (a context costs hundreds of MiB on device and host, and forbids a later fork). torch is not
+imported where the answer can only be ``None``. Not included: memory that other libraries took from the driver.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class DeviceSample:
-    """What torch's caching allocator holds on one CUDA device.
+    """Memory of torch's caching allocator on one CUDA device.
 
     Attributes:
-        allocated_bytes: In live tensors.
-        reserved_bytes: Taken from the driver: live tensors and the allocator's cache.
+        allocated_bytes: Memory of live tensors.
+        reserved_bytes: Memory taken from the driver: live tensors and the allocator's cache.
     """
 
     allocated_bytes: int
@@ -41,12 +41,12 @@ class DeviceSample:
 
 
 def cuda_memory(device: torch.device | str) -> DeviceSample | None:
-    """Read what is held on ``device`` now; ``None`` for another kind of device or before CUDA is initialised."""
+    """Read the present figures of ``device``. ``None``: another kind of device, or CUDA is not initialised."""
     return _sample(device, "current")
 
 
 def cuda_peaks(device: torch.device | str) -> DeviceSample | None:
-    """Read the two peaks of ``device`` since they were last reset, each at its own time.
+    """Read the two peaks of ``device`` since their last reset. They need not have occurred at the same time.
 
     Returns:
         ``None`` for another kind of device or before CUDA is initialised.
@@ -55,7 +55,7 @@ def cuda_peaks(device: torch.device | str) -> DeviceSample | None:
 
 
 def reset_cuda_peaks(device: torch.device | str) -> bool:
-    """Set the allocator's peaks of ``device`` back to what is held now, visibly for the whole process.
+    """Reset the allocator's peaks of ``device`` to the present level. The whole process sees the reset.
 
     Returns:
         ``False`` when there is nothing to reset: another kind of device, or CUDA is not initialised.
@@ -72,10 +72,10 @@ def reset_cuda_peaks(device: torch.device | str) -> bool:
 def pinned_bytes() -> int | None:
     """Read how much page-locked host memory torch's allocator owns, in use or cached.
 
-    Torch rounds each block up to a power of two and keeps it after it is freed, so this is close to a peak.
+    Torch rounds each block up to a power of two and caches it after it is freed, so this figure is close to a peak.
 
     Returns:
-        Bytes; ``None`` before CUDA is initialised and for a torch that does not count it (before 2.7).
+        Bytes. ``None`` before CUDA is initialised, and with torch before 2.7, which does not count them.
     """
     if not _cuda_is_initialized():
         return None
@@ -84,18 +84,19 @@ def pinned_bytes() -> int | None:
     if not hasattr(torch.cuda, "host_memory_stats"):
         return None
     stats = torch.cuda.host_memory_stats()
-    # Torch 2.7 called the owned bytes "reserved" and those in use "allocated"; later "allocated" and "active".
+    # Torch 2.7 names the owned bytes "reserved" and the used ones "allocated". Later versions name them "allocated" and
+    # "active".
     owned_bytes = stats.get("reserved_bytes.current", stats.get("allocated_bytes.current"))
     return None if owned_bytes is None else int(owned_bytes)
 
 
 def free_device_bytes(device: torch.device | str) -> int | None:
-    """Tell how much memory new tensors on ``device`` can take.
+    """Return how much memory new tensors on ``device`` can take.
 
     Returns:
-        For CUDA, in bytes, what the driver has free and what torch's allocator has cached; fragmentation may leave
-        less for one large tensor. ``None`` before CUDA is initialised: asking would initialise it. For the CPU
-        :func:`~lightning_memload.memory.available_host_bytes`. ``None`` for every other device.
+        For CUDA: the free memory of the driver plus the cache of torch's allocator, in bytes. Fragmentation may leave
+        less for one large tensor. ``None`` before CUDA is initialised, since the query would initialise it. For the
+        CPU: :func:`~lightning_memload.memory.available_host_bytes`. For every other device: ``None``.
     """
     import torch
 
@@ -110,7 +111,7 @@ def free_device_bytes(device: torch.device | str) -> int | None:
 
 
 def resolve_cuda_device(device: torch.device | str) -> torch.device | None:
-    """Return ``device`` with its index, the calling thread's current device where it had none.
+    """Return ``device`` with its index. A device without index is the current device of the calling thread.
 
     Returns:
         ``None`` for another kind of device or before CUDA is initialised.
@@ -130,7 +131,7 @@ def _cuda_is_initialized() -> bool:
         return False
     import torch
 
-    # In this order: is_available() may itself load the driver, after which a forked child can no longer use CUDA.
+    # is_initialized() comes first: is_available() may load the driver, and a forked child can then not use CUDA.
     return bool(torch.cuda.is_initialized()) and torch.cuda.is_available()
 
 
@@ -141,7 +142,7 @@ def _sample(device: torch.device | str, metric: str) -> DeviceSample | None:
     import torch
 
     stats = torch.cuda.memory_stats(cuda_device)
-    # An allocator that has not served the device yet has no counters for it: nothing is held.
+    # An allocator that has not served the device yet has no counters for it: it holds no memory.
     return DeviceSample(
         allocated_bytes=stats.get(f"allocated_bytes.all.{metric}", 0),
         reserved_bytes=stats.get(f"reserved_bytes.all.{metric}", 0),

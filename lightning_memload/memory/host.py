@@ -1,9 +1,9 @@
-"""What this process occupies in host memory, as the kernel counts it, and what it can still have.
+"""Host memory of this process as the kernel counts it, and the host memory that is available.
 
-The idea: anonymous memory is what the machine must really have; file-backed pages are the kernel's to take back. Plain
-RSS adds the two, so nothing here reports one for the other: a figure that the platform does not have is ``None``, never
-0 and never RSS. Not promised: swapped-out pages are in none of the figures, and Linux keeps the counters per CPU or per
-thread, so kernels before 6.16 may lag by some pages for each core (2 MiB in all on 16 cores, more on very large hosts).
+The idea: the machine must have the anonymous memory, while the kernel can take file-backed pages back. RSS is the sum
+of the two, so it never replaces one of them: a figure that the platform does not have is ``None``, never 0 and never
+RSS. Not included: swapped-out pages. Linux keeps the counters per CPU or per thread, so the figures of kernels before
+6.16 may lag by some pages for each core (2 MiB in total on 16 cores, more on very large hosts).
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _IO_FIELDS = re.compile(rb"^(rchar|read_bytes): (\d+)", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class HostSample:
-    """One cheap look at the memory of this process.
+    """One cheap sample of the memory of this process.
 
     Attributes:
-        anonymous_bytes: Private memory with no file behind it (RssAnon). ``None`` where the platform does not say.
+        anonymous_bytes: Private memory without a file (RssAnon). ``None`` where the platform does not report it.
         file_backed_bytes: Mapped pages of files *and* of shared memory (RssFile + RssShmem). ``None`` where the
-            platform does not say.
-        rss_bytes: Everything resident: the sum of the two.
+            platform does not report it.
+        rss_bytes: All resident memory: the sum of the two.
     """
 
     anonymous_bytes: int | None
@@ -53,15 +53,15 @@ class HostSample:
 
 @dataclass(frozen=True, slots=True)
 class HostStatus:
-    """The slower, finer figures of this process; each is ``None`` where the platform has none.
+    """The slower, more detailed figures of this process. A figure is ``None`` where the platform lacks it.
 
     Attributes:
         anonymous_bytes: RssAnon.
         file_bytes: RssFile, without shared memory.
         shmem_bytes: RssShmem: shared anonymous memory, tmpfs files, System V segments.
         peak_rss_bytes: VmHWM: the exact peak of RSS since the process began or since :func:`reset_peak_rss`. On
-            Windows the peak working set, which nothing resets.
-        page_table_bytes: VmPTE: what the kernel spends on describing the process's memory.
+            Windows the peak working set, which cannot be reset.
+        page_table_bytes: VmPTE: the page tables that the kernel keeps for the process.
     """
 
     anonymous_bytes: int | None = None
@@ -73,11 +73,11 @@ class HostStatus:
 
 @dataclass(frozen=True, slots=True)
 class IoBytes:
-    """What this process has read since it began.
+    """The bytes that this process has read since it began.
 
     Attributes:
-        storage_bytes: Bytes fetched from storage, by ``read`` or by a page fault. What the page cache held is not in.
-        call_bytes: Bytes that ``read``-like calls returned, from the page cache or not. Page faults are not in.
+        storage_bytes: Bytes fetched from storage, by ``read`` or by a page fault. Excludes reads from the page cache.
+        call_bytes: Bytes that ``read``-like calls returned, from the page cache or not. Excludes page faults.
     """
 
     storage_bytes: int
@@ -85,11 +85,11 @@ class IoBytes:
 
 
 class HostMeter:
-    """Reads the memory of this process in two to four microseconds, through one kept descriptor.
+    """Reads the memory of this process in two to four microseconds, through a descriptor that stays open.
 
-    On Linux the source is ``/proc/self/statm``, whose (resident - shared) pages are exactly RssAnon. Elsewhere psutil
-    gives RSS and nothing more. The descriptor opens with the first read and is closed by :meth:`close`; the meter can
-    be used again after it. It is not guarded against two threads reading at once for the first time.
+    On Linux the source is ``/proc/self/statm``, whose (resident - shared) pages are exactly RssAnon. On other platforms
+    psutil gives RSS only. The first read opens the descriptor, and :meth:`close` closes it. The meter can be used again
+    after that. The first read is not thread-safe.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class HostMeter:
 
     def read(self) -> HostSample:
         """Take one sample of the calling process, also in a forked child of the process that made the meter."""
-        # A descriptor of /proc/self belongs to the process that opened it: kept over a fork it reads the parent.
+        # A descriptor of /proc/self belongs to the process that opened it: in a forked child it reads the parent.
         if self._pid != os.getpid():
             self._open()
         if self._fd is None:
@@ -112,17 +112,17 @@ class HostMeter:
         return HostSample(rss_bytes - file_backed_bytes, file_backed_bytes, rss_bytes)
 
     def close(self) -> None:
-        """Close the descriptor, if one is open; a later :meth:`read` opens a new one."""
+        """Close the descriptor if it is open. A later :meth:`read` opens a new one."""
         fd, self._fd, self._pid, self._process = self._fd, None, None, None
         if fd is not None:
             os.close(fd)
 
     def _open(self) -> None:
-        # A descriptor inherited over a fork is dropped, not closed: a child that daemonised itself may have closed it
-        # long ago and given the number to another file.
+        # An inherited descriptor is forgotten, not closed: a daemonised child may have closed it long ago, and its
+        # number may now belong to another file.
         self._fd = self._process = None
-        # Sandboxed kernels (gVisor) write a statm whose "shared" is always 0, which would call every page anonymous.
-        # They have no RssAnon either, so that is the sign.
+        # In sandboxed kernels (gVisor) "shared" in statm is always 0, so every page would count as anonymous. These
+        # kernels have no RssAnon either, which identifies them.
         if read_status().anonymous_bytes is not None:
             try:
                 self._fd = os.open(f"{_PROC_SELF}/statm", os.O_RDONLY)
@@ -135,10 +135,11 @@ class HostMeter:
 
 
 def read_status() -> HostStatus:
-    """Read the finer figures of this process, in 10 to 30 microseconds.
+    """Read the detailed figures of this process, in 10 to 30 microseconds.
 
     Returns:
-        The figures of ``/proc/self/status``; on Windows only the peak; elsewhere every field ``None``.
+        The figures of ``/proc/self/status``. On Windows only the peak is set. On other platforms every field is
+        ``None``.
     """
     content = _read_bytes(f"{_PROC_SELF}/status")
     if content is None:
@@ -158,12 +159,12 @@ def read_status() -> HostStatus:
 
 
 def reset_peak_rss() -> bool:
-    """Set VmHWM of this process back to its present RSS; costs about 0.2 ms.
+    """Reset VmHWM of this process to its present RSS. Takes about 0.2 ms.
 
-    The mark belongs to the whole process: whoever else reads VmHWM or ``ru_maxrss`` sees the reset.
+    The mark belongs to the whole process: every other reader of VmHWM or ``ru_maxrss`` sees the reset.
 
     Returns:
-        ``False`` where the platform has no such switch or refuses it (a process that is not dumpable).
+        ``False`` where the platform cannot reset it, or refuses to (a process that is not dumpable).
     """
     try:
         fd = os.open(f"{_PROC_SELF}/clear_refs", os.O_WRONLY)
@@ -179,10 +180,10 @@ def reset_peak_rss() -> bool:
 
 
 def read_io_bytes() -> IoBytes | None:
-    """Read how much this process has read, all threads together.
+    """Read how many bytes all threads of this process have read.
 
     Returns:
-        ``None`` where the platform does not count it or does not let the process see it.
+        ``None`` where the platform does not count them, or does not let the process read the counters.
     """
     content = _read_bytes(f"{_PROC_SELF}/io")
     counters = dict(_IO_FIELDS.findall(content)) if content is not None else {}
@@ -192,7 +193,7 @@ def read_io_bytes() -> IoBytes | None:
 
 
 def major_faults() -> int | None:
-    """Count the page faults of this process that had to wait for storage.
+    """Return the number of page faults of this process that waited for storage.
 
     Returns:
         The count since the process began; ``None`` on Windows.
@@ -205,20 +206,20 @@ def major_faults() -> int | None:
 
 
 def available_host_bytes(root: Path | str = "/") -> int | None:
-    """Tell how much host memory this process can still allocate without swapping or being killed.
+    """Return how much host memory this process can still allocate without swapping or being killed.
 
     Args:
-        root: Where ``proc`` and the control groups hang; another place than ``/`` is for tests.
+        root: The directory that contains ``proc`` and the control groups. Only tests use another one than ``/``.
 
     Returns:
-        The smaller of what the machine has available and what the control groups leave, in bytes; file cache that the
-        kernel would give back counts as available. ``None`` when neither is known.
+        The smaller of the available memory of the machine and of the control groups, in bytes. File cache that the
+        kernel can take back counts as available. ``None`` when neither is known.
     """
     rooms: list[int] = []
     try:
         rooms.append(psutil.virtual_memory().available)
     except (OSError, NotImplementedError):
-        pass  # A /proc without meminfo: some sandboxes. The control group may still know.
+        pass  # Some sandboxes have a /proc without meminfo. The control group may still have a limit.
     cgroup = CgroupMemory.of_this_process(root)
     cgroup_bytes = cgroup.available_bytes() if cgroup is not None else None
     if cgroup_bytes is not None:
@@ -227,7 +228,7 @@ def available_host_bytes(root: Path | str = "/") -> int | None:
 
 
 def _read_bytes(path: str) -> bytes | None:
-    # Unbuffered calls: half the cost of open(), and status is read inside the sampling loop.
+    # Unbuffered calls take half the time of open(). The sampling loop reads the status.
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError:

@@ -1,4 +1,4 @@
-"""The adaptors to Lightning: the Callback and the CheckpointIO. The only room that imports it."""
+"""The adaptors to Lightning: the Callback and the CheckpointIO. No other part of the package imports Lightning."""
 
 from lightning_memload.plugins.callback import MemoryEfficientRestore
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO

@@ -1,8 +1,8 @@
-"""Whose a keyword of ``load_from_checkpoint`` is: an option of ours, or an argument of the module.
+"""Splits the keywords of ``load_from_checkpoint`` into its own options and arguments of the module.
 
-A module may have arguments called ``mode`` or ``device``, and Lightning passes them on. So what a constructor names is
-the module's, as with Lightning, and options can be given apart from all keywords. Where a keyword could be either one a
-warning tells which it was: none is swallowed in silence.
+A module may have arguments named ``mode`` or ``device``, and Lightning passes them on. So a keyword that the
+constructor names is an argument of the module, as in Lightning. Options can also be passed as a dict, separate from all
+keywords. If a keyword could be either, a warning says how it was interpreted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["LoadingOptions", "lightnings_option", "split_arguments"]
 
 
 class LoadingOptions(TypedDict, total=False):
-    """The options of ``load_from_checkpoint``, see there."""
+    """The options of ``load_from_checkpoint``. Its docstring describes them."""
 
     device: torch.device | str
     mode: Literal["copy", "assign"]
@@ -52,7 +52,7 @@ def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool))
 
 
-# Which values each option can have.
+# Whether a value is possible for an option.
 _OPTIONS: dict[str, Callable[[Any], bool]] = {
     "device": _is_device,
     "mode": lambda value: value in ("copy", "assign"),
@@ -65,8 +65,8 @@ _OPTIONS: dict[str, Callable[[Any], bool]] = {
     "verify": _is_flag,
     "check_fit": _is_flag,
 }
-# Options of Lightning's load_from_checkpoint (2.5, 2.6) too, which it never passes on to a module; and the one that is
-# needed, like these, before a file can tell what its hyperparameters are.
+# Always options. Lightning's load_from_checkpoint (2.5, 2.6) has the first three too, and never passes them on.
+# safe_globals is needed, like weights_only and hparams_file, before the hyperparameters of a file can be read.
 _LIGHTNINGS = ("strict", "weights_only", "hparams_file", "safe_globals")
 
 
@@ -75,7 +75,10 @@ def lightnings_option(
     options: LoadingOptions | None,
     keywords: Mapping[str, Any],
 ) -> Any:
-    """An option that is always one, ``None`` if it is not given. It is needed before the rest can be split."""
+    """Return an option that is never an argument of the module, ``None`` if it is absent.
+
+    It is needed before the other keywords can be split.
+    """
     value = (keywords if options is None else options).get(name)
     return value if options is not None or _OPTIONS[name](value) else None
 
@@ -88,14 +91,14 @@ def split_arguments(
     *,
     takes_hyper_parameters: bool,
 ) -> tuple[LoadingOptions, dict[str, Any]]:
-    """Splits keywords into options and arguments of the module, with a warning where either would do.
+    """Splits keywords into options and arguments of the module, with a warning for keywords that could be either.
 
     Args:
-        cls: The class.
-        options: Options that are given apart: then all keywords are the module's. ``None``: none are.
+        cls: The class of the module.
+        options: Options passed as a dict. All keywords are then arguments of the module. ``None``: no dict was passed.
         keywords: The keywords.
-        saved: Names of the hyperparameters in the file.
-        takes_hyper_parameters: Whether the class takes all of them as one argument.
+        saved: The names of the hyperparameters in the file.
+        takes_hyper_parameters: Whether the constructor takes all hyperparameters as one argument.
 
     Raises:
         TypeError: There is no such option.
@@ -134,14 +137,14 @@ def split_arguments(
 
 def _tell(cls: type, name: str, value: Any, what: str) -> None:
     rank_zero_warn(
-        f"{name}={value!r} is taken as {what} {cls.__name__}. To say which one is meant, give the options of "
+        f"{name}={value!r} is taken as {what} {cls.__name__}. To choose explicitly, pass the options of "
         f"load_from_checkpoint() as a dict after the path, {{{name!r}: ...}} or {{}}: then all keywords are arguments "
         f"of {cls.__name__}."
     )
 
 
 def _arguments_of(cls: type) -> tuple[set[str], bool]:
-    """The arguments that a class can be built with by name, and whether its constructor takes any other keyword."""
+    """The names of the constructor's arguments, and whether the constructor takes any other keyword."""
     names: set[str] = set()
     takes_any: bool | None = None
     for base in cls.__mro__:
@@ -155,5 +158,5 @@ def _arguments_of(cls: type) -> tuple[set[str], bool]:
         goes_on = any(p.kind is kinds.VAR_KEYWORD for p in parameters)
         takes_any = goes_on if takes_any is None else takes_any
         if not goes_on:
-            break  # Else what is not named goes on to the next class, as a rule.
+            break  # Otherwise the other keywords are normally passed on to the next class.
     return names, bool(takes_any)

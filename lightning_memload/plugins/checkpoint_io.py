@@ -1,8 +1,8 @@
-"""A ``CheckpointIO`` that loads checkpoints without reading their tensors, and saves them without a copy of them.
+"""A ``CheckpointIO`` that loads checkpoints without reading their tensors, and saves them without copying the tensors.
 
-What Lightning gets is an ordinary dict of ordinary tensors that lie in the mapped file, so every hook of a user works
-unchanged. On its own the plugin saves the memory of the loaded copy; together with ``MemoryEfficientRestore`` the
-values are streamed. What it saves is the file that Lightning would save.
+Lightning receives an ordinary dict of ordinary tensors in the mapped file, so every hook of a user works unchanged. On
+its own the plugin avoids the memory of the loaded copy. Together with ``MemoryEfficientRestore`` the values are
+streamed. A saved file is the same as Lightning's.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ __all__ = ["Allowance", "LoadObserver", "StreamingCheckpointIO"]
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What a load may do beyond ``weights_only``.
+    """Exceptions from ``weights_only`` for one load.
 
     Attributes:
         safe_globals: Classes, functions or their names that ``weights_only`` allows for this load.
-        erases: Load all else where it refuses others; ``MappedCheckpoint.refusal`` then tells.
+        erases: Load the rest of the checkpoint if ``weights_only`` refuses objects in it.
+            ``MappedCheckpoint.refusal`` is then the error.
     """
 
     safe_globals: Sequence[SafeGlobal] = ()
@@ -53,53 +54,50 @@ class Allowance:
 
 
 class LoadObserver(Protocol):
-    """Who is told when a checkpoint is loaded."""
+    """An object that is called before and after each load of a checkpoint."""
 
     def on_load_start(self, path: str) -> str:
         """Called before anything is read.
 
         Returns:
-            The path to load: this one, or another one in its place. On every rank the same.
+            The path to load: this one, or another one instead. It is the same on every rank.
         """
         ...
 
     def on_load_end(self, path: str, checkpoint: Any, mapped: MappedCheckpoint | None) -> bool | None:
-        """Called with what Lightning is going to get; ``mapped`` is ``None`` if it was loaded the ordinary way.
+        """Called before Lightning receives the checkpoint. ``mapped`` is ``None`` if Lightning's own plugin loaded it.
 
         Returns:
-            Whether this observer lets go of the mapped files.
+            Whether this observer releases the mapped files.
         """
         ...
 
 
 class StreamingCheckpointIO(SavingIO):
-    """Loads local checkpoints of every known format as mapped files, everything else as Lightning does.
+    """Loads local checkpoints of every known format as mapped files, and saves with bounded host memory.
 
-    Saves in bounded host memory.
-
-    Files that cannot be mapped (the format of torch < 1.6, compressed, remote) are loaded the ordinary way, with one
-    warning that says what it costs.
+    Lightning's own plugin loads files that cannot be mapped (the format of torch < 1.6, compressed, remote). One
+    warning then names the memory that this takes.
 
     Args:
-        host_budget_mib: The most host memory, in MiB, for tensors on their way from a device to a file that is saved.
-            At least 1.
-        asynchronous: ``True``: a save of a local checkpoint returns when all of it is written and has its name, and
-            does not wait for the disk. ``"until_step"``: nor for what only optimizers' steps change, see
-            :meth:`save_checkpoint` for what you promise. Neither copies the model, as Lightning's
-            ``AsyncCheckpointIO`` does.
-        format: ``"torch"`` saves ordinary files, ``"directory"`` what ``save_directory`` writes, on local disks only:
-            of storages that have not changed since the checkpoint that was saved or loaded before, such as those of
-            frozen layers, the files are hard-linked instead of written. ``"safetensors+state"`` saves such directories
-            with the weights in one ``model.safetensors``. All are loaded, whatever this says.
+        host_budget_mib: The most host memory, in MiB, that a save takes to copy tensors from a device. At least 1.
+        asynchronous: ``True``: a save of a local checkpoint returns when all of it is written and has its name, without
+            waiting for the disk. ``"until_step"``: in addition, it does not wait until tensors are written that only
+            optimizer steps change, see :meth:`save_checkpoint` for the conditions. Neither copies the model, unlike
+            Lightning's ``AsyncCheckpointIO``.
+        format: ``"torch"`` saves ordinary files. ``"directory"`` saves the directories of ``save_directory``, on local
+            disks only. Files of storages that have not changed since the last saved or loaded checkpoint, such as
+            those of frozen layers, are hard-linked instead of written. ``"safetensors+state"`` saves such directories
+            with the weights in one ``model.safetensors``. Loading accepts every format.
 
     Attributes:
-        asynchronous: As given.
-        format: As given.
-        last_save: What the last save that ended in this process cost, ``None`` before the first.
+        asynchronous: The argument.
+        format: The argument.
+        last_save: The figures of the last save that ended in this process, ``None`` before the first.
 
     Raises:
-        TypeError: The budget is no number.
-        ValueError: The budget is below 1 MiB, or there is no such format or way to save asynchronously.
+        TypeError: The budget is not a number.
+        ValueError: The budget is below 1 MiB, or ``asynchronous`` or ``format`` is not one of the values above.
 
     Example:
         >>> trainer = L.Trainer(plugins=[AsyncCheckpointIO(StreamingCheckpointIO())])
@@ -113,21 +111,21 @@ class StreamingCheckpointIO(SavingIO):
         self._allowances: list[Callable[[str], Allowance]] = []
 
     def observe(self, observer: LoadObserver) -> Callable[[], None]:
-        """Registers who is told of every load.
+        """Registers an observer of every load.
 
         Args:
             observer: The observer.
 
         Returns:
-            A function that removes it again; calling it twice is fine.
+            A function that removes the observer. A second call does nothing.
         """
         return register(self._observers, observer)
 
     def allow(self, allowance: Callable[[str], Allowance]) -> Callable[[], None]:
-        """Registers who says what a load may do beyond ``weights_only``, asked with the path that is loaded.
+        """Registers a function that returns the exceptions from ``weights_only`` for a path that is loaded.
 
         Returns:
-            A function that removes it again; calling it twice is fine.
+            A function that removes it. A second call does nothing.
         """
         return register(self._allowances, allowance)
 
@@ -141,59 +139,62 @@ class StreamingCheckpointIO(SavingIO):
 
         Args:
             path: Path or URL.
-            map_location: As in ``torch.load``. Anything but the CPU means an ordinary load.
-            weights_only: Passed to ``torch.load`` exactly as given. ``"stock"``: what Lightning's own plugin passes,
+            map_location: As in ``torch.load``. With another location than the CPU, Lightning's plugin loads the file.
+            weights_only: Passed to ``torch.load`` exactly as given. ``"stock"``: the value of Lightning's own plugin,
                 ``None`` from 2.6 on, and ``False`` before.
 
         Returns:
-            The checkpoint. Its tensors lie in the file: reading one maps its pages, writing to one copies them. What is
-            still referred to when the checkpoint itself is let go of (Lightning does so before training starts)
-            becomes ordinary memory, and so does all of it before another program changes the file in place. The latter
-            needs a lease of Linux: on network file systems, and files of other users, such a change reaches tensors
-            that are still in the file, and cutting it short ends the process. For this a ``dict`` comes as a kind of
-            ``OrderedDict``.
+            The checkpoint. Its tensors are in the mapped file: reading a tensor maps its pages, writing to it copies
+            them. When the checkpoint is deleted (Lightning does so before training starts), tensors that are still in
+            use become ordinary memory. All tensors become ordinary memory before another program changes the file in
+            place. This needs a lease of Linux, which network file systems and files of other users do not have. There,
+            such a change alters tensors in the file, and truncating the file ends the process. To notice the deletion,
+            a ``dict`` is returned as a subclass of ``OrderedDict``.
 
         Raises:
             FileNotFoundError: There is no such file.
             CheckpointWriteError: A save in the background failed.
             CheckpointFormatError: The file is truncated or damaged, or it is a directory that cannot be mapped.
-            pickle.UnpicklingError: ``weights_only`` forbids what the file holds.
+            pickle.UnpicklingError: ``weights_only`` refuses objects in the file.
 
-        Peak memory: that of the checkpoint without its tensors.
+        Peak memory: the checkpoint without its tensors.
         """
         self.teardown()
         if weights_only == "stock":
-            # Only a Trainer of 2.5 gives no such argument, which it does not know.
+            # A Trainer of Lightning 2.5 does not pass this argument, which that version does not have.
             weights_only = None if all(map(_takes_weights_only, _stock())) else False
         for observer in self._observers:
             path = observer.on_load_start(str(path))
-        filesystem, local_path = url_to_fs(str(path))
-        if not filesystem.exists(local_path):
-            advice = hub_advice(str(path))
-            raise FileNotFoundError(f"Checkpoint file not found: {path}" + (f". {advice}" if advice else ""))
+        _require_file(str(path))
         allowances = [allowance(str(path)) for allowance in self._allowances]
-        checkpoint: Any
-        mapped: MappedCheckpoint | None = None
         with allow_globals([item for allowance in allowances for item in allowance.safe_globals]):
-            try:
-                if not _is_cpu(map_location):
-                    raise UnmappableCheckpoint(f"map_location={map_location!r} moves the tensors.", path=str(path))
-                if not isinstance(filesystem, LocalFileSystem):
-                    raise UnmappableCheckpoint(f"{path} is not a local file.", path=str(path))
-                erases = any(allowance.erases for allowance in allowances)
-                checkpoint, mapped = load_mapped(local_path, weights_only=weights_only, erases=erases)
-                self._before = local_path
-            except UnmappableCheckpoint as reason:
-                if filesystem.isdir(local_path):
-                    raise  # there is no ordinary way: torch.load knows files only
-                rank_zero_warn(
-                    f"{reason} It is loaded the ordinary way: the whole checkpoint in host memory, on every rank."
-                )
-                checkpoint = self._load_ordinarily(path, map_location, weights_only)
+            erases = any(allowance.erases for allowance in allowances)
+            checkpoint, mapped = self._load(path, map_location, weights_only, erases=erases)
         is_taken = [observer.on_load_end(str(path), checkpoint, mapped) for observer in self._observers]
         if mapped is not None and not any(is_taken):
             checkpoint = _detach_at_end(checkpoint, mapped)
         return checkpoint  # type: ignore[no-any-return]
+
+    def _load(
+        self, path: str | os.PathLike[str], map_location: Any, weights_only: bool | None, *, erases: bool
+    ) -> tuple[Any, MappedCheckpoint | None]:
+        """Maps a checkpoint, or loads it as Lightning does if it cannot be mapped. There is no mapping then."""
+        filesystem, local_path = url_to_fs(str(path))
+        try:
+            if not _is_cpu(map_location):
+                raise UnmappableCheckpoint(f"map_location={map_location!r} moves the tensors.", path=str(path))
+            if not isinstance(filesystem, LocalFileSystem):
+                raise UnmappableCheckpoint(f"{path} is not a local file.", path=str(path))
+            checkpoint, mapped = load_mapped(local_path, weights_only=weights_only, erases=erases)
+            self._before = local_path
+        except UnmappableCheckpoint as reason:
+            if filesystem.isdir(local_path):
+                raise  # torch.load cannot load a directory.
+            rank_zero_warn(
+                f"{reason} It is loaded the ordinary way: the whole checkpoint in host memory, on every rank."
+            )
+            return self._load_ordinarily(path, map_location, weights_only), None
+        return checkpoint, mapped
 
     def _load_ordinarily(self, path: Any, map_location: Any, weights_only: bool | None) -> Any:
         stock = next((kind for kind in _stock() if _takes_weights_only(kind)), TorchCheckpointIO)
@@ -205,8 +206,16 @@ class StreamingCheckpointIO(SavingIO):
 
 
 def _stock() -> tuple[type[TorchCheckpointIO], ...]:
-    """Lightning's own plugins: two, perhaps of two versions, where both of its packages are imported."""
+    """Lightning's own plugin. Two, perhaps of two versions, if both packages of Lightning are imported."""
     return classes("lightning.fabric.plugins.io.torch_io.TorchCheckpointIO")
+
+
+def _require_file(path: str) -> None:
+    """Raises ``FileNotFoundError`` if there is no such file, with advice if the path looks like a model on a hub."""
+    filesystem, local_path = url_to_fs(path)
+    if not filesystem.exists(local_path):
+        advice = hub_advice(path)
+        raise FileNotFoundError(f"Checkpoint file not found: {path}" + (f". {advice}" if advice else ""))
 
 
 def _takes_weights_only(stock: type[TorchCheckpointIO]) -> bool:
@@ -215,18 +224,18 @@ def _takes_weights_only(stock: type[TorchCheckpointIO]) -> bool:
 
 
 class _Loaded(OrderedDict[Any, Any]):
-    """A loaded checkpoint that lets go of its files when it is let go of itself.
+    """A loaded checkpoint that releases its files when it is deleted.
 
-    Copies and pickles of it are plain ``OrderedDict``, which is loaded everywhere, also with ``weights_only=True``.
+    Copies and pickles of it are plain ``OrderedDict``, which can be loaded everywhere, also with ``weights_only=True``.
     """
 
     __slots__ = ("mapped",)
     mapped: MappedCheckpoint | None
 
     def __del__(self) -> None:
-        # Not at exit: what others' exit handlers read may lie in the files.
+        # Not at exit: exit handlers may still read tensors in the files.
         if getattr(self, "mapped", None) is not None and not sys.is_finalizing():
-            # What only this refers to goes first, and is not read.
+            # Tensors that only this dict refers to are deleted first, so their values are not read.
             self.clear()
             _detach(self.mapped)
 
@@ -238,23 +247,23 @@ class _Loaded(OrderedDict[Any, Any]):
 
 
 def _detach_at_end(checkpoint: Any, mapped: MappedCheckpoint) -> Any:
-    """Lets go of the files when a loaded checkpoint is let go of, or somebody is about to change them.
+    """Releases the files when the checkpoint is deleted, or before another program changes them.
 
-    CheckpointIOs are told of no end of a restore (Lightning 2.5, 2.6).
+    Lightning (2.5, 2.6) does not tell a CheckpointIO when a restore ends.
 
     Returns:
-        The checkpoint to hand out.
+        The checkpoint to return.
     """
     mapped.watch()
     if type(checkpoint) in (dict, OrderedDict):
         whole = _Loaded(checkpoint)
-        vars(whole).update(getattr(checkpoint, "__dict__", {}))  # a state dict has its _metadata there
+        vars(whole).update(getattr(checkpoint, "__dict__", {}))  # A state dict keeps its _metadata there.
         whole.mapped = mapped
         return whole
     try:
         weakref.finalize(checkpoint, _detach, mapped).atexit = False
     except TypeError:
-        mapped.detach()  # a list, say
+        mapped.detach()  # It cannot be weakly referenced, such as a list.
     return checkpoint
 
 
@@ -267,11 +276,12 @@ def _detach(mapped: MappedCheckpoint | None) -> None:
 
 
 def _without_mmap() -> contextlib.AbstractContextManager[Any]:
-    """Within, ``torch.load`` takes open files, whatever ``torch.utils.serialization.config.load.mmap`` says.
+    """Makes ``torch.load`` ignore ``torch.utils.serialization.config.load.mmap`` for a ``with`` block.
 
     Lightning (2.6) passes open files, and torch cannot map them.
     """
-    settings = sys.modules.get("torch.utils.serialization")  # torch >= 2.7; nobody can have set what is not imported
+    # torch >= 2.7. If it is not imported, it has its defaults.
+    settings = sys.modules.get("torch.utils.serialization")
     return settings.config.patch("load.mmap", False) if settings is not None else contextlib.nullcontext()
 
 

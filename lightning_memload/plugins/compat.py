@@ -1,13 +1,13 @@
-"""Lightning under either of its names: ``lightning.pytorch`` and ``pytorch_lightning``.
+"""Supports Lightning under both of its names: ``lightning.pytorch`` and ``pytorch_lightning``.
 
-The two packages are independent copies of the same classes, and a Trainer knows only those of its own. So the base
-classes made here derive from the class of that name in every package that the program imports, also in one that it
-imports later, and questions about a Trainer or a module go to the package that it comes from.
+The two packages are independent copies of the same classes, and a Trainer knows only those of its own package. So the
+base classes made here derive from the class of that name in every package that the program imports, including a
+package that it imports later. The class of a Trainer or a module decides which package is used for it.
 
-No package is imported that the program does not import itself: a second copy takes 0.3 s, and redirects the messages
-of the first to its own logger (lightning_utilities 0.15 has one logger, and the copy that is imported last sets it).
-Only if the program has imported neither, ``lightning`` is imported, or ``pytorch_lightning`` where there is no other.
-What of Lightning has no public name is named here and in ``seams``, with the versions in which it was seen.
+Only packages that the program itself imports are used: importing a second copy takes 0.3 s, and redirects the messages
+of the first one to its own logger (lightning_utilities 0.15 has one logger, and the last imported copy sets it). If the
+program has imported neither, ``lightning`` is imported, or ``pytorch_lightning`` if there is no ``lightning``. Names of
+Lightning that are not public appear here and in ``seams`` only, with the versions in which they exist.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Package:
     """One of the two packages.
 
     Attributes:
-        pytorch: What it calls ``lightning.pytorch``.
-        fabric: What it calls ``lightning.fabric``.
+        pytorch: Its name for ``lightning.pytorch``.
+        fabric: Its name for ``lightning.fabric``.
     """
 
     pytorch: str
     fabric: str
 
     def find(self, name: str) -> Any:
-        """What the package has under a name. Imports the module that it is in.
+        """Return the object of a name in this package, and import its module.
 
         Args:
             name: The name in the package ``lightning``: ``"lightning.pytorch.callbacks.Callback"``.
@@ -54,7 +54,7 @@ class Package:
         return getattr(importlib.import_module(module), attribute)
 
     def rename(self, name: str) -> str:
-        """What the package calls a name of the package ``lightning``."""
+        """Return this package's name for a name of the package ``lightning``."""
         for theirs, ours in (("lightning.pytorch", self.pytorch), ("lightning.fabric", self.fabric)):
             if name.startswith(f"{theirs}."):
                 return ours + name.removeprefix(theirs)
@@ -66,17 +66,17 @@ class Package:
         return self.find("lightning.pytorch.__version__")  # type: ignore[no-any-return]
 
     def migrate(self, checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
-        """Makes of an old checkpoint, in place, a current one. No public name (2.5, 2.6)."""
+        """Converts an old checkpoint to the current version, in place. Lightning's name is not public (2.5, 2.6)."""
         migrate = self.find("lightning.pytorch.utilities.migration.utils._pl_migrate_checkpoint")
         return migrate(checkpoint, path)  # type: ignore[no-any-return]
 
     def reading_old_pickles(self) -> contextlib.AbstractContextManager[Any]:
-        """Within, checkpoints that name modules which Lightning no longer has can be unpickled."""
+        """Allows to unpickle checkpoints that name removed modules of Lightning, for a ``with`` block."""
         patch = self.find("lightning.pytorch.utilities.migration.pl_legacy_patch")
         return patch()  # type: ignore[no-any-return]
 
     def overrides(self, method: str, instance: object, parent: str) -> bool:
-        """Whether the class of an object has a method of its own in place of its parent's.
+        """Whether the class of an object overrides a method of a parent class.
 
         Args:
             method: The method.
@@ -97,7 +97,7 @@ def _import_one() -> None:
     """Imports one of the packages if the program has imported neither.
 
     Raises:
-        ImportError: There is none, or none that can be imported.
+        ImportError: Neither can be imported.
     """
     if _imported():
         return
@@ -106,7 +106,7 @@ def _import_one() -> None:
         try:
             importlib.import_module(package.pytorch)
             return
-        except Exception as error:  # a copy that does not suit the torch at hand fails in many ways
+        except Exception as error:  # A package that is not compatible with the installed torch fails in many ways.
             reasons.append(f"{package.pytorch} ({type(error).__name__}: {error})")
     raise ImportError(f"lightning_memload needs lightning>=2.5, and could import neither {' nor '.join(reasons)}.")
 
@@ -121,10 +121,10 @@ def classes(*names: str) -> tuple[type[Any], ...]:
 
 
 def package_of(thing: object) -> Package:
-    """The package that a Trainer, a module, a callback, or the class of one comes from.
+    """Return the package that a Trainer, a module, a callback, or a class of these comes from.
 
     Returns:
-        The package of the first of its classes that is Lightning's, the one that was imported if there is none.
+        The package of the first of its base classes that belongs to Lightning. If there is none: the imported package.
     """
     kind = thing if isinstance(thing, type) else type(thing)
     for base in kind.__mro__:
@@ -137,8 +137,8 @@ def package_of(thing: object) -> Package:
 class _Watch(MetaPathFinder):
     """Calls a function with a module as soon as the program has imported it.
 
-    It stands first in ``sys.meta_path``, leaves the search to the finders after it, and steps out when nothing is left
-    to watch. Python has no public event for this.
+    It is the first entry of ``sys.meta_path``, delegates the search to the other finders, and removes itself when all
+    watched modules are imported. Python has no public event for this.
     """
 
     def __init__(self) -> None:
@@ -146,9 +146,9 @@ class _Watch(MetaPathFinder):
         self._searching: set[str] = set()
 
     def add(self, name: str, action: Callable[[ModuleType], None]) -> None:
-        """Calls ``action`` once with the module ``name``: now if it is imported, else when it is."""
+        """Calls ``action`` once with the module ``name``: now if it is imported, otherwise after its import."""
         if sys.modules.get(name) is not None:
-            action(importlib.import_module(name))  # waits for a thread that is importing it
+            action(importlib.import_module(name))  # This waits for a thread that is importing it.
             return
         self._actions[name] = action
         if self not in sys.meta_path:
@@ -157,7 +157,7 @@ class _Watch(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Has the other finders find a watched module, and finds no other."""
+        """Returns the spec that the other finders have for a watched module, and ``None`` for any other module."""
         if fullname not in self._actions or fullname in self._searching:
             return None
         self._searching.add(fullname)
@@ -178,7 +178,7 @@ class _Watch(MetaPathFinder):
 
 
 class _WatchedLoader(Loader):
-    """Loads as another loader does, gives way to it, and says when the module is there."""
+    """Wraps another loader, replaces itself by it, and calls a function once the module is loaded."""
 
     def __init__(self, loader: Loader, on_loaded: Callable[[ModuleType], None]) -> None:
         self._loader = loader
@@ -199,11 +199,11 @@ class _WatchedLoader(Loader):
 
 
 def _derive(name: str, watch: _Watch) -> type[Any]:
-    """Makes a class that derives from the class ``name`` of every package, from a later one as soon as it is there."""
+    """Makes a class that derives from the class ``name`` of every imported package, also of one imported later."""
     first, *_ = _imported()
     base = first.find(name)
     joint: type[Any] = type(base)(
-        base.__name__, (base,), {"__module__": __name__, "__doc__": f"``{name}`` of every package that is imported."}
+        base.__name__, (base,), {"__module__": __name__, "__doc__": f"``{name}`` of every imported package."}
     )
 
     def add_base(module: ModuleType) -> None:

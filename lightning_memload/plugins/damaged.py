@@ -1,7 +1,7 @@
-"""What happens when the checkpoint of ``ckpt_path`` is damaged: an error that helps, or another checkpoint.
+"""Handles a damaged checkpoint at ``ckpt_path``: the error names an intact one, or an intact one is restored instead.
 
-Ranks may have a file each, on disks of their own. So each looks at its own. If all are intact nothing changes. If not,
-all ranks go on with one checkpoint that has the same name and contents everywhere, or none does.
+Every rank may have its own file on its own disk, so every rank verifies its own file. If a file is damaged, all ranks
+restore one checkpoint that has the same name and contents on all of them, or all ranks raise.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ OnCorrupt = Literal["raise", "previous"]
 
 _log = logging.getLogger(__name__)
 
-# An error that is about to be raised waits no longer than this for what it could say more. Lightning's launcher and
-# torchrun kill all processes some seconds after the first one has died.
+# The error waits at most this long for the search for an intact checkpoint. Lightning's launcher and torchrun kill all
+# processes some seconds after the first one has died.
 _SEARCH_SECONDS = 5.0
 _MAX_LISTED = 3
 
 
 def tell_of_damage(exception: BaseException, path: str, trainer: pl.Trainer, *, advise_option: bool) -> None:
-    """Adds to the error of a damaged checkpoint which one in the same directory is intact.
+    """Adds the newest intact checkpoint of the same directory to the error of a damaged checkpoint.
 
-    With several processes, error and addition are also logged as soon as they are known: the failure of another rank
-    may end this process before it raises.
+    With several processes, the error and the addition are also logged as soon as they are known: the failure of another
+    rank may end this process before it raises.
 
     Args:
-        exception: Any error of a restore; others are left alone.
+        exception: Any error of a restore. Errors other than those of a damaged checkpoint are not changed.
         path: The checkpoint.
         trainer: The Trainer.
-        advise_option: Tell of ``on_corrupt="previous"`` too.
+        advise_option: Whether to recommend ``on_corrupt="previous"``.
     """
     if isinstance(exception, UnmappableCheckpoint) or not os.path.lexists(path):
         return
@@ -63,7 +63,7 @@ def tell_of_damage(exception: BaseException, path: str, trainer: pl.Trainer, *, 
         return
     path = os.path.abspath(path)
     if _is_folder_of_checkpoints(path):
-        return  # It is the folder where the siblings are, and the error names them.
+        return  # The path is the folder of the checkpoints, and the error names them.
     _log_on_rank(trainer, str(exception.args[0]))
     words = _search(exception, path, trainer, advise_option=advise_option)
     if words is not None:
@@ -74,20 +74,20 @@ def tell_of_damage(exception: BaseException, path: str, trainer: pl.Trainer, *, 
 def _search(
     exception: CheckpointFormatError | CheckpointReadError, path: str, trainer: pl.Trainer, *, advise_option: bool
 ) -> str | None:
-    """What can be told of the checkpoints beside a damaged one, ``None`` if there is nothing to tell."""
+    """Return a sentence about the checkpoints beside a damaged one, ``None`` if nothing is known."""
     folder = os.path.dirname(path)
     newest: list[str] = []
     found: list[Siblings] = []
 
     def search() -> None:
-        # What went wrong first is what the user must see.
+        # An error of the search must not replace the error of the restore.
         with contextlib.suppress(Exception):
             newest.extend(itertools.islice(filter(is_training_checkpoint, list_siblings(path)), 1))
             if newest:
                 _log_on_rank(trainer, f"The newest other checkpoint in {folder} is {newest[0]}. It is being verified.")
             found.append(find_siblings(path, timeout_seconds=_SEARCH_SECONDS))
 
-    # In a thread: a read from a disk that hangs ends at no deadline.
+    # In a thread: a read from a disk that hangs does not end at a deadline.
     thread = threading.Thread(target=search, name="memload_siblings", daemon=True)
     thread.start()
     thread.join(_SEARCH_SECONDS + 0.5)
@@ -98,26 +98,26 @@ def _search(
             f"The newest intact checkpoint in {folder} is {siblings.intact}: resume with ckpt_path={siblings.intact!r}"
         )
         return words + (
-            ", or let MemoryEfficientRestore(on_corrupt='previous') do so by itself." if advise_option else "."
+            ", or use MemoryEfficientRestore(on_corrupt='previous') to do so automatically." if advise_option else "."
         )
     if siblings.unknown:
         (candidate, *_), tried = siblings.unknown, _counted(siblings.damaged)
         return (
-            f"The newest other checkpoint in {folder} is {candidate}{tried}. {_SEARCH_SECONDS:.0f} s were too short to "
-            f"verify it: lightning_memload.verify_checkpoint({candidate!r}) tells whether it is intact."
+            f"The newest other checkpoint in {folder} is {candidate}{tried}. It could not be verified within "
+            f"{_SEARCH_SECONDS:.0f} s. Use lightning_memload.verify_checkpoint({candidate!r}) to verify it."
         )
     return f"There is no intact checkpoint in {folder}{_counted(siblings.damaged)}." if found else None
 
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
-    """What one rank found at its own ``ckpt_path``. It travels as JSON.
+    """The state of one rank's own ``ckpt_path``. It is sent to the other ranks as JSON.
 
     Attributes:
-        path: The rank's ``ckpt_path``, ``None`` where it restores none.
-        file: Which file that is, the same word for all processes of a machine that see the same file.
-        problems: What is wrong with it, ``None`` where another rank looks at the same file.
-        exists: Whether there is anything at the path.
+        path: The rank's ``ckpt_path``, ``None`` if the rank restores no checkpoint.
+        file: The identity of the file: equal in all processes of a machine that see the same file.
+        problems: The damage that was found. ``None`` if another rank verifies the same file.
+        exists: Whether the path exists.
     """
 
     path: str | None
@@ -129,29 +129,30 @@ class _Finding:
 def choose_intact(path: str | None, trainer: pl.Trainer, companions: Companions | None) -> str | None:
     """Verifies a checkpoint, and chooses the newest intact one in its directory if it is damaged.
 
-    Every rank verifies its own file, ranks of one machine that have the same file only once, and all choose the same:
-    of the files with the same name and contents in the directories of all ranks, the newest. When there is no other
-    choice for a single process it is the path itself, whose error then comes from loading it.
+    Every rank verifies its own file. Ranks of one machine that have the same file verify it once. All ranks choose the
+    same checkpoint: the newest one that has the same name and contents in the directories of all ranks. If a single
+    process finds no intact checkpoint, the path itself is returned, and loading it raises the error.
 
     Args:
-        path: What ``ckpt_path`` names, ``None`` on a rank that restores nothing.
-        trainer: The Trainer, which henceforth says that the chosen one is its ``ckpt_path``.
-        companions: The other processes, ``None`` for a single one.
+        path: The value of ``ckpt_path``, ``None`` on a rank that restores no checkpoint.
+        trainer: The Trainer. Its ``ckpt_path`` becomes the chosen checkpoint.
+        companions: The other processes, ``None`` for a single process.
 
     Returns:
-        The path to restore from, on this rank.
+        The path that this rank restores.
 
     Raises:
-        CheckpointFormatError: The file of a rank is damaged or missing, and no other is intact on all ranks. Raised on
-            every rank.
-        MemloadError: Another rank failed meanwhile.
+        CheckpointFormatError: The file of a rank is damaged or missing, and no other checkpoint is intact on all ranks.
+            Raised on every rank.
+        MemloadError: Another rank failed in the meantime.
     """
     if trainer.world_size > 1 and (companions is None or not companions.can_agree):
         if path is not None:
             warnings.warn(
-                f"MemoryEfficientRestore(on_corrupt='previous') is ignored on rank {trainer.global_rank}: another "
-                "checkpoint must be chosen by all ranks together, and not every rank has this option, or the processes "
-                "have no process group with a key-value store. Give the callback to every rank.",
+                f"MemoryEfficientRestore(on_corrupt='previous') is ignored on rank {trainer.global_rank}: all ranks "
+                "must choose another checkpoint together, but not every rank has this option, or the processes have no "
+                "process group with a key-value store. Pass the callback with this option to the Trainer of every "
+                "rank.",
                 stacklevel=2,
             )
         return path
@@ -160,13 +161,13 @@ def choose_intact(path: str | None, trainer: pl.Trainer, companions: Companions 
         chosen = _choose(complete, companions, trainer.global_rank)
     except LostCompanion as error:
         raise MemloadError(
-            f"The ranks cannot agree which checkpoint to restore instead of a damaged one, since {error}. The error of "
-            f"that rank tells more. ckpt_path of rank {trainer.global_rank}: {path}."
+            f"The ranks cannot choose a checkpoint to restore instead of a damaged one, since {error}. See the error "
+            f"of that rank. ckpt_path of rank {trainer.global_rank}: {path}."
         ) from error
     if chosen == complete:
         return path
     if chosen != path:
-        # Not the public setter: it would make the path that of all later calls too.
+        # Not the public setter: it would set the path for all later calls too.
         trainer._checkpoint_connector._ckpt_path = chosen
     return chosen
 
@@ -176,7 +177,7 @@ def _choose(path: str | None, companions: Companions | None, rank: int) -> str |
     findings = _resolved({other: _Finding(**finding) for other, finding in told.items()})
     bad = {other: finding for other, finding in findings.items() if finding.problems}
     if not bad or not any(finding.exists for finding in findings.values()):
-        return path  # a path that exists nowhere is a mistake, not damage
+        return path  # A path that exists on no rank is a mistake, not damage.
     listings: dict[int, list[str]] = {}
     if path is not None and all(finding.path is not None for finding in findings.values()):
         listings = _tell(_names(path, is_sound=rank not in bad), companions, rank)
@@ -205,13 +206,13 @@ def _choose(path: str | None, companions: Companions | None, rank: int) -> str |
     raise CheckpointFormatError(
         f"{_described(findings, bad)} on_corrupt='previous' finds no other checkpoint that is intact, with the same "
         f"name and contents, beside the ckpt_path of every rank{_counted(damaged)}. "
-        f"{_apart(listings, common)}Give a ckpt_path that is intact on all {len(findings)} ranks.",
+        f"{_apart(listings, common)}Pass a ckpt_path that is intact on all {len(findings)} ranks.",
         path=str(next(iter(bad.values())).path),
     )
 
 
 def _look(path: str | None, companions: Companions | None) -> _Finding:
-    """Verifies the file at a path, unless another rank does."""
+    """Verifies the file at a path, unless another rank verifies it."""
     if path is None:
         return _Finding(None)
     if not os.path.exists(path):
@@ -228,7 +229,7 @@ def _look(path: str | None, companions: Companions | None) -> _Finding:
         report = verify_checkpoint(path, progress=False if companions is None else companions.sign)
         problems = [str(item) for item in report.damage]
     except UnmappableCheckpoint:
-        problems = []  # of torch < 1.6, or compressed: it has no checksums
+        problems = []  # The format of torch < 1.6, or compressed: it has no checksums.
     except CheckpointFormatError as error:
         problems = [str(error)]
     except Exception as error:
@@ -241,14 +242,14 @@ def _look(path: str | None, companions: Companions | None) -> _Finding:
 
 
 def _judge(candidate: str, companions: Companions | None, rank: int) -> Verdict:
-    """Whether a checkpoint is intact on all ranks, and the same on all of them."""
+    """Whether a checkpoint is intact, and the same, on all ranks."""
     file = _identity(candidate)
     mine: list[str | None] = [file, None, None]
     if companions is None or not file or companions.claim(file):
         verdict = judge_sibling(candidate, progress=_silent if companions is None else companions.sign)
         mine = [file, verdict, fingerprint(candidate) if companions is not None else None]
     told = list(_tell(mine, companions, rank).values())
-    # Of each file, what the rank found that looked at it.
+    # For each file, the result of the rank that verified it.
     files = {file or str(number): (verdict, mark) for number, (file, verdict, mark) in enumerate(told) if verdict}
     verdicts = {verdict for verdict, _ in files.values()}
     if verdicts != {"intact"}:
@@ -258,11 +259,11 @@ def _judge(candidate: str, companions: Companions | None, rank: int) -> Verdict:
 
 
 def _silent(*_: int) -> None:
-    """Tells of no progress."""
+    """Reports no progress."""
 
 
 def _names(path: str, *, is_sound: bool) -> list[str]:
-    """The names that a rank could take, newest first: those beside its file, and its own if that is sound."""
+    """Return the names a rank could restore, newest first: those beside its file, and its own if it is intact."""
     names: list[str] = []
     with contextlib.suppress(OSError):
         names = [os.path.basename(sibling) for sibling in list_siblings(path)]
@@ -270,9 +271,9 @@ def _names(path: str, *, is_sound: bool) -> list[str]:
 
 
 def _identity(path: str) -> str:
-    """A word that two processes have in common if they see the same file, ``""`` where that is not known."""
+    """Return a word that is equal in two processes if they see the same file, ``""`` if it is unknown."""
     try:
-        # Not the name of the machine: two may have the same, and numbers of files mean something on one only.
+        # Not the host name, since two machines may have the same one. Inode numbers are unique on one machine only.
         with open("/proc/sys/kernel/random/boot_id") as file:
             machine = file.read().strip()
         status = os.stat(path)
@@ -286,7 +287,7 @@ def _tell(message: Any, companions: Companions | None, rank: int) -> dict[int, A
 
 
 def _resolved(findings: dict[int, _Finding]) -> dict[int, _Finding]:
-    """Gives each rank what another one found out about the same file."""
+    """Fills in the problems of each rank whose file another rank has verified."""
     known = {finding.file: finding.problems for finding in findings.values() if finding.problems is not None}
     return {
         rank: finding if finding.problems is not None else replace(finding, problems=known[finding.file])
@@ -295,7 +296,7 @@ def _resolved(findings: dict[int, _Finding]) -> dict[int, _Finding]:
 
 
 def _described(findings: Mapping[int, _Finding], bad: Mapping[int, _Finding]) -> str:
-    """What is wrong, a sentence for each damaged file, with the ranks whose file it is."""
+    """Return the damage: one sentence for each damaged file, with the ranks that have it."""
     ranks: dict[tuple[str | None, bool, tuple[str, ...]], list[int]] = {}
     for rank, finding in bad.items():
         ranks.setdefault((finding.path, finding.exists, tuple(finding.problems or ())), []).append(rank)
@@ -309,14 +310,14 @@ def _described(findings: Mapping[int, _Finding], bad: Mapping[int, _Finding]) ->
 
 
 def _apart(listings: Mapping[int, list[str]], common: list[str]) -> str:
-    """A sentence for each file that only some of the ranks have."""
+    """Return one sentence for each file that only some of the ranks have."""
     names = dict.fromkeys(name for listing in listings.values() for name in listing if name not in common)
     having = {name: [rank for rank, listing in listings.items() if name in listing] for name in names}
-    return "".join(f"Only rank {listed(having[name])} can take {name}. " for name in list(names)[:_MAX_LISTED])
+    return "".join(f"Only rank {listed(having[name])} can restore {name}. " for name in list(names)[:_MAX_LISTED])
 
 
 def _is_folder_of_checkpoints(path: str) -> bool:
-    """Whether a path is that of a directory which is no checkpoint itself and has some in it."""
+    """Whether a path is a directory that contains checkpoints and is not a checkpoint itself."""
     return os.path.isdir(path) and not is_checkpoint(path) and bool(checkpoints_in(path))
 
 
@@ -325,6 +326,6 @@ def _counted(damaged: Sequence[str]) -> str:
 
 
 def _log_on_rank(trainer: pl.Trainer, message: str) -> None:
-    """Logs an error at once, on whatever rank: standard error where logging is not configured. Not of one process."""
+    """Logs an error immediately, on every rank, if there are several. Unconfigured logging prints it to stderr."""
     if trainer.world_size > 1:
         _log.error("[rank %d of %d] %s", trainer.global_rank, trainer.world_size, message)

@@ -1,7 +1,7 @@
-"""``LightningModule.load_from_checkpoint`` at the cost of the weights alone.
+"""``load_from_checkpoint``: as ``LightningModule.load_from_checkpoint``, but reads and keeps the weights only.
 
-Builds the module with the hyperparameters of the file as Lightning does, but under ``meta_init``, and streams only the
-weights, to one device, whatever device they were saved from.
+Builds the module with the hyperparameters of the file as Lightning does, but under ``meta_init``. Then streams the
+weights to one device. The device that they were saved from does not matter.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ __all__ = ["load_from_checkpoint"]
 
 Module = TypeVar("Module", bound="pl.LightningModule")
 
-# Before Lightning 1.0; load_from_checkpoint still reads them.
+# Keys of checkpoints before Lightning 1.0. Lightning's load_from_checkpoint still reads them.
 _PAST_HYPER_PARAMETERS_KEYS = ("hparams", "module_arguments")
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-# LightningCLI writes one of these into the hyperparameters. A file must not name any other code to run.
+# LightningCLI writes one of these into the hyperparameters. A file must not make any other code run.
 _CLI_INSTANTIATORS = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
 
 
@@ -44,44 +44,42 @@ def load_from_checkpoint(
 ) -> Module:
     """Builds a LightningModule from a checkpoint, as ``LightningModule.load_from_checkpoint`` does.
 
-    The module is built under :func:`meta_init`, so it takes no memory before its weights are there, but for parameters
-    whose values are needed while it is built, which a warning names; ``configure_model`` and ``on_load_checkpoint`` are
-    called as always; optimizer states are never read. Layers that the file lacks get what the constructor made of them.
+    The module is built under :func:`meta_init`, so it takes no memory before its weights are loaded. The exceptions are
+    parameters whose values are needed while it is built; a warning names them. ``configure_model`` and
+    ``on_load_checkpoint`` are called as in Lightning. Optimizer states are never read. Layers that the file lacks keep
+    the values of the constructor.
 
-    Options are keywords, ``device="cuda"``, like the module's own arguments. A keyword that the constructor of ``cls``
-    names is the module's, as in Lightning, even if there is an option of the same name; so is one that the file has as
-    a hyperparameter, if the constructor takes any keyword. ``strict``, ``weights_only`` and ``hparams_file`` are always
-    options, as in Lightning, and so is ``safe_globals``. A warning tells what a keyword was taken as where it could be
-    either one. To say which is meant, pass the options as a dict after the path: then all keywords are the module's.
+    Options are keywords, such as ``device="cuda"``. A keyword that the constructor of ``cls`` names is an argument of
+    the module, even if an option has the same name. So is a keyword that is a hyperparameter of the file, if the
+    constructor takes any keyword. ``strict``, ``weights_only``, ``hparams_file`` and ``safe_globals`` are always
+    options. If a keyword could be either, a warning says how it was interpreted. To choose explicitly, pass the options
+    as a dict after the path: then all keywords are arguments of the module.
 
     Args:
         cls: The class to build.
-        path: A checkpoint of any known format. Without hyperparameters in it all must be given as keywords.
-        options: The options. ``None``: those among the keywords.
-        arguments: Options, and arguments for ``cls``, which take the place of the hyperparameters in the file.
+        path: A checkpoint of any known format. If it has no hyperparameters, all must be passed as keywords.
+        options: The options. ``None``: the options are among the keywords.
+        arguments: Options, and arguments of ``cls``, which override the hyperparameters in the file.
 
     The options are:
-        device: Where the module shall be, ``"cpu"`` by default. Lightning revives every tensor on the device that it
-            was saved from.
+        device: The device of the module, ``"cpu"`` by default. Lightning loads each tensor to the device it comes from.
         mode: ``"copy"`` or ``"assign"``, see :func:`load_weights`.
         strict: As in Lightning. ``None``: the module's ``strict_loading``.
-        weights_only: Passed to ``torch.load`` exactly as given, ``None`` by default. What it refuses outside of weights
-            and hyperparameters is not loaded, unless ``cls`` overrides ``on_load_checkpoint``.
-        safe_globals: See :func:`load_weights`.
-        hparams_file: As in Lightning: a ``.yaml`` or ``.csv`` file that takes the place of the hyperparameters.
-        host_budget_mib, num_threads, verify, check_fit: See :func:`load_weights`.
+        weights_only: Passed to ``torch.load`` exactly as given, ``None`` by default. Refused objects outside weights
+            and hyperparameters are not loaded, unless ``cls`` overrides ``on_load_checkpoint``.
+        hparams_file: As in Lightning: a ``.yaml`` or ``.csv`` file that replaces the hyperparameters in the checkpoint.
+        safe_globals, host_budget_mib, num_threads, verify, check_fit: See :func:`load_weights`.
 
     Returns:
-        The module, on ``device``, in training mode as any new module.
+        The module on ``device``, in training mode.
 
     Raises:
         CheckpointFormatError: The file is damaged, or holds no weights.
-        UnsafeGlobalsError: ``weights_only`` refuses classes in what is needed.
+        UnsafeGlobalsError: ``weights_only`` refuses classes in the weights or hyperparameters.
         IncompatibleWeightsError: The weights do not fit, see :func:`load_weights`.
-        TypeError: An argument is neither an option nor one of ``cls`` (Lightning drops such an argument in silence), or
-            ``cls`` is no LightningModule.
+        TypeError: ``cls`` is not a LightningModule, or a keyword is neither an option nor an argument of ``cls``.
         ValueError: ``strict`` contradicts the module's ``strict_loading``, an option is out of its range, or the file
-            names code to build the module with that is not LightningCLI's.
+            names a function to build the module with that is not LightningCLI's.
 
     Peak memory: the weights once on ``device``, and ``host_budget_mib`` on the host if that is not the CPU.
 
@@ -89,22 +87,26 @@ def load_from_checkpoint(
         >>> model = load_from_checkpoint(LitGPT, "last.ckpt", device="cuda", dropout=0.0)
         >>> model = load_from_checkpoint(LitGPT, "last.ckpt", {"device": "cuda"}, mode="an argument of LitGPT")
     """
+    _require_lightning_module(cls)
+    return _load(cls, path, options, arguments)
+
+
+def _require_lightning_module(cls: Any) -> None:
     if not isinstance(cls, type):
         raise TypeError(
-            f"load_from_checkpoint() builds a module of a class, got a {type(cls).__name__}. Give the class."
+            f"load_from_checkpoint() needs the class of the module, got a {type(cls).__name__}. Pass the class."
         )
     if not issubclass(cls, classes("lightning.pytorch.LightningModule")):
         raise TypeError(
-            f"load_from_checkpoint() builds LightningModules, and {cls.__qualname__} is none. Build it yourself, and "
-            "give it its weights with load_weights()."
+            f"load_from_checkpoint() needs a LightningModule, and {cls.__qualname__} is not one. Build the module "
+            "yourself, and load its weights with load_weights()."
         )
-    weights_only, safe_globals = (
-        lightnings_option(name, options, arguments) for name in ("weights_only", "safe_globals")
-    )
-    checkpoint, mapped = _open(cls, path, weights_only, safe_globals or ())
-    hparams_file = lightnings_option("hparams_file", options, arguments)
-    if hparams_file is not None:
-        checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY] = _read_hyper_parameters(cls, hparams_file)
+
+
+def _load(
+    cls: type[Module], path: str | os.PathLike[str], options: LoadingOptions | None, arguments: dict[str, Any]
+) -> Module:
+    checkpoint, mapped = _open_with_hyper_parameters(cls, path, options, arguments)
     saved = _saved_hyper_parameters(cls, checkpoint)
     takes_whole = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME) in inspect.signature(cls.__init__).parameters
     asked, overrides = split_arguments(
@@ -126,11 +128,28 @@ def load_from_checkpoint(
         _, match = weights.stream(
             checkpoint["state_dict"], module, session, assign=loading.assigns, may_match_nothing=True
         )
-        del checkpoint  # what is referred to when the session ends is copied
+        del checkpoint  # When the session ends, tensors that are still referred to are copied.
     if match is not None:
-        fate = " What is new has the initial values of its layers." if match.new else ""
-        rank_zero_warn(f"{path}: {match}.{fate}")
+        addition = " New layers have their initial values." if match.new else ""
+        rank_zero_warn(f"{path}: {match}.{addition}")
     return module.to(session.device)
+
+
+def _open_with_hyper_parameters(
+    cls: type[pl.LightningModule],
+    path: str | os.PathLike[str],
+    options: LoadingOptions | None,
+    arguments: dict[str, Any],
+) -> tuple[dict[str, Any], MappedCheckpoint]:
+    """Opens the checkpoint, with the hyperparameters of ``hparams_file`` if that option is set."""
+    weights_only, safe_globals = (
+        lightnings_option(name, options, arguments) for name in ("weights_only", "safe_globals")
+    )
+    checkpoint, mapped = _open(cls, path, weights_only, safe_globals or ())
+    hparams_file = lightnings_option("hparams_file", options, arguments)
+    if hparams_file is not None:
+        checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY] = _read_hyper_parameters(cls, hparams_file)
+    return checkpoint, mapped
 
 
 def _open(
@@ -139,9 +158,9 @@ def _open(
     weights_only: bool | None,
     safe_globals: Sequence[SafeGlobal],
 ) -> tuple[dict[str, Any], MappedCheckpoint]:
-    """The checkpoint, as it would be if a Lightning of today had saved it, and its mapping."""
+    """Opens a checkpoint and migrates it to the installed version of Lightning. Returns it with its mapping."""
     package = package_of(cls)
-    # A hook of the user gets the whole checkpoint, so all of it must be there.
+    # A user's hook receives the whole checkpoint, so no part of it may be missing.
     erases = cls.on_load_checkpoint is package.find("lightning.pytorch.LightningModule").on_load_checkpoint
     with package.reading_old_pickles():
         checkpoint, mapped = open_any(path, weights_only, safe_globals, erases=erases)
@@ -156,7 +175,7 @@ def _open(
 
 
 def _leave_out_refused(cls: type[pl.LightningModule], checkpoint: Any, refusal: UnsafeGlobalsError | None) -> None:
-    """Takes out of a checkpoint what ``weights_only`` refused, if building the module does not need it."""
+    """Removes from a checkpoint what ``weights_only`` refused, and raises if building the module needs it."""
     if refusal is None:
         return
     needed = {"state_dict", *_PAST_HYPER_PARAMETERS_KEYS, cls.CHECKPOINT_HYPER_PARAMS_KEY}
@@ -181,7 +200,7 @@ def _load_options(asked: LoadingOptions) -> LoadOptions:
 
 
 def _read_hyper_parameters(cls: type[pl.LightningModule], path: str | os.PathLike[str]) -> Any:
-    """As ``LightningModule.load_from_checkpoint`` of Lightning 2.5 and 2.6 does."""
+    """Reads hyperparameters as ``LightningModule.load_from_checkpoint`` of Lightning 2.5 and 2.6 does."""
     package, extension = package_of(cls), str(path).rpartition(".")[2].lower()
     if extension == "csv":
         return package.find("lightning.pytorch.core.saving.load_hparams_from_tags_csv")(path)
@@ -198,7 +217,7 @@ def _saved_hyper_parameters(cls: type[pl.LightningModule], checkpoint: dict[str,
 
 
 def _find_class(path: Any) -> type | None:
-    """The class of this name, if its module is imported."""
+    """Return the class of this dotted name, ``None`` if its module is not imported."""
     home, _, name = str(path).rpartition(".")
     found = getattr(sys.modules.get(home), name, None)
     return found if isinstance(found, type) else None
@@ -212,11 +231,11 @@ def _build_whole(cls: type[Module], checkpoint: dict[str, Any], overrides: dict[
 
 
 def _build(cls: type[Module], checkpoint: dict[str, Any], overrides: dict[str, Any]) -> Module:
-    """An instance of the class with the hyperparameters of a checkpoint, by the rules of Lightning 2.5 and 2.6."""
+    """Builds the class with the hyperparameters of a checkpoint, by the rules of Lightning 2.5 and 2.6."""
     saved = _saved_hyper_parameters(cls, checkpoint)
     kind = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_TYPE)
     if kind:
-        # A class, or in old files its name, which was always this one.
+        # A class or, in old files, a name, which was always "AttributeDict".
         named = package_of(cls).find("lightning.fabric.utilities.data.AttributeDict")
         saved = named(saved) if isinstance(kind, str) else kind(saved)
     signature = inspect.signature(cls.__init__).parameters
@@ -225,24 +244,28 @@ def _build(cls: type[Module], checkpoint: dict[str, Any], overrides: dict[str, A
     arguments = {**({whole: saved} if whole in names else saved), **overrides}
     instantiator = arguments.pop("_instantiator", None)
     if instantiator not in (None, *_CLI_INSTANTIATORS):
-        raise ValueError(f"The file asks to be built by {instantiator!r}, which is not LightningCLI's. It was not run.")
+        raise ValueError(
+            f"The file names {instantiator!r} to build the module, which is not LightningCLI's. It was not run."
+        )
     class_path = arguments.get("_class_path")
     if instantiator is not None and class_path is not None:
         found = _find_class(class_path)
         if found is None or not issubclass(found, cls):
             raise ValueError(
-                f"The file asks for {class_path!r}, which is no subclass of {cls.__name__} that was imported. If you "
+                f"The file names the class {class_path!r}, which is not an imported subclass of {cls.__name__}. If you "
                 "trust it, import the module that defines the class first."
             )
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.values())
     unknown = sorted(set(overrides) - set(names))
     if takes_any or whole in names or class_path is not None:
-        unknown = [name for name in unknown if name == "map_location"]  # Lightning's own; no hyperparameter of anybody
+        unknown = [
+            name for name in unknown if name == "map_location"
+        ]  # An argument of Lightning, never one of a module.
     if unknown:
-        # Lightning drops them in silence, misspelt ones too.
+        # Lightning ignores them silently, also if they are misspelt.
         raise TypeError(
-            f"load_from_checkpoint() and {cls.__name__}.__init__() take no {', '.join(unknown)}. The device is "
-            "given as device=; load_weights() takes a part of the weights, or other names."
+            f"load_from_checkpoint() and {cls.__name__}.__init__() have no argument {', '.join(unknown)}. Pass the "
+            "device as device=. To load a part of the weights, or to rename them, use load_weights()."
         )
     if not takes_any:
         arguments = {name: value for name, value in arguments.items() if name in names}

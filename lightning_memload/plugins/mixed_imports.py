@@ -1,7 +1,7 @@
-"""What an error means that Lightning raises because its two packages are mixed in one run.
+"""Explains errors that Lightning raises because its two packages are mixed in one run.
 
-A Trainer of one package uses a callback, a logger or a data module of the other as far as that goes, and often that is
-all the way: mixing is no error here. Where it ends, Lightning says "Expected a parent".
+A Trainer of one package often works with a callback, a logger or a data module of the other package, so mixing them is
+not an error here. If it does not work, Lightning's message is only "Expected a parent".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["name_mixed_imports"]
 
-# What checks of a type, and names that a class does not have, end in.
+# Errors of type checks, and of attributes that a class does not have.
 _ERRORS = (AssertionError, AttributeError, TypeError, ValueError)
 _LIGHTNING = ("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning")
 _KINDS = (
@@ -29,10 +29,10 @@ _KINDS = (
 
 
 def name_mixed_imports(exception: BaseException, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Adds to an error that Lightning raises which objects of the run come from another package than the Trainer.
+    """Adds to an error of Lightning the objects that come from another package than the Trainer.
 
     Args:
-        exception: Any error of a run. One of another kind, or of other code than Lightning's, is left alone.
+        exception: Any error of a run. Other kinds of errors, and errors of other code, are not changed.
         trainer: The Trainer.
         module: Its module.
     """
@@ -48,8 +48,8 @@ def name_mixed_imports(exception: BaseException, trainer: pl.Trainer, module: pl
     if strangers:
         exception.args = (
             f"{str(exception).rstrip('.')}. The Trainer comes from {home.pytorch}, and these objects do not: "
-            f"{', '.join(dict.fromkeys(strangers))}. A class of one package is unknown to the other. Import all of "
-            "them from one package.",
+            f"{', '.join(dict.fromkeys(strangers))}. The classes of one package are unknown to the other. Import all "
+            "of them from one package.",
         )
 
 
@@ -67,5 +67,6 @@ def _objects(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[object
     yield from trainer.callbacks  # type: ignore[attr-defined]
     yield from trainer.loggers
     for loop in (trainer.fit_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
-        # What was given as dataloaders: a data module of the other package counts as one. No public name (2.5, 2.6).
+        # The argument `dataloaders`: Lightning takes a data module of the other package for one. The name is not public
+        # (2.5, 2.6).
         yield getattr(getattr(loop, "_data_source", None), "instance", None)

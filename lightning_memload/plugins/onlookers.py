@@ -1,8 +1,7 @@
-"""Tells whether anything could look at a checkpoint between the call that saves it and the next optimizer's step.
+"""Decides whether other code could read a checkpoint between its save and the next step of an optimizer.
 
-Everything counts that is not known to leave checkpoints alone. What is known is of Lightning 2.5 and 2.6, of either of
-its two packages: which of its functions call one another when a ``ModelCheckpoint`` saves, and which of its loggers do
-nothing after that.
+Code counts as a reader unless it is known not to read checkpoints. Known are, for Lightning 2.5 and 2.6 under both
+names: the functions that call one another when a ``ModelCheckpoint`` saves, and the loggers that do nothing after it.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 __all__ = ["only_lightning_looks", "only_steps_change", "tell_who_misses_directories"]
 
 _PACKAGES = ("lightning", "pytorch_lightning", "lightning_memload")
-# In which a ModelCheckpoint saves while training goes on.
+# The hooks in which a ModelCheckpoint saves during training.
 _HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_validation_end")
-# Loggers that look at checkpoints only if they were asked to.
+# Loggers that read checkpoints only if the user enables it.
 _UPLOADING = ("loggers.wandb", "loggers.mlflow", "loggers.litlogger")
 _SILENT = ("loggers.logger", "loggers.tensorboard")
 
 
 def only_lightning_looks(trainer: Any) -> bool:
-    """Whether the save that is being made is of a ``ModelCheckpoint`` in one of its hooks, and no logger looks at it.
+    """Whether a ``ModelCheckpoint`` makes the current save in one of its hooks, and no logger reads the checkpoint.
 
-    A signal handler, a subclass, or another callback or plugin that takes part in the save may do anything with the
-    checkpoint as soon as it is saved.
+    A signal handler, a subclass, or another callback or plugin that takes part in the save may read the checkpoint as
+    soon as it is saved.
 
     Args:
         trainer: The Trainer that saves.
@@ -37,14 +36,14 @@ def only_lightning_looks(trainer: Any) -> bool:
 
 
 def only_steps_change(trainer: Any) -> bool:
-    """Whether torch tells of every step that changes what optimizers have, as far as Lightning and torch know.
+    """Whether, as far as is known, only optimizer steps change the tensors of optimizers, and each step calls hooks.
 
-    Lightning's averaging callbacks exchange weights in place between steps, uncounted by torch. Torch calls no hooks
-    before the step of a wrapper that skips the constructor of ``Optimizer``.
+    Lightning's averaging callbacks swap weights in place between steps, and the version counters of torch do not count
+    that. torch calls no hooks before the step of a wrapper that skips the constructor of ``Optimizer``.
     """
     names = {"WeightAveraging", "StochasticWeightAveraging"}
     averages = any(names & {kind.__name__ for kind in type(callback).__mro__} for callback in trainer.callbacks)
-    # The constructor sets it on the step that it replaces (torch 2.6 to 2.13).
+    # The constructor of Optimizer sets `hooked` on the step that it wraps (torch 2.6 to 2.13).
     return not averages and all(
         isinstance(optimizer, torch.optim.Optimizer) and getattr(type(optimizer).step, "hooked", False)
         for optimizer in trainer.optimizers
@@ -52,12 +51,12 @@ def only_steps_change(trainer: Any) -> bool:
 
 
 def tell_who_misses_directories(loggers: Any) -> None:
-    """Warns of loggers that may look for checkpoints: Lightning's know files only."""
+    """Warns of loggers that may upload checkpoints: Lightning's loggers ignore directories."""
     names = sorted({type(logger).__name__ for logger in loggers if _looks_at_checkpoints(logger)})
     if names:
         rank_zero_warn(
             f"Checkpoints are saved as directories, and {', '.join(names)} may upload files only: Lightning's loggers "
-            "pass over directories. Use save_format='torch' to upload checkpoints."
+            "ignore directories. Use save_format='torch' to upload checkpoints."
         )
 
 
@@ -80,7 +79,7 @@ def _is_made_by_model_checkpoint(trainer: Any) -> bool:
 
 
 def _looks_at_checkpoints(logger: Any) -> bool:
-    """Whether a logger does something with checkpoints that are saved, as far as can be known."""
+    """Whether a logger may read saved checkpoints. ``True`` if it is not known."""
     function = getattr(type(logger), "after_save_checkpoint", None)
     if "after_save_checkpoint" in vars(logger) or function is None:
         return True
@@ -91,7 +90,7 @@ def _looks_at_checkpoints(logger: Any) -> bool:
 
 
 def _owner(frame: FrameType) -> Any:
-    """The object whose method runs."""
+    """The object whose method runs in a frame: its first argument."""
     code = frame.f_code
     return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
 

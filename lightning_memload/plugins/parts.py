@@ -1,7 +1,7 @@
-"""Which parts of a checkpoint a Trainer restores, and what it says when one is not there.
+"""Reduces a loaded checkpoint to the parts that the Trainer is to restore, and raises if one is missing.
 
-Lightning restores all or fails half-way. Here the checkpoint, while its tensors still lie in the file, is cut down to
-the parts that are asked for; what is left out is never read.
+Lightning restores everything, or fails after it has restored some parts. Here the other parts are removed from the
+checkpoint while its tensors are still in the file, so they are never read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Part", "check_parts", "hooks_load", "leave_out_refused", "take_parts
 Part = Literal["weights", "optimizer", "loops", "callbacks"]
 
 _VERSION_KEY = "pytorch-lightning_version"
-# What Lightning (2.6) asks a checkpoint for, and fails without.
+# The keys that Lightning (2.6) requires in a checkpoint.
 _KEYS = {
     "weights": ("state_dict",),
     "optimizer": ("optimizer_states", "lr_schedulers"),
@@ -36,13 +36,13 @@ _KEYS = {
 
 
 def check_parts(parts: Collection[str] | None) -> frozenset[str] | None:
-    """The parts, unless one of them is unknown or there is none.
+    """Return the parts as a set, ``None`` for all.
 
     Args:
-        parts: Some of them, or the name of one.
+        parts: Names of parts, or one name. ``None``: all.
 
     Raises:
-        ValueError: They are not.
+        ValueError: A name is unknown, or there is none.
     """
     if parts is None:
         return None
@@ -58,18 +58,18 @@ def check_parts(parts: Collection[str] | None) -> frozenset[str] | None:
 def take_parts(
     checkpoint: Any, parts: frozenset[str] | None, *, path: str, trainer: pl.Trainer, module: pl.LightningModule
 ) -> None:
-    """Makes of a loaded checkpoint, in place, what Lightning shall restore.
+    """Reduces a loaded checkpoint, in place, to the parts that Lightning is to restore.
 
     Args:
-        checkpoint: As it was loaded. A bare state dict, or one under a usual key, becomes a checkpoint of weights.
-        parts: What to restore. ``None``: all that Lightning restores.
-        path: What to call it in messages.
+        checkpoint: The loaded checkpoint. A state dict, or one under a usual key, becomes a checkpoint of weights.
+        parts: The parts to restore. ``None``: all that Lightning restores.
+        path: The path, for messages.
         trainer: The Trainer.
         module: Its module.
 
     Raises:
-        CheckpointFormatError: It holds no weights at all.
-        IncompleteCheckpointError: It lacks a part that is asked for.
+        CheckpointFormatError: The checkpoint holds no weights.
+        IncompleteCheckpointError: The checkpoint lacks a part to restore.
     """
     if not isinstance(checkpoint, dict):
         raise CheckpointFormatError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint.", path=path)
@@ -84,7 +84,7 @@ def take_parts(
     checkpoint.setdefault(_VERSION_KEY, package_of(trainer).version)
     if parts is None:
         return
-    # Old checkpoints first become what the keys below are about.
+    # Old checkpoints get the keys below by migration.
     package_of(trainer).migrate(checkpoint, path)
     if "weights" not in parts:
         checkpoint["state_dict"] = _own_weights(module)
@@ -97,28 +97,29 @@ def take_parts(
             checkpoint.pop(part, None)
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if "loops" not in parts and datamodule is not None:
-        # Where the data goes on is a matter of how far the loops are. Lightning's name for its state.
+        # The position in the data belongs to the progress of the loops. Lightning uses this key for its state.
         checkpoint.pop(type(datamodule).__qualname__, None)
 
 
 def _own_weights(module: pl.LightningModule) -> dict[str, Any]:
-    """What a checkpoint of the module as it is would have: loading it changes nothing, and hooks find what they expect.
+    """Return the weights that a checkpoint of the module would have now. Loading them changes nothing.
 
-    Asked for as Lightning does when it saves, since a module may have a ``state_dict`` without arguments.
+    Hooks find the weights that they expect. ``state_dict`` is called as Lightning does when it saves, since a module
+    may override it without arguments.
     """
     weights: dict[str, Any] = module.state_dict()
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, value in weights.items():
         if isinstance(value, torch.Tensor) and value.is_meta and name in own:
-            weights[name] = own[name]  # Nobody can tell that another tensor on meta is this one.
+            weights[name] = own[name]  # Another tensor on meta would not be recognised as it.
     return weights
 
 
 def leave_out_refused(checkpoint: Any, refusal: UnsafeGlobalsError, trainer: pl.Trainer) -> None:
-    """Takes out of a checkpoint, in place, what ``weights_only`` refused, if the Trainer does not need it.
+    """Removes from a checkpoint, in place, what ``weights_only`` refused and the Trainer does not need.
 
     Raises:
-        UnsafeGlobalsError: It needs it: weights, or states of callbacks or of the data module.
+        UnsafeGlobalsError: The Trainer needs it: it is in the weights, or in the states of callbacks or data module.
     """
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     needed = {"state_dict", "callbacks", type(datamodule).__qualname__}
@@ -138,7 +139,7 @@ def leave_out_refused(checkpoint: Any, refusal: UnsafeGlobalsError, trainer: pl.
 
 
 def hooks_load(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
-    """Whether somebody's ``on_load_checkpoint`` may yet supply what a checkpoint lacks."""
+    """Whether an ``on_load_checkpoint`` of the module or of a user's callback may add missing parts."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     ours = ("lightning", "pytorch_lightning", "lightning_memload")
     theirs = (callback for callback in callbacks if type(callback).__module__.partition(".")[0] not in ours)
@@ -152,7 +153,7 @@ def _loads(thing: object, parent: str) -> bool:
 
 
 def _find_weights(checkpoint: dict[str, Any], path: str, *, may_be_supplied: bool) -> None:
-    """Gives the weights of a checkpoint that is not Lightning's the name that Lightning asks for."""
+    """Moves the weights of a checkpoint that is not Lightning's to the key ``state_dict``."""
     try:
         weights = find_state_dict(checkpoint, path)
     except CheckpointFormatError:
@@ -166,7 +167,7 @@ def _find_weights(checkpoint: dict[str, Any], path: str, *, may_be_supplied: boo
 
 
 def _require(checkpoint: dict[str, Any], parts: frozenset[str] | None, path: str, trainer: pl.Trainer) -> None:
-    # Without being asked for by name, Lightning goes on without these two.
+    # By default, Lightning also restores checkpoints without loops or callbacks.
     wanted = parts if parts is not None else {"weights", "optimizer"}
     if not trainer.strategy.lightning_restore_optimizer:
         wanted = wanted - {"optimizer"}
@@ -178,7 +179,7 @@ def _require(checkpoint: dict[str, Any], parts: frozenset[str] | None, path: str
     lacks = "; ".join(f"{part} ({', '.join(keys)})" for part, keys in missing.items())
     raise IncompleteCheckpointError(
         f"{path} holds {', '.join(has) or 'nothing that Lightning restores'}, but not: {lacks}. Nothing was changed. "
-        f"To start from what it holds, use MemoryEfficientRestore(restore={has!r}).",
+        f"To restore only the parts that it holds, use MemoryEfficientRestore(restore={has!r}).",
         path=path,
         missing=tuple(missing),
     )

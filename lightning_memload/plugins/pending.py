@@ -1,4 +1,4 @@
-"""The saves of one CheckpointIO that still go on: their order, their names, and how their errors are told."""
+"""The background saves of one CheckpointIO: keeps their order, reserves their names, and reports their errors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["Gate", "PendingSaves"]
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """A save that goes on.
+    """A save in the background.
 
     Attributes:
-        path: Where to.
+        path: The path of the new checkpoint.
         save: The save.
-        before: What had been saved before it and has its name until it is written, ``None`` if it is written.
+        before: The checkpoint that ``path`` stands for until the new one is written, ``None`` if it is written.
     """
 
     path: str
@@ -33,45 +33,45 @@ class _Pending:
 
 
 class PendingSaves:
-    """Keeps saves in their order. Threads and signal handlers may use it meanwhile: no lock is held while waiting.
+    """The saves in the background, in their order. Threads and signal handlers may use it: no wait holds a lock.
 
     Attributes:
-        promise_is_broken: Whether a tensor that only steps were to change was changed in another way.
+        promise_is_broken: Whether other code than an optimizer step has changed a tensor that only steps may change.
     """
 
     def __init__(self) -> None:
         self._pending: deque[_Pending] = deque()
         self._untold: deque[tuple[BaseException, _Pending]] = deque()
-        # What this run has published, and the newest of it.
+        # The checkpoints that this run has published, with their identities, and the newest one.
         self._published: dict[str, tuple[int, ...] | None] = {}
         self._newest: str | None = None
         self.promise_is_broken = False
 
     def begin_run(self) -> None:
-        """Forgets what was published: it belongs to an earlier run."""
+        """Forgets the published checkpoints: they belong to an earlier run."""
         self._published.clear()
         self._newest = None
         self.promise_is_broken = False
 
     def add(self, path: str, save: BackgroundSave, *, before: str | None = None) -> None:
-        """Takes a save that goes on; ``before`` is what ``path`` stands for until it is written."""
+        """Adds a save. ``before``: the checkpoint that ``path`` stands for until the new one is written."""
         self._pending.append(_Pending(path, save, before))
 
     def published(self, path: str) -> None:
-        """Notes a checkpoint of this run that is complete."""
+        """Records a complete checkpoint of this run."""
         self._published[path] = identity(path)
         self._newest = path
 
     # Waiting --------------------------------------------------------------------------------------------------------
 
     def wait_until_written(self) -> None:
-        """Returns when no tensor is needed any more, and every checkpoint has its place. Raises nothing."""
+        """Waits until every checkpoint is written and has its name. No tensor is needed after that. Never raises."""
         for pending in list(self._pending):
             pending.save.wait_until_written()
 
     def finish(self) -> None:
-        """Returns when nothing is going on any more. Raises nothing: :meth:`tell` does."""
-        # Another thread, or a signal handler, may remove the same ones meanwhile.
+        """Waits until every save has ended. Never raises: :meth:`tell` raises the errors."""
+        # Another thread, or a signal handler, may remove the same saves at the same time.
         while pending := next(iter(tuple(self._pending)), None):
             pending.save.wait()
             with contextlib.suppress(ValueError):
@@ -81,10 +81,10 @@ class PendingSaves:
                 self._untold.append((error, pending))
 
     def tell(self) -> None:
-        """Tells the errors of saves that have ended, once.
+        """Reports the errors of saves that have ended, each one once.
 
-        While another exception is being handled, the user's own, that one goes first: these are warnings then. So are
-        saves of tensors that were changed meanwhile, since training can go on.
+        While another exception is being handled, errors become warnings, so that they do not replace the user's own
+        exception. A save whose tensors changed before they were written is also only a warning: training can go on.
 
         Raises:
             BaseException: The first of the errors.
@@ -94,8 +94,10 @@ class PendingSaves:
             error, pending = self._untold.popleft()
             if isinstance(error, ChangedMeanwhileError):
                 self.promise_is_broken = True
-                advice = " From now on every checkpoint is written before training goes on: use asynchronous_save=True."
-                rank_zero_warn(f"{error}{_what_is_there(pending)}{advice}")
+                rank_zero_warn(
+                    f"{error}{_what_is_there(pending)} From now on every checkpoint is written before training "
+                    "continues. To avoid this warning, use asynchronous_save=True."
+                )
             elif raised is not None or sys.exc_info()[1] is not None:
                 rank_zero_warn(f"A save in the background failed: {error}{_what_is_there(pending)}")
             else:
@@ -106,19 +108,19 @@ class PendingSaves:
             raise raised
 
     def tell_what_changed(self) -> None:
-        """Warns if a save could not be published since its tensors were changed meanwhile."""
+        """Warns of a save that could not be published, since its tensors changed before they were written."""
         if any(pending.save.is_changed for pending in list(self._pending)):
             self.finish()
             self.tell()
 
     @contextlib.contextmanager
     def before_next(self) -> Iterator[None]:
-        """Waits for the saves before, and tells their errors when the next one, which is made within, has ended."""
+        """Waits for the previous saves. Reports their errors after the ``with`` block, which makes the next save."""
         self.finish()
         try:
             yield
         finally:
-            # In the exception of the next save they are warnings.
+            # If the next save raises, the errors become warnings.
             self.tell()
 
     # Names ----------------------------------------------------------------------------------------------------------
@@ -127,8 +129,8 @@ class PendingSaves:
         """Makes a name stand for a complete checkpoint of this run until a new one is written.
 
         Returns:
-            What it stands for: the newest one, or what this run has saved under the same name. ``None`` if there is
-            none, and the new one must be written at once.
+            The checkpoint that the name stands for: the one that this run has saved under this name, otherwise the
+            newest one. ``None`` if there is none. The new checkpoint must then be written immediately.
         """
         if os.path.lexists(path):
             return path if self._is_ours(path) else None
@@ -145,15 +147,15 @@ class PendingSaves:
         return known is not None and known == identity(path)
 
     def remove(self, path: str, remove: Callable[[], None]) -> None:
-        """Removes a checkpoint: its name at once, its content when all that is newer is on the disk.
+        """Removes the name of a checkpoint immediately, and its content once every newer checkpoint is on the disk.
 
         Args:
             path: A local path.
-            remove: Removes it as Lightning does.
+            remove: A function that removes it as Lightning does.
 
         Raises:
-            CheckpointWriteError: The save before this failed; nothing is removed.
-            OSError: It cannot be removed.
+            CheckpointWriteError: The previous save failed. Nothing is removed.
+            OSError: The checkpoint cannot be removed.
         """
         newest = next(iter(tuple(self._pending)[-1:]), None)
         if newest is not None and newest.path != path and os.path.exists(path) and not os.path.islink(path):
@@ -163,19 +165,19 @@ class PendingSaves:
         if newest is not None:
             self.finish()
         if self._untold:
-            self.tell()  # an error, or a warning while another one is handled
+            self.tell()  # It raises, or warns while another exception is being handled.
             return
         remove()
 
 
 class Gate:
-    """Waits before a module loads a state. In a copy or a pickle of the module there is nothing to wait for."""
+    """A hook of a module that waits before a state is loaded. In a copy or a pickle of the module it does nothing."""
 
     def __init__(self, wait: Callable[[], object] | None = None) -> None:
         self._wait = wait
 
     def __call__(self, *_: object) -> None:
-        """Waits."""
+        """Waits for the saves."""
         if self._wait is not None:
             self._wait()
 
@@ -187,5 +189,5 @@ def _what_is_there(pending: _Pending) -> str:
     if pending.before is None:
         return ""
     if pending.before == pending.path:
-        return f" {pending.path} still holds what was saved there before."
+        return f" {pending.path} still holds the checkpoint that was saved there before."
     return f" {pending.path} holds the same as {pending.before}, the checkpoint that was saved before it."

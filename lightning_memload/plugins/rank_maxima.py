@@ -1,4 +1,4 @@
-"""The largest value over all ranks, with the rank it comes from."""
+"""Reduces figures to their largest value over all ranks, with the rank that has it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ABSENT = -1
 
 
 class _Gathered(Metric):
-    """One row of integers per rank. torchmetrics synchronises it through messages, not through a collective."""
+    """One row of integers per rank. torchmetrics synchronises it by messages, not by a collective operation."""
 
     full_state_update = False
 
@@ -42,16 +42,16 @@ class _Gathered(Metric):
 def reduce_maxima(
     figures: Mapping[str, int], names: list[str], rank: int, companions: Companions
 ) -> tuple[dict[str, RankMaximum], tuple[int, ...]]:
-    """Reduces figures over the ranks that have some. Waits some seconds at most for ranks that are late.
+    """Reduces figures over the ranks that have them. Waits at most some seconds for late ranks.
 
     Args:
-        figures: This rank's values; a name that is not in it is unknown here.
-        names: All names, in an order that is the same on every rank.
+        figures: This rank's values. A missing name is unknown on this rank.
+        names: All names, in the same order on every rank.
         rank: This rank.
-        companions: The ranks that call this too, or leave.
+        companions: The other ranks. Each of them calls this function too, or leaves.
 
     Returns:
-        The maximum of each name that any rank knows, and the ranks that answered.
+        The maximum of each name that at least one rank knows, and the ranks that answered.
     """
     metric = _Gathered(len(names) + 1, companions)
     metric.update(torch.tensor([rank, *(figures.get(name, _ABSENT) for name in names)], dtype=torch.int64))

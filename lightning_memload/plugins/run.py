@@ -1,8 +1,8 @@
-"""One restore inside one Trainer run: from the request to load the checkpoint to the start of training or evaluation.
+"""One restore in one Trainer run: from the request to load the checkpoint to the start of training or evaluation.
 
-The run listens to the CheckpointIO, lends torch's ``load_state_dict`` our streaming while it lasts, and measures each
-phase. It ends in exactly one of :meth:`RestoreRun.finish` and :meth:`RestoreRun.abort`, both of which remove every hook
-and let go of the file.
+The run observes the CheckpointIO, streams the values during torch's ``load_state_dict``, and measures each phase. It
+ends with exactly one of :meth:`RestoreRun.finish` and :meth:`RestoreRun.abort`. Both remove every hook and release the
+file.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
-from tqdm.auto import tqdm
 
 from lightning_memload.checkpoint import FileSet, MappedCheckpoint, SafeGlobal
 from lightning_memload.distributed import Companions
 from lightning_memload.errors import CheckpointFormatError
-from lightning_memload.memory import MemoryMonitor
 from lightning_memload.plugins.checkpoint_io import Allowance
 from lightning_memload.plugins.compat import classes
 from lightning_memload.plugins.damaged import choose_intact
+from lightning_memload.plugins.mode import Mode, choose_mode
 from lightning_memload.plugins.parts import hooks_load, leave_out_refused, take_parts
+from lightning_memload.plugins.phases import PhaseMeter
+from lightning_memload.plugins.progress import RestoreBar
 from lightning_memload.plugins.rank_maxima import reduce_maxima
 from lightning_memload.plugins.seams import all_ranks_load
 from lightning_memload.plugins.telling import warn_of_hyperparameters
@@ -38,7 +38,6 @@ from lightning_memload.restore import (
     WeightsSource,
     add_compiled_versions,
     mapped_bytes,
-    meta_names,
     module_keys,
     refused_by_torch,
     rename_compiled,
@@ -49,22 +48,18 @@ from lightning_memload.transfer import LazyRing, TransferStats, start_ring
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["Mode", "RestoreOptions", "RestoreRun"]
+__all__ = ["RestoreOptions", "RestoreRun"]
 
-Mode = Literal["auto", "assign", "copy"]
-
-# Restores shorter than this show no bar.
-_BAR_DELAY_SECONDS = 1.0
 _TRUE_PRECISIONS = (
     "lightning.pytorch.plugins.precision.HalfPrecision",
     "lightning.pytorch.plugins.precision.DoublePrecision",
 )
 _TRUE_PRECISION_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 _ADVICE = (
-    "Build the module with the hyperparameters that it was saved with. To take a part of the weights, or to take them "
-    "under other names, use MemoryEfficientRestore(weights_from=WeightsSource(...)) in place of ckpt_path."
+    "Build the module with the hyperparameters that it was saved with. To load only a part of the weights, or to load "
+    "them under other names, use MemoryEfficientRestore(weights_from=WeightsSource(...)) instead of ckpt_path."
 )
-# Worth a garbage collection before it is copied out of the file for good.
+# If tensors of at least this size still lie in the file, a garbage collection comes before they are copied out of it.
 _COLLECT_BYTES = 1 << 20
 
 
@@ -87,11 +82,15 @@ class RestoreRun:
     """Restores one checkpoint in one run of a Trainer, and measures it.
 
     Args:
-        options: How.
+        options: The arguments of the callback.
         trainer: The Trainer.
         pl_module: Its module.
-        stage: What the run is for, as Lightning names it.
-        streams: Whether the checkpoint comes through our CheckpointIO. If not, the run only measures, from now on.
+        stage: The stage, as Lightning names it.
+        streams: Whether a ``StreamingCheckpointIO`` loads the checkpoint. If not, the run only measures, from now on.
+
+    Attributes:
+        path: The checkpoint that is restored, ``None`` if there is none.
+        exposed_files: Files whose pages became parameters, and which Linux does not watch for changes.
     """
 
     def __init__(
@@ -100,50 +99,46 @@ class RestoreRun:
         self._options = options
         self._trainer = trainer
         self._module = pl_module
-        # Lightning passes an enum whose str() is its Python name.
+        # Lightning passes an enum, and its str() is the name of the member in Python.
         self._stage = str(getattr(stage, "value", stage))
         self._device = trainer.strategy.root_device
         self.path: str | None = None
         self._global_step: int | None = None
-        self._mode, self._mode_reason = "default", "another way of loading, only measured"
+        self._mode, self._mode_reason = "default", "not loaded by StreamingCheckpointIO, only measured"
         self._checkpoint: Any = None
         self._session: RestoreSession | None = None
         self._weights: WeightsRestore | None = None
         self._optimizers: OptimizerRestore | None = None
-        self._bar: tqdm[Any] | None = None
-        self._total = MemoryMonitor(self._device)
-        self._phases: list[PhaseReport] = []
-        self._phase: tuple[str, MemoryMonitor] | None = None
-        self._counted = TransferStats()
+        self._bar: RestoreBar | None = None
+        self._meter = PhaseMeter(self._device)
         self._ring: LazyRing | None = None
         self._collects = False
         self._chooses = options.replaces_damaged and streams and all_ranks_load(trainer.strategy)
         self._companions = Companions.announce(agrees=self._chooses) if trainer.world_size > 1 else None
-        # Files whose pages became parameters and that nothing watches.
         self.exposed_files: FileSet | None = None
         self._match: WeightsMatch | None = None
         if not streams:
-            self._total.start()
+            self._meter.total.start()
 
     def meet_companions(self) -> None:
-        """Counts the ranks that take part in this restore. All of them have announced themselves."""
+        """Counts the ranks that take part in this restore. All of them must have announced themselves."""
         if self._companions is not None:
             self._companions.meet()
 
-    # What the CheckpointIO tells us ---------------------------------------------------------------------------------
+    # Called by the CheckpointIO -------------------------------------------------------------------------------------
 
     def on_load_start(self, path: str) -> str:
-        """Starts the clock, and chooses another checkpoint if this one is damaged and that is wanted."""
+        """Starts measuring. With ``on_corrupt="previous"``, returns an intact checkpoint if this one is damaged."""
         if self.path is not None or path != str(self._trainer.ckpt_path):
-            return path  # a user's hook loads another checkpoint by itself
+            return path  # A user's hook loads another checkpoint.
         self._begin(path)
         if self._options.replaces_damaged:
-            self.path = None  # Until one is chosen: an error of the choice says all that is to be said.
+            self.path = None  # Set once one is chosen: an error of the choice needs no addition by tell_of_damage.
             self.path = self._choose(path)
         return self.path or path
 
     def on_no_load(self) -> None:
-        """Tells ranks that choose another checkpoint for all that this one restores none, unless it did."""
+        """Tells the other ranks that this rank restores no checkpoint, if they have to choose one together."""
         if self._chooses and self._companions is not None and self._companions.can_agree:
             self._choose(None)
 
@@ -152,7 +147,7 @@ class RestoreRun:
         return choose_intact(path, self._trainer, self._companions)
 
     def allowance(self, path: str) -> Allowance:
-        """What is refused is left out where weights alone are restored, and no hook of a user sees the rest."""
+        """Allows to skip refused objects if only weights are restored and no hook of a user receives the rest."""
         if self.path != path:
             return Allowance()
         weights_alone = self._stage != "fit" or self._options.parts == frozenset(("weights",))
@@ -176,10 +171,10 @@ class RestoreRun:
 
     def _begin(self, path: str) -> None:
         self.path = path
-        self._total.start()
+        self._meter.total.start()
         self._begin_phase("open")
-        # Thousands of small objects that all live on make the collector walk the whole heap, several times 0.2 to
-        # 0.4 s, and find nothing.
+        # A checkpoint creates thousands of small long-lived objects. Each of several collections would scan the whole
+        # heap for 0.2 to 0.4 s and find no garbage.
         self._collects = gc.isenabled()
         gc.disable()
         self._ring = start_ring(
@@ -187,7 +182,7 @@ class RestoreRun:
         )
 
     def on_load_end(self, path: str, checkpoint: Any, mapped: MappedCheckpoint | None) -> bool:
-        """Installs the streaming under the module. The end of the run lets go of the file."""
+        """Installs the streaming into the module. The end of the run releases the file."""
         if self.path != path or self._session is not None:
             return False
         self._begin_phase("weights")
@@ -209,7 +204,7 @@ class RestoreRun:
         self._checkpoint = checkpoint
         session = self._open_session(mapped or MappedCheckpoint.unmapped(path))
         if mapped is None:
-            self._mode, self._mode_reason = "default", "loaded the ordinary way"
+            self._mode, self._mode_reason = "default", "loaded by torch.load"
         self._weights = WeightsRestore(
             self._module,
             session,
@@ -223,40 +218,43 @@ class RestoreRun:
 
     def _open_session(self, mapped: MappedCheckpoint) -> RestoreSession:
         assert self._ring is not None
+        bar = self._bar = self._make_bar(mapped)
         session = self._session = RestoreSession(
             mapped,
             device=self._device,
             ring=self._ring,
             verify=self._options.verify,
             check_fit=self._options.check_fit,
-            # Where several ranks of one host read the same file, one would throw away what the others need.
+            # If several ranks of one host read the same file, one would drop cached pages that the others need.
             drop_behind=self._trainer.num_devices == 1,
             verify_pages=self._options.verify,
-            on_progress=self._make_bar(mapped),
-            on_pinned=lambda nbytes: self._total.tick(pinned_bytes=nbytes),
+            on_progress=bar.advance if bar is not None else None,
+            on_pinned=lambda nbytes: self._meter.total.tick(pinned_bytes=nbytes),
         )
-        self._mode, self._mode_reason = self._choose_mode(session)
+        wanted = self._options.mode
+        mode = choose_mode(wanted, session, path=self.path, device=self._device, stage=self._stage, module=self._module)
+        self._mode, self._mode_reason, self.exposed_files = mode.name, mode.reason, mode.exposed_files
         if self._mode == "assign":
             session.keep_cached()
         return session
 
     def load_model(self, load: Callable[..., None], checkpoint: Mapping[str, Any], strict: bool) -> None:
-        """Loads the weights as Lightning does. If they do not fit, a short error takes the place of torch's long one.
+        """Loads the weights as Lightning does. If they do not fit, a short error replaces torch's long one.
 
         Args:
-            load: Lightning's way.
-            checkpoint: What it takes them from.
+            load: Lightning's method.
+            checkpoint: The checkpoint that Lightning passes to it.
             strict: Whether names must match.
 
         Raises:
-            IncompatibleWeightsError: They do not fit. A ``RuntimeError``, as torch raises.
+            IncompatibleWeightsError: The weights do not fit the module. It is a ``RuntimeError``, as in torch.
         """
         state_dict = checkpoint.get("state_dict")
         if self._weights is None or self.path is None or not isinstance(state_dict, Mapping):
             load(checkpoint, strict=strict)
             return
         named = dict(state_dict)
-        rename_compiled(named, module_keys(self._module))  # as the load itself is going to
+        rename_compiled(named, module_keys(self._module))  # Loading renames them in the same way.
         require_match(self._module, named, strict=strict, path=self.path, advice=_ADVICE)
         try:
             load(checkpoint, strict=strict)
@@ -267,16 +265,16 @@ class RestoreRun:
                 raise
             raise refused from error
 
-    # What the Callback tells us -------------------------------------------------------------------------------------
+    # Called by the Callback -----------------------------------------------------------------------------------------
 
     def end_weights(self) -> None:
-        """Removes the streaming from under the module, whose values are there."""
+        """Removes the streaming from the module, once its values are loaded."""
         if self._weights is not None:
             self._weights.remove()
 
     def begin_optimizers(self, optimizers: Sequence[Any]) -> None:
-        """Installs the streaming under the optimizers."""
-        if self._phase is None:
+        """Installs the streaming into the optimizers."""
+        if not self._meter.is_in_phase:
             return
         self._begin_phase("optimizers")
         if self._session is None:
@@ -287,12 +285,12 @@ class RestoreRun:
     def finish(self) -> RestoreReport | None:
         """Ends the restore.
 
-        With several processes it waits some seconds at most for the figures of the other ranks that take part.
+        With several processes it waits at most some seconds for the figures of the other ranks that take part.
 
         Returns:
             The report, ``None`` if nothing was restored.
         """
-        restored = self.path is not None or (self._total.is_running and self._trainer.ckpt_path)
+        restored = self.path is not None or (self._meter.total.is_running and self._trainer.ckpt_path)
         if not restored:
             self.abort()
             return None
@@ -304,9 +302,9 @@ class RestoreRun:
                 gc.collect()
             kept = session.close()
         self._stop_measuring()
-        stats = session.stats if session is not None else TransferStats()
+        stats, peaks = self._stats(), self._meter.total.peaks
         if self._mode == "assign" and session is not None and not session.bytes_assigned:
-            self._mode, self._mode_reason = "copy", "no parameter could be the file's pages"
+            self._mode, self._mode_reason = "copy", "no parameter could be pages of the file"
         report = RestoreReport(
             path=str(self.path or self._trainer.ckpt_path),
             stage=self._stage,
@@ -314,8 +312,8 @@ class RestoreRun:
             mode_reason=self._mode_reason,
             device=str(self._device),
             global_step=self._trainer.global_step if self._stage == "fit" else self._global_step,
-            phases=tuple(self._phases),
-            total=PhaseReport("total", self._total.peaks.seconds, stats.bytes_read, stats.seconds, self._total.peaks),
+            phases=tuple(self._meter.reports),
+            total=PhaseReport("total", peaks.seconds, stats.bytes_read, stats.seconds, peaks),
             bytes_verified=stats.bytes_verified,
             bytes_assigned=session.bytes_assigned if session else 0,
             bytes_copied_ordinarily=session.bytes_copied_ordinarily if session else 0,
@@ -333,10 +331,10 @@ class RestoreRun:
         return report
 
     def abort(self) -> None:
-        """Ends a restore that failed or was never asked for.
+        """Ends a restore that failed, or that was never requested.
 
-        The mapping is left to the tensors on top of it: an exception still refers to them, and copying them out now
-        could take the memory that just ran out.
+        The file stays mapped as long as tensors in it exist: an exception may refer to them, and copying them out of
+        the file could need memory that has just run out.
         """
         with ExitStack() as stack:
             if self._companions is not None:
@@ -345,50 +343,15 @@ class RestoreRun:
             if self._session is not None:
                 stack.callback(self._session.close, detach=False)
             if self._checkpoint is not None:
-                # Lightning (2.6) keeps the checkpoint of a failed restore until its next run, and with it the mapping.
+                # Lightning (2.6) keeps the checkpoint of a failed restore, and so the mapping, until its next run.
                 self._trainer._checkpoint_connector._loaded_checkpoint = {}
                 self._checkpoint = None
             self._end_streaming()
 
     # --------------------------------------------------------------------------------------------------------------
 
-    def _choose_mode(self, session: RestoreSession) -> tuple[Mode, str]:
-        wanted = self._options.mode
-        on_cpu = self._device.type == "cpu"
-        if on_cpu and session.checkpoint.is_chunked:
-            if wanted == "assign":
-                rank_zero_warn(
-                    "MemoryEfficientRestore(mode='assign') needs tensors that lie in a file as they are, and "
-                    f"{self.path} holds them in parts. The weights are copied."
-                )
-            return "copy", "the checkpoint holds its tensors in parts"
-        if wanted == "assign" and not on_cpu:
-            rank_zero_warn(
-                f"MemoryEfficientRestore(mode='assign') needs a CPU target: parameters on {self._device} cannot be a "
-                "file's pages. The weights are copied."
-            )
-            return "copy", f"parameters live on {self._device}"
-        if wanted == "assign":
-            refusal = session.watch_pages()
-            if refusal is None:
-                return wanted, "as configured"
-            self.exposed_files = session.checkpoint.source
-            return wanted, f"as configured, but nothing tells when the file is changed in place: {refusal}"
-        if wanted == "copy":
-            return wanted, "as configured"
-        if not on_cpu:
-            return "copy", f"parameters live on {self._device}"
-        if self._stage == "fit":
-            return "copy", "training writes to the weights"
-        if not meta_names(self._module)[0]:
-            return "copy", "the parameters have memory"
-        refusal = session.watch_pages()
-        if refusal is not None:
-            return "copy", f"nothing would tell when the file is changed in place: {refusal}"
-        return "assign", "evaluation on the CPU only reads the weights"
-
     def _true_precision(self) -> torch.dtype | None:
-        """The dtype that the precision plugin is going to convert the module to, if converting is all that it does."""
+        """The dtype to which the precision plugin converts the module, ``None`` if the plugin does anything else."""
         plugin = self._trainer.precision_plugin
         if isinstance(plugin, classes(*_TRUE_PRECISIONS)):
             return _TRUE_PRECISION_DTYPES.get(str(plugin.precision))
@@ -399,66 +362,27 @@ class RestoreRun:
             return {}
         return {self._device: mapped_bytes(self._checkpoint.get("optimizer_states"), self._session)}
 
-    def _make_bar(self, mapped: MappedCheckpoint) -> Any:
+    def _make_bar(self, mapped: MappedCheckpoint) -> RestoreBar | None:
         shown = self._trainer.progress_bar_callback
-        if (
-            not self._options.progress_bar
-            or shown is None
-            or getattr(shown, "is_disabled", False)
-            or not self._trainer.is_global_zero
-        ):
-            return None
-        parts = ("state_dict", "optimizer_states") if self._stage == "fit" else ("state_dict",)
-        # A file of weights alone has no such parts.
-        restored = [tensor for tensor in mapped.index if tensor.path[0] in parts] or mapped.index
-        storages = {storage.key: storage.nbytes for tensor in restored for storage in tensor.storages}
-        bar = self._bar = tqdm(
-            desc="Restoring checkpoint",
-            total=sum(storages.values()),
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            delay=_BAR_DELAY_SECONDS,
-            leave=False,
-            dynamic_ncols=True,
-        )
-        # What lies between two records is read as well, and tqdm draws no bar beyond its total.
-        return lambda nbytes: bar.update(min(nbytes, bar.total - bar.n))
+        is_shown = shown is not None and not getattr(shown, "is_disabled", False)
+        if self._options.progress_bar and is_shown and self._trainer.is_global_zero:
+            return RestoreBar(mapped, self._stage)
+        return None
 
     def _begin_phase(self, name: str) -> None:
-        self._end_phase()
-        monitor = MemoryMonitor(self._device)
-        monitor.start()
-        self._phase = (name, monitor)
-
-    def _end_phase(self) -> None:
-        if self._phase is None:
-            return
-        name, monitor = self._phase
-        self._phase = None
-        monitor.stop()
-        stats = self._session.stats if self._session is not None else TransferStats()
-        self._phases.append(
-            PhaseReport(
-                name,
-                monitor.peaks.seconds,
-                stats.bytes_read - self._counted.bytes_read,
-                stats.seconds - self._counted.seconds,
-                monitor.peaks,
-            )
-        )
-        self._counted = stats
+        self._meter.begin(name, self._stats())
 
     def _stop_measuring(self) -> None:
-        self._end_phase()
-        if self._total.is_running:
-            self._total.stop()
+        self._meter.stop(self._stats())
+
+    def _stats(self) -> TransferStats:
+        return self._session.stats if self._session is not None else TransferStats()
 
     def _end_streaming(self) -> None:
         if self._collects:
             gc.enable()
             self._collects = False
-        # If one of them is interrupted the others end all the same. The last one comes first.
+        # If one of these calls is interrupted, the others are still made. They run in reverse order.
         with ExitStack() as stack:
             if self._bar is not None:
                 stack.callback(self._bar.close)

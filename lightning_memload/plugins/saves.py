@@ -1,4 +1,4 @@
-"""The figures of saves: measured where they are wanted, and brought to the loggers of the thread that trains."""
+"""Measures saves, and logs their figures in the training thread."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class MeasuredSave:
     """Measures one save from now on, if there are observers.
 
     Args:
-        checkpoint: What is saved.
-        observers: Who is told.
-        blocks: Whether training waits for what the calling thread does.
+        checkpoint: The checkpoint that is saved.
+        observers: Functions that receive the figures.
+        blocks: Whether training waits for the calling thread.
     """
 
     def __init__(self, checkpoint: Any, observers: tuple[SaveObserver, ...], *, blocks: bool) -> None:
@@ -40,7 +40,7 @@ class MeasuredSave:
             self._monitor.start()
 
     def report(self, stats: SaveStats, blocked_seconds: float) -> None:
-        """Tells the observers."""
+        """Ends the measurement and calls the observers."""
         self.stop()
         for observer in self._observers:
             observer(
@@ -48,25 +48,25 @@ class MeasuredSave:
             )
 
     def stop(self) -> None:
-        """Ends the measurement, of a save that failed say. Twice is fine."""
+        """Ends the measurement, for example of a save that failed. A second call does nothing."""
         if self._monitor.is_running:
             self._monitor.stop()
 
 
-# A save that takes longer is worth a line each time.
+# A save that takes longer gets a line each time.
 _LONG_SECONDS = 1.0
-# Below this, twice as slow is the noise of a disk.
+# Below this, a factor of two is the noise of a disk.
 _NOISE_SECONDS = 0.1
 
 
 class SaveLog:
-    """Tells people of a save at once, and the loggers of a Trainer in the thread that made this object.
+    """Prints a line about a save immediately, and logs it to the loggers of a Trainer in the thread of this object.
 
-    People get a line for the first save, and then only for one that takes more than a second, or twice as long as the
-    one that they were told of last. Loggers get every save.
+    The first save gets a line. After that, a save gets a line if it takes more than a second, or twice as long as the
+    last one with a line. Every save is logged to the loggers. The thread of this object is the one that created it.
 
     Args:
-        trainer: Whose loggers get ``memload/save_...``.
+        trainer: Its loggers get ``memload/save_...``.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -76,7 +76,7 @@ class SaveLog:
         self._told_seconds: float | None = None
 
     def add(self, report: SaveReport) -> None:
-        """Takes the figures of a save, in any thread."""
+        """Adds the figures of a save. Any thread may call it."""
         seconds = report.stats.seconds
         if self._told_seconds is None or seconds > min(_LONG_SECONDS, max(2 * self._told_seconds, _NOISE_SECONDS)):
             self._told_seconds = seconds
@@ -88,39 +88,39 @@ class SaveLog:
             self.flush()
 
     def flush(self) -> None:
-        """Logs what has come. Loggers know nothing of threads, so only the one that made this object may call it."""
+        """Logs the added figures. Only the thread of this object may call it: loggers are not thread-safe."""
         while (trainer := self._trainer) is not None:
             try:
                 report = self._reports.popleft()
             except IndexError:
-                return  # a signal handler that saves may have taken the last one
+                return  # A signal handler that saves may have taken the last one.
             step = step_of_loggers(trainer, report.global_step)
             for logger in trainer.loggers:
                 logger.log_metrics(report.scalars(), step=step)
 
     def close(self) -> None:
-        """Logs what has come, and no more: the loggers are about to end. People are still told."""
+        """Logs the added figures. Later saves get lines only, since the loggers are about to end."""
         self.flush()
         self._trainer = None
 
 
 def step_of_loggers(trainer: pl.Trainer, step: int | None) -> int | None:
-    """The step at which loggers get a figure of a training: never ahead of what they get next.
+    """Return the step at which a figure of a training is logged. It is never greater than the step of the next log.
 
-    Lightning (2.5, 2.6) logs at the number of batches after which an optimizer stepped, the current one not counted,
-    and so do its own callbacks. ``global_step`` is ahead of that by one, and with several optimizers by far: a logger
-    that wants steps to grow would drop what the module logs next.
+    Lightning (2.5, 2.6) and its callbacks log at the number of batches after which an optimizer stepped, without the
+    current batch. ``global_step`` is greater by one, and by much more with several optimizers. A logger that requires
+    increasing steps would then drop the next figures of the module.
 
     Args:
-        trainer: Whose loggers.
-        step: The ``global_step`` to which the figure belongs.
+        trainer: The Trainer of the loggers.
+        step: The ``global_step`` of the figure.
     """
     num_batches = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
     return step if step is None or num_batches is None else min(step, num_batches)
 
 
 def register(observers: list[Any], observer: Any) -> Callable[[], None]:
-    """Adds an observer; returns a function that removes it again, also when called twice."""
+    """Adds an observer. Returns a function that removes it, whose second call does nothing."""
     observers.append(observer)
 
     def remove() -> None:

@@ -1,7 +1,7 @@
-"""The half of a ``CheckpointIO`` that saves: straight from the tensors, in one step, without a copy of them.
+"""The saving part of the ``CheckpointIO``: writes checkpoints straight from the tensors, without copying them.
 
-When a save returns, its name is there and holds a complete checkpoint. :meth:`SavingIO.save_checkpoint` says what may
-go on after that, and what a user promises for it.
+When a save returns, its path exists and holds a complete checkpoint. :meth:`SavingIO.save_checkpoint` describes the
+work that may continue in the background, and its conditions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from fsspec.core import url_to_fs
@@ -21,6 +21,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_memload.collector import paused_collector
 from lightning_memload.errors import CheckpointWriteError
+from lightning_memload.plugins.choices import check_choice
 from lightning_memload.plugins.compat import TorchCheckpointIO
 from lightning_memload.plugins.pending import PendingSaves
 from lightning_memload.plugins.saves import MeasuredSave, SaveObserver, register
@@ -36,13 +37,13 @@ from lightning_memload.save import (
 )
 from lightning_memload.transfer import check_whole
 
-__all__ = ["Asynchronous", "SaveFormat", "SavingIO", "check_asynchronous"]
+__all__ = ["Asynchronous", "SaveFormat", "SavingIO"]
 
 SaveFormat = Literal["torch", "directory", "safetensors+state"]
 Asynchronous = Literal[False, True, "until_step"]
 
-# In a file of this name the launchers of Lightning (2.5, 2.6) that fork or spawn hand the trained weights to the main
-# process, where no callback has installed anything.
+# The launchers of Lightning (2.5, 2.6) that fork or spawn pass the trained weights to the main process in a file of
+# this name. In the main process no callback has installed this CheckpointIO.
 _LAUNCHER_FILE = ".temp.ckpt"
 
 
@@ -54,9 +55,8 @@ class SavingIO(TorchCheckpointIO):
         check_whole("host_budget_mib", host_budget_mib, "a whole number of MiB such as 128")
         if host_budget_mib < 1:
             raise ValueError(f"host_budget_mib must be at least 1, got {host_budget_mib}.")
-        if format not in get_args(SaveFormat):
-            raise ValueError(f"format must be one of {', '.join(map(repr, get_args(SaveFormat)))}, got {format!r}.")
-        check_asynchronous("asynchronous", asynchronous)
+        check_choice("format", format, SaveFormat)
+        check_choice("asynchronous", asynchronous, Asynchronous)
         self.format = format
         self.last_save: SaveStats | None = None
         self.asynchronous = asynchronous
@@ -66,11 +66,11 @@ class SavingIO(TorchCheckpointIO):
         self._training_thread = threading.get_ident()
         self._save_observers: list[SaveObserver] = []
         self._host_budget_bytes = host_budget_mib << 20
-        # The checkpoint that was saved or loaded last: what has not changed since then need not be written again.
+        # The checkpoint that was saved or loaded last: unchanged storages of it need not be written again.
         self._before: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, in another process say, has no part in the saves of this one."""
+        """A copy, for example in another process, has none of the saves of this object."""
         return {**self.__dict__, "_pending": PendingSaves(), "_save_observers": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,23 +78,23 @@ class SavingIO(TorchCheckpointIO):
         self._training_thread = threading.get_ident()
 
     def observe_saves(self, observer: SaveObserver) -> Callable[[], None]:
-        """Registers who is told the figures of every save that succeeds, in the thread in which it ends.
+        """Registers a function that receives the figures of every successful save, in the thread where the save ends.
 
-        Saves are measured only if somebody is: host memory is sampled every 5 ms meanwhile, and the process' VmHWM is
-        reset, see :class:`MemoryMonitor`. The thread that registers counts as the one that trains.
+        Saves are measured only if there is an observer: host memory is then sampled every 5 ms during a save, and
+        VmHWM of the process is reset, see :class:`MemoryMonitor`. The calling thread counts as the training thread.
 
         Returns:
-            A function that removes it again; calling it twice is fine.
+            A function that removes the observer. A second call does nothing.
         """
         self._training_thread = threading.get_ident()
         return register(self._save_observers, observer)
 
     def begin_steps(self, changed_in_steps: Callable[[], Iterable[torch.Tensor]]) -> None:
-        """Begins a training. Until :meth:`end_steps`, ``asynchronous="until_step"`` is heeded.
+        """Begins a training. ``asynchronous="until_step"`` applies until :meth:`end_steps`.
 
         Args:
-            changed_in_steps: Gives the tensors that nothing but an optimizer's step changes, asked at each save; none
-                if something besides Lightning could look at this checkpoint before the next step.
+            changed_in_steps: Called at each save. Returns the tensors that only optimizer steps change, or none if code
+                other than Lightning could read this checkpoint before the next step.
         """
         self._changed_in_steps = changed_in_steps
         self._after_training = False
@@ -102,24 +102,24 @@ class SavingIO(TorchCheckpointIO):
         self._pending.begin_run()
 
     def end_steps(self) -> None:
-        """Ends what :meth:`begin_steps` began. When it returns, every checkpoint has its place.
+        """Ends the training and waits until every checkpoint is written.
 
-        Until it begins again nothing goes on that a save could delay, and none is left to the background.
+        Until the next :meth:`begin_steps` saves do not run in the background, since there is no training to delay.
         """
         self._changed_in_steps = tuple
         self._after_training = True
         self.wait_until_written()
 
     def wait_until_written(self) -> None:
-        """Returns when every checkpoint has its place, and any tensor may change. Raises nothing."""
+        """Waits until every checkpoint is written and has its name. Any tensor may change after that. Never raises."""
         self._pending.wait_until_written()
 
     def tell_what_changed(self) -> None:
-        """Warns if tensors were changed while they were saved, against the promise of ``"until_step"``."""
+        """Warns if tensors changed before they were written, against the conditions of ``"until_step"``."""
         self._pending.tell_what_changed()
 
     def wait(self) -> None:
-        """Returns when no save is going on in the background. Raises nothing: :meth:`teardown` does."""
+        """Waits until no save runs in the background. Never raises: :meth:`teardown` raises the errors."""
         self._pending.finish()
 
     def save_checkpoint(
@@ -127,47 +127,48 @@ class SavingIO(TorchCheckpointIO):
     ) -> None:
         """Saves a checkpoint: a local file is replaced in one step when all of it is on the disk.
 
-        A remote file is written in order, through fsspec, in a transaction of the file system as Lightning does it.
+        A remote file is written sequentially with fsspec, in a transaction of the file system, as Lightning does.
 
-        With ``asynchronous=True`` all of a local checkpoint is written when this returns, and it has its name: that is
-        what Lightning's own plugin does. Only the disk is not waited for. A checkpoint that is removed meanwhile loses
-        its name at once, and its content when the newer one is on the disk. After training the disk is waited for.
+        With ``asynchronous=True`` a local checkpoint is completely written and has its name when this method returns,
+        as with Lightning's own plugin. It is not yet synced to the disk. A checkpoint that is removed in the meantime
+        loses its name immediately, and its content when the newer checkpoint is on the disk. Saves after the training
+        wait for the disk.
 
-        With ``"until_step"`` you promise two things of the training that ``MemoryEfficientRestore`` sees: nothing but
-        the steps of optimizers changes their parameters and states, not through ``.data`` either (no clipping in a
-        hook, no swap of averaged weights, no ``train()`` and ``eval()`` of a schedule-free optimizer); and nothing but
-        Lightning looks at a new checkpoint before the next step. Then what a ``ModelCheckpoint`` saves is written while
-        the next batch runs forward and backward, and the next step waits until it is. Until then its name stands for
-        the checkpoint before it, by hard links, so it is complete at every moment, one save older at most. All else is
-        saved as with ``True``: the first checkpoint of a run, those of other callers (``trainer.save_checkpoint``,
-        signal handlers, SLURM, exceptions), and all where a logger looks at checkpoints, where Lightning averages
-        weights, where an optimizer has no hooks, and where not every rank has the callback. Should a tensor change
-        against the promise, its version counter tells, unless that was through ``.data``: nothing is published, a
-        warning says what is on the disk, and from then on all is saved as with ``True``.
+        ``"until_step"`` has two conditions for a training with ``MemoryEfficientRestore``. First: only optimizer steps
+        change the parameters and states of optimizers, also not through ``.data`` (no clipping in a hook, no swap of
+        averaged weights, no ``train()`` and ``eval()`` of a schedule-free optimizer). Second: only Lightning reads a
+        new checkpoint before the next step. A checkpoint of a ``ModelCheckpoint`` is then written during the forward
+        and backward pass of the next batch, and the next step waits until it is written. Until then its name stands for
+        the previous checkpoint, by hard links. So it is complete at every moment, and at most one save older. All other
+        checkpoints are saved as with ``True``: the first one of a run, those of other callers
+        (``trainer.save_checkpoint``, signal handlers, SLURM, exceptions), and all checkpoints if a logger reads them,
+        if Lightning averages weights, if an optimizer has no hooks, or if a rank lacks the callback. The version
+        counter of a tensor detects a change against the first condition, except through ``.data``: the checkpoint is
+        then not published, a warning says what is on the disk, and all further saves are as with ``True``.
 
-        The next save, load, and the end of the process wait for the disk. An error that comes later than this returns
-        is raised by the next save when that is done, or at the end of ``fit``; while another exception is handled it is
-        a warning.
+        The next save, the next load and the end of the process wait for the disk. An error after this method has
+        returned is raised by the next save, when that one is done, or at the end of ``fit``. While another exception is
+        being handled it is a warning.
 
         Args:
-            checkpoint: What to save.
-            path: Path or URL. Missing directories are made.
+            checkpoint: The checkpoint.
+            path: Path or URL. Missing directories are created.
             storage_options: Must be ``None``, as with Lightning's own plugin.
 
         Raises:
-            TypeError: ``storage_options`` were given.
-            ValueError: The format is a directory, and the place is remote or not on Linux.
-            FileExistsError: Likewise, and there is something else than a checkpoint at ``path``.
-            CheckpointWriteError: There is not enough space, or writing failed; what was there before is untouched. Also
-                if that happened to the save before this one, in the background, when this one is done. A file that may
-                be written to but not replaced is overwritten as Lightning does it, with a warning.
-            Exception: Whatever pickling the checkpoint, or a remote file system, raises.
+            TypeError: ``storage_options`` is not ``None``.
+            ValueError: The format is a directory, and the path is remote or the system is not Linux.
+            FileExistsError: The format is a directory, and ``path`` exists and is not a checkpoint.
+            CheckpointWriteError: There is not enough space, or writing failed. A previous checkpoint is unchanged.
+                Also raised, when this save is done, if the previous save failed in the background. A file that can be
+                written to but not replaced is overwritten as Lightning does, with a warning.
+            Exception: Any error of pickling the checkpoint, or of a remote file system.
 
-        In a thread of Lightning's (``AsyncCheckpointIO``) an error is also printed at once: the Trainer may ask for it
+        In a thread of Lightning (``AsyncCheckpointIO``) an error is also printed immediately: the Trainer may raise it
         late or never.
 
-        Peak memory: ``host_budget_mib`` if tensors are on devices, and the pickle, which holds no tensors; for a remote
-        file also what its file system buffers.
+        Peak memory: ``host_budget_mib`` if tensors are on devices, and the pickle, which holds no tensors. For a remote
+        file also the buffers of its file system.
         """
         try:
             with self._pending.before_next():
@@ -179,7 +180,7 @@ class SavingIO(TorchCheckpointIO):
             raise
 
     def _save(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any) -> None:
-        # Not a checkpoint for people: no figures, no other format, and a disk need not have it.
+        # A temporary file of Lightning: it needs no figures, no other format, and no sync to the disk.
         is_launchers = os.path.basename(path) == _LAUNCHER_FILE
         format = "torch" if is_launchers else self.format
         if storage_options is not None or (sys.platform != "linux" and format == "torch"):
@@ -189,8 +190,8 @@ class SavingIO(TorchCheckpointIO):
         is_local = isinstance(filesystem, LocalFileSystem)
         if format != "torch" and (sys.platform != "linux" or not is_local):
             raise ValueError(
-                f"StreamingCheckpointIO(format={format!r}) saves to local disks on Linux only, and was given {path}. "
-                "Use format='torch'."
+                f"StreamingCheckpointIO(format={format!r}) saves to local disks on Linux only, got {path}. Use "
+                "format='torch'."
             )
         filesystem.makedirs(os.path.dirname(path), exist_ok=True)
         if is_launchers and is_local:
@@ -207,9 +208,9 @@ class SavingIO(TorchCheckpointIO):
                         raise
                     measured.stop()
                     rank_zero_warn(
-                        f"{error} Its directory does not let this file be replaced, so Lightning overwrites it in "
-                        "place: the whole checkpoint is in host memory meanwhile, and a process that is killed then "
-                        "leaves a torn file. Allow this user to replace files there, or save elsewhere."
+                        f"{error} This file cannot be replaced in its directory, so Lightning overwrites it in place. "
+                        "This takes the memory of the whole checkpoint on the host, and if the process is killed "
+                        "meanwhile, the file is incomplete. Allow this user to replace files there, or save elsewhere."
                     )
                     super().save_checkpoint(checkpoint, target)
                 return
@@ -239,19 +240,19 @@ class SavingIO(TorchCheckpointIO):
             self._pending.add(target, BackgroundSave(self._plan(checkpoint, target, self._before), on_end=end))
             return
         try:
-            # Lightning may remove any other checkpoint while this one is compared with it.
+            # Compared with the target itself: Lightning may remove any other checkpoint during the comparison.
             save = self._plan(checkpoint, target, target)
             self._pending.add(target, BackgroundSave(save, tensors, on_end=end), before=before)
         except BaseException:
             if not was_there:
-                super().remove_checkpoint(target)  # only a second name
+                super().remove_checkpoint(target)  # It is only a second name of another checkpoint.
             raise
 
     def _written_late(self) -> Iterable[torch.Tensor]:
-        """What need not be written before the next step."""
+        """Return the tensors that need not be written before the next step."""
         if self.asynchronous != "until_step" or self._pending.promise_is_broken:
             return ()
-        # A subclass, and another thread, may do anything with the file. Within a step it is too late to make it wait.
+        # A subclass, or another thread, may read the file at once. A step that is running cannot wait any more.
         is_ours = type(self).save_checkpoint is SavingIO.save_checkpoint
         if not is_ours or threading.get_ident() != self._training_thread or is_in_step():
             return ()
@@ -276,42 +277,33 @@ class SavingIO(TorchCheckpointIO):
         measured.report(stats, blocked_seconds)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Removes a checkpoint. Its name is free when this returns.
+        """Removes a checkpoint. Its name is free when this method returns.
 
-        While the disk takes a newer checkpoint the content stays, so the last one that is on the disk never goes before
-        the next one is. After a power failure it lies beside it as ``.memload-....tmp``, which the next save removes.
+        Its content is kept until a newer checkpoint that is being synced is on the disk, so the disk always holds a
+        complete checkpoint. After a power failure the content remains as ``.memload-....tmp`` in the same directory.
+        The next save removes it.
 
         Raises:
-            CheckpointWriteError: The save before this failed; nothing is removed.
-            OSError: It cannot be removed.
+            CheckpointWriteError: The previous save failed. Nothing is removed.
+            OSError: The checkpoint cannot be removed.
         """
         filesystem, target = url_to_fs(str(path))
         if isinstance(filesystem, LocalFileSystem) and os.path.islink(target) and os.path.exists(target):
-            os.unlink(target)  # Lightning's way (2.6) fails at a link to a directory
+            os.unlink(target)  # Lightning (2.6) fails at a link to a directory.
             return
         self._pending.remove(target, lambda: super(SavingIO, self).remove_checkpoint(str(path)))
 
     def teardown(self) -> None:
-        """Waits for a save in the background.
+        """Waits for saves in the background.
 
         Raises:
-            CheckpointWriteError: It failed.
+            CheckpointWriteError: A save failed.
         """
         self._pending.finish()
         self._pending.tell()
 
 
 def _can_only_be_overwritten(target: str, error: CheckpointWriteError) -> bool:
-    """Whether this user may write to a file but not replace it: in a directory of others, or mounted by itself."""
+    """Whether this user may write to a file but not replace it, such as a mount point or in another user's folder."""
     is_refused = error.errno in (errno.EACCES, errno.EPERM, errno.EBUSY)
     return is_refused and os.path.isfile(target) and os.access(target, os.W_OK)
-
-
-def check_asynchronous(name: str, value: Any) -> None:
-    """Refuses a way to save asynchronously that there is not.
-
-    Raises:
-        ValueError: With the name of the argument.
-    """
-    if value not in get_args(Asynchronous):
-        raise ValueError(f"{name} must be one of False, True, 'until_step', got {value!r}.")

@@ -1,7 +1,7 @@
-"""Where Lightning has no public hook: the names of it that are read, and the methods that are shadowed, all of them.
+"""All uses of Lightning that its public hooks do not cover: private names, and methods that are shadowed.
 
-A method is shadowed on the one object of this run, in its ``__dict__``, and no longer than needed; the class and other
-objects stay as they are. Each says why no hook would do, and with which versions of Lightning that was seen.
+A method is shadowed on the one object of this run, in its ``__dict__``, and only as long as needed. Classes and other
+objects are not changed. Each function names the reason, and the versions of Lightning that it was checked with.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
@@ -44,15 +45,15 @@ _STOCK = "lightning.fabric.plugins.io.torch_io.TorchCheckpointIO"
 
 
 def loads_by_itself(strategy: Strategy) -> bool:
-    """Whether a strategy loads checkpoints without the CheckpointIO, and gives meta parameters memory when it likes."""
+    """Whether a strategy loads checkpoints without the CheckpointIO, and allocates meta parameters itself."""
     return isinstance(strategy, classes(*_SELF_LOADING))
 
 
 def all_ranks_load(strategy: Strategy) -> bool:
-    """Whether each rank asks the CheckpointIO for its checkpoint, before the module is moved to its device.
+    """Whether each rank loads its checkpoint with the CheckpointIO, before the module is moved to its device.
 
-    Another strategy may load on one rank and hand on what it got. If that rank waited for the others they would wait
-    for it.
+    Other strategies may load on one rank and send the result to the others. If that rank waited for the others, they
+    would wait for each other.
     """
     stock = package_of(strategy).find("lightning.pytorch.strategies.Strategy")
     return type(strategy).load_checkpoint is stock.load_checkpoint and not strategy.restore_checkpoint_after_setup
@@ -62,7 +63,7 @@ def require_one(trainer: pl.Trainer, kind: type[pl.Callback]) -> None:
     """Raises if a Trainer has several callbacks that restore.
 
     Raises:
-        ValueError: It has.
+        ValueError: The Trainer has several.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     number = sum(isinstance(callback, kind) for callback in callbacks)
@@ -73,24 +74,24 @@ def require_one(trainer: pl.Trainer, kind: type[pl.Callback]) -> None:
 
 
 def install_io(trainer: pl.Trainer, make: Callable[..., StreamingCheckpointIO]) -> StreamingCheckpointIO | None:
-    """Makes the Trainer load through a ``StreamingCheckpointIO`` unless the user chose another way.
+    """Makes the Trainer load with a ``StreamingCheckpointIO``, unless the user has passed another CheckpointIO.
 
     Args:
         trainer: The Trainer.
-        make: Makes the IO; ``wrapped`` tells whether it is for another one around it.
+        make: Makes the IO. Its argument ``wrapped`` tells whether another IO wraps it.
 
     Returns:
-        The IO that loads, ``None`` if loading is not ours, which a warning explains.
+        The IO that loads. ``None`` if another IO or the strategy loads, which a warning explains.
     """
     strategy = trainer.strategy
     if loads_by_itself(strategy):
         rank_zero_warn(
-            f"{type(strategy).__name__} loads checkpoints by itself and ignores the CheckpointIO, so "
-            "MemoryEfficientRestore cannot bound the memory of this restore. It is measured and reported only."
+            f"{type(strategy).__name__} loads checkpoints itself and ignores the CheckpointIO, so "
+            "MemoryEfficientRestore cannot limit the memory of this restore. It only measures and reports it."
         )
         return None
-    # Lightning 2.6 fills in its own IO when the public property is read, also inside a wrapping IO that has none yet,
-    # and does not tell afterwards whether the user gave it. The connector knows what the user gave.
+    # Lightning 2.6 sets its own IO when the public property is read, also inside a wrapping IO that has none yet. After
+    # that it is unknown whether the user passed that IO. The connector stores what the user passed.
     io = strategy._checkpoint_io
     if io is None or (type(io) in classes(_STOCK) and trainer._accelerator_connector.checkpoint_io is None):
         io = strategy.checkpoint_io = make(wrapped=False)
@@ -101,22 +102,22 @@ def install_io(trainer: pl.Trainer, make: Callable[..., StreamingCheckpointIO]) 
     if isinstance(io, StreamingCheckpointIO):
         return io
     rank_zero_warn(
-        f"The Trainer was given {type(io).__name__} through plugins=, which loads checkpoints in its own way, so "
-        "MemoryEfficientRestore cannot bound the memory of this restore. It is measured and reported only. Leave the "
-        "plugin out, derive it from StreamingCheckpointIO, or wrap a StreamingCheckpointIO."
+        f"The Trainer was given {type(io).__name__} through plugins=, which loads checkpoints itself, so "
+        "MemoryEfficientRestore cannot limit the memory of this restore. It only measures and reports it. Remove the "
+        "plugin, derive it from StreamingCheckpointIO, or wrap a StreamingCheckpointIO."
     )
     return None
 
 
 def before_move(strategy: Strategy, action: Callable[[], object]) -> Callable[[], None]:
-    """Has something done between the restore of the weights and the move of the module to its device.
+    """Calls a function between the restore of the weights and the move of the module to its device.
 
-    Lightning (2.6) calls no hook there that runs in every case, in particular none if there is no checkpoint. So
-    ``model_to_device`` is shadowed. Not ``to`` on the module: callbacks like ``WeightAveraging`` copy the module
-    meanwhile, and the shadow with it.
+    Lightning (2.6) calls no hook there in every case, in particular none if there is no checkpoint. So
+    ``model_to_device`` is shadowed. ``to`` of the module is not: callbacks like ``WeightAveraging`` copy the module
+    before the move, and the copy would contain the shadow.
 
     Returns:
-        A function that ends this.
+        A function that removes the shadow.
     """
     move = strategy.model_to_device
 
@@ -131,16 +132,16 @@ def before_move(strategy: Strategy, action: Callable[[], object]) -> Callable[[]
 def around_load(
     strategy: Strategy, load: Callable[[Callable[..., None], Mapping[str, Any], bool], None]
 ) -> Callable[[], None]:
-    """Has something else called where a strategy loads the module's weights out of a checkpoint.
+    """Replaces the method with which a strategy loads the weights of a checkpoint into the module.
 
-    The hooks of a module (torch 2.13) are not told whether its ``load_state_dict`` is strict.
+    The hooks of a module (torch 2.13) do not know whether its ``load_state_dict`` is strict.
 
     Args:
         strategy: The strategy.
-        load: Is called with the strategy's own method, the checkpoint, and whether names must match.
+        load: Called instead, with the strategy's own method, the checkpoint, and whether names must match.
 
     Returns:
-        A function that ends this.
+        A function that removes the replacement.
     """
     stock = strategy.load_model_state_dict
 
@@ -154,19 +155,20 @@ def around_load(
 def when_set_up(
     strategy: Strategy, after_setup: Callable[[], object], before_stage: Callable[[], object]
 ) -> Callable[[], None]:
-    """Has something done when every rank has called ``setup``, and again when all is restored.
+    """Calls one function when every rank has called ``setup``, and another one when everything is restored.
 
-    The latter is before a data loader forks its workers, which keep what is mapped and what is not yet freed for as
-    long as they live. Lightning (2.5, 2.6) calls no hook of a callback at either place, but for the sanity check, which
-    a resume leaves out. So its barriers there are shadowed. Both actions begin after the barrier: every rank is there.
+    The second call comes before a data loader forks its workers, which keep mapped files and unfreed memory as long as
+    they live. Lightning (2.5, 2.6) calls no hook of a callback at either place, except in the sanity check, which a
+    resume skips. So its barriers at these places are shadowed. Each function is called after the barrier, so every rank
+    has reached it.
 
     Args:
-        strategy: Whose barriers.
-        after_setup: Is done when all callbacks of all ranks have been set up, and nothing is loaded yet.
-        before_stage: Is done when all is restored.
+        strategy: The strategy whose barriers are shadowed.
+        after_setup: Called when all callbacks of all ranks have been set up, before anything is loaded.
+        before_stage: Called when everything is restored.
 
     Returns:
-        A function that ends this.
+        A function that removes the shadow.
     """
     barrier = strategy.barrier
     actions = {"post_setup": after_setup, "run-stage": before_stage}
@@ -182,10 +184,10 @@ def when_set_up(
 
 
 def let_teardown_pass(module: pl.LightningModule) -> None:
-    """Skips the next move of a module on meta to the CPU.
+    """Makes a module with meta tensors ignore the next call of ``cpu``.
 
-    After an exception Lightning's teardown (2.6) moves the module there, and torch's "Cannot copy out of meta tensor"
-    would take the place of the error that tells what went wrong.
+    After an exception, Lightning's teardown (2.6) moves the module to the CPU. torch's error "Cannot copy out of meta
+    tensor" would then hide the first error.
     """
     if not any(meta_names(module)):
         return
@@ -198,11 +200,11 @@ def let_teardown_pass(module: pl.LightningModule) -> None:
 
 
 def keep_strategy_on_device(strategy: Strategy) -> None:
-    """Makes the next teardown of a strategy, and no later one, leave module and optimizers where they are.
+    """Makes the next teardown of a strategy, and no later one, leave the module and the optimizers on their device.
 
-    ``Strategy.teardown`` (2.5, 2.6) moves module and optimizer states to host memory. A run that fitted all along is
-    then killed after its last batch. All else that a teardown does is done. Calling it twice before that teardown is
-    fine.
+    ``Strategy.teardown`` (2.5, 2.6) moves the module and the optimizer states to host memory. Without this, a run that
+    had enough memory so far may be killed after its last batch. The rest of the teardown is not changed. A second call
+    before that teardown does nothing.
     """
     if "teardown" in strategy.__dict__:
         return
@@ -211,7 +213,7 @@ def keep_strategy_on_device(strategy: Strategy) -> None:
     def teardown_in_place() -> None:
         del strategy.__dict__["teardown"]
         module, optimizers = strategy.lightning_module, strategy.optimizers
-        # Hidden, not replaced: what is not there is not moved, and nobody else's method has to be changed.
+        # The optimizers are removed for the call, so they are not moved, and no method of theirs must be changed.
         strategy.optimizers = []
         if module is not None and "cpu" not in module.__dict__:
             module.__dict__["cpu"] = lambda: module
@@ -226,17 +228,21 @@ def keep_strategy_on_device(strategy: Strategy) -> None:
 
 
 def begin_averages(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Lets Lightning's averages begin with the weights that a module has now.
+    """Copies the present weights of a module into the averages of Lightning's averaging callbacks.
 
-    Lightning's ``WeightAveraging`` copies the module in ``setup``, before weights are loaded, and takes them over only
-    where a checkpoint has the states of callbacks. Its average has no public name (2.6).
+    Lightning's ``WeightAveraging`` copies the module in ``setup``, before weights are loaded. Its copy gets the
+    loaded weights only if the checkpoint has the states of callbacks. The copy has no public name (2.6).
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         average = getattr(callback, "_average_model", None)
         if isinstance(average, AveragedModel):
-            copied = dict((*average.module.named_parameters(), *average.module.named_buffers()))
-            with torch.no_grad():
-                for name, value in (*module.named_parameters(), *module.named_buffers()):
-                    if name in copied:
-                        copied[name].copy_(value)
+            _copy_weights(module, average.module)
+
+
+@torch.no_grad()
+def _copy_weights(source: nn.Module, target: nn.Module) -> None:
+    targets = dict((*target.named_parameters(), *target.named_buffers()))
+    for name, value in (*source.named_parameters(), *source.named_buffers()):
+        if name in targets:
+            targets[name].copy_(value)

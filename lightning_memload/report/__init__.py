@@ -1,4 +1,4 @@
-"""What a restore or a save cost, for people and for loggers."""
+"""Reports the time and the memory of a restore or a save, for people and for loggers."""
 
 from lightning_memload.report.report import MEMORY_FIGURES, PhaseReport, RankMaximum, RestoreReport
 from lightning_memload.report.saves import SaveReport

@@ -1,6 +1,7 @@
-"""What a restore really cost: the figures of one restore as a dict, as scalars for a logger, as a table.
+"""The report of one restore: its time and memory, as a dict, as scalars for a logger, and as a table.
 
-Bytes inside, GiB for loggers, for people the unit that fits. A figure that is not known is absent, never zero.
+Fields are in bytes, logged scalars in GiB, and the table uses the unit that fits. An unknown figure is absent, never
+zero.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ __all__ = ["MEMORY_FIGURES", "PhaseReport", "RankMaximum", "RestoreReport"]
 
 _GIB = 2**30
 
-# The memory figures that are logged and reduced over ranks, and where they come from.
+# The memory figures that are logged and reduced over ranks, and the fields of MemoryPeaks that hold them.
 MEMORY_FIGURES = {
     "host_anonymous_peak": "anonymous_peak_bytes",
     "host_anonymous_above_start": "anonymous_above_start_bytes",
@@ -36,7 +37,7 @@ class PhaseReport:
 
     Attributes:
         name: ``"open"``, ``"weights"``, ``"optimizers"`` or ``"total"``.
-        seconds: Wall time of the phase, everything that Lightning does in it included.
+        seconds: Wall time of the phase, including Lightning's own work in it.
         bytes_read: Bytes streamed from the file.
         transfer_seconds: Wall time of the streaming itself.
         peaks: Memory of the process during the phase.
@@ -50,7 +51,7 @@ class PhaseReport:
 
     @property
     def bytes_per_second(self) -> float | None:
-        """Speed of the streaming, ``None`` where nothing was streamed."""
+        """Speed of the streaming, ``None`` if nothing was streamed."""
         return self.bytes_read / self.transfer_seconds if self.bytes_read and self.transfer_seconds else None
 
 
@@ -68,23 +69,23 @@ class RestoreReport:
 
     Attributes:
         path: The checkpoint.
-        stage: What the restore was for: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-        mode: ``"copy"``, ``"assign"``, or ``"default"`` where the restore was not ours and is only measured.
-        mode_reason: Why this mode, in words.
-        device: Where the module went.
+        stage: The stage that the restore prepares: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        mode: ``"copy"``, ``"assign"``, or ``"default"`` if Lightning loaded the checkpoint and it is only measured.
+        mode_reason: The reason for this mode, in words.
+        device: The device of the module.
         global_step: The restored step, ``None`` if the checkpoint has none.
-        phases: In their order in time.
-        total: From the request to load the checkpoint to the start of training or evaluation.
-        bytes_verified: Bytes whose CRC-32 was compared with the file's.
-        bytes_assigned: Bytes of parameters that are the file's own pages now.
-        bytes_copied_ordinarily: Bytes that torch copied, since they no longer lay in the file as they were.
-        match: How the names of the checkpoint's weights and of the module's match; ``None`` where all do.
-        bytes_kept: Bytes of the checkpoint that somebody still refers to after the restore.
+        phases: The phases, in their order in time.
+        total: The time from the request to load the checkpoint to the start of training or evaluation.
+        bytes_verified: Bytes whose CRC-32 was compared with the one recorded in the file.
+        bytes_assigned: Bytes of parameters whose memory now is pages of the file.
+        bytes_copied_ordinarily: Bytes that torch copied, since they were no longer in the file unchanged.
+        match: How the names of the checkpoint's weights match those of the module. ``None`` if all match.
+        bytes_kept: Bytes of the checkpoint that other objects still refer to after the restore.
         staging_bytes: Host memory of the staging ring.
-        num_threads: Threads that read.
-        rank: Of this process.
+        num_threads: Number of reading threads.
+        rank: The rank of this process.
         world_size: Number of processes.
-        maxima: Over the ranks in ``maxima_ranks``, by the name of the figure; empty for a single process.
+        maxima: The maximum over ``maxima_ranks``, by the name of the figure. Empty for a single process.
         maxima_ranks: The ranks whose figures are known here: those that have the callback and answered in time.
     """
 
@@ -109,12 +110,12 @@ class RestoreReport:
     maxima_ranks: tuple[int, ...] = ()
 
     def figures(self) -> dict[str, int]:
-        """The memory figures of the whole restore that are known, in bytes, by name."""
+        """Return the known memory figures of the whole restore, in bytes, by name."""
         known = {name: getattr(self.total.peaks, source) for name, source in MEMORY_FIGURES.items()}
         return {name: value for name, value in known.items() if value is not None}
 
     def scalars(self) -> dict[str, float]:
-        """What is logged: ``memload/...``, memory in GiB and as the maximum over ``maxima_ranks``, times in seconds."""
+        """Return the logged figures, ``memload/...``: memory in GiB (maximum of ``maxima_ranks``), times in seconds."""
         scalars: dict[str, float] = {"memload/seconds": self.total.seconds}
         for phase in self.phases:
             scalars[f"memload/{phase.name}_seconds"] = phase.seconds
@@ -133,11 +134,11 @@ class RestoreReport:
         return scalars
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as plain dicts, lists and numbers that ``json`` can write. Bytes and seconds."""
+        """Return all fields as plain dicts, lists and numbers for ``json``, in bytes and seconds."""
         return asdict(self)
 
     def table(self) -> str:
-        """A compact table for people: one line per phase, seconds, and bytes in the unit that fits each column."""
+        """Return a table for people: one line per phase, with seconds, and bytes in the unit that fits each column."""
         phases = (*self.phases, self.total)
         columns = [
             ["restore", *(phase.name for phase in phases)],

@@ -1,4 +1,4 @@
-"""What a save really cost: the figures of one save as scalars for a logger, as one line."""
+"""The report of one save: its time and memory, as scalars for a logger and as one line of text."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class SaveReport:
     """The figures of one save.
 
     Attributes:
-        stats: What was done.
-        peaks: Memory of the process from the beginning of the save to its end. Of a save in the background that is
-            what training allocated meanwhile too.
-        blocked_seconds: How long training waited: all of it, or in the background until everything was written.
-            ``None`` where that is not known, since a thread of Lightning's saved.
-        global_step: Of the saved state, ``None`` if it has none.
+        stats: Bytes and times of the save.
+        peaks: Memory of the process from the beginning of the save to its end. For a save in the background this
+            includes memory that training allocates in the meantime.
+        blocked_seconds: How long training waited: for the whole save or, in the background, until everything was
+            written. ``None`` if it is unknown, since a thread of Lightning made the save.
+        global_step: The step of the saved state, ``None`` if it has none.
     """
 
     stats: SaveStats
@@ -32,7 +32,7 @@ class SaveReport:
     global_step: int | None
 
     def scalars(self) -> dict[str, float]:
-        """What is logged: ``memload/save_...``, memory in GiB, times in seconds."""
+        """Return the logged figures, ``memload/save_...``: memory in GiB, times in seconds."""
         stats, rise = self.stats, self.peaks.anonymous_above_start_bytes
         scalars = {
             "memload/save_seconds": stats.seconds,
@@ -48,7 +48,7 @@ class SaveReport:
         return scalars
 
     def line(self) -> str:
-        """The same for people."""
+        """Return the figures as one line of text."""
         stats, rise = self.stats, self.peaks.anonymous_above_start_bytes
         line = f"Saved {stats.path}: {format_bytes(stats.bytes_written)} in {stats.seconds:.2f} s"
         line += f", {format_speed(stats.bytes_written, stats.seconds)}"

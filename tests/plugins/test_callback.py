@@ -338,16 +338,16 @@ def test_log_false_is_silent_but_reports(tmp_path: Path, path: Path, caplog: pyt
 
 def _slow_bar(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Makes every restore long enough for a bar; returns the bars."""
-    from lightning_memload.plugins import run
+    from lightning_memload.plugins import progress
 
     bars: list[Any] = []
-    real = run.tqdm  # type: ignore[attr-defined]
+    real = progress.tqdm  # type: ignore[attr-defined]
 
     def tqdm(**kwargs: Any) -> Any:
         bars.append(real(**{**kwargs, "delay": 0, "mininterval": 0}))
         return bars[-1]
 
-    monkeypatch.setattr(run, "tqdm", tqdm)
+    monkeypatch.setattr(progress, "tqdm", tqdm)
     return bars
 
 
@@ -593,9 +593,9 @@ def test_self_loading_strategies_are_measured_and_left_alone(
     """FSDP and its like need GPUs; a stand-in takes their place here."""
     trainer = make_trainer(tmp_path, [restore := MemoryEfficientRestore()])
     monkeypatch.setattr(seams, "_SELF_LOADING", ("lightning.pytorch.strategies.SingleDeviceStrategy",))
-    with pytest.warns(UserWarning, match="SingleDeviceStrategy loads checkpoints by itself") as caught:
+    with pytest.warns(UserWarning, match="SingleDeviceStrategy loads checkpoints itself") as caught:
         trainer.validate(Evaluated(), loader(), ckpt_path=path, **TRUSTED)
-    assert len([w for w in caught if "by itself" in str(w.message)]) == 1
+    assert len([w for w in caught if "loads checkpoints itself" in str(w.message)]) == 1
     assert restore.report is not None
     assert (restore.report.mode, restore.report.path) == ("default", str(path))
     assert restore.report.total.bytes_read == 0
@@ -608,8 +608,10 @@ def test_weights_that_a_self_loading_strategy_would_leave_out_are_refused(
     trainer = make_trainer(tmp_path, [MemoryEfficientRestore(weights_from=path)], max_steps=1)
     monkeypatch.setattr(seams, "_SELF_LOADING", ("lightning.pytorch.strategies.SingleDeviceStrategy",))
     with (
-        pytest.warns(UserWarning, match="loads checkpoints by itself"),
-        pytest.raises(ValueError, match=r"weights_from=\.\.\.\) cannot fill modules that SingleDeviceStrategy shards"),
+        pytest.warns(UserWarning, match="loads checkpoints itself"),
+        pytest.raises(
+            ValueError, match=r"weights_from=\.\.\.\) cannot load into a module that SingleDeviceStrategy shards"
+        ),
     ):
         trainer.fit(Evaluated(), **TRUSTED)
     assert trainer.global_step == 0

@@ -141,8 +141,8 @@ def test_without_a_common_one_all_raise(why: str, folder: Path) -> None:
     assert len({str(error).partition(" (")[0] for error in errors}) == 1
     message = str(errors[1])
     assert message.startswith(f"{folder}/node0/last.ckpt is damaged on rank 0 of 2: ")
-    assert message.endswith("Give a ckpt_path that is intact on all 2 ranks.")
-    words = {"missing": "Only rank 0 can take step=5.ckpt.", "no checkpoint asked for": "Other ranks restore no"}
+    assert message.endswith("Pass a ckpt_path that is intact on all 2 ranks.")
+    words = {"missing": "Only rank 0 can restore step=5.ckpt.", "no checkpoint asked for": "Other ranks restore no"}
     assert words.get(why, "") in message
 
 
@@ -186,7 +186,7 @@ def test_ignored_where_not_every_rank_takes_part(agreeing: tuple[bool | None, ..
 def test_a_rank_that_fails_ends_the_choice_of_the_others(folder: Path) -> None:
     ranks = Ranks()
     ranks.companions[0].leave()  # type: ignore[union-attr]
-    with pytest.raises(MemloadError, match=r"cannot agree which checkpoint to restore .* since rank 0 failed"):
+    with pytest.raises(MemloadError, match=r"cannot choose a checkpoint to restore .* since rank 0 failed"):
         choose_intact(str(folder / "node1/last.ckpt"), ranks.trainers[1], ranks.companions[1])
 
 
@@ -245,7 +245,8 @@ class TestTelling:
         monkeypatch.setattr(damaged, "find_siblings", search)
         monkeypatch.setattr(damaged, "_SEARCH_SECONDS", 0.0)
         self.tell(error, folder)
-        assert f"newest other checkpoint in {folder}/node1 is {folder}/node1/step=5.ckpt. 0 s were too" in str(error)
+        newest = f"newest other checkpoint in {folder}/node1 is {folder}/node1/step=5.ckpt"
+        assert f"{newest}. It could not be verified within 0 s." in str(error)
         going_on.set()
         assert ended.wait(60)
 

@@ -169,5 +169,5 @@ def test_a_format_that_is_left_out_warns(tmp_path: Path) -> None:
         plugins=lambda: [StreamingCheckpointIO()],
         callbacks=lambda: [MemoryEfficientRestore(save_format="directory")],
     )
-    with pytest.warns(UserWarning, match=r"save_format='directory'\) is left out"):
+    with pytest.warns(UserWarning, match=r"save_format='directory'\) is ignored"):
         assert write_checkpoint(case, tmp_path).is_file()

@@ -90,7 +90,7 @@ class TestArgumentsWithTheNamesOfOptions:
     def test_what_could_be_an_option_as_well_is_told(self, tmp_path: Path, keywords: dict[str, Any]) -> None:
         path = self.save(Named(), tmp_path)
         (name,) = keywords
-        with pytest.warns(UserWarning, match=rf"^{name}=.* is taken as the argument of Named\. To say which"):
+        with pytest.warns(UserWarning, match=rf"^{name}=.* is taken as the argument of Named\. To choose explicitly"):
             ours = load_from_checkpoint(Named, path, **keywords)
         assert ours.got[name] == keywords[name]
         assert ours.got == load_from_checkpoint(Named, path, {}, **keywords).got  # no warning
@@ -141,5 +141,5 @@ class TestArgumentsWithTheNamesOfOptions:
         path = self.save(Named(), tmp_path)
         with pytest.raises(TypeError, match=r"has no option devise, only device, mode"):
             load_from_checkpoint(Named, path, {"devise": "cpu"})
-        with pytest.raises(TypeError, match=r"Named\.__init__\(\) take no check_fit\."):
+        with pytest.raises(TypeError, match=r"Named\.__init__\(\) have no argument check_fit\."):
             load_from_checkpoint(Named, path, {}, check_fit=True)

@@ -276,9 +276,9 @@ def test_a_name_outside_lightning_is_refused() -> None:
 
 def test_load_from_checkpoint_names_what_is_no_lightning_module(tmp_path: Path) -> None:
     cls: Any = torch.nn.Linear
-    with pytest.raises(TypeError, match=r"builds LightningModules, and Linear is none.*load_weights"):
+    with pytest.raises(TypeError, match=r"needs a LightningModule, and Linear is not one.*load_weights"):
         load_from_checkpoint(cls, tmp_path / "x.ckpt")
-    with pytest.raises(TypeError, match=r"a module of a class, got a Linear\. Give the class"):
+    with pytest.raises(TypeError, match=r"needs the class of the module, got a Linear\. Pass the class"):
         load_from_checkpoint(cls(2, 2), tmp_path / "x.ckpt")
 
 

@@ -150,7 +150,7 @@ class TestEvaluation:
             with pytest.warns(UserWarning, match=message):
                 trainer.test(module)
         assert restore.report is not None
-        assert "nothing tells when the file is changed in place: on nfs4" in restore.report.mode_reason
+        assert "in-place changes of the file cannot be detected: on nfs4" in restore.report.mode_reason
         trainer.test(module)  # once is enough
 
     def test_a_replacement_is_no_change(self, tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
