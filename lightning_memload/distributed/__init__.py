@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other. Knows ``torch.distributed``, and neither Lightning nor checkpoints."""
+"""Messages between the processes of one run. Uses ``torch.distributed``, and neither Lightning nor checkpoints."""
 
 from lightning_memload.distributed.companions import Companions, LostCompanion
 from lightning_memload.distributed.writer import Writer

@@ -1,14 +1,15 @@
 """Messages between the processes of one run, through the key-value store of the default process group.
 
-No collective is used. A collective needs every rank: it waits for a rank that has no callback, or meets another
-collective of that rank. A message in the store waits for nothing, and a reader knows whom it may wait for:
+No collective is used. A collective needs every rank: it would hang on a rank without the callback, or match another
+collective of that rank. Writing a message to the store never blocks, and a reader knows which ranks it may wait for:
 
 1. each process that takes part announces itself before a barrier that the run has anyway;
-2. after that barrier it meets the others: it knows whether every rank takes part, and has a place among them;
+2. after that barrier each process learns whether every rank takes part, and gets a slot;
 3. from then on the processes exchange small JSON messages, with a limit for each wait;
-4. a process that leaves says so, and no other one waits for it.
+4. a process that leaves sets a key, and no other process waits for it.
 
-One run announces itself after another: keys contain the number of announcements, which no two runs have in common.
+Several runs may use one store one after the other. Keys contain the number of announcements so far, which differs
+between runs.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ _ANNOUNCED = "lightning_memload/announced"
 _AGREEING = "lightning_memload/agreeing"
 
 _EXCHANGE_SECONDS = 5.0
-# A rank that reads a checkpoint gives a sign at least this often. A collective waits as long (10 minutes with NCCL).
+# A rank that reads a checkpoint gives a sign of life at least this often.
 _SIGN_SECONDS = 5.0
+# The default timeout of a collective with NCCL is as long.
 _SILENCE_SECONDS = 600.0
 _FIRST_POLL_SECONDS = 0.001
 _LAST_POLL_SECONDS = 0.1
 
 
 class KeyValueStore(Protocol):
-    """What is used of a ``torch.distributed.Store``."""
+    """The methods of ``torch.distributed.Store`` that this package uses."""
 
     def add(self, key: str, value: int, /) -> int:
-        """Adds to a counter, which begins at 0, and returns its new value."""
+        """Adds to a counter, which starts at 0, and returns its new value."""
         ...
 
     def set(self, key: str, value: str, /) -> object:
@@ -45,11 +47,11 @@ class KeyValueStore(Protocol):
         ...
 
     def get(self, key: str, /) -> bytes:
-        """A value that is set."""
+        """The value of a key that is set."""
         ...
 
     def check(self, keys: list[str], /) -> bool:
-        """Whether all keys have values. Returns at once."""
+        """Whether all keys are set. Returns at once."""
         ...
 
 
@@ -66,12 +68,12 @@ class LostCompanion(Exception):
 
 
 class Companions:
-    """The processes of one run that announced themselves.
+    """The processes of one run that have announced themselves.
 
     Args:
-        store: Keys and values that all processes of the run share.
-        rank: Of this process.
-        world_size: Number of processes of the run, those that do not take part included.
+        store: The key-value store that all processes of the run share.
+        rank: The rank of this process.
+        world_size: Number of processes of the run, including those that do not take part.
         agrees: Whether this process takes part in agreements, not only in exchanges.
     """
 
@@ -92,18 +94,18 @@ class Companions:
         """Announces this process to the others of its default process group.
 
         Returns:
-            The companions, ``None`` where there is no process group or it has no usable store.
+            The companions. ``None`` if there is no process group, or it has no usable store.
         """
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return None
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        # MPI has no store; and no figure is worth a failed run.
+        # MPI has no store. Errors are ignored: a missing message must not fail the run.
         with contextlib.suppress(Exception):
             return cls(default_store(), rank, world_size, agrees=agrees)
         return None
 
     def meet(self) -> None:
-        """Counts who takes part. Call it after a barrier that follows all announcements of the run."""
+        """Counts the processes that take part. Call it after a barrier that follows all announcements of the run."""
         with contextlib.suppress(Exception):
             self._run = self._store.add(_ANNOUNCED, 0)
             self._everyone_agrees = self._store.add(_AGREEING, 0) == self._world_size
@@ -111,19 +113,19 @@ class Companions:
 
     @property
     def can_agree(self) -> bool:
-        """Whether every rank of the run takes part in agreements. The same on all ranks unless one fails."""
+        """Whether every rank of the run takes part in agreements. Equal on all ranks unless a rank fails."""
         return self._everyone_agrees and self._slot is not None
 
     def agree(self, message: Any) -> dict[int, Any]:
-        """Gives a message to all ranks and waits for theirs. Every rank must call it equally often.
+        """Sends a message to all ranks and waits for their messages. Every rank must call it equally often.
 
-        Waits for as long as each rank gives signs of life.
+        The wait has no limit as long as each rank gives signs of life.
 
         Args:
-            message: Anything that JSON can hold.
+            message: Any value that JSON can represent.
 
         Returns:
-            The messages of all ranks, by rank, the same on every rank.
+            The messages of all ranks, by rank. Equal on every rank.
 
         Raises:
             LostCompanion: A rank has left, or was silent for ten minutes.
@@ -133,21 +135,25 @@ class Companions:
         try:
             told = self._gather(f"round{self._rounds}", message, self._world_size, deadline=None)
         except Exception as error:
-            raise LostCompanion((0,)) from error  # whose process holds the store
+            raise LostCompanion((0,)) from error  # the process of rank 0 holds the store
         missing = tuple(sorted(set(range(self._world_size)) - set(told)))
         if missing:
             raise LostCompanion(missing)
         return told
 
     def claim(self, name: str) -> bool:
-        """Whether this process is the first of all ranks to ask for a piece of work since the last agreement."""
+        """Whether this process is the first of all ranks to claim a piece of work since the last agreement.
+
+        Raises:
+            LostCompanion: The store is gone.
+        """
         try:
             return self._store.add(self._key(f"claim{self._rounds}/{name}"), 1) == 1
         except Exception as error:
             raise LostCompanion((0,)) from error
 
     def sign(self, *_: object) -> None:
-        """Gives a sign of life, in any thread. Cheap enough to be called after every read."""
+        """Gives a sign of life. May be called from any thread, and is cheap enough to call after every read."""
         now = time.monotonic()
         if now - self._signed_at > _SIGN_SECONDS:
             self._signed_at = now
@@ -155,12 +161,12 @@ class Companions:
                 self._store.add(self._key(f"sign/{self._slot}"), 1)
 
     def exchange(self, message: Any) -> dict[int, Any]:
-        """Gives a message to all companions and collects theirs, once in a run and not longer than some seconds.
+        """Sends a message to all companions and collects their messages, for some seconds at most.
 
-        Call it after a barrier that follows :meth:`meet`. Never raises.
+        Call it once in a run, after a barrier that follows :meth:`meet`. Never raises.
 
         Returns:
-            The messages by rank, in the order of ranks: of this rank at least, and of each that answered in time.
+            The messages by rank, in the order of ranks: of this rank and of all ranks that answered in time.
         """
         if self._slot is not None:
             with contextlib.suppress(Exception):
@@ -169,7 +175,7 @@ class Companions:
         return {self._rank: message}
 
     def leave(self) -> None:
-        """Ends this. No companion waits for this process any more."""
+        """Leaves the companions. From then on none of them waits for this process. A second call does nothing."""
         if self._has_left:
             return
         self._has_left = True
@@ -184,26 +190,34 @@ class Companions:
         return f"lightning_memload/{self._run}/{name}"
 
     def _gather(self, topic: str, message: Any, slots: int, *, deadline: float | None) -> dict[int, Any]:
-        """The first one collects all messages and gives them to the others: each reads one, not one of every rank."""
+        """Sends a message and collects those of all slots.
+
+        The first live slot reads all messages and publishes them under one key. So every other process reads one key,
+        not one for each rank.
+        """
         self._store.set(self._key(f"{topic}/{self._slot}"), json.dumps([self._rank, message]))
         for leader in range(slots):
             if leader == self._slot:
-                heard = [self._hear(f"{topic}/{slot}", slot, deadline) for slot in range(slots)]
+                heard = [self._receive(f"{topic}/{slot}", slot, deadline) for slot in range(slots)]
                 told = sorted((item for item in heard if item is not None), key=lambda item: item[0])
                 self._store.set(self._key(f"{topic}/all"), json.dumps(told))
                 return dict(told)
-            # It may leave before it has collected them, and then the next one does. The extra second: it waits as long.
-            told = self._hear(f"{topic}/all", leader, None if deadline is None else deadline + 1)
+            # If the leader leaves before it has published them, the next slot becomes the leader. The leader itself
+            # waits until the deadline, so the others wait one second longer.
+            told = self._receive(f"{topic}/all", leader, None if deadline is None else deadline + 1)
             if told is not None:
                 return dict(told)
         return {self._rank: message}
 
-    def _hear(self, name: str, slot: int, deadline: float | None) -> Any:
-        """A message, ``None`` if the companion in that place has left, or is too late. No deadline: while it lives."""
+    def _receive(self, name: str, slot: int, deadline: float | None) -> Any:
+        """Waits for a message of a slot. ``None`` if the slot has left or missed the deadline.
+
+        Without a deadline it waits as long as the slot gives signs of life.
+        """
         key, left, sign = self._key(name), self._key(f"left/{slot}"), self._key(f"sign/{slot}")
         limit = time.monotonic() + _SILENCE_SECONDS if deadline is None else deadline
         pause, signs = _FIRST_POLL_SECONDS, 0
-        # Not wait(): it holds the store's lock, which other threads of torch need, and cannot be interrupted.
+        # Polling instead of store.wait(), which cannot be interrupted and holds a lock that other torch threads need.
         while not self._store.check([key]):
             if self._store.check([left]):
                 if self._store.check([key]):
@@ -224,7 +238,7 @@ class Companions:
 def default_store() -> KeyValueStore:
     """The store of the default process group.
 
-    torch (2.6 to 2.14) has no public name for it, and a store of our own would need an address that all ranks know.
+    torch (2.6 to 2.14) has no public name for it. A separate store would need an address that all ranks know.
     """
     from torch.distributed.distributed_c10d import _get_default_store
 

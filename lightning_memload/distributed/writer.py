@@ -1,7 +1,7 @@
-"""Ranks that wait for the one that writes, without a collective.
+"""Lets all ranks wait for the rank that writes a checkpoint, without a collective.
 
-Some ranks may lack the callback, and a barrier would hang then. As ``Companions`` do, this uses the key-value store of
-the default process group, which tells how many ranks take part, and whether the writer has ended.
+A barrier would hang if some ranks lack the callback. Like ``Companions``, this uses the key-value store of the default
+process group. The store holds the number of ranks that take part, and whether the writing has ended.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _LAST_PAUSE_SECONDS = 0.1
 
 
 class Writer:
-    """The rank that writes checkpoints in one run, as every rank that takes part sees it.
+    """The state of the writing rank in one run. Every rank that takes part has one object.
 
-    Raises nothing: a store that ended with its process group, or with another rank, has nothing to be told.
+    No method raises: errors of a store that ended with its process group, or with another rank, are ignored.
 
     Args:
         world_size: Number of ranks.
-        is_here: Whether this rank writes.
+        is_here: Whether this rank is the writing rank.
     """
 
     def __init__(self, world_size: int, *, is_here: bool) -> None:
@@ -41,22 +41,22 @@ class Writer:
         self._number = 0
 
     def arrive(self) -> None:
-        """Tells that this rank takes part. A barrier must follow before :meth:`knows_all_ranks` is asked."""
+        """Registers this rank. A barrier must follow before :meth:`knows_all_ranks` is called."""
         with contextlib.suppress(Exception):
             if self._store is not None:
                 self._store.add(_PRESENT, 1)
                 self._is_present = True
 
     def leave(self) -> None:
-        """Ends what :meth:`arrive` began, and on the rank that writes lets the others go on. Twice is fine."""
-        self._tell_written()
+        """Unregisters this rank. On the writing rank it also releases waiting ranks. A second call does nothing."""
+        self._release_ranks()
         with contextlib.suppress(Exception):
             if self._store is not None and self._is_present:
                 self._is_present = False
                 self._store.add(_PRESENT, -1)
 
     def knows_all_ranks(self) -> bool:
-        """Whether every rank takes part, as far as can be known."""
+        """Whether every rank takes part. ``False`` if this cannot be determined."""
         if self._world_size == 1:
             return True
         with contextlib.suppress(Exception):
@@ -64,30 +64,30 @@ class Writer:
         return False
 
     def begin(self) -> None:
-        """On the rank that writes: a save returns before it is written. A barrier must follow."""
+        """Announces that a save goes on in the background. Call it on the writing rank, before a barrier."""
         with contextlib.suppress(Exception):
             if self._store is not None and not self._number:
                 self._number = self._store.add(_BEGUN, 1)
 
     def wait(self) -> None:
-        """Returns on every rank when everything is written, or the rank that writes has gone.
+        """Returns when everything is written or the writing rank has left. Gives up after 30 minutes.
 
-        On the rank that writes it tells the others that this is so, and returns at once.
+        On the writing rank it releases the other ranks and returns at once. Call it there when everything is written.
         """
         if self._is_here:
-            self._tell_written()
+            self._release_ranks()
             return
         with contextlib.suppress(Exception):
             number = self._store.add(_BEGUN, 0) if self._store is not None and self._is_present else 0
             if self._store is None or not number:
                 return
             limit, pause = time.monotonic() + _LIMIT_SECONDS, _FIRST_PAUSE_SECONDS
-            # Not the store's wait(), which holds its lock: other threads of torch need it.
+            # Polling instead of store.wait(), which holds a lock that other torch threads need.
             while not self._store.check([f"{_ENDED}/{number}"]) and time.monotonic() < limit:
                 time.sleep(pause)
                 pause = min(2 * pause, _LAST_PAUSE_SECONDS)
 
-    def _tell_written(self) -> None:
+    def _release_ranks(self) -> None:
         with contextlib.suppress(Exception):
             if self._store is not None and self._number:
                 number, self._number = self._number, 0
@@ -95,9 +95,9 @@ class Writer:
 
 
 def _store() -> KeyValueStore | None:
-    """The store that all ranks share, ``None`` where there is none."""
+    """The store that all ranks share. ``None`` if there is none."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
-    with contextlib.suppress(Exception):  # MPI has none
+    with contextlib.suppress(Exception):  # MPI has no store
         return default_store()
     return None

@@ -1,4 +1,4 @@
-"""From tensors to disk: a checkpoint, written in bounded host memory and put in its place in one step."""
+"""Saving: writes a checkpoint in bounded host memory and replaces the old one in one atomic step."""
 
 from lightning_memload.save.background import (
     BackgroundSave,

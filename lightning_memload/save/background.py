@@ -1,13 +1,13 @@
-"""A save whose end training does not wait for, of a consistent state and in bounded memory.
+"""Finishes a save in a background thread while training goes on. The state is consistent, the memory bounded.
 
-By default everything is written, and has its name, before the save returns: every process sees it, and it survives the
-end of this one at any moment. What goes on is what only the disk needs: bringing it there, so that it survives a power
-failure, and removing what it takes the place of.
+By default the calling thread writes and publishes everything: all processes see the checkpoint, and it survives the end
+of this process at any moment. Only the work for the disk is left to the background: the sync that makes it survive a
+power failure, and the removal of the checkpoint that it replaces.
 
-Tensors that only an optimizer's step changes may be written later, until the next step of any optimizer, which waits.
-Nothing is copied aside. Should such a tensor be changed in place in another way meanwhile, its version counter tells,
-and nothing is published, instead of bytes of two states. Writes that torch does not count (through ``.data``, or a raw
-pointer) are not seen.
+Tensors that only optimizer.step() modifies may be written in the background too. The next step of any optimizer then
+waits until they are written. No tensor is copied. If other code modifies such a tensor in place before it is written,
+its version counter shows it: the save fails and publishes nothing, because the file would mix two states. Modifications
+that torch does not count (through ``.data``, or a raw pointer) are not detected.
 """
 
 from __future__ import annotations
@@ -34,29 +34,32 @@ __all__ = ["BackgroundSave", "ChangedMeanwhileError", "is_in_step", "tensors_of_
 
 
 class ChangedMeanwhileError(CheckpointWriteError):
-    """A tensor changed outside an optimizer's step before it was written, so nothing was published."""
+    """A tensor was modified outside an optimizer's step before it was written, so nothing was published."""
 
 
 class BackgroundSave:
-    """A save that ends in a thread of its own. Creating it returns when all is written but what only steps change.
+    """Runs a save and finishes it in a background thread.
 
-    Without such tensors everything is written by the calling thread, and has its name when this returns. The thread is
-    no daemon: a process that ends waits for it. Where no thread can be started, everything is done before this returns.
-    An error that was not told until the end of the process is printed then. In a forked child there is no such thread
-    and no such save: it has nothing to wait for. A fork waits until everything is written.
+    The constructor blocks until every tensor that code outside optimizer.step() may modify has been written. Without
+    ``changed_in_steps`` the calling thread writes and publishes everything before the constructor returns.
+
+    The background thread is not a daemon: the process waits for it at exit. If no thread can be started, the
+    constructor does all the work. An error that no call has raised is printed at exit. A forked child has neither the
+    thread nor the save, and all waits return at once there. A fork waits until everything is written.
 
     Args:
-        save: What to carry out. Planned in this thread, since planning reads the whole object.
-        changed_in_steps: Tensors that nothing but the step of an optimizer changes.
-        on_end: Called with this object and what the save did, ``None`` if it failed, in the thread in which it ends.
+        save: The planned save. Plan it in the calling thread: planning reads the whole object.
+        changed_in_steps: Tensors that only optimizer.step() modifies.
+        on_end: Called in the thread in which the save ends, with this object and the figures of the save (``None`` if
+            it failed).
 
     Attributes:
-        path: What is replaced, or created.
-        blocked_seconds: How long the thread that trains has waited so far for bytes to be written.
+        path: The checkpoint to replace or to create.
+        blocked_seconds: How long the training thread has waited so far for bytes to be written.
 
     Raises:
         CheckpointWriteError: The save has failed already.
-        Exception: Likewise.
+        Exception: The save has failed already, for another reason.
     """
 
     _unwritten: ClassVar[set[BackgroundSave]] = set()
@@ -73,12 +76,13 @@ class BackgroundSave:
         self._save = save
         self._on_end = on_end
         self._versions = [(tensor, tensor._version) for tensor in changed_in_steps]
-        self._may_wait = {tensor.untyped_storage()._cdata for tensor, _ in self._versions}
+        self._deferred_storages = {tensor.untyped_storage()._cdata for tensor, _ in self._versions}
         self._pid = os.getpid()
         self._first, self._published, self._ended = Latch(), Latch(), Latch()
-        # No lock: a signal handler that interrupts remove_at_end may wait for the thread that takes these out.
+        # A deque needs no lock. With a lock, a signal handler that interrupts remove_at_end() and waits for the thread
+        # would be a deadlock.
         self._set_aside: deque[SetAside] = deque()
-        self._removes: bool | None = None  # not known before the end
+        self._removes: bool | None = None  # None until the save has ended
         self._error: BaseException | None = None
         self._waits_since: float | None = time.perf_counter()
         self._hook: Any = None
@@ -88,7 +92,7 @@ class BackgroundSave:
             self._unwritten.add(self)
         else:
             self._write(None)
-        # Tells, at the end of the process, of an error that was not told before.
+        # Raises, at exit, an error that no call has raised. The interpreter prints it.
         atexit.register(self.result)
         self._thread = start_thread(self._run, "memload-background-save")
         if self._thread is None:
@@ -96,30 +100,31 @@ class BackgroundSave:
         try:
             self._first.wait()
         except BaseException:
-            self.wait()  # or the caller, who is interrupted, would not know of it
+            self.wait()  # the interrupted caller gets no object that it could wait for
             raise
         if self._error is not None:
             self.result()
 
     @property
     def is_changed(self) -> bool:
-        """Whether it is known that nothing was published since a tensor changed, and that was not told yet."""
+        """Whether the save failed because a tensor was modified, and this error has not been raised yet."""
         return isinstance(self._error, ChangedMeanwhileError)
 
     def wait_until_written(self) -> None:
-        """Returns when it has its place, or failed. From then on any tensor may change. Raises nothing."""
+        """Waits until the save is published or has failed. After that any tensor may change. Never raises."""
         if self._published.is_set() or os.getpid() != self._pid:
             return
         self._waits_since = time.perf_counter()
         self._published.wait()
 
     def wait(self) -> None:
-        """Returns when the save has ended, well or not. Raises nothing."""
+        """Waits until the save has ended, with or without an error. Never raises."""
         if os.getpid() != self._pid:
             return
         self._ended.wait()
         if self._thread is not None:
-            # It is at its last instruction. A signal handler that interrupts a join must not join for ever.
+            # The thread is about to end. The timeout is for a signal handler that interrupts a join: without it, its
+            # own join might never return.
             self._thread.join(timeout=1)
         if self._hook is not None:
             self._hook.remove()
@@ -127,12 +132,12 @@ class BackgroundSave:
         atexit.unregister(self.result)
 
     def result(self) -> None:
-        """Waits for the end. The error is told once: the next call raises nothing.
+        """Waits until the save has ended and raises its error. The error is raised once: the next call returns.
 
         Raises:
-            ChangedMeanwhileError: A tensor changed outside a step before it was written. Nothing was published.
+            ChangedMeanwhileError: A tensor was modified outside a step before it was written. Nothing was published.
             CheckpointWriteError: The save failed.
-            Exception: What else went wrong.
+            Exception: The save failed for another reason.
         """
         self.wait()
         error = self.take_error()
@@ -140,17 +145,17 @@ class BackgroundSave:
             raise error
 
     def take_error(self) -> BaseException | None:
-        """Gives the error to a caller that tells it."""
+        """Returns the error and forgets it, for a caller that reports it. ``None`` if there is none."""
         error, self._error = self._error, None
         return error if os.getpid() == self._pid else None
 
     def remove_at_end(self, path: str) -> bool:
-        """Takes the name from another checkpoint at once, and removes it when this save is on the disk.
+        """Renames another checkpoint away at once, and removes it when this save is on the disk.
 
-        If this save fails, the other checkpoint gets its name back, if that is free.
+        If this save fails, the other checkpoint is renamed back, unless its name is in use again.
 
         Returns:
-            ``False`` if the save has ended, and nothing is done.
+            ``False`` if this save has ended already. Nothing is done then.
 
         Raises:
             OSError: The checkpoint cannot be renamed.
@@ -159,17 +164,18 @@ class BackgroundSave:
             return False
         self._set_aside.append(SetAside(path))
         if self._removes is not None:
-            self._end_removals(removes=self._removes)  # the thread may have looked before this one came
+            # The thread may have emptied the queue before this entry was added.
+            self._end_removals(removes=self._removes)
         return True
 
-    # In the thread --------------------------------------------------------------------------------------------------
+    # In the background thread -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
         self._ident = threading.get_ident()
         stats: SaveStats | None = None
         try:
             if not self._published.is_set():
-                self._write(Order(self._must_be_first, self._end_first))
+                self._write(Order(self._is_written_first, self._end_first))
             stats = self._save.settle()
         except BaseException as error:
             self._error = error
@@ -183,7 +189,7 @@ class BackgroundSave:
                 latch.set()
 
     def _write(self, order: Order | None) -> None:
-        """Writes everything and publishes it, or nothing."""
+        """Writes and publishes everything. After an error nothing is published."""
         try:
             self._save.write(order)
             changed = sum(tensor._version != version for tensor, version in self._versions)
@@ -196,15 +202,15 @@ class BackgroundSave:
         finally:
             self._versions.clear()
             self._unwritten.discard(self)
-        self._count_waiting()
+        self._add_blocked_time()
         self._published.set()
         self._first.set()
 
     def _end_first(self) -> None:
-        self._count_waiting()
+        self._add_blocked_time()
         self._first.set()
 
-    def _count_waiting(self) -> None:
+    def _add_blocked_time(self) -> None:
         since, self._waits_since = self._waits_since, None
         if since is not None:
             self.blocked_seconds += time.perf_counter() - since
@@ -221,16 +227,17 @@ class BackgroundSave:
             else:
                 other.give_back()
 
-    def _must_be_first(self, storage: torch.UntypedStorage) -> bool:
-        return storage._cdata not in self._may_wait
+    def _is_written_first(self, storage: torch.UntypedStorage) -> bool:
+        return storage._cdata not in self._deferred_storages
 
-    # In the thread that trains --------------------------------------------------------------------------------------
+    # In the training thread --------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        """Before any optimizer's step; with a closure that torch calls before it changes anything, after that."""
+        """Runs before every optimizer step, and waits there or, if possible, after the step's closure."""
         if self._published.is_set():
             return None
-        # Lightning runs forward and backward in the closure. Only torch's own steps are known to begin with it.
+        # Lightning runs forward and backward in the closure, so waiting after it is shorter. Only torch's own
+        # optimizers are known to call the closure before they modify a tensor.
         closure = kwargs.get("closure")
         if closure is None or not type(optimizer).__module__.startswith("torch.optim."):
             self.wait_until_written()
@@ -245,7 +252,7 @@ class BackgroundSave:
 
     @classmethod
     def before_fork(cls) -> None:
-        """Waits until everything is written: a child would hold the files that are open for it."""
+        """Waits until everything is written: a child would inherit the open files."""
         for save in list(cls._unwritten):
             if save._ident != threading.get_ident():
                 save.wait_until_written()
@@ -268,10 +275,10 @@ def _changed(path: str, count: int) -> ChangedMeanwhileError:
 
 
 def is_in_step() -> bool:
-    """Whether this thread is within an optimizer's step, in its closure that is: it changes tensors when that ends.
+    """Whether this thread is inside an optimizer's step, which modifies tensors when its closure has ended.
 
-    Lightning runs ``training_step``, backward and the hooks around them in there. A save that begins then has missed
-    the moment before the step in which it could have made it wait.
+    Lightning runs ``training_step``, backward and the hooks around them in the closure. A save that starts there is too
+    late to make this step wait: the hook before the step has already run.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -284,14 +291,14 @@ def is_in_step() -> bool:
 
 
 def tensors_of_optimizers(optimizers: Iterable[Any], modules: Iterable[torch.nn.Module] = ()) -> list[torch.Tensor]:
-    """The parameters and states of optimizers, for :class:`BackgroundSave`.
+    """The parameters and optimizer states that only a step modifies, for :class:`BackgroundSave`.
 
     Args:
-        optimizers: Those whose steps torch does not announce are ignored (other classes, and wrappers that never call
-            ``Optimizer.__init__``), and so are tensors of subclasses and frozen parameters: what changes these, and
-            when, is not known.
-        modules: All modules. What they change in a forward pass is left out: what shares memory with a buffer, and
-            embeddings with a ``max_norm``.
+        optimizers: The optimizers. Ignored are optimizers for which torch runs no step hooks (other classes, and
+            wrappers that never call ``Optimizer.__init__``), tensor subclasses and frozen parameters: it is not known
+            which code modifies these, and when.
+        modules: All modules. Tensors that a forward pass modifies are excluded: tensors that share memory with a
+            buffer, and embeddings with a ``max_norm``.
     """
     changing = {tensor.untyped_storage()._cdata for tensor in _changed_by_forward(modules) if _is_plain(tensor)}
     found: list[torch.Tensor] = []
@@ -299,7 +306,7 @@ def tensors_of_optimizers(optimizers: Iterable[Any], modules: Iterable[torch.nn.
         if not isinstance(optimizer, torch.optim.Optimizer) or not getattr(type(optimizer).step, "hooked", False):
             continue
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        # No step changes a frozen one, so somebody else does: the teacher of a student that it follows.
+        # No step modifies a frozen parameter, so other code may: for example the moving average of a teacher model.
         found += [parameter for parameter in parameters if parameter.requires_grad]
         for state in optimizer.state.values():
             found += [value for value in state.values() if isinstance(value, torch.Tensor)] if state else []

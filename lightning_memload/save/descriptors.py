@@ -1,7 +1,7 @@
-"""Descriptors of a save, which a forked child closes at once.
+"""File descriptors that a forked child closes at once.
 
-``O_CLOEXEC`` closes them when another program starts, not in a child that goes on as it is, such as the worker of a
-data loader. That child would hold a writer's lock, and keep a removed file on the disk, for as long as it lives.
+``O_CLOEXEC`` closes a descriptor on ``exec``, but not in a forked child that runs on, such as a worker of a data
+loader. Such a child would hold a writer's lock, and keep a removed file on the disk, as long as it lives.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import ClassVar
 
 __all__ = ["OwnDescriptors"]
 
-# Opening a file takes milliseconds, on a network too.
+# Opening a file takes milliseconds, even on a network file system.
 _LONGEST_SECONDS = 5.0
 
 
 class OwnDescriptors:
-    """Opens and closes the descriptors that belong to this process alone."""
+    """Opens and closes descriptors that a forked child must not keep."""
 
     _open: ClassVar[set[int]] = set()
-    # A fork between the opening of a file and the note of it would give the child a descriptor that it does not know.
-    # Reentrant: a signal handler may fork in the thread that opens.
+    # Without the lock, a fork between opening a file and recording its descriptor would give the child a descriptor
+    # that it does not close. Reentrant: a signal handler may fork in the thread that opens the file.
     _lock: ClassVar[threading.RLock] = threading.RLock()
 
     @classmethod
@@ -40,7 +40,7 @@ class OwnDescriptors:
 
     @classmethod
     def close(cls, descriptor: int) -> None:
-        """Closes what :meth:`open` opened."""
+        """Closes a descriptor of :meth:`open`."""
         with cls._no_fork():
             cls._open.discard(descriptor)
             os.close(descriptor)
@@ -48,10 +48,11 @@ class OwnDescriptors:
     @classmethod
     @contextlib.contextmanager
     def _no_fork(cls) -> Iterator[None]:
-        """Holds off forks, unless another thread does so for too long.
+        """Delays forks. Goes on without the lock if another thread holds it for more than 5 seconds.
 
-        A signal handler may have interrupted that thread and wait for this one: for the end of a save. A child that is
-        forked right then might hold a file that it does not know, which is the lesser evil.
+        A signal handler may have interrupted the thread that holds the lock, and may be waiting for the end of a save
+        in this thread. Waiting without a limit would be a deadlock. A child forked at that moment may keep a descriptor
+        open, which is less harmful.
         """
         has_lock = cls._lock.acquire(timeout=_LONGEST_SECONDS)
         try:
@@ -62,17 +63,17 @@ class OwnDescriptors:
 
     @classmethod
     def before_fork(cls) -> None:
-        """Waits while a file is opened or closed."""
+        """Waits until no file is being opened or closed."""
         cls._lock.acquire()
 
     @classmethod
     def after_fork(cls) -> None:
-        """Ends what :meth:`before_fork` began."""
+        """Releases the lock that :meth:`before_fork` took."""
         cls._lock.release()
 
     @classmethod
     def close_in_child(cls) -> None:
-        """Closes all of them. The locks on them stay with the parent."""
+        """Closes all descriptors in the child. The parent keeps its file locks."""
         cls._lock.release()
         while cls._open:
             with contextlib.suppress(OSError):

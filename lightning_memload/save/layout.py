@@ -1,8 +1,8 @@
-"""The layout of a torch zip archive, as arithmetic on integers: where each record lies, and the bytes around it.
+"""Computes the layout of a torch zip archive: the position of each record, and the zip headers around it.
 
-The bytes are those of torch's own writer (miniz): stored records, data aligned to 64 bytes by padding in the local
-header, a descriptor with the CRC-32 behind the data, zip64 numbers where 32 bits do not suffice. Since the CRC stands
-behind the data, all positions are known before the first byte is written. Nothing here knows of torch or of files.
+The bytes equal those of torch's own writer (miniz): uncompressed records, data aligned to 64 bytes by padding in the
+local header, a descriptor with the CRC-32 after the data, and zip64 fields for numbers of more than 32 bits. The CRC-32
+follows the data, so all positions are known before the first byte is written. This module uses neither torch nor files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 ALIGNMENT_BYTES = 64
-# From this value on a number moves to the zip64 fields.
+# Numbers from this value on are stored in the zip64 fields.
 _MAX_UINT32 = 0xFFFFFFFF
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -36,7 +36,7 @@ _END = struct.Struct("<4s4H2IH")
 
 _FLAG_UTF8 = 1 << 11
 _FLAG_DESCRIPTOR = 1 << 3
-# torch's alignment field: "FB", its length, and so many "Z".
+# torch's alignment field: "FB", the length of the padding, and the padding, all "Z".
 _PADDING_ID = b"FB"
 
 
@@ -58,12 +58,12 @@ class Entry:
 
     @property
     def data_end(self) -> int:
-        """One past the last byte of its data; the descriptor follows."""
+        """The end of its data. The descriptor follows."""
         return self.data_offset + self.nbytes
 
     @property
     def end(self) -> int:
-        """Where the next record's header starts. A record without data has no descriptor."""
+        """The start of the next record's header. A record without data has no descriptor."""
         if not self.nbytes:
             return self.data_end
         return self.data_end + (_DESCRIPTOR_64.size if self.is_zip64 else _DESCRIPTOR.size)
@@ -76,7 +76,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """``nbytes`` of a record's data, from ``start`` on."""
+    """A part of a record's data: ``nbytes`` bytes from byte ``start``."""
 
     record: int
     start: int
@@ -84,7 +84,7 @@ class Piece:
 
 
 def lay_out(records: Iterable[tuple[str, int]], *, start: int = 0) -> list[Entry]:
-    """Gives every record its place, one behind the other.
+    """Places the records one after the other.
 
     Args:
         records: Name and size in bytes of each record, in the order of the archive.
@@ -111,7 +111,7 @@ def lay_out(records: Iterable[tuple[str, int]], *, start: int = 0) -> list[Entry
 def local_header(entry: Entry) -> bytes:
     """The bytes from the entry's header to its data: header, name, zip64 field, padding."""
     name = entry.name.encode()
-    # The compressed size stands in the descriptor and the directory; torch leaves it 0 here, and so do we.
+    # The compressed size is in the descriptor and the directory. It is 0 here, as in torch's files.
     extra = _zip64_field(entry.nbytes, entry.header_offset, compressed_nbytes=0)
     used = _LOCAL_HEADER.size + len(name) + len(extra) + len(_PADDING_ID) + 2
     padding = entry.data_offset - entry.header_offset - used
@@ -121,7 +121,7 @@ def local_header(entry: Entry) -> bytes:
 
 
 def data_descriptor(entry: Entry, crc32: int) -> bytes:
-    """The bytes behind the entry's data, none for an entry without data."""
+    """The bytes after the entry's data. Empty for an entry without data."""
     if not entry.nbytes:
         return b""
     descriptor = _DESCRIPTOR_64 if entry.is_zip64 else _DESCRIPTOR
@@ -129,11 +129,11 @@ def data_descriptor(entry: Entry, crc32: int) -> bytes:
 
 
 def directory(entries: Sequence[Entry], crc32s: Sequence[int]) -> bytes:
-    """Everything behind the last record: the central directory and the ends, in zip64 and in the old form.
+    """The bytes after the last record: the central directory, and the end records of zip64 and of plain zip.
 
     Args:
         entries: All entries of the archive.
-        crc32s: The CRC-32 of each.
+        crc32s: The CRC-32 of each entry.
     """
     start = entries[-1].end if entries else 0
     central = b"".join(_central_header(entry, crc32) for entry, crc32 in zip(entries, crc32s, strict=True))
@@ -159,17 +159,17 @@ def directory(entries: Sequence[Entry], crc32s: Sequence[int]) -> bytes:
 
 
 def plan_writes(sizes: Sequence[int], *, block_bytes: int, max_pieces: int) -> list[tuple[Piece, ...]]:
-    """Cuts records into writes: many small records share one, a large one is cut.
+    """Divides records into writes: small records share a write, a large record is split into several writes.
 
     Args:
         sizes: Bytes of each record, in the order of the archive.
-        block_bytes: The most data in one write, at least 1.
-        max_pieces: The most records in one write, at least 1.
+        block_bytes: Maximum data of one write in bytes, at least 1.
+        max_pieces: Maximum number of records in one write, at least 1.
 
     Returns:
-        The pieces of each write. Their order is that of the archive, and every byte of every record is in one of them.
-        A record without data is one empty piece. The pieces of a write are neighbours in the archive, and a record
-        that is cut shares no write.
+        The pieces of each write, in the order of the archive. Every byte of every record is in exactly one piece. A
+        record without data is one empty piece. The pieces of a write are adjacent in the archive. Each write of a split
+        record holds one piece of it and nothing else.
 
     Raises:
         ValueError: A limit is not positive.

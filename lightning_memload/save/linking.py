@@ -1,9 +1,9 @@
-"""A file for each record: written, or a hard link to a file of the checkpoint before that has the same bytes.
+"""Writes one file for each record, or hard-links the file of the previous checkpoint if its bytes are equal.
 
-That they are the same is not concluded from checksums or version counters. They are compared, piece by piece, when they
-are about to be written, so a tensor is brought from its device once: what was the same in a file that turns out to
-differ is copied from the old one. A file that differs from its first bytes on, as every trained one does, costs a read
-of one page. Linked files are one file with two names: whoever changes it in place changes both checkpoints.
+Neither checksums nor version counters are trusted: each piece is compared with the old file before it is written. A
+tensor is copied from its device only once. If a later piece differs, the equal pieces are copied from the old file. A
+file that differs from its first bytes on, as every trained one does, costs a read of one page. A linked file is one
+file with two names: a change in place changes both checkpoints.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ import threading
 from collections.abc import Sequence
 
 from lightning_memload.save.layout import Piece
-from lightning_memload.save.writing import LocalSink
+from lightning_memload.save.sinks import LocalSink
 
 __all__ = ["LinkingFiles"]
 
-# What is trained differs at once. What does not is read in stretches that stay in the core's cache for the comparison.
+# A trained tensor differs in its first bytes. An equal one is read in blocks that stay in the core's cache while they
+# are compared.
 _FIRST_BYTES = 4 << 10
 _COMPARE_BYTES = 256 << 10
 
 
 class LinkingFiles:
-    """A target for :class:`Records`: one file for each. Close it when all are written, or writing failed.
+    """A target with one file for each record. Close it when all records are written, or after an error.
 
     Args:
-        names: The files to make. They must not be there.
-        sizes: Bytes of each, at least 1.
-        old_names: A file that may have the same bytes, ``None`` where there is none.
+        names: The files to create. They must not exist.
+        sizes: Bytes of each file, at least 1.
+        old_names: For each file: an old file that may have equal bytes, or ``None``.
         start_writeback: See :class:`LocalSink`.
 
-    Peak memory: 256 KiB a thread where there are old files.
+    Peak memory: 256 KiB for each thread if there are old files.
     """
 
     def __init__(
@@ -47,22 +48,22 @@ class LinkingFiles:
 
     @property
     def bytes_linked(self) -> int:
-        """Size of the files that are links so far."""
+        """Size of the files that have been linked so far."""
         return sum(file.nbytes for file in self._files if file.is_linked)
 
     def write(self, pieces: Sequence[Piece], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
-        """Takes pieces of records, in any order and from any thread, see :class:`Target`."""
+        """Writes or compares pieces, in any order and from any thread, see :class:`Target`."""
         for piece, view in zip(pieces, data, strict=True):
             self._files[piece.record].take(view, piece.start)
 
     def close(self) -> None:
-        """Lets go of old files."""
+        """Closes the old files."""
         for file in self._files:
             file.close()
 
 
 class _File:
-    """One file on its way, and the old one beside it."""
+    """One file that is being written, and the old file to compare it with."""
 
     def __init__(self, name: str, nbytes: int, old_name: str | None, start_writeback: bool) -> None:
         self.nbytes = nbytes
@@ -72,7 +73,7 @@ class _File:
         self._start_writeback = start_writeback
         self._lock = threading.Lock()
         self._old = -1
-        # Start and length of what need not be written if all the rest is the same too.
+        # Start and length of the equal pieces. They are written only if another piece differs.
         self._same: list[tuple[int, int]] = []
         self._missing = nbytes
 
@@ -119,7 +120,7 @@ class _File:
         return False
 
     def _write(self, view: memoryview, start: int) -> None:
-        # The first piece to come creates it.
+        # The first piece to arrive creates the file.
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(self._name, flags, 0o666)
         try:
@@ -128,14 +129,14 @@ class _File:
             os.close(descriptor)
 
     def _link(self) -> bool:
-        """Makes the file a link to the old one, if that has all its bytes and the file system lets us."""
+        """Hard-links the old file if all bytes are equal. Returns whether that succeeded."""
         if self._old_name is None:
             return False
         try:
             os.link(self._old_name, self._name, follow_symlinks=False)
         except OSError:
-            return False  # gone, on another file system, of another owner, or it has too many names
-        # Another checkpoint may have taken the name after it was opened.
+            return False  # removed, on another file system, owned by another user, or with too many links
+        # Another file may have this name since the old file was opened.
         self.is_linked = os.path.samestat(os.lstat(self._name), os.fstat(self._old))
         if not self.is_linked:
             os.unlink(self._name)
@@ -146,13 +147,13 @@ class _File:
         while start < end:
             data = os.pread(self._old, min(_COMPARE_BYTES, end - start), start)
             if not data:
-                raise OSError(f"{self._name}: the file of the checkpoint before lost its end while it was copied")
+                raise OSError(f"{self._name}: the file of the previous checkpoint was truncated while it was copied")
             self._write(memoryview(data), start)
             start += len(data)
 
 
 def _has_bytes(descriptor: int, start: int, view: memoryview) -> bool:
-    """Whether a file has these bytes, from ``start`` on; ``False`` if it cannot be read."""
+    """Whether a file has these bytes at ``start``. ``False`` if it cannot be read."""
     address = ctypes.addressof(ctypes.c_char.from_buffer(view))
     buffer = bytearray(min(_COMPARE_BYTES, len(view)))
     into = memoryview(buffer)

@@ -1,8 +1,9 @@
-"""An object as torch pickles it: the bytes of ``data.pkl``, and the stretch of memory behind each storage it names.
+"""Pickles an object as ``torch.save`` does: returns the bytes of ``data.pkl`` and the memory range of each storage.
 
-The pickle is byte for byte the one of ``torch.save``, except for storages of which the saved tensors span only a part:
-there only that part is named, and the tensors' offsets count from it. What is needed is known only at the end, so such
-an object is pickled twice. Nothing is copied: tensors must stay as they are until their bytes have been written.
+The pickle is byte for byte that of ``torch.save``, with one exception: if the saved tensors use only a part of a
+storage, the pickle refers to that part only, and the tensors' offsets count from its start. The used parts are known
+only after pickling, so such an object is pickled twice. No tensor is copied: tensors must not change until their bytes
+have been written.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from lightning_memload.checkpoint.torch_pickle import STUB_BYTES
 
 __all__ = ["Pickled", "Stretch", "UnstreamableError", "pickle_object"]
 
-# torch.save's default, which all supported versions read.
+# The default of torch.save, which all supported versions read.
 _PROTOCOL = 2
-# Windows start at whole multiples, so that every element type is aligned in them as it is in memory.
+# Windows start at multiples of this, so that every element type keeps its alignment.
 _WINDOW_ALIGNMENT_BYTES = 64
 
 
 class UnstreamableError(NotImplementedError):
-    """The object holds a storage whose bytes cannot be taken from memory; ``torch.save`` has to decide what to do."""
+    """The object holds a storage whose bytes cannot be read from memory. Only ``torch.save`` can save it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """The part of a storage that is saved: ``nbytes`` from ``start`` on. Keeps the storage alive."""
+    """The part of a storage that is saved: ``nbytes`` bytes from byte ``start``. Keeps the storage alive."""
 
     storage: torch.UntypedStorage
     start: int
@@ -41,7 +42,7 @@ class Stretch:
 
     @property
     def is_in_host_memory(self) -> bool:
-        """Whether the bytes can be read where they are."""
+        """Whether the bytes can be read without a copy from a device."""
         return self.storage.device.type == "cpu"
 
 
@@ -51,7 +52,7 @@ class Pickled:
 
     Attributes:
         data: The pickle.
-        stretches: The bytes of each storage; the pickle calls them "0", "1" and so on.
+        stretches: The bytes of each storage. Their keys in the pickle are "0", "1" and so on.
     """
 
     data: bytes
@@ -59,32 +60,32 @@ class Pickled:
 
 
 def pickle_object(obj: object, *, stubs: Callable[[torch.UntypedStorage], bool] = lambda storage: False) -> Pickled:
-    """Pickles an object as ``torch.save`` does, its storages apart.
+    """Pickles an object as ``torch.save`` does, without the bytes of its storages.
 
-    An object with a tensor that spans only a part of its storage is pickled twice.
+    An object is pickled twice if its tensors use only a part of a storage.
 
     Args:
         obj: Anything that ``torch.save`` takes.
-        stubs: Whether a storage's bytes will lie elsewhere: the pickle then gives it the size of a stub, unless it is
-            empty.
+        stubs: Whether the bytes of a storage will be in another file. The pickle then gives the storage the size of a
+            stub, unless it is empty.
 
     Returns:
-        The pickle and the stretches. They refer to the tensors' own memory.
+        The pickle and the stretches. The stretches refer to the tensors' own memory.
 
     Raises:
-        UnstreamableError: A storage has no memory whose bytes could be written.
+        UnstreamableError: A storage has no memory to read its bytes from.
         RuntimeError: Tensors of different dtypes share a storage, which torch cannot save.
 
-    Peak memory: that of the pickle, twice.
+    Peak memory: twice the size of the pickle.
     """
     whole = _Pickler({}, stubs)
     pickled = whole.pickle(obj)
     windows = whole.windows()
     if windows:
-        # ``whole`` keeps its storages alive, so no new one can take the identity of one of them.
+        # ``whole`` keeps its storages alive, so no new storage can have the same identity.
         narrowed = _Pickler(windows, stubs)
         smaller = narrowed.pickle(obj)
-        # An object whose parts differ from one pickling to the next is saved whole, as torch does.
+        # An object that gives other tensors on the second pickling is saved with whole storages, as torch does.
         if narrowed.fits():
             return smaller
     return pickled
@@ -92,7 +93,7 @@ def pickle_object(obj: object, *, stubs: Callable[[torch.UntypedStorage], bool] 
 
 @dataclass(slots=True)
 class _Use:
-    """What an object wants of one storage, in bytes."""
+    """The byte range of one storage that the object uses."""
 
     storage: torch.UntypedStorage
     key: str
@@ -102,7 +103,7 @@ class _Use:
 
 
 class _Reference:
-    """Stands in a tensor's pickle for its storage, so that a storage met by itself can be told from it."""
+    """Stands for a tensor's storage in its pickle. A storage that is saved by itself is not wrapped in one."""
 
     __slots__ = ("words",)
 
@@ -111,10 +112,11 @@ class _Reference:
 
 
 class _Pickler(pickle.Pickler):
-    """One pass over an object.
+    """Pickles an object once.
 
     Args:
-        windows: First byte and one past the last to save of a storage, by its identity. Others are saved whole.
+        windows: The first byte to save and the end of the last, by identity of the storage. Other storages are saved
+            whole.
         stubs: See :func:`pickle_object`.
     """
 
@@ -135,7 +137,7 @@ class _Pickler(pickle.Pickler):
         return Pickled(self._stream.getvalue(), tuple(stretches))
 
     def windows(self) -> dict[int, tuple[int, int]]:
-        """The storages of which less than the whole is used, and what of them."""
+        """The used byte range of each storage of which only a part is used, by identity of the storage."""
         found = {}
         for identity, use in self._uses.items():
             start = min(use.start, use.end) // _WINDOW_ALIGNMENT_BYTES * _WINDOW_ALIGNMENT_BYTES
@@ -144,17 +146,17 @@ class _Pickler(pickle.Pickler):
         return found
 
     def fits(self) -> bool:
-        """Whether no storage was used beyond its window."""
+        """Whether every use of a storage is within its window."""
         for identity, (start, end) in self._windows.items():
             use = self._uses.get(identity)
             if use is not None and (use.is_whole or use.end > end or min(use.start, use.end) < start):
                 return False
         return True
 
-    # What pickle asks -----------------------------------------------------------------------------------------------
+    # Hooks of pickle -----------------------------------------------------------------------------------------------
 
     def reducer_override(self, obj: Any) -> Any:
-        """Tensors are reduced by torch; what that says of their storage is noted, and its place in the window."""
+        """Reduces a tensor with torch's own method, records the use of its storage, and adapts the offset."""
         if not isinstance(obj, torch.Tensor) or type(obj) in copyreg.dispatch_table:
             return NotImplemented
         reduced = obj.__reduce_ex__(_PROTOCOL)
@@ -162,13 +164,13 @@ class _Pickler(pickle.Pickler):
             return reduced
         function, arguments = reduced
         if function is torch._tensor._rebuild_from_type_v2:
-            # A tensor with attributes, or of a subclass: the way to rebuild it is the first argument.
+            # A tensor with attributes, or of a subclass: the first argument is the function that rebuilds the tensor.
             inner, kind, inner_arguments, state = arguments
             return function, (inner, kind, self._narrow(inner, inner_arguments), state)
         return function, self._narrow(function, arguments)
 
     def persistent_id(self, obj: Any) -> Any:
-        """What the pickle holds for a storage. Asked for every object, twenty times a tensor."""
+        """The persistent id of a storage. pickle calls this for every object, about twenty times for each tensor."""
         if isinstance(obj, _Reference):
             return obj.words
         if isinstance(obj, (torch.storage.TypedStorage, torch.UntypedStorage)):
@@ -180,7 +182,7 @@ class _Pickler(pickle.Pickler):
     # --------------------------------------------------------------------------------------------------------------
 
     def _narrow(self, function: Any, arguments: Any) -> Any:
-        """The arguments of a strided tensor's rebuilding with its offset in the window; any others as they are."""
+        """The arguments that rebuild a strided tensor, with the offset in its window. Others are unchanged."""
         if function not in (torch._utils._rebuild_tensor_v2, torch._utils._rebuild_tensor_v3):
             return arguments
         storage, offset, shape, stride, *rest = arguments
@@ -191,7 +193,7 @@ class _Pickler(pickle.Pickler):
         if span:
             use.start = min(use.start, offset * itemsize)
             use.end = max(use.end, (offset + span) * itemsize)
-        # A storage that was freed under its tensor has fewer bytes than the tensor spans.
+        # A storage that was freed while its tensor lives has fewer bytes than the tensor spans.
         use.is_whole |= use.end > use.storage.nbytes()
         window = self._windows.get(use.storage._cdata)
         if window is not None:
@@ -199,7 +201,7 @@ class _Pickler(pickle.Pickler):
         return (_Reference(words), offset, shape, stride, *rest)
 
     def _refer_to(self, storage: Any) -> tuple[_Use, tuple[Any, ...]]:
-        """The use of a storage, and the words by which the pickle refers to it: torch's own."""
+        """The use of a storage, and its persistent id in torch's form."""
         # Mirrors torch.serialization._save (torch 2.6 to 2.13).
         if isinstance(storage, torch.storage.TypedStorage):
             untyped, dtype = storage._untyped_storage, storage.dtype

@@ -1,8 +1,8 @@
-"""A file or a directory that takes the place of another in one step, or leaves nothing behind.
+"""Replaces a file or a directory by a new one in one atomic step, or leaves nothing behind.
 
-The new content goes to a temporary sibling that gets the name when it is complete, so that at every moment a reader
-finds the old one or the new one, whole. A writer holds a lock on its temporary sibling as long as it lives; what a
-killed writer left is told by the lock being free, and removed by the next one.
+The new content is written to a temporary sibling, which is renamed when it is complete. So a reader finds the complete
+old content or the complete new one at every moment. A writer holds a file lock on its temporary sibling as long as it
+lives. A temporary sibling without a lock is a leftover of a killed writer, and the next writer removes it.
 """
 
 from __future__ import annotations
@@ -28,40 +28,41 @@ __all__ = ["Replacement", "SetAside", "put_back", "remove_leftovers"]
 
 _NAME = re.compile(r"\.memload-(?P<boot>[0-9a-f]{8})-[0-9a-f]{16}\.tmp")
 _NUM_TRIES = 100
-# On some network file systems a lock is seen on its own machine only. From another one, what nobody has written to for
-# so long counts as left.
+# On some network file systems a lock is visible on its own machine only. A temporary sibling of another machine counts
+# as a leftover if it has not changed for this long.
 _FOREIGN_LEFTOVER_SECONDS = 3600.0
-# From linux/fs.h and linux/fcntl.h; the standard library names neither.
+# From linux/fs.h and linux/fcntl.h. The standard library has no names for them.
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
 class Replacement:
-    """A temporary file, open for writing, or a temporary directory, that is to replace ``path``.
+    """A temporary sibling of ``path``, a file or a directory, that replaces ``path`` on :meth:`commit`.
 
-    It has the permission bits of what ``open`` or ``mkdir`` creates. Use as a context manager: leaving it removes the
-    temporary sibling unless :meth:`commit` has put it in its place. Leftovers beside it are removed first.
+    The temporary file is open for writing. Permission bits are those that ``open`` or ``mkdir`` give. Use it as a
+    context manager: the exit removes the temporary sibling unless it was committed. The constructor removes leftovers
+    of killed writers in the same directory.
 
-    A directory takes the place of another by one atomic exchange where Linux and the file system know it (ext4, xfs,
-    btrfs, tmpfs, overlay). Elsewhere the old one is renamed away first: a process that is killed right then leaves
-    nothing at ``path``, the old directory complete under ``.<name>.<digits>.previous`` beside it, and the next
-    replacement puts it back.
+    A directory replaces another one by one atomic exchange where Linux and the file system support it (ext4, xfs,
+    btrfs, tmpfs, overlay). Elsewhere the old directory is renamed to ``.<name>.<digits>.previous`` first. If the
+    process is killed between the two renames, nothing is at ``path``, the old directory is complete under that name,
+    and the next replacement restores it.
 
     Args:
-        path: What to replace, or to create. A symbolic link is replaced itself, not what it points to.
-        is_directory: Make a directory.
-        over_directory: Let a file replace a directory, whatever is in it, as a directory replaces what it finds.
+        path: The file or directory to replace or to create. A symbolic link is replaced, not its target.
+        is_directory: Create a directory instead of a file.
+        over_directory: Allow a file to replace a directory with everything in it.
 
     Attributes:
-        path: The same.
-        temporary_path: Where the content goes.
-        descriptor: Of the temporary sibling.
-        is_committed: Whether it has its place.
+        path: The file or directory to replace or to create.
+        temporary_path: The path of the temporary sibling.
+        descriptor: The open descriptor of the temporary sibling.
+        is_committed: Whether the new content is at ``path``.
 
     Raises:
-        IsADirectoryError: A file is to replace a directory.
-        FileExistsError: ``path`` is a device, a pipe or a socket, which nobody wants replaced.
-        OSError: There is no directory to write to, or writing to it is not allowed.
+        IsADirectoryError: ``path`` is a directory and a file must not replace it.
+        FileExistsError: ``path`` is a device, a pipe or a socket.
+        OSError: The parent directory does not exist, or writing to it is not allowed.
     """
 
     def __init__(self, path: str, *, is_directory: bool = False, over_directory: bool = False) -> None:
@@ -77,13 +78,13 @@ class Replacement:
         self.temporary_path, self.descriptor = _create(self._parent, is_directory=is_directory)
 
     def commit(self, *, durable: bool, names: Sequence[str] = ()) -> None:
-        """Puts it in its place.
+        """Renames the temporary sibling to ``path``. It replaces what is there.
 
         Args:
-            durable: Return only when content and name are on the disk, so that they survive a power failure. Without,
-                both reach the disk when the kernel finds time, the name possibly first, or by :meth:`settle`. Other
-                processes see the content at once, and it survives the end of this one.
-            names: The files and directories in a directory that ``durable`` is about, see :meth:`settle`.
+            durable: Return only when content and name are on the disk, so that they survive a power failure. If
+                ``False``, the kernel writes both later, the name possibly first, or :meth:`settle` syncs them. In both
+                cases other processes see the content at once, and it survives the end of this process.
+            names: The files and folders in a directory to sync if ``durable`` is set, see :meth:`settle`.
 
         Raises:
             OSError: The disk failed, or ``path`` cannot be replaced.
@@ -99,11 +100,11 @@ class Replacement:
             _sync_directory(self._parent)
 
     def settle(self, names: Sequence[str] = ()) -> None:
-        """Returns when content and name are on the disk, after a :meth:`commit` that was not durable.
+        """Syncs content and name to the disk, after a :meth:`commit` with ``durable=False``.
 
         Args:
-            names: The files and directories in a directory, relative to it. One that is gone is passed over: the
-                checkpoint has been removed or replaced since.
+            names: The files and folders in a directory, relative to it. Missing ones are skipped: the checkpoint has
+                been removed or replaced since.
 
         Raises:
             OSError: The disk failed.
@@ -115,7 +116,7 @@ class Replacement:
     def _sync(self, names: Sequence[str]) -> None:
         for name in names:
             try:
-                # Not by its path: the directory may have another one by now.
+                # Opened relative to the directory's descriptor: its path may have changed.
                 descriptor = OwnDescriptors.open(name, os.O_RDONLY, dir_fd=self.descriptor)
             except FileNotFoundError:
                 if not self.is_committed:
@@ -128,14 +129,17 @@ class Replacement:
         os.fsync(self.descriptor)
 
     def close(self) -> None:
-        """Removes what has the temporary name: ours, or the old directory after an exchange. Twice is fine."""
+        """Removes what has the temporary name: the new content, or the old directory after an exchange.
+
+        A second call does nothing.
+        """
         if self.descriptor < 0:
             return
         try:
             with contextlib.suppress(OSError):
                 _remove(self.temporary_path)
         finally:
-            # What is locked counts as somebody's, and is never removed.
+            # The lock ends last: until then no other writer takes the temporary sibling for a leftover.
             OwnDescriptors.close(self.descriptor)
             self.descriptor = -1
 
@@ -147,10 +151,10 @@ class Replacement:
 
 
 class SetAside:
-    """A checkpoint that has lost its name, and is removed later or gets its name back.
+    """A checkpoint under a temporary name, to be removed or renamed back later.
 
-    The name is free at once. The content has a temporary name, and a writer that comes after the end of this process
-    removes it as a leftover.
+    The constructor renames it, so the old name is free at once. If this process ends before :meth:`remove` or
+    :meth:`give_back`, the next writer removes the checkpoint as a leftover.
 
     Args:
         path: A file or a directory.
@@ -164,7 +168,7 @@ class SetAside:
         self._temporary_path = _temporary_path(os.path.dirname(path) or ".")
         self._descriptor = -1
         os.rename(path, self._temporary_path)
-        # A writer on another machine does not see the lock, and goes by the time.
+        # A writer on another machine does not see the lock. It checks the modification time.
         with contextlib.suppress(OSError):
             os.utime(self._temporary_path)
         with contextlib.suppress(OSError):
@@ -172,21 +176,21 @@ class SetAside:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def remove(self) -> None:
-        """Removes the content. Raises nothing: what is left is removed by the next writer."""
+        """Removes the content. Never raises: the next writer removes what is left."""
         with contextlib.suppress(OSError):
             _remove(self._temporary_path)
-        self._let_go()
+        self._unlock()
 
     def give_back(self) -> None:
-        """Gives the content its name again, unless something else has it by now. Raises nothing."""
+        """Renames the content back. Removes it instead if its name is in use again. Never raises."""
         with contextlib.suppress(OSError):
             if os.path.lexists(self.path):
                 _remove(self._temporary_path)
             else:
                 os.rename(self._temporary_path, self.path)
-        self._let_go()
+        self._unlock()
 
-    def _let_go(self) -> None:
+    def _unlock(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             OwnDescriptors.close(descriptor)
@@ -201,20 +205,20 @@ def _is_special(path: str) -> bool:
 
 
 def remove_leftovers(directory: str) -> None:
-    """Removes what writers that are dead left behind. That of live writers stays, and whatever is in doubt.
+    """Removes temporary siblings of dead writers from a directory. Keeps those of live writers, and doubtful ones.
 
-    Raises nothing: a directory that can be written to but not listed is no reason not to save.
+    Never raises: saving must work in a directory that can be written to but not listed.
     """
     found: list[tuple[str, str]] = []
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         found = [(entry.path, match["boot"]) for entry in entries if (match := _NAME.fullmatch(entry.name))]
     for path, boot in found:
         with contextlib.suppress(OSError):
-            _remove_if_left(path, is_foreign=boot != _boot())
+            _remove_if_leftover(path, is_foreign=boot != _boot())
 
 
 def put_back(path: str) -> None:
-    """Gives back its name to a checkpoint that a killed writer had renamed away, unless something else has it now."""
+    """Restores the name of a checkpoint that a killed writer had renamed. Removes it if the name is in use again."""
     parent, name = os.path.split(path)
     with contextlib.suppress(OSError), os.scandir(parent or ".") as entries:
         for entry in list(entries):
@@ -239,15 +243,15 @@ def _create(parent: str, *, is_directory: bool) -> tuple[str, int]:
         except FileNotFoundError:
             if not is_directory or not os.path.isdir(parent):
                 raise
-            continue  # taken for a leftover
-        # Not every file system has locks. There nobody gets one, and nothing is removed.
+            continue  # another writer removed it as a leftover
+        # Some file systems have no locks. There no writer gets a lock, and leftovers are never removed.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # Somebody may have taken it for a leftover, and locked it to remove it, before we did.
+        # Before this writer got the lock, another one may have locked and removed it as a leftover.
         if _is_at(descriptor, path):
             return path, descriptor
         OwnDescriptors.close(descriptor)
-    raise OSError(errno.EBUSY, f"temporary files in {parent} are removed as fast as they are made")
+    raise OSError(errno.EBUSY, f"another process removes each temporary file in {parent} right after it is created")
 
 
 def _temporary_path(parent: str) -> str:
@@ -256,14 +260,14 @@ def _temporary_path(parent: str) -> str:
 
 @contextlib.contextmanager
 def _locked(path: str) -> Iterator[int]:
-    """Holds the lock of an abandoned file or directory; yields its descriptor.
+    """Locks a file or directory that has no live writer. Yields its descriptor.
 
     Raises:
-        OSError: A live writer holds it, there are no locks here, or it is a link.
+        OSError: A live writer holds the lock, the file system has no locks, or the path is a link.
     """
     flags = os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        # Some network file systems lock only what is open for writing.
+        # Some network file systems lock only files that are open for writing.
         descriptor = OwnDescriptors.open(path, os.O_RDWR | flags)
     except IsADirectoryError:
         descriptor = OwnDescriptors.open(path, os.O_RDONLY | os.O_DIRECTORY | flags)
@@ -274,9 +278,9 @@ def _locked(path: str) -> Iterator[int]:
         OwnDescriptors.close(descriptor)
 
 
-def _remove_if_left(path: str, *, is_foreign: bool) -> None:
+def _remove_if_leftover(path: str, *, is_foreign: bool) -> None:
     with _locked(path) as descriptor:
-        if is_foreign and time.time() - _last_change(path) < _FOREIGN_LEFTOVER_SECONDS:
+        if is_foreign and time.time() - _last_modified(path) < _FOREIGN_LEFTOVER_SECONDS:
             return
         if _is_at(descriptor, path):
             _remove(path)
@@ -296,8 +300,8 @@ def _is_at(descriptor: int, path: str) -> bool:
         return False
 
 
-def _last_change(path: str) -> float:
-    """When a file, or a directory or anything directly in it, was written to."""
+def _last_modified(path: str) -> float:
+    """The latest modification time of a file, or of a directory and its direct entries, in seconds."""
     changed = os.lstat(path).st_mtime
     if os.path.isdir(path):
         with os.scandir(path) as entries:
@@ -306,7 +310,7 @@ def _last_change(path: str) -> float:
 
 
 def _boot() -> str:
-    """Names this run of this machine: a lock of another one is not always seen."""
+    """Identifies this machine since its last boot. Locks of other machines are not always visible."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read(8)
@@ -318,11 +322,11 @@ def _sync_directory(directory: str) -> None:
     try:
         descriptor = OwnDescriptors.open(directory, os.O_RDONLY)
     except PermissionError:
-        return  # it can be written to, but not read: then nobody but the kernel can sync it
+        return  # the directory can be written to but not opened, so it cannot be synced
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some file systems have no such thing.
+        # Some file systems cannot sync a directory.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -330,11 +334,11 @@ def _sync_directory(directory: str) -> None:
 
 
 def _put_in_place(new: str, target: str) -> None:
-    """Gives the new file or directory the target's name, and what has that, if anything, the name of the new."""
+    """Renames the new file or directory to the target. What was there gets the name of the new one, or is removed."""
     try:
-        os.rename(new, target)  # the name is free, or an empty directory has it, or a file for a file
+        os.rename(new, target)  # enough if nothing, an empty directory, or (for a file) a file is at the target
     except OSError as error:
-        # A directory with something in it, or a file or a link for a directory, or a directory for a file.
+        # The target is a directory that is not empty, or one of the two is a directory and the other is not.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
             raise
         if not _exchange(new, target):
@@ -342,7 +346,7 @@ def _put_in_place(new: str, target: str) -> None:
 
 
 def _exchange(first: str, second: str) -> bool:
-    """Exchanges two names in one step (``renameat2``, Linux); ``False`` where that cannot be done."""
+    """Exchanges two names in one atomic step (``renameat2`` of Linux). ``False`` where this is not supported."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return False
@@ -358,7 +362,7 @@ def _replace_in_two_steps(new: str, target: str) -> None:
     parent, name = os.path.split(target)
     previous = os.path.join(parent, f".{name}.{secrets.token_hex(6)}.previous")
     with contextlib.ExitStack() as stack:
-        # Else another writer would take it for what a killed one left.
+        # Without the lock another writer would take the renamed directory for a leftover of a killed writer.
         with contextlib.suppress(OSError):
             stack.enter_context(_locked(target))
         os.rename(target, previous)

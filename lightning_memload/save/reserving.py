@@ -1,7 +1,7 @@
-"""A name for a checkpoint that is still being written: until then it stands for the complete one before it.
+"""Reserves the name of a checkpoint that is still being written. Until then the name is the previous checkpoint.
 
-The name is made of hard links, so it costs no bytes, and it stays complete when the checkpoint that it was made from is
-removed. The new checkpoint takes its place in one step.
+The reserved name consists of hard links, so it takes no disk space, and it stays complete when the previous checkpoint
+is removed under its own name. The new checkpoint replaces it in one atomic step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["identity", "reserve"]
 
 
 def identity(path: str) -> tuple[int, ...] | None:
-    """Tells a checkpoint from another one that has its name later; ``None`` if there is none."""
+    """Identifies the checkpoint at a path, to detect a later replacement. ``None`` if nothing is there."""
     try:
         status = os.lstat(path)
     except OSError:
@@ -24,16 +24,16 @@ def identity(path: str) -> tuple[int, ...] | None:
 
 
 def reserve(path: str, checkpoint: str) -> None:
-    """Gives a complete checkpoint a second name, in one step.
+    """Gives a complete checkpoint a second name, in one atomic step.
 
-    What somebody has put into the directory of a checkpoint beside it stays there.
+    Files in a checkpoint directory that are not part of the checkpoint are not linked.
 
     Args:
-        path: The name. It must be free.
+        path: The second name. Nothing must exist there.
         checkpoint: A file, or a directory of ``save_directory``.
 
     Raises:
-        OSError: The file system has no hard links, ``path`` is on another one, or something is there.
+        OSError: The file system has no hard links, ``path`` is on another file system, or ``path`` exists.
     """
     if not os.path.isdir(checkpoint):
         os.link(checkpoint, path, follow_symlinks=False)

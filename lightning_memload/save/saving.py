@@ -1,8 +1,8 @@
-"""One save, whatever the format: planned at once, carried out then or later, in place in one step or not at all.
+"""One save in any format: planned first, written later, and published in one atomic step or not at all.
 
-Planning takes the object apart into a pickle and the memory of its tensors; from then on only that memory must stay as
-it is. Carrying out may happen in another thread. Not promised: a snapshot. Tensors that change before they are written
-are saved with some bytes of before and some of after.
+Planning splits the object into a pickle and the memory of its tensors. After planning only that memory must stay
+unchanged. Writing may happen in another thread. A save is not a snapshot: a tensor that changes before it is written is
+saved with a mix of old and new bytes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from lightning_memload.transfer import available_cpus
 __all__ = ["DEFAULT_BUDGET_BYTES", "Clock", "Plan", "Save", "SaveStats", "default_save_threads", "stats_of"]
 
 DEFAULT_BUDGET_BYTES = 128 << 20
-# A file takes one writer at a time on most file systems: more threads than it takes to copy and sum up meanwhile only
-# wait for one another.
+# Most file systems let one thread at a time write to a file. The other threads copy and compute checksums meanwhile;
+# more than this many would only wait.
 _MAX_THREADS = 4
 
 
@@ -35,18 +35,19 @@ class SaveStats:
     """What a save did.
 
     Attributes:
-        path: The file or directory, or what the caller calls it.
-        bytes_written: Size of what was written.
-        bytes_linked: Size of the files that were not, since they are hard links to the same of the checkpoint before.
-        tensor_bytes: Bytes of storages in it.
-        num_storages: Storages in it.
-        seconds: Wall time of everything.
-        pickle_seconds: Part of it until the pickle and the plan were there.
-        write_seconds: Part of it in which bytes were brought and written.
-        commit_seconds: Part of it for the disk to take them, and for the file to get its name.
-        num_threads: Threads that wrote.
-        staging_bytes: Host memory of the staging ring, 0 when no byte went through it.
-        streamed: Whether the bytes were streamed; ``False`` when ``torch.save`` wrote the file.
+        path: The file or directory, or the name that the caller gave it.
+        bytes_written: Bytes that were written.
+        bytes_linked: Size of the files that were not written because they are hard links to equal files of the
+            previous checkpoint.
+        tensor_bytes: Bytes of the storages in the checkpoint.
+        num_storages: Number of storages in the checkpoint.
+        seconds: Wall time of the whole save.
+        pickle_seconds: The part of it spent on pickling and planning.
+        write_seconds: The part of it spent on copying from devices and writing.
+        commit_seconds: The part of it spent on syncing to the disk and renaming.
+        num_threads: Number of writing threads.
+        staging_bytes: Host memory of the staging ring, 0 if the ring was not used.
+        streamed: Whether the bytes were streamed. ``False`` if ``torch.save`` wrote the file.
     """
 
     path: str
@@ -64,7 +65,7 @@ class SaveStats:
 
 
 class Plan(Protocol):
-    """What is to be written, in one format."""
+    """What one save writes, in one format."""
 
     is_directory: bool
     streamed: bool
@@ -75,18 +76,21 @@ class Plan(Protocol):
 
     @property
     def stretches(self) -> Sequence[Stretch]:
-        """The memory that has to stay as it is until it is written."""
+        """The memory that must stay unchanged until it is written."""
         ...
 
     @property
     def nbytes(self) -> int | None:
-        """The disk space it takes if nothing can be linked; ``None`` if nobody knows."""
+        """The disk space in bytes if nothing can be linked. ``None`` if it is unknown."""
         ...
 
     def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
-        """Writes everything into a temporary sibling, and calls ``order.on_first``, if the format knows how to.
+        """Writes everything into a temporary sibling.
 
-        With ``durable`` the disk begins at once, so that little is left to wait for.
+        Args:
+            place: The temporary sibling.
+            durable: Start writing to the disk at once, so that the final sync is short.
+            order: What to write first. Formats that cannot do this ignore it.
 
         Returns:
             The bytes written.
@@ -98,16 +102,16 @@ class Plan(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """What a directory holds once it is finished, see :meth:`Replacement.settle`."""
+        """The files and folders in a finished directory, see :meth:`Replacement.settle`."""
         ...
 
     def finish(self, place: Replacement) -> None:
-        """Does what needs no tensor any more and must be done before the commit."""
+        """Does the work before the commit that no longer needs the tensors."""
         ...
 
 
 class Clock:
-    """Times at the start and after each phase."""
+    """Records the time at the start and at the end of each phase."""
 
     def __init__(self) -> None:
         self.times = [time.perf_counter()]
@@ -117,25 +121,25 @@ class Clock:
         self.times.append(time.perf_counter())
 
     def seconds(self, start: int) -> float:
-        """From the end of a phase, or the start (0), until the last lap."""
+        """Seconds from the end of a phase (0: the start) to the last lap."""
         return self.times[-1] - self.times[start]
 
 
 class Save:
-    """A save to a local path, in one go by :meth:`run`, or in steps: :meth:`write`, :meth:`publish`, :meth:`settle`.
+    """A save to a local path: all at once by :meth:`run`, or by :meth:`write`, :meth:`publish` and :meth:`settle`.
 
-    Each step is to be called once, by any thread. After one that failed nothing is left beside what was there.
+    Call each step once, from any thread. A step that fails removes the temporary files.
 
     Args:
-        path: What is replaced, or created.
-        plan: Makes the plan.
-        durable: Bring everything to the disk, so that it survives a power failure.
+        path: The checkpoint to replace or to create.
+        plan: Creates the plan. The constructor calls it.
+        durable: Sync everything to the disk, so that the checkpoint survives a power failure.
 
     Attributes:
-        path: The same.
+        path: The checkpoint to replace or to create.
 
     Raises:
-        Exception: Whatever planning raises; nothing has been written then.
+        Exception: Planning failed. Nothing has been written.
     """
 
     def __init__(self, path: str, plan: Callable[[], Plan], *, durable: bool) -> None:
@@ -150,15 +154,15 @@ class Save:
         self._stats: SaveStats | None = None
 
     def run(self) -> SaveStats:
-        """Writes everything, waits for the disk if it is to be durable, and only then puts it in its place.
+        """Writes everything, syncs it to the disk if ``durable`` is set, and then replaces the old checkpoint.
 
         Raises:
             CheckpointWriteError: There is not enough space, or writing failed or is not allowed.
-            Exception: Whatever pickling raises where ``torch.save`` has to write.
+            Exception: ``torch.save`` writes the file, and pickling failed.
         """
         try:
             self.write()
-            with self._or_nothing() as place:
+            with self._cleaned_up_on_error() as place:
                 place.commit(durable=self._durable, names=self._names)
             return self._end()
         except BaseException:
@@ -166,16 +170,16 @@ class Save:
             raise
 
     def write(self, order: Order | None = None) -> None:
-        """Writes everything to a temporary sibling. No tensor is needed, or referred to, any more when it returns.
+        """Writes everything to a temporary sibling. On return the tensors are no longer needed or referenced.
 
         Raises:
-            CheckpointWriteError: As :meth:`run`.
-            Exception: Likewise.
+            CheckpointWriteError: See :meth:`run`.
+            Exception: See :meth:`run`.
         """
         plan, self._plan = self._plan, None
         assert plan is not None
-        with self._or_nothing():
-            # A checkpoint takes the place of one of another format, unless other things in a directory would be lost.
+        with self._cleaned_up_on_error():
+            # A file may replace a checkpoint directory, unless the directory holds files that are not the checkpoint's.
             over_directory = is_tensor_directory(self.path) and not foreign_names(self.path)
             self._place = Replacement(self.path, is_directory=plan.is_directory, over_directory=over_directory)
             _check_space(self.path, plan)
@@ -186,27 +190,27 @@ class Save:
             self._stats = stats_of(self.path, plan, bytes_written, self._clock)
 
     def publish(self) -> None:
-        """Puts what is written in its place: every process sees it from now on, and it survives the end of this one.
+        """Replaces the old checkpoint. All processes see the new one, and it survives the end of this process.
 
         Raises:
-            CheckpointWriteError: It is not allowed.
+            CheckpointWriteError: Replacing it is not allowed.
         """
-        with self._or_nothing() as place:
+        with self._cleaned_up_on_error() as place:
             place.commit(durable=False)
 
     def settle(self) -> SaveStats:
-        """Waits for the disk, and removes the directory that was replaced.
+        """Syncs the checkpoint to the disk if ``durable`` is set, and removes the directory that was replaced.
 
         Raises:
-            CheckpointWriteError: The disk failed. The checkpoint has its place all the same.
+            CheckpointWriteError: The disk failed. The checkpoint is published, but may not survive a power failure.
         """
-        with self._or_nothing() as place:
+        with self._cleaned_up_on_error() as place:
             if self._durable:
                 place.settle(self._names)
         return self._end()
 
     def abandon(self) -> None:
-        """Removes what has been written, unless it has its place. For interruptions between the steps."""
+        """Removes what has been written, unless it is published. For interruptions between the steps."""
         if self._place is not None:
             self._place.close()
 
@@ -218,8 +222,8 @@ class Save:
         return replace(self._stats, seconds=self._clock.seconds(0), commit_seconds=self._clock.seconds(2))
 
     @contextlib.contextmanager
-    def _or_nothing(self) -> Iterator[Replacement]:
-        """Closes the temporary sibling if something fails."""
+    def _cleaned_up_on_error(self) -> Iterator[Replacement]:
+        """Removes the temporary sibling on an error, and turns an ``OSError`` into a :class:`CheckpointWriteError`."""
         try:
             yield self._place  # type: ignore[misc]
         except BaseException as error:
@@ -231,7 +235,7 @@ class Save:
 
 
 def stats_of(path: str, plan: Plan, bytes_written: int, clock: Clock) -> SaveStats:
-    """The figures of a save whose clock has two laps, or a third for the commit."""
+    """The figures of a save. The clock has two laps (planning, writing), and a third one after the commit."""
     started, pickled, written = clock.times[:3]
     ended = clock.times[-1]
     return SaveStats(
@@ -251,13 +255,13 @@ def stats_of(path: str, plan: Plan, bytes_written: int, clock: Clock) -> SaveSta
 
 
 def default_save_threads() -> int:
-    """Threads to write with: up to 4, as many as there are CPUs."""
+    """Number of writing threads: the number of CPUs, at most 4."""
     return min(_MAX_THREADS, available_cpus())
 
 
 def _check_space(path: str, plan: Plan) -> None:
     free_bytes = _free_bytes(path)
-    # What can be linked is known only when it is compared.
+    # bytes_linkable is an upper bound: a file is linked only if a comparison finds equal bytes.
     if free_bytes is not None and plan.nbytes is not None and free_bytes < plan.nbytes - plan.bytes_linkable:
         raise _failure(path, plan.nbytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
@@ -269,7 +273,11 @@ def _failure(
     sizes = "" if needed_bytes is None else f" It takes {needed_bytes} bytes"
     if sizes and free_bytes is not None:
         sizes += f", and {free_bytes} are free in {os.path.dirname(path) or '.'}"
-    outcome = "It has its place, but may not survive a power failure" if is_committed else "What was there is untouched"
+    outcome = (
+        "The new checkpoint is in place, but may not survive a power failure"
+        if is_committed
+        else "What was there is untouched"
+    )
     return CheckpointWriteError(
         f"{path} could not be saved: {error.strerror or error}.{sizes and sizes + '.'} {outcome}.",
         path=path,
@@ -280,12 +288,12 @@ def _failure(
 
 
 def _free_bytes(path: str) -> int | None:
-    """What this process may still write beside ``path``; ``None`` if nobody knows."""
+    """Bytes that this process may still write in the directory of ``path``. ``None`` if it is unknown."""
     try:
         status = os.statvfs(os.path.dirname(path) or ".")
     except OSError:
         return None
-    # Some file systems (FUSE, object stores) count nothing.
+    # Some file systems (FUSE, object stores) report no sizes.
     if not status.f_blocks:
         return None
     return status.f_frsize * (status.f_bfree if os.geteuid() == 0 else status.f_bavail)

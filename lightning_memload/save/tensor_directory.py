@@ -1,6 +1,7 @@
-"""Writing a directory of single tensors.
+"""Saves an object as a directory: ``state.pt`` and the tensors beside it.
 
-``state.pt`` is a torch file with a stub in place of every storage; the bytes of each go to a file of its own.
+``state.pt`` is a torch file with a stub in place of every storage. The bytes of each storage are in a file of their
+own, or the weights are together in one safetensors file.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ from lightning_memload.save.linking import LinkingFiles
 from lightning_memload.save.pickling import Pickled, pickle_object
 from lightning_memload.save.replacement import Replacement, put_back
 from lightning_memload.save.saving import DEFAULT_BUDGET_BYTES, Save, SaveStats, default_save_threads
+from lightning_memload.save.sinks import LocalSink, Split
 from lightning_memload.save.torch_zip import Archive
 from lightning_memload.save.weights_file import RunTarget, WeightsFile, find_weights
-from lightning_memload.save.writing import Content, LocalSink, Order, Records, Split, size_of
+from lightning_memload.save.writing import Content, Order, Records, size_of
 
 __all__ = ["plan_directory_save", "save_directory"]
 
-# Loading maps every file, and Linux maps 65,530 in a process unless told else (vm.max_map_count).
+# Loading maps every file, and Linux allows 65,530 mappings in a process by default (vm.max_map_count).
 _MAX_FILES = 32_768
 
 
@@ -52,44 +54,46 @@ def save_directory(
     link_unchanged_from: str | os.PathLike[str] | None = None,
     safetensors: bool = False,
 ) -> SaveStats:
-    """Saves an object as a directory with one file for each storage, or leaves what was there untouched.
+    """Saves an object as a directory with one file for each storage.
 
-    Of more than 32,768 storages the smallest stay in ``state.pt``: loading maps every file, and the kernel counts.
+    With more than 32,768 storages the smallest ones stay in ``state.pt``: loading maps every file, and the kernel
+    limits the number of mappings.
 
-    Takes whatever ``torch.save`` takes and keeps what it keeps: ties, views, strides, parameters and their attributes,
-    tensors within objects. Of a storage only the span that the saved tensors use is written.
+    Accepts every object that ``torch.save`` accepts, and keeps ties, views, strides, parameters and their attributes,
+    and tensors within objects. Only the span of a storage that the saved tensors use is written.
 
-    A checkpoint directory, or a file of ``torch.save``, at ``path`` is replaced in one step, see :class:`Replacement`
-    for where that takes two. Who still reads the old checkpoint goes on with it or gets an error, never a mixture of
-    the two. A symbolic link is replaced itself, not the checkpoint that it points to. What somebody has put into the
-    old directory beside the checkpoint, such as a ``config.json``, is in the new one too.
+    An existing checkpoint at ``path`` (a directory of this format or a file of ``torch.save``) is replaced in one
+    atomic step; see :class:`Replacement` for the file systems where this takes two steps. After an error it is
+    unchanged. A process that is reading the old checkpoint reads it to the end or gets an error, never a mixture of the
+    two. A symbolic link at ``path`` is replaced, not the checkpoint that it points to. Other files in the old
+    directory, such as a ``config.json``, are kept in the new one.
 
     Args:
         obj: The object, such as a Lightning checkpoint or a state dict.
         path: The directory to write. Its parent must exist.
-        host_budget_bytes: The most host memory for the bytes of tensors on devices.
-        num_threads: Threads to write with; ``None``: up to 4, as many as there are CPUs.
+        host_budget_bytes: Maximum host memory for staging tensors from devices.
+        num_threads: Number of writing threads. ``None`` means the number of CPUs, at most 4.
         durable: Return only when all files are on the disk, so that they survive a power failure.
-        link_unchanged_from: A directory of this format, such as the checkpoint before. Storages whose bytes it has in a
-            file of the same number, compared byte for byte, are not written: that file gets a second name (a hard
-            link). ``None``, or one that cannot be read or linked to: all are written.
-        safetensors: Save two files instead of one for each storage: ``model.safetensors`` with the weights, that is the
-            tensors of ``obj["state_dict"]``, or of ``obj`` if it has no such entry, and ``state.pt`` with everything
-            else. Weights that are views or not contiguous are in both: in order in the one, as they are in the other.
-            Nothing is linked.
+        link_unchanged_from: A directory of this format, such as the previous checkpoint. If it has a file of the same
+            number with the same bytes (compared byte for byte), that file is hard-linked instead of written again.
+            ``None``, or a directory that cannot be read or linked to: all files are written.
+        safetensors: Write two files instead of one for each storage: ``model.safetensors`` with the weights, and
+            ``state.pt`` with everything else. The weights are the tensors of ``obj["state_dict"]``, or of ``obj`` if it
+            has no such entry. Weights that are views or not contiguous are in both files: contiguous in
+            ``model.safetensors``, unchanged in ``state.pt``. No file is linked.
 
     Returns:
-        What it cost.
+        The sizes and times of the save.
 
     Raises:
-        FileExistsError: There is something else than a checkpoint at ``path``.
+        FileExistsError: ``path`` exists and is not a checkpoint.
         CheckpointWriteError: There is not enough space, or writing failed or is not allowed.
-        CheckpointFormatError: The object holds a tensor whose memory was taken away.
-        NotImplementedError: It holds a storage without memory.
-        ValueError: The budget is below 512 KiB, or there is no thread.
-        Exception: Whatever pickling the object raises; nothing has been written then.
+        CheckpointFormatError: The object holds a tensor whose memory was freed.
+        NotImplementedError: The object holds a storage without memory.
+        ValueError: The budget is below 512 KiB, or ``num_threads`` is below 1.
+        Exception: Pickling the object failed. Nothing has been written.
 
-    Peak memory: the budget if tensors are on devices, else nothing; and the pickle, which holds no tensors.
+    Peak memory: the pickle, which holds no tensors, and the budget if tensors are on devices.
     """
     return plan_directory_save(
         obj,
@@ -112,7 +116,7 @@ def plan_directory_save(
     link_unchanged_from: str | os.PathLike[str] | None = None,
     safetensors: bool = False,
 ) -> Save:
-    """Does the first part of :func:`save_directory`, all that concerns more of the object than its tensors' memory."""
+    """Plans a :func:`save_directory`. From its return to the end of the save, only tensors' memory must not change."""
     target = _place_of(os.fspath(path))
     _refuse_to_replace(target)
     put_back(target)
@@ -124,7 +128,7 @@ def plan_directory_save(
 
 
 class _Directory:
-    """A directory that is to be written, each storage in a file of its own or a link to an old one."""
+    """Plans a directory with one file for each storage, written or linked to an old one, see :class:`Plan`."""
 
     is_directory = streamed = True
 
@@ -133,7 +137,7 @@ class _Directory:
     ) -> None:
         pickled = pickle_object(obj, stubs=lambda storage: True)
         with_bytes = [stretch for stretch in pickled.stretches if stretch.nbytes]
-        # Sorted in the order of the object where sizes are the same, so that the next save can link.
+        # A stable sort: storages of equal size keep the object's order, so the next save chooses the same ones.
         largest = sorted(with_bytes, key=lambda stretch: -stretch.nbytes)[:_MAX_FILES]
         outside = {stretch.storage._cdata for stretch in largest}
         if len(outside) < len(with_bytes):
@@ -153,7 +157,7 @@ class _Directory:
         self._storages: list[StorageFile] = []
 
     def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
-        """Writes all files but the manifest."""
+        """Writes all files except the manifest."""
         folder = place.temporary_path
         os.mkdir(os.path.join(folder, TENSORS_FOLDER))
         own = [self.stretches[key] for key in self._keys]
@@ -178,7 +182,7 @@ class _Directory:
 
     @property
     def names(self) -> list[str]:
-        """All files, and the folder of those that have one each."""
+        """All files, and the folder of the storage files."""
         own = [storage_file(storage.key) for storage in self._storages]
         return [*own, TENSORS_FOLDER, STATE_FILE, MANIFEST_FILE]
 
@@ -188,7 +192,7 @@ class _Directory:
 
 
 class _WithSafetensors:
-    """A directory that is to be written, with the weights in one file, everything else in another."""
+    """Plans a directory with the weights in one file and everything else in another, see :class:`Plan`."""
 
     is_directory = streamed = True
     bytes_linkable = bytes_linked = 0
@@ -202,7 +206,7 @@ class _WithSafetensors:
         for stretch in pickled.stretches:
             place = places.get(stretch.storage._cdata)
             if place is not None and self._weights.contents[place] != stretch:
-                # An object that differs from one pickling to the next; its storages stay together.
+                # The object gives other tensors on the second pickling, so all storages stay in state.pt.
                 places.clear()
                 pickled = pickle_object(obj)
                 break
@@ -214,8 +218,9 @@ class _WithSafetensors:
         self._crc32s: list[int] = []
         if self._weights.left_out:
             warnings.warn(
-                f"safetensors cannot hold {listed(self._weights.left_out)}: no plain strided tensors of its dtypes. "
-                f"They are in {STATE_FILE} only, from where they are restored; {WEIGHTS_FILE} lacks them.",
+                f"safetensors cannot hold {listed(self._weights.left_out)}: they are not plain strided tensors of a "
+                f"dtype that it supports, or their name is reserved. They are saved in {STATE_FILE} only, and restored "
+                f"from there; {WEIGHTS_FILE} does not contain them.",
                 stacklevel=2,
             )
 
@@ -247,7 +252,7 @@ class _WithSafetensors:
 
 
 def _divide(pickled: Pickled, outside: Container[int]) -> tuple[Archive, list[int]]:
-    """``state.pt`` with stubs for the storages that lie outside of it, told by ``_cdata``; and their numbers."""
+    """``state.pt`` with stubs for the storages outside of it (given by ``_cdata``), and the numbers of these."""
     keys = [
         key for key, stretch in enumerate(pickled.stretches) if stretch.nbytes and stretch.storage._cdata in outside
     ]
@@ -258,19 +263,19 @@ def _divide(pickled: Pickled, outside: Container[int]) -> tuple[Archive, list[in
 
 
 def _complete(place: Replacement, storages: Sequence[StorageFile], weights: WeightsLayout | None) -> None:
-    """Writes the manifest, and takes along what is not the checkpoint's."""
+    """Writes the manifest, and keeps the files of the old directory that are not part of the checkpoint."""
     folder = place.temporary_path
     with open(os.path.join(folder, MANIFEST_FILE), "xb") as file:
         file.write(make_manifest(folder, storages, weights))
     if not os.path.islink(place.path) and is_tensor_directory(place.path):
         for name in foreign_names(place.path):
-            _take_along(os.path.join(place.path, name), os.path.join(folder, name))
+            _link_or_copy(os.path.join(place.path, name), os.path.join(folder, name))
 
 
-def _take_along(old: str, new: str) -> None:
-    """Gives a file, or all files of a directory, another name; a copy where that cannot be."""
+def _link_or_copy(old: str, new: str) -> None:
+    """Hard-links a file, or all files of a directory. Copies them where hard links are not possible."""
     if os.path.isdir(old) and not os.path.islink(old):
-        shutil.copytree(old, new, symlinks=True, copy_function=_take_along)
+        shutil.copytree(old, new, symlinks=True, copy_function=_link_or_copy)
         return
     try:
         os.link(old, new, follow_symlinks=False)
@@ -279,7 +284,7 @@ def _take_along(old: str, new: str) -> None:
 
 
 def _linkable_files(path: str) -> dict[tuple[str, int], str]:
-    """The files of a checkpoint directory by number and size; none if that cannot be told."""
+    """The storage files of a checkpoint directory, by number and size. Empty if the manifest cannot be read."""
     try:
         storages = read_manifest(path).storages
     except (OSError, CheckpointFormatError):
@@ -292,7 +297,7 @@ def _linkable_files(path: str) -> dict[tuple[str, int], str]:
 
 
 def _place_of(path: str) -> str:
-    """The absolute path. A link is a place itself: what it points to is a checkpoint of another name."""
+    """The absolute path, with links resolved in the parent only: a link at the path itself is replaced."""
     parent, name = os.path.split(path.rstrip(os.sep))
     return os.path.realpath(path) if name in ("", ".", "..") else os.path.join(os.path.realpath(parent), name)
 
@@ -305,7 +310,7 @@ def _refuse_to_replace(target: str) -> None:
     if not os.path.isdir(target) or os.listdir(target):
         raise FileExistsError(
             errno.EEXIST,
-            "is there and is no checkpoint directory, nor a file of torch, so it is not replaced; remove it or save "
-            "elsewhere",
+            "exists and is neither a checkpoint directory nor a file of torch, so it is not replaced; remove it or "
+            "save to another path",
             target,
         )

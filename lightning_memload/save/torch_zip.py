@@ -1,7 +1,7 @@
-"""Saving an object as ``torch.save`` does, with host memory bounded by a budget, in one step that others can see.
+"""Saves an object as ``torch.save`` does, in host memory bounded by a budget, and publishes it in one atomic step.
 
-The file is an ordinary torch checkpoint for every reader. Bytes go from the tensors to the file, in host memory from
-where they lie and from devices through the staging ring; the only copy of anything is the ring.
+The file is an ordinary torch checkpoint for every reader. Bytes in host memory are written directly, without a copy.
+Bytes on devices go through the staging ring, which is the only extra memory.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ from lightning_memload.save.saving import (
     default_save_threads,
     stats_of,
 )
-from lightning_memload.save.writing import Content, LocalSink, Order, Records, Sink, StreamSink, Target, size_of
+from lightning_memload.save.sinks import LocalSink, Sink, StreamSink, Target
+from lightning_memload.save.writing import Content, Order, Records, size_of
 
 __all__ = ["Archive", "plan_torch_save", "save_torch", "write_torch"]
 
-# What torch.save calls the archive that it writes to a buffer.
+# The name of the top folder that torch.save uses when it writes to a buffer.
 _ARCHIVE = "archive"
 
 
@@ -51,29 +52,29 @@ def save_torch(
     num_threads: int | None = None,
     durable: bool = True,
 ) -> SaveStats:
-    """Saves an object as an ordinary torch checkpoint, or leaves what was there untouched.
+    """Saves an object as an ordinary torch checkpoint. After an error an existing checkpoint at ``path`` is unchanged.
 
-    The file replaces another one only when it is complete. It differs from one of ``torch.save`` in one point: of a
-    storage of which the saved tensors span a part, only that part is saved. What cannot be streamed (storages without
-    memory) is left to ``torch.save``, with a warning, into the same temporary file.
+    The new file replaces the old one only when it is complete. It differs from the file of ``torch.save`` in one point:
+    if the saved tensors use only a part of a storage, only that part is saved. An object that cannot be streamed (it
+    has storages without memory) is written by ``torch.save`` into the same temporary file, with a warning.
 
     Args:
         obj: Anything that ``torch.save`` takes.
-        path: A local file in an existing directory. A symbolic link is replaced itself, and so is a directory of
-            ``save_directory``.
-        host_budget_bytes: The most host memory for the bytes of tensors on devices.
-        num_threads: Threads to write with; ``None``: up to 4, as many as there are CPUs.
+        path: A local file in an existing directory. A symbolic link at this path is replaced, not its target. A
+            directory of ``save_directory`` is replaced too.
+        host_budget_bytes: Maximum host memory for staging tensors from devices.
+        num_threads: Number of writing threads. ``None`` means the number of CPUs, at most 4.
         durable: Return only when the file is on the disk, so that it survives a power failure.
 
     Returns:
-        What it cost.
+        The sizes and times of the save.
 
     Raises:
         CheckpointWriteError: There is not enough space, or writing failed or is not allowed.
-        ValueError: The budget is below 512 KiB, or there is no thread.
-        Exception: Whatever pickling the object raises; nothing has been written then.
+        ValueError: The budget is below 512 KiB, or ``num_threads`` is below 1.
+        Exception: Pickling the object failed. Nothing has been written.
 
-    Peak memory: the budget if tensors are on devices, else nothing; and the pickle, which holds no tensors.
+    Peak memory: the pickle, which holds no tensors, and the budget if tensors are on devices.
     """
     return plan_torch_save(
         obj, path, host_budget_bytes=host_budget_bytes, num_threads=num_threads, durable=durable
@@ -88,7 +89,7 @@ def plan_torch_save(
     num_threads: int | None = None,
     durable: bool = True,
 ) -> Save:
-    """Does the first part of :func:`save_torch`, all that concerns more of the object than its tensors' memory."""
+    """Plans a :func:`save_torch`. From its return to the end of the save, only the tensors' memory must not change."""
     name = os.fspath(path)
     put_back(name)
     threads = default_save_threads() if num_threads is None else num_threads
@@ -96,20 +97,20 @@ def plan_torch_save(
 
 
 def write_torch(obj: object, file: IO[bytes], *, name: str, host_budget_bytes: int = DEFAULT_BUDGET_BYTES) -> SaveStats:
-    """Writes an object as an ordinary torch checkpoint to a file that can only be written from beginning to end.
+    """Writes an object as an ordinary torch checkpoint to a file that can only be written sequentially.
 
     Args:
-        obj: Anything that ``torch.save`` takes; see :func:`save_torch`.
-        file: Open for writing in binary, for example by fsspec.
-        name: What to call it in the result.
-        host_budget_bytes: The most host memory for the bytes of tensors on devices. The file's own buffers are apart.
+        obj: Anything that ``torch.save`` takes, see :func:`save_torch`.
+        file: A binary file open for writing, for example of fsspec.
+        name: The name of the file in the returned figures.
+        host_budget_bytes: Maximum host memory for staging tensors from devices. The file's own buffers do not count.
 
     Returns:
-        What it cost.
+        The sizes and times of the save.
 
     Raises:
         ValueError: The budget is below 512 KiB.
-        Exception: Whatever pickling the object or the file raises.
+        Exception: Pickling the object or writing to the file failed.
     """
     clock = Clock()
     plan = _plan(obj, name, host_budget_bytes, num_threads=1)
@@ -126,14 +127,14 @@ def write_torch(obj: object, file: IO[bytes], *, name: str, host_budget_bytes: i
 
 
 class Archive:
-    """A torch zip file that is to be written: every byte but the checksums is known.
+    """The layout of a torch zip file before it is written: every byte except the checksums is known.
 
     Args:
-        pickled: The pickle, and the storages it names.
-        storages: What the file holds of each storage.
+        pickled: The pickle, and the storages that it names.
+        storages: The content of the file for each storage.
 
     Attributes:
-        contents: Its records, but for one at the end that depends on the others.
+        contents: All records except the last one, which depends on the others.
         nbytes: Size of the file.
     """
 
@@ -148,21 +149,21 @@ class Archive:
         ]
         self.contents = [content for _, content in records]
         self._entries = lay_out((f"{_ARCHIVE}/{name}", size_of(content)) for name, content in records)
-        # Its value comes from the other records' checksums, its size and place do not.
+        # The value of this record depends on the other records' checksums. Its size and position do not.
         (self._identity,) = lay_out([(f"{_ARCHIVE}/.data/serialization_id", 40)], start=self._entries[-1].end)
         self.nbytes: int = self._identity.end + len(self._end([0] * len(records), 0))
 
     def target(self, sink: Sink) -> Target:
-        """Where the contents go, for :class:`Records`."""
+        """The target of the contents, for :class:`Records`."""
         return _Entries(sink, self._entries)
 
     def write_end(self, sink: Sink, crc32s: Sequence[int]) -> None:
-        """Writes what follows the contents.
+        """Writes the last record and the directory of the archive.
 
         Raises:
-            OSError: The sink's.
+            OSError: Writing failed.
         """
-        # Like torch's: from the names, and from the checksums. It identifies the content and is never compared.
+        # Made as torch makes it: from the names and the checksums. It identifies the content; no reader compares it.
         names = zlib_ng.crc32("".join(entry.name for entry in self._entries).encode())
         content = zlib_ng.crc32(b"".join(crc32.to_bytes(4, "little") for crc32 in crc32s))
         identity = f"{names:020d}{content:020d}".encode()
@@ -180,7 +181,7 @@ class Archive:
 
 
 class _File:
-    """A torch zip file with everything in it, see :class:`Plan`."""
+    """Plans one torch zip file that holds everything, see :class:`Plan`."""
 
     is_directory = False
     streamed = True
@@ -196,15 +197,15 @@ class _File:
         self.nbytes: int = self._archive.nbytes
 
     def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
-        """Writes it to a temporary file."""
+        """Writes everything to the temporary file, see :class:`Plan`."""
         self.write_to(LocalSink(place.descriptor, start_writeback=durable), order)
         return self.nbytes
 
     def write_to(self, sink: Sink, order: Order | None = None) -> None:
-        """Writes it; without an order from its first byte to its last if there is one thread.
+        """Writes the file. With one thread and without an order, the writes are sequential.
 
         Raises:
-            OSError: The sink's.
+            OSError: Writing failed.
         """
         self._archive.write_end(sink, self._records.write(self._archive.target(sink), order))
 
@@ -213,7 +214,7 @@ class _File:
 
 
 class _ByTorch:
-    """What only ``torch.save`` can write."""
+    """Plans a file that ``torch.save`` writes, see :class:`Plan`."""
 
     is_directory = streamed = False
     num_threads, staging_bytes, bytes_linkable, bytes_linked = 1, 0, 0, 0
@@ -225,7 +226,7 @@ class _ByTorch:
         self._obj = obj
 
     def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
-        """Writes it to a temporary file, see :class:`Plan`."""
+        """Writes everything to the temporary file, see :class:`Plan`."""
         with os.fdopen(os.dup(place.descriptor), "wb") as file:
             torch.save(self._obj, file)
         return os.fstat(place.descriptor).st_size
@@ -235,14 +236,14 @@ class _ByTorch:
 
 
 class _Entries:
-    """The entries of an archive as a target."""
+    """Writes records as entries of a zip archive, see :class:`Target`."""
 
     def __init__(self, sink: Sink, entries: Sequence[Entry]) -> None:
         self._sink = sink
         self._entries = entries
 
     def write(self, pieces: Sequence[Piece], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
-        """Writes data with what stands around it in a zip."""
+        """Writes the data with its local headers and descriptors."""
         first = self._entries[pieces[0].record]
         offset = first.data_offset + pieces[0].start if pieces[0].start else first.header_offset
         buffers: list[bytes | memoryview] = []
@@ -256,7 +257,7 @@ class _Entries:
                 continue
             if piece.start + piece.nbytes == entry.nbytes:
                 buffers.append(data_descriptor(entry, crc32))
-            else:  # another thread has already written the end of this record
+            else:  # the last piece of this record has been written already, without the descriptor
                 late = data_descriptor(entry, crc32), entry.data_end
         self._sink.write(buffers, offset)
         if late is not None:

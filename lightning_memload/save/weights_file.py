@@ -1,9 +1,9 @@
-"""The weights of a checkpoint as one safetensors file, laid out over the memory in which they lie.
+"""Plans a safetensors file with the weights of a checkpoint. The bytes come directly from the tensors' memory.
 
-The format knows neither views nor ties nor strides: every tensor in it is one run of bytes under one name. A weight
-that has its storage for itself is such a run, and those bytes need to be saved nowhere else. Tied weights are written
-once, and the file's metadata says which name has them, as safetensors does. What shares a storage otherwise, or is not
-contiguous, is put in order on the way; a checkpoint that has to keep it as it is needs its storage as well.
+A safetensors file has no views, ties or strides: every tensor is one contiguous run of bytes under one name. A weight
+that fills its storage is written as it is, and ``state.pt`` does not need its bytes. Tied weights are written once, and
+the file's metadata maps the other names to the first one, as safetensors does. A weight that shares its storage in
+another way, or is not contiguous, is made contiguous on the way. ``state.pt`` then holds its storage too.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ import torch
 from lightning_memload.checkpoint import SAFETENSORS_DTYPES, span_elements
 from lightning_memload.save.layout import Piece
 from lightning_memload.save.pickling import Stretch
-from lightning_memload.save.writing import Content, Gathered, Sink, size_of
+from lightning_memload.save.sinks import Sink
+from lightning_memload.save.writing import Content, Gathered, size_of
 
 __all__ = ["RunTarget", "WeightsFile", "find_weights"]
 
-# Values begin where vector instructions like them to.
+# The header is padded to this, so that the values start aligned for vector instructions.
 _ALIGNMENT_BYTES = 64
 _METADATA = "__metadata__"
-# An entry of the metadata that readers want; the others there name ties.
+# The entry of the metadata that readers expect. All other entries name tied weights.
 _FORMAT = "format"
 _LENGTH = struct.Struct("<Q")
 
 
 def find_weights(obj: object) -> dict[str, torch.Tensor]:
-    """The tensors by name in ``obj["state_dict"]``, or in ``obj`` if it has no such entry; empty if there are none."""
+    """The tensors in ``obj["state_dict"]``, or in ``obj`` if it has no such entry, by name. May be empty."""
     if not isinstance(obj, Mapping):
         return {}
     weights = obj.get("state_dict", obj)
@@ -43,14 +44,14 @@ def find_weights(obj: object) -> dict[str, torch.Tensor]:
 
 @dataclass
 class WeightsFile:
-    """A safetensors file that is to be written.
+    """The layout of a safetensors file before it is written.
 
     Attributes:
-        contents: The bytes of its header and of each tensor, in the order of the file.
-        offsets: Where each begins.
+        contents: The bytes of the header and of each tensor, in the order of the file.
+        offsets: The position of each content in the file.
         nbytes: Size of the file.
-        places: Where a stretch lies whose bytes are a tensor of the file, by its storage (``_cdata``): position in
-            these lists.
+        places: For each storage whose bytes are exactly one tensor of the file: its index in ``contents``. The key is
+            ``_cdata``.
         left_out: Weights that the format cannot hold: of other dtypes, sparse, nested, without memory, or not plain
             tensors.
     """
@@ -67,7 +68,7 @@ class WeightsFile:
 
         Args:
             weights: The tensors by name.
-            stretches: What the checkpoint needs of each storage.
+            stretches: The part of each storage that the checkpoint needs.
         """
         file = cls()
         needed = {stretch.storage._cdata: (stretch.start, stretch.nbytes) for stretch in stretches}
@@ -84,7 +85,7 @@ class WeightsFile:
                 ties[name] = first_names[identity]
             else:
                 held.append((name, tensor))
-        # The widest first: each then begins at a multiple of its width.
+        # Wide elements first, so that each tensor starts at a multiple of its element size.
         held.sort(key=lambda entry: -entry[1].dtype.itemsize)
         file.contents.append(_header(held, ties))
         for _, tensor in held:
@@ -97,11 +98,11 @@ class WeightsFile:
 
 
 class RunTarget:
-    """A file whose records follow one another without anything between, as a target.
+    """A target for one file in which the records follow one another without gaps.
 
     Args:
         sink: The file.
-        offsets: Where each record begins.
+        offsets: The position of each record.
     """
 
     def __init__(self, sink: Sink, offsets: Sequence[int]) -> None:
@@ -109,12 +110,12 @@ class RunTarget:
         self._offsets = offsets
 
     def write(self, pieces: Sequence[Piece], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
-        """Writes neighbours with one call, see :class:`Target`."""
+        """Writes adjacent pieces with one call, see :class:`Target`."""
         self._sink.write(data, self._offsets[pieces[0].record] + pieces[0].start)
 
 
 def _header(held: Sequence[tuple[str, torch.Tensor]], ties: Mapping[str, str]) -> bytes:
-    """The length and the header of a file with these tensors, one behind the other."""
+    """The length and the header of a file that holds these tensors in this order."""
     described: dict[str, object] = {_METADATA: {**ties, _FORMAT: "pt"}}
     end = 0
     for name, tensor in held:
@@ -130,18 +131,18 @@ def _header(held: Sequence[tuple[str, torch.Tensor]], ties: Mapping[str, str]) -
 
 
 def _place(tensor: torch.Tensor) -> tuple[torch.UntypedStorage, int, int]:
-    """Where a tensor lies if it is contiguous: its storage, first byte and size."""
+    """The place of a contiguous tensor: its storage, first byte and size in bytes."""
     return tensor.untyped_storage(), int(tensor.storage_offset()) * tensor.dtype.itemsize, tensor.nbytes
 
 
 def _fits(tensor: torch.Tensor) -> bool:
-    """Whether safetensors can hold the values, and they lie in memory as they are."""
+    """Whether safetensors can hold the tensor, and its memory holds its values."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
         return False
     if tensor.is_meta or tensor.is_nested:
         return False
     if tensor.dtype not in SAFETENSORS_DTYPES or tensor.is_conj() or tensor.is_neg():
         return False
-    # A storage may have been freed under its tensor.
+    # A storage may have been freed while its tensor lives.
     end = int(tensor.storage_offset()) + span_elements(tensor.shape, tensor.stride())
     return not tensor.numel() or end * tensor.dtype.itemsize <= tensor.untyped_storage().nbytes()

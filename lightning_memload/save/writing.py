@@ -1,27 +1,25 @@
-"""Writes records: the threads that bring bytes from memory, of any device, to where they belong.
+"""Writes records with several threads: the bytes come from memory of any device and go to a target.
 
-Each thread takes the next write in order. Host memory is written from where it lies; what lies on a device comes
-through staging buffers, so that the copies of one thread run while another writes. Checksums are taken on the way.
-What this does not know: pickles, archives, temporary files, Lightning.
+Each thread takes the next write in order. Host memory is written directly, without a copy. Device memory is copied
+through staging buffers, so the copies of one thread overlap with the writes of another. The checksums are computed on
+the way. This module does not know pickles, archives, temporary files or Lightning.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import IO, Protocol
+from dataclasses import dataclass
 
 import torch
 from zlib_ng import zlib_ng
 
 from lightning_memload.save.layout import Piece, plan_writes
 from lightning_memload.save.pickling import Stretch
+from lightning_memload.save.sinks import Target
 from lightning_memload.transfer import (
     MIN_BUDGET_BYTES,
     RingLayout,
@@ -32,23 +30,11 @@ from lightning_memload.transfer import (
     run_threads,
 )
 
-__all__ = [
-    "Content",
-    "Gathered",
-    "LocalSink",
-    "Order",
-    "Records",
-    "Sink",
-    "Split",
-    "StreamSink",
-    "Target",
-    "memory_of",
-    "size_of",
-]
+__all__ = ["Content", "Gathered", "Order", "Records", "memory_of", "size_of"]
 
-# A checksum of host memory leaves in the core's cache what is written next.
+# Small enough to stay in the core's cache: the checksum reads the bytes first, and the write reads them again.
 _DIRECT_BLOCK_BYTES = 1 << 20
-# Header, data and descriptor of each; the kernel takes at most 1024 buffers in one pwritev (IOV_MAX).
+# Each piece has three buffers: header, data and descriptor. One pwritev takes at most 1024 buffers (IOV_MAX).
 _MAX_PIECES = 1024 // 3
 
 _GATHERED_ELEMENTS = 64 << 10
@@ -56,12 +42,13 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Gathered:
-    """The elements of a tensor in their order, wherever they lie, as one run of bytes.
+    """The elements of a non-contiguous tensor as contiguous bytes, in the order of the elements.
 
-    Brought piece by piece: a piece takes memory of its own on the tensor's device, and 512 KiB for positions.
+    The bytes are gathered piece by piece. Each piece takes its own size in memory on the tensor's device, and 512 KiB
+    for positions.
 
     Args:
-        tensor: Strided, with elements of 1, 2, 4 or 8 bytes.
+        tensor: A strided tensor with elements of 1, 2, 4 or 8 bytes.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -71,11 +58,14 @@ class Gathered:
 
     @property
     def is_in_host_memory(self) -> bool:
-        """Whether the bytes can be read where they are."""
+        """Whether the bytes can be read without a copy from a device."""
         return self.storage.device.type == "cpu"
 
     def gather(self, start: int, nbytes: int) -> torch.Tensor:
-        """``nbytes`` from ``start`` on, both whole elements: uint8, on the tensor's device."""
+        """Gathers ``nbytes`` bytes from byte ``start``, as a 1-D uint8 tensor on the tensor's device.
+
+        Both numbers must be multiples of the element size.
+        """
         integers, itemsize = self._integers, self._integers.dtype.itemsize
         first, end = start // itemsize, (start + nbytes) // itemsize
         values = integers.new_empty(end - first)
@@ -89,138 +79,38 @@ Content = bytes | Stretch | Gathered
 
 
 def size_of(content: Content) -> int:
-    """Bytes of a content."""
+    """Number of bytes of a content."""
     return len(content) if isinstance(content, bytes) else content.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What to write before all else, and who wants to know.
+    """Which storages are written first, and what to call when they are written.
 
     Attributes:
-        first: Whether what lies in a storage is to be written first.
-        on_first: Called when all such are written, and no new thread is needed any more.
+        first: Whether a storage is one of the first.
+        on_first: Called when all of the first storages are written and all threads have started.
     """
 
     first: Callable[[torch.UntypedStorage], bool]
     on_first: Callable[[], object]
 
 
-class Sink(Protocol):
-    """Where the bytes of a file go."""
-
-    def write(self, buffers: Sequence[bytes | memoryview], offset: int) -> None:
-        """Writes all buffers, one after the other, from ``offset`` on.
-
-        Raises:
-            OSError: Not all of them could be written.
-        """
-        ...
-
-
-class LocalSink:
-    """An open file on this machine. Threads share it.
-
-    Args:
-        descriptor: Open for writing; stays the caller's.
-        start_writeback: Have the disk begin with every write at once, so that a later fsync finds little left to do.
-    """
-
-    def __init__(self, descriptor: int, *, start_writeback: bool = False) -> None:
-        self._descriptor = descriptor
-        self._start_writeback = start_writeback
-
-    def write(self, buffers: Sequence[bytes | memoryview], offset: int) -> None:
-        """Writes buffers at an offset, see :class:`Sink`."""
-        start = offset
-        while buffers:
-            count = os.pwritev(self._descriptor, buffers, offset)
-            offset += count
-            done = 0
-            while done < len(buffers) and count >= len(buffers[done]):
-                count -= len(buffers[done])
-                done += 1
-            buffers = buffers[done:]
-            if count:
-                buffers = [memoryview(buffers[0])[count:], *buffers[1:]]
-        if self._start_writeback:
-            # Linux starts to write dirty pages out when told that they are not needed, and keeps them until then.
-            os.posix_fadvise(self._descriptor, start, offset - start, os.POSIX_FADV_DONTNEED)
-
-
-class StreamSink:
-    """A file that can only be written from its beginning to its end, by one thread.
-
-    Args:
-        file: Open for writing in binary.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._position = 0
-
-    def write(self, buffers: Sequence[bytes | memoryview], offset: int) -> None:
-        """Writes buffers, see :class:`Sink`; ``offset`` must be where the last write ended."""
-        assert offset == self._position
-        for buffer in buffers:
-            self._file.write(buffer)
-            self._position += len(buffer)
-
-
-class Target(Protocol):
-    """Where records go: one after the other into an archive, each into a file of its own."""
-
-    def write(self, pieces: Sequence[Piece], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
-        """Writes the pieces of one write. Called by several threads at once.
-
-        Args:
-            pieces: Neighbours in the order of the records.
-            data: The bytes of each.
-            crc32s: The CRC-32 of each piece's record, if this was the last piece of it to come; else ``None``.
-
-        Raises:
-            OSError: Not all could be written.
-        """
-        ...
-
-
-class Split:
-    """Several targets as one.
-
-    Args:
-        parts: How many of the records go to each, in their order, and the target.
-    """
-
-    def __init__(self, *parts: tuple[int, Target]) -> None:
-        self._ends = list(accumulate(count for count, _ in parts))
-        self._parts = parts
-
-    def write(self, pieces: Sequence[Piece], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
-        """Hands each piece to the target of its record, see :class:`Target`."""
-        start = 0
-        for end, (count, target) in zip(self._ends, self._parts, strict=True):
-            stop = start + sum(piece.record < end for piece in pieces[start:])
-            if stop > start:
-                moved = [replace(piece, record=piece.record - end + count) for piece in pieces[start:stop]]
-                target.write(moved, data[start:stop], crc32s[start:stop])
-            start = stop
-
-
 class Records:
-    """Records that are to be written, and the threads and buffers for it.
+    """The records of one save, with the threads and staging buffers to write them.
 
     Args:
-        contents: The data of each, which must stay as they are until they have been written.
-        host_budget_bytes: The most host memory for what lies on devices.
-        num_threads: The most threads to write with. With one, writes follow one another in the order of the records.
+        contents: The data of each record. They must not change until they are written.
+        host_budget_bytes: Maximum host memory for staging data from devices.
+        num_threads: Maximum number of writing threads. With one thread, the writes are in the order of the records.
 
     Attributes:
         sizes: Bytes of each record.
-        num_threads: Threads that write.
-        staging_bytes: Host memory for what lies on devices, 0 if nothing does.
+        num_threads: Number of writing threads.
+        staging_bytes: Host memory for staging, 0 if no data is on a device.
 
     Raises:
-        ValueError: The budget is below 512 KiB, or there is no thread.
+        ValueError: The budget is below 512 KiB, or ``num_threads`` is below 1.
     """
 
     def __init__(self, contents: Sequence[Content], host_budget_bytes: int, num_threads: int) -> None:
@@ -230,39 +120,39 @@ class Records:
         on_devices = [c for c in contents if not isinstance(c, bytes) and not c.is_in_host_memory]
         self._layout: RingLayout | None = None
         if any(content.nbytes for content in on_devices):
-            # A small checkpoint needs no more buffers than it has bytes.
+            # The ring is not larger than the device data, so a small checkpoint does not take the whole budget.
             device_bytes = max(sum(content.nbytes for content in on_devices), MIN_BUDGET_BYTES)
             self._layout = choose_layout(min(host_budget_bytes, device_bytes), num_threads)
         devices = {content.storage.device for content in on_devices if content.storage.device.type == "cuda"}
-        # The values may still be in the making on the stream of this thread; another one may write them.
-        self._made = {device: torch.cuda.current_stream(device).record_event() for device in devices}
+        # Kernels on this thread's stream may still be computing the values, and another thread may write them.
+        self._ready_events = {device: torch.cuda.current_stream(device).record_event() for device in devices}
         self.num_threads = num_threads
         self.staging_bytes = self._layout.nbytes if self._layout else 0
 
     def write(self, target: Target, order: Order | None = None) -> list[int]:
-        """Writes all of them.
+        """Writes all records. Blocks until the target has all bytes.
 
-        Returns when all bytes are handed to the target. On failure some have been, others not; all threads have ended.
+        After an error the target has some of the bytes, and all threads have ended.
 
         Args:
-            target: Where to.
-            order: What to write before all else. Its ``on_first`` is called once, by any thread.
+            target: The destination.
+            order: What to write first. Its ``on_first`` is called once, by any thread.
 
         Returns:
             The CRC-32 of each record.
 
         Raises:
-            OSError: The target's.
+            OSError: The target raised it.
 
         Peak memory: ``staging_bytes``.
         """
         with ExitStack() as stack:
-            # This thread, and with it its GPU, may be another one than that of the caller who made this object.
-            device = next(iter(self._made), None)
+            # This may be another thread than the one that created this object, with another current GPU.
+            device = next(iter(self._ready_events), None)
             ring = None
             if self._layout is not None:
                 ring = stack.enter_context(StagingRing(self._layout, pinned=device is not None, device=device))
-            return _Writing(target, self._contents, self.sizes, ring, self._made, order).run(self.num_threads)
+            return _Writing(target, self._contents, self.sizes, ring, self._ready_events, order).run(self.num_threads)
 
 
 class _Writing:
@@ -280,7 +170,7 @@ class _Writing:
         self._sizes = sizes
         block_bytes = ring.layout.block_bytes if ring else _DIRECT_BLOCK_BYTES
         writes = plan_writes(sizes, block_bytes=block_bytes, max_pieces=_MAX_PIECES)
-        self._num_first = 1  # one more, for the threads to have started
+        self._num_first = 1  # one extra count: released when all threads have started
         self._on_first = None if order is None else order.on_first
         if order is not None:
             urgent = [not isinstance(content, bytes) and order.first(content.storage) for content in contents]
@@ -298,7 +188,7 @@ class _Writing:
         self._lock = threading.Lock()
         self._stopped = False
         self._crc32s = [0] * len(contents)
-        # Of records that are cut: start, length and CRC-32 of the pieces so far, and the bytes that are missing.
+        # For records in several pieces: start, length and CRC-32 of each piece so far, and the bytes still missing.
         self._parts: dict[int, list[tuple[int, int, int]]] = {}
         self._missing = list(sizes)
 
@@ -319,7 +209,7 @@ class _Writing:
                 alone=work_alone,
             )
         finally:
-            # A thread that failed may have left copies under way, and the ring is about to be freed.
+            # After a failure copies may still be running, and the ring is freed next.
             for stream in self._streams.values():
                 stream.synchronize()
         return self._crc32s
@@ -335,8 +225,8 @@ class _Writing:
         while (write := self._next_write()) is not None:
             number, pieces = write
             with ExitStack() as stack:
-                data = self._bring(pieces, stack)
-                crc32s = [self._sum_up(piece, zlib_ng.crc32(view)) for piece, view in zip(pieces, data, strict=True)]
+                data = self._to_host(pieces, stack)
+                crc32s = [self._add_crc32(piece, zlib_ng.crc32(view)) for piece, view in zip(pieces, data, strict=True)]
                 self._target.write(pieces, data, crc32s)
             if number < num_first:
                 self._finish_first()
@@ -352,8 +242,8 @@ class _Writing:
         with self._lock:
             return None if self._stopped else next(self._next, None)
 
-    def _bring(self, pieces: tuple[Piece, ...], stack: ExitStack) -> list[memoryview]:
-        """The bytes of all pieces in host memory, valid as long as the stack is open."""
+    def _to_host(self, pieces: tuple[Piece, ...], stack: ExitStack) -> list[memoryview]:
+        """The bytes of all pieces in host memory. They are valid while the stack is open."""
         found = []
         buffer: torch.Tensor | None = None
         used = 0
@@ -394,8 +284,8 @@ class _Writing:
                 values.set_(content.storage, content.start + piece.start, (piece.nbytes,), (1,))
             staged.copy_(values, non_blocking=device in self._streams)
 
-    def _sum_up(self, piece: Piece, crc32: int) -> int | None:
-        """Takes in the checksum of a piece; returns that of its record if all of it has come."""
+    def _add_crc32(self, piece: Piece, crc32: int) -> int | None:
+        """Adds the checksum of a piece. Returns the checksum of the record if this piece completes it."""
         if piece.nbytes == self._sizes[piece.record]:
             self._crc32s[piece.record] = crc32
             return crc32
@@ -415,7 +305,7 @@ class _Writing:
 
 
 def memory_of(address: int, nbytes: int) -> memoryview:
-    """The bytes at an address, valid as long as their owner."""
+    """The bytes at an address. They are valid as long as the owner of the memory lives."""
     if not nbytes:
         return memoryview(b"")
     return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")

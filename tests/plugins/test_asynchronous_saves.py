@@ -22,7 +22,7 @@ from torch import nn
 import tests.lightning as L
 from lightning_memload import CheckpointWriteError, MemoryEfficientRestore, StreamingCheckpointIO
 from lightning_memload.checkpoint import load_mapped
-from lightning_memload.save import BackgroundSave, writing
+from lightning_memload.save import BackgroundSave, sinks, writing
 from tests.plugins.harness import FEATURES, TRUSTED, Recorded, adamw, assert_same, make_trainer
 
 BLOCK_BYTES = 128
@@ -95,7 +95,7 @@ def until_step(**options: Any) -> MemoryEfficientRestore:
 def lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """A disk that takes what may be written late only when the thread that trains waits for it."""
     waited_for = threading.Event()
-    original_write, original_init = writing.LocalSink.write, BackgroundSave.__init__
+    original_write, original_init = sinks.LocalSink.write, BackgroundSave.__init__
     original_waits = {name: getattr(BackgroundSave, name) for name in ("wait_until_written", "wait")}
     monkeypatch.setattr(writing, "_DIRECT_BLOCK_BYTES", BLOCK_BYTES)
 
@@ -111,7 +111,7 @@ def lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         original_write(sink, buffers, offset)
 
     monkeypatch.setattr(BackgroundSave, "__init__", begin)
-    monkeypatch.setattr(writing.LocalSink, "write", write)
+    monkeypatch.setattr(sinks.LocalSink, "write", write)
     for name, original in original_waits.items():
 
         def waiting(save: BackgroundSave, original: Any = original) -> None:
@@ -421,9 +421,7 @@ def test_an_error_surfaces_at_the_next_save_which_is_made(tmp_path: Path, monkey
     failing_disk(monkeypatch, 1)
     threads = threading.active_count()
     saver = SaveOften(tmp_path)
-    with pytest.raises(
-        CheckpointWriteError, match=r"0\.ckpt could not be saved: No space left on device.*has its place"
-    ):
+    with pytest.raises(CheckpointWriteError, match=r"0\.ckpt could not be saved: No space left on device.*is in place"):
         train(tmp_path, [MemoryEfficientRestore(asynchronous_save=True), saver])
     assert len(saver.states) == 1
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["0.ckpt", "1.ckpt"]

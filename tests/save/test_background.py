@@ -27,6 +27,7 @@ from lightning_memload.save import (
     descriptors,
     plan_directory_save,
     plan_torch_save,
+    sinks,
     tensors_of_optimizers,
     writing,
 )
@@ -45,7 +46,7 @@ class Disk:
         self.failure: OSError | None = None
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        original = writing.LocalSink.write
+        original = sinks.LocalSink.write
 
         def write(sink: Any, buffers: Sequence[Any], offset: int) -> None:
             if any(len(buffer) == BLOCK_BYTES for buffer in buffers):
@@ -55,7 +56,7 @@ class Disk:
             original(sink, buffers, offset)
 
         monkeypatch.setattr(writing, "_DIRECT_BLOCK_BYTES", BLOCK_BYTES)
-        monkeypatch.setattr(writing.LocalSink, "write", write)
+        monkeypatch.setattr(sinks.LocalSink, "write", write)
 
 
 @pytest.fixture
@@ -422,8 +423,8 @@ def test_a_forked_child_has_no_part_in_a_save(tmp_path: Path) -> None:
 import fcntl, os, threading
 import torch
 torch.set_num_threads(1)
-from lightning_memload.save import BackgroundSave, plan_directory_save, plan_torch_save, tensors_of_optimizers, writing
-written, goes_on, real, original = threading.Event(), threading.Event(), os.fsync, writing.LocalSink.write
+from lightning_memload.save import BackgroundSave, plan_directory_save, plan_torch_save, sinks, tensors_of_optimizers
+written, goes_on, real, original = threading.Event(), threading.Event(), os.fsync, sinks.LocalSink.write
 def write(sink, buffers, offset):
     if any(len(buffer) > 100_000 for buffer in buffers):
         assert not written.wait(0.05)
@@ -432,7 +433,7 @@ def fsync(descriptor):
     written.set()
     goes_on.wait(60)
     real(descriptor)
-writing.LocalSink.write, os.fsync = write, fsync
+sinks.LocalSink.write, os.fsync = write, fsync
 RESULT = []
 for plan in (plan_torch_save, plan_directory_save):
     written.clear(), goes_on.clear()

@@ -154,7 +154,7 @@ def test_a_file_that_loses_its_end_is_no_checkpoint(
         no_links(source, target)
 
     monkeypatch.setattr(linking.os, "link", cut)
-    with pytest.raises(CheckpointWriteError, match="the checkpoint before lost its end"):
+    with pytest.raises(CheckpointWriteError, match="the previous checkpoint was truncated"):
         save_directory(of_step(frozen, 2), tmp_path / "new", link_unchanged_from=old)
     assert os.listdir(tmp_path) == ["old"]
 

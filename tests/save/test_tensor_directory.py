@@ -391,7 +391,7 @@ for module, name, replacement in patches:
         (tmp_path / "notes" / "thesis.tex").write_text("text")
         (tmp_path / "file").write_text("text")
         for name in ("notes", "file"):
-            with pytest.raises(FileExistsError, match="is no checkpoint directory"):
+            with pytest.raises(FileExistsError, match="is neither a checkpoint directory"):
                 save_directory(of_step(2), tmp_path / name)
         assert (tmp_path / "notes" / "thesis.tex").read_text() == "text"
 
