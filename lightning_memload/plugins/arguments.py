@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_memload.checkpoint import SafeGlobal
 
-__all__ = ["LoadingOptions", "lightnings_option", "split_arguments"]
+__all__ = ["LoadingOptions", "find_fixed_option", "split_arguments"]
 
 
 class LoadingOptions(TypedDict, total=False):
@@ -67,10 +67,10 @@ _OPTIONS: dict[str, Callable[[Any], bool]] = {
 }
 # Always options. Lightning's load_from_checkpoint (2.5, 2.6) has the first three too, and never passes them on.
 # safe_globals is needed, like weights_only and hparams_file, before the hyperparameters of a file can be read.
-_LIGHTNINGS = ("strict", "weights_only", "hparams_file", "safe_globals")
+_ALWAYS_OPTIONS = ("strict", "weights_only", "hparams_file", "safe_globals")
 
 
-def lightnings_option(
+def find_fixed_option(
     name: Literal["weights_only", "hparams_file", "safe_globals"],
     options: LoadingOptions | None,
     keywords: Mapping[str, Any],
@@ -117,25 +117,27 @@ def split_arguments(
         has_it = name in names or (takes_any and name in saved)
         if name not in _OPTIONS:
             theirs[name] = value
-        elif name in _LIGHTNINGS and could_be_ours:
+        elif name in _ALWAYS_OPTIONS and could_be_ours:
             ours[name] = value
             if has_it:
-                _tell(cls, name, value, "the option of load_from_checkpoint(), as in Lightning, not as the argument of")
+                _warn_how_taken(
+                    cls, name, value, "the option of load_from_checkpoint(), as in Lightning, not as the argument of"
+                )
         elif has_it:
             theirs[name] = value
             if could_be_ours:
-                _tell(cls, name, value, "the argument of")
+                _warn_how_taken(cls, name, value, "the argument of")
         elif takes_any and not could_be_ours:
             theirs[name] = value
-            _tell(cls, name, value, "an argument of")
+            _warn_how_taken(cls, name, value, "an argument of")
         else:
             ours[name] = value
             if takes_any:
-                _tell(cls, name, value, "the option of load_from_checkpoint(), not as an argument of")
+                _warn_how_taken(cls, name, value, "the option of load_from_checkpoint(), not as an argument of")
     return LoadingOptions(**ours), theirs  # type: ignore[typeddict-item]
 
 
-def _tell(cls: type, name: str, value: Any, what: str) -> None:
+def _warn_how_taken(cls: type, name: str, value: Any, what: str) -> None:
     rank_zero_warn(
         f"{name}={value!r} is taken as {what} {cls.__name__}. To choose explicitly, pass the options of "
         f"load_from_checkpoint() as a dict after the path, {{{name!r}: ...}} or {{}}: then all keywords are arguments "

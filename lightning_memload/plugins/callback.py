@@ -18,11 +18,15 @@ from lightning_memload.distributed import Writer
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
 from lightning_memload.plugins.choices import check_choice
 from lightning_memload.plugins.compat import Callback, classes
-from lightning_memload.plugins.damaged import OnCorrupt, tell_of_damage
+from lightning_memload.plugins.damaged import OnCorrupt, name_intact_sibling
 from lightning_memload.plugins.exposed import ExposedParameters
 from lightning_memload.plugins.mixed_imports import name_mixed_imports
 from lightning_memload.plugins.mode import Mode
-from lightning_memload.plugins.onlookers import only_lightning_looks, only_steps_change, tell_who_misses_directories
+from lightning_memload.plugins.onlookers import (
+    only_lightning_reads,
+    only_steps_change,
+    warn_of_loggers_without_directories,
+)
 from lightning_memload.plugins.parts import Part, check_parts
 from lightning_memload.plugins.pending import Gate
 from lightning_memload.plugins.run import RestoreOptions, RestoreRun
@@ -34,12 +38,12 @@ from lightning_memload.plugins.seams import (
     begin_averages,
     install_io,
     keep_strategy_on_device,
-    let_teardown_pass,
     loads_by_itself,
     require_one,
+    skip_next_move_to_cpu,
     when_set_up,
 )
-from lightning_memload.plugins.telling import meta_error, tell_match, warn_of_ignored_options
+from lightning_memload.plugins.telling import meta_error, report_match, warn_of_ignored_options
 from lightning_memload.report import RestoreReport
 from lightning_memload.restore import WeightsSource, follow_recipes, meta_names, names_of_data
 from lightning_memload.save import tensors_of_optimizers
@@ -191,7 +195,7 @@ class MemoryEfficientRestore(Callback):
             self._writer = Writer(trainer.world_size, is_here=trainer.is_global_zero)
             self._writer.arrive()
         if io is not None and io.format != "torch":
-            tell_who_misses_directories(trainer.loggers)
+            warn_of_loggers_without_directories(trainer.loggers)
         self._observe_saves(trainer, io)
         if self._keep_on_device:
             keep_strategy_on_device(trainer.strategy)
@@ -259,11 +263,11 @@ class MemoryEfficientRestore(Callback):
         self._end_steps(leaves=True)
         self._close_saves()
         self._abort()
-        let_teardown_pass(pl_module)
+        skip_next_move_to_cpu(pl_module)
         name_mixed_imports(exception, trainer, pl_module)
         if restoring:
             advise = not self._options.replaces_damaged
-            tell_of_damage(exception, str(trainer.ckpt_path), trainer, advise_option=advise)
+            name_intact_sibling(exception, str(trainer.ckpt_path), trainer, advise_option=advise)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Ends a restore after which there was nothing to train or evaluate, and reports the last save."""
@@ -343,7 +347,7 @@ class MemoryEfficientRestore(Callback):
 
     def _changed_in_steps(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[torch.Tensor]:
         """The tensors that the current save may write later, none if other code could read the checkpoint before."""
-        if self._writer is None or not self._writer.knows_all_ranks() or not only_lightning_looks(trainer):
+        if self._writer is None or not self._writer.knows_all_ranks() or not only_lightning_reads(trainer):
             return []
         self._writer.begin()
         return tensors_of_optimizers(trainer.optimizers, pl_module.modules())
@@ -370,7 +374,7 @@ class MemoryEfficientRestore(Callback):
         self.report = report
         if run.exposed_files is not None and report.bytes_assigned:
             self._exposed = ExposedParameters(run.exposed_files, trainer.lightning_module)
-        tell_match(report, pl_module)
+        report_match(report, pl_module)
         if not self._log:
             return
         rank_zero_info(f"Restored {report.path} for {report.stage}\n{report.table()}")

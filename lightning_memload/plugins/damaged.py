@@ -33,7 +33,7 @@ from lightning_memload.transfer import verify_checkpoint
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["OnCorrupt", "choose_intact", "tell_of_damage"]
+__all__ = ["OnCorrupt", "choose_intact", "name_intact_sibling"]
 
 OnCorrupt = Literal["raise", "previous"]
 
@@ -45,7 +45,7 @@ _SEARCH_SECONDS = 5.0
 _MAX_LISTED = 3
 
 
-def tell_of_damage(exception: BaseException, path: str, trainer: pl.Trainer, *, advise_option: bool) -> None:
+def name_intact_sibling(exception: BaseException, path: str, trainer: pl.Trainer, *, advise_option: bool) -> None:
     """Adds the newest intact checkpoint of the same directory to the error of a damaged checkpoint.
 
     With several processes, the error and the addition are also logged as soon as they are known: the failure of another
@@ -101,12 +101,12 @@ def _search(
             ", or use MemoryEfficientRestore(on_corrupt='previous') to do so automatically." if advise_option else "."
         )
     if siblings.unknown:
-        (candidate, *_), tried = siblings.unknown, _counted(siblings.damaged)
+        (candidate, *_), tried = siblings.unknown, _also_damaged(siblings.damaged)
         return (
             f"The newest other checkpoint in {folder} is {candidate}{tried}. It could not be verified within "
             f"{_SEARCH_SECONDS:.0f} s. Use lightning_memload.verify_checkpoint({candidate!r}) to verify it."
         )
-    return f"There is no intact checkpoint in {folder}{_counted(siblings.damaged)}." if found else None
+    return f"There is no intact checkpoint in {folder}{_also_damaged(siblings.damaged)}." if found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +173,14 @@ def choose_intact(path: str | None, trainer: pl.Trainer, companions: Companions 
 
 
 def _choose(path: str | None, companions: Companions | None, rank: int) -> str | None:
-    told = _tell(asdict(_look(path, companions)), companions, rank)
-    findings = _resolved({other: _Finding(**finding) for other, finding in told.items()})
+    answers = _exchange(asdict(_verify_own(path, companions)), companions, rank)
+    findings = _resolved({other: _Finding(**finding) for other, finding in answers.items()})
     bad = {other: finding for other, finding in findings.items() if finding.problems}
     if not bad or not any(finding.exists for finding in findings.values()):
         return path  # A path that exists on no rank is a mistake, not damage.
     listings: dict[int, list[str]] = {}
     if path is not None and all(finding.path is not None for finding in findings.values()):
-        listings = _tell(_names(path, is_sound=rank not in bad), companions, rank)
+        listings = _exchange(_names(path, is_sound=rank not in bad), companions, rank)
     names = listings[min(listings)] if listings else []
     common = [name for name in names if all(name in listing for listing in listings.values())]
     damaged: list[str] = []
@@ -197,7 +197,7 @@ def _choose(path: str | None, companions: Companions | None, rank: int) -> str |
                 where = " on all ranks" if len(findings) > 1 else ""
                 warnings.warn(
                     f"{_described(findings, bad)} Resuming from {chosen}, the newest other checkpoint there that is "
-                    f"intact{where}{_counted(damaged)}.",
+                    f"intact{where}{_also_damaged(damaged)}.",
                     stacklevel=2,
                 )
             return candidate
@@ -205,13 +205,13 @@ def _choose(path: str | None, companions: Companions | None, rank: int) -> str |
         return path
     raise CheckpointFormatError(
         f"{_described(findings, bad)} on_corrupt='previous' finds no other checkpoint that is intact, with the same "
-        f"name and contents, beside the ckpt_path of every rank{_counted(damaged)}. "
-        f"{_apart(listings, common)}Pass a ckpt_path that is intact on all {len(findings)} ranks.",
+        f"name and contents, beside the ckpt_path of every rank{_also_damaged(damaged)}. "
+        f"{_not_common(listings, common)}Pass a ckpt_path that is intact on all {len(findings)} ranks.",
         path=str(next(iter(bad.values())).path),
     )
 
 
-def _look(path: str | None, companions: Companions | None) -> _Finding:
+def _verify_own(path: str | None, companions: Companions | None) -> _Finding:
     """Verifies the file at a path, unless another rank verifies it."""
     if path is None:
         return _Finding(None)
@@ -248,9 +248,9 @@ def _judge(candidate: str, companions: Companions | None, rank: int) -> Verdict:
     if companions is None or not file or companions.claim(file):
         verdict = judge_sibling(candidate, progress=_silent if companions is None else companions.sign)
         mine = [file, verdict, fingerprint(candidate) if companions is not None else None]
-    told = list(_tell(mine, companions, rank).values())
+    answers = list(_exchange(mine, companions, rank).values())
     # For each file, the result of the rank that verified it.
-    files = {file or str(number): (verdict, mark) for number, (file, verdict, mark) in enumerate(told) if verdict}
+    files = {file or str(number): (verdict, mark) for number, (file, verdict, mark) in enumerate(answers) if verdict}
     verdicts = {verdict for verdict, _ in files.values()}
     if verdicts != {"intact"}:
         return "damaged" if "damaged" in verdicts else "other"
@@ -282,7 +282,7 @@ def _identity(path: str) -> str:
     return f"{machine} {status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
 
 
-def _tell(message: Any, companions: Companions | None, rank: int) -> dict[int, Any]:
+def _exchange(message: Any, companions: Companions | None, rank: int) -> dict[int, Any]:
     return {rank: message} if companions is None else companions.agree(message)
 
 
@@ -309,7 +309,7 @@ def _described(findings: Mapping[int, _Finding], bad: Mapping[int, _Finding]) ->
     return " ".join(sentences)
 
 
-def _apart(listings: Mapping[int, list[str]], common: list[str]) -> str:
+def _not_common(listings: Mapping[int, list[str]], common: list[str]) -> str:
     """Return one sentence for each file that only some of the ranks have."""
     names = dict.fromkeys(name for listing in listings.values() for name in listing if name not in common)
     having = {name: [rank for rank, listing in listings.items() if name in listing] for name in names}
@@ -321,7 +321,7 @@ def _is_folder_of_checkpoints(path: str) -> bool:
     return os.path.isdir(path) and not is_checkpoint(path) and bool(checkpoints_in(path))
 
 
-def _counted(damaged: Sequence[str]) -> str:
+def _also_damaged(damaged: Sequence[str]) -> str:
     return f" ({', '.join(damaged[:_MAX_LISTED])} damaged as well)" if damaged else ""
 
 

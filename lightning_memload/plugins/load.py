@@ -17,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_memload.checkpoint import MappedCheckpoint, SafeGlobal, holds_refused
 from lightning_memload.errors import CheckpointFormatError, UnsafeGlobalsError
-from lightning_memload.plugins.arguments import LoadingOptions, lightnings_option, split_arguments
+from lightning_memload.plugins.arguments import LoadingOptions, find_fixed_option, split_arguments
 from lightning_memload.plugins.compat import classes, package_of
 from lightning_memload.restore import LoadOptions, WeightsSource, find_state_dict, meta_init, open_any
 
@@ -143,10 +143,10 @@ def _open_with_hyper_parameters(
 ) -> tuple[dict[str, Any], MappedCheckpoint]:
     """Opens the checkpoint, with the hyperparameters of ``hparams_file`` if that option is set."""
     weights_only, safe_globals = (
-        lightnings_option(name, options, arguments) for name in ("weights_only", "safe_globals")
+        find_fixed_option(name, options, arguments) for name in ("weights_only", "safe_globals")
     )
     checkpoint, mapped = _open(cls, path, weights_only, safe_globals or ())
-    hparams_file = lightnings_option("hparams_file", options, arguments)
+    hparams_file = find_fixed_option("hparams_file", options, arguments)
     if hparams_file is not None:
         checkpoint[cls.CHECKPOINT_HYPER_PARAMS_KEY] = _read_hyper_parameters(cls, hparams_file)
     return checkpoint, mapped
@@ -164,7 +164,7 @@ def _open(
     erases = cls.on_load_checkpoint is package.find("lightning.pytorch.LightningModule").on_load_checkpoint
     with package.reading_old_pickles():
         checkpoint, mapped = open_any(path, weights_only, safe_globals, erases=erases)
-    _leave_out_refused(cls, checkpoint, mapped.refusal)
+    _remove_refused(cls, checkpoint, mapped.refusal)
     if not isinstance(checkpoint, dict):
         raise CheckpointFormatError(f"{path} holds a {type(checkpoint).__name__}, not a dict.", path=os.fspath(path))
     if "state_dict" not in checkpoint:
@@ -174,7 +174,7 @@ def _open(
     return checkpoint, mapped
 
 
-def _leave_out_refused(cls: type[pl.LightningModule], checkpoint: Any, refusal: UnsafeGlobalsError | None) -> None:
+def _remove_refused(cls: type[pl.LightningModule], checkpoint: Any, refusal: UnsafeGlobalsError | None) -> None:
     """Removes from a checkpoint what ``weights_only`` refused, and raises if building the module needs it."""
     if refusal is None:
         return

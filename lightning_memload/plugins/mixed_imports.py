@@ -40,15 +40,15 @@ def name_mixed_imports(exception: BaseException, trainer: pl.Trainer, module: pl
         return
     home = package_of(trainer)
     kinds, own = classes(*_KINDS), tuple(home.find(kind) for kind in _KINDS)
-    strangers = [
+    foreign = [
         f"{type(thing).__qualname__} from {package_of(thing).pytorch}"
         for thing in _objects(trainer, module)
         if isinstance(thing, kinds) and not isinstance(thing, own)
     ]
-    if strangers:
+    if foreign:
         exception.args = (
             f"{str(exception).rstrip('.')}. The Trainer comes from {home.pytorch}, and these objects do not: "
-            f"{', '.join(dict.fromkeys(strangers))}. The classes of one package are unknown to the other. Import all "
+            f"{', '.join(dict.fromkeys(foreign))}. The classes of one package are unknown to the other. Import all "
             "of them from one package.",
         )
 

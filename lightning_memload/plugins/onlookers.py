@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-__all__ = ["only_lightning_looks", "only_steps_change", "tell_who_misses_directories"]
+__all__ = ["only_lightning_reads", "only_steps_change", "warn_of_loggers_without_directories"]
 
 _PACKAGES = ("lightning", "pytorch_lightning", "lightning_memload")
 # The hooks in which a ModelCheckpoint saves during training.
@@ -23,7 +23,7 @@ _UPLOADING = ("loggers.wandb", "loggers.mlflow", "loggers.litlogger")
 _SILENT = ("loggers.logger", "loggers.tensorboard")
 
 
-def only_lightning_looks(trainer: Any) -> bool:
+def only_lightning_reads(trainer: Any) -> bool:
     """Whether a ``ModelCheckpoint`` makes the current save in one of its hooks, and no logger reads the checkpoint.
 
     A signal handler, a subclass, or another callback or plugin that takes part in the save may read the checkpoint as
@@ -32,7 +32,7 @@ def only_lightning_looks(trainer: Any) -> bool:
     Args:
         trainer: The Trainer that saves.
     """
-    return _is_made_by_model_checkpoint(trainer) and not any(map(_looks_at_checkpoints, trainer.loggers))
+    return _is_made_by_model_checkpoint(trainer) and not any(map(_may_read_checkpoints, trainer.loggers))
 
 
 def only_steps_change(trainer: Any) -> bool:
@@ -50,9 +50,9 @@ def only_steps_change(trainer: Any) -> bool:
     )
 
 
-def tell_who_misses_directories(loggers: Any) -> None:
+def warn_of_loggers_without_directories(loggers: Any) -> None:
     """Warns of loggers that may upload checkpoints: Lightning's loggers ignore directories."""
-    names = sorted({type(logger).__name__ for logger in loggers if _looks_at_checkpoints(logger)})
+    names = sorted({type(logger).__name__ for logger in loggers if _may_read_checkpoints(logger)})
     if names:
         rank_zero_warn(
             f"Checkpoints are saved as directories, and {', '.join(names)} may upload files only: Lightning's loggers "
@@ -70,7 +70,7 @@ def _is_made_by_model_checkpoint(trainer: Any) -> bool:
         return False
     frame = frame.f_back
     callback = None if frame is None else _owner(frame)
-    if not _is_lightnings(type(callback), "callbacks.model_checkpoint"):
+    if not _is_defined_in(type(callback), "callbacks.model_checkpoint"):
         return False
     hook = ""
     while frame is not None and _owner(frame) is callback and _is_known(frame):
@@ -78,15 +78,15 @@ def _is_made_by_model_checkpoint(trainer: Any) -> bool:
     return hook in _HOOKS and frame is not None and _is_known(frame) and frame.f_code.co_name == "_call_callback_hooks"
 
 
-def _looks_at_checkpoints(logger: Any) -> bool:
+def _may_read_checkpoints(logger: Any) -> bool:
     """Whether a logger may read saved checkpoints. ``True`` if it is not known."""
     function = getattr(type(logger), "after_save_checkpoint", None)
     if "after_save_checkpoint" in vars(logger) or function is None:
         return True
-    if any(_is_lightnings(function, name) for name in _SILENT):
+    if any(_is_defined_in(function, name) for name in _SILENT):
         return False
     is_off = getattr(logger, "_log_model", None) is False
-    return not (is_off and any(_is_lightnings(function, name) for name in _UPLOADING))
+    return not (is_off and any(_is_defined_in(function, name) for name in _UPLOADING))
 
 
 def _owner(frame: FrameType) -> Any:
@@ -99,5 +99,5 @@ def _is_known(frame: FrameType) -> bool:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0] in (*_PACKAGES, "contextlib")
 
 
-def _is_lightnings(definition: Any, module: str) -> bool:
+def _is_defined_in(definition: Any, module: str) -> bool:
     return definition.__module__ in {f"{package}.{module}" for package in ("lightning.pytorch", "pytorch_lightning")}

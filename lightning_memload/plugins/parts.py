@@ -21,7 +21,7 @@ from lightning_memload.restore import find_state_dict
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["Part", "check_parts", "hooks_load", "leave_out_refused", "take_parts"]
+__all__ = ["Part", "check_parts", "hooks_load", "keep_parts", "remove_refused"]
 
 Part = Literal["weights", "optimizer", "loops", "callbacks"]
 
@@ -55,7 +55,7 @@ def check_parts(parts: Collection[str] | None) -> frozenset[str] | None:
     return frozenset(parts)
 
 
-def take_parts(
+def keep_parts(
     checkpoint: Any, parts: frozenset[str] | None, *, path: str, trainer: pl.Trainer, module: pl.LightningModule
 ) -> None:
     """Reduces a loaded checkpoint, in place, to the parts that Lightning is to restore.
@@ -115,7 +115,7 @@ def _own_weights(module: pl.LightningModule) -> dict[str, Any]:
     return weights
 
 
-def leave_out_refused(checkpoint: Any, refusal: UnsafeGlobalsError, trainer: pl.Trainer) -> None:
+def remove_refused(checkpoint: Any, refusal: UnsafeGlobalsError, trainer: pl.Trainer) -> None:
     """Removes from a checkpoint, in place, what ``weights_only`` refused and the Trainer does not need.
 
     Raises:

@@ -41,7 +41,7 @@ class PendingSaves:
 
     def __init__(self) -> None:
         self._pending: deque[_Pending] = deque()
-        self._untold: deque[tuple[BaseException, _Pending]] = deque()
+        self._unreported: deque[tuple[BaseException, _Pending]] = deque()
         # The checkpoints that this run has published, with their identities, and the newest one.
         self._published: dict[str, tuple[int, ...] | None] = {}
         self._newest: str | None = None
@@ -78,7 +78,7 @@ class PendingSaves:
                 self._pending.remove(pending)
             error = pending.save.take_error()
             if error is not None:
-                self._untold.append((error, pending))
+                self._unreported.append((error, pending))
 
     def tell(self) -> None:
         """Reports the errors of saves that have ended, each one once.
@@ -90,20 +90,20 @@ class PendingSaves:
             BaseException: The first of the errors.
         """
         raised: BaseException | None = None
-        while self._untold:
-            error, pending = self._untold.popleft()
+        while self._unreported:
+            error, pending = self._unreported.popleft()
             if isinstance(error, ChangedMeanwhileError):
                 self.promise_is_broken = True
                 rank_zero_warn(
-                    f"{error}{_what_is_there(pending)} From now on every checkpoint is written before training "
+                    f"{error}{_content_at(pending)} From now on every checkpoint is written before training "
                     "continues. To avoid this warning, use asynchronous_save=True."
                 )
             elif raised is not None or sys.exc_info()[1] is not None:
-                rank_zero_warn(f"A save in the background failed: {error}{_what_is_there(pending)}")
+                rank_zero_warn(f"A save in the background failed: {error}{_content_at(pending)}")
             else:
                 raised = error
                 if pending.before is not None:
-                    rank_zero_warn(f"A save in the background failed.{_what_is_there(pending)}")
+                    rank_zero_warn(f"A save in the background failed.{_content_at(pending)}")
         if raised is not None:
             raise raised
 
@@ -164,7 +164,7 @@ class PendingSaves:
                     return
         if newest is not None:
             self.finish()
-        if self._untold:
+        if self._unreported:
             self.tell()  # It raises, or warns while another exception is being handled.
             return
         remove()
@@ -185,7 +185,7 @@ class Gate:
         return Gate, ()
 
 
-def _what_is_there(pending: _Pending) -> str:
+def _content_at(pending: _Pending) -> str:
     if pending.before is None:
         return ""
     if pending.before == pending.path:

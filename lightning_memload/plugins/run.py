@@ -23,7 +23,7 @@ from lightning_memload.plugins.checkpoint_io import Allowance
 from lightning_memload.plugins.compat import classes
 from lightning_memload.plugins.damaged import choose_intact
 from lightning_memload.plugins.mode import Mode, choose_mode
-from lightning_memload.plugins.parts import hooks_load, leave_out_refused, take_parts
+from lightning_memload.plugins.parts import hooks_load, keep_parts, remove_refused
 from lightning_memload.plugins.phases import PhaseMeter
 from lightning_memload.plugins.progress import RestoreBar
 from lightning_memload.plugins.rank_maxima import reduce_maxima
@@ -133,7 +133,7 @@ class RestoreRun:
             return path  # A user's hook loads another checkpoint.
         self._begin(path)
         if self._options.replaces_damaged:
-            self.path = None  # Set once one is chosen: an error of the choice needs no addition by tell_of_damage.
+            self.path = None  # Set once one is chosen: an error of the choice needs no addition by name_intact_sibling.
             self.path = self._choose(path)
         return self.path or path
 
@@ -189,9 +189,9 @@ class RestoreRun:
         warn_of_hyperparameters(path, checkpoint, self._module)
         refusal = mapped.refusal if mapped is not None else None
         if refusal is not None:
-            leave_out_refused(checkpoint, refusal, self._trainer)
+            remove_refused(checkpoint, refusal, self._trainer)
         try:
-            take_parts(checkpoint, self._options.parts, path=path, trainer=self._trainer, module=self._module)
+            keep_parts(checkpoint, self._options.parts, path=path, trainer=self._trainer, module=self._module)
         except CheckpointFormatError:
             if refusal is not None:
                 raise refusal from None

@@ -29,9 +29,9 @@ __all__ = [
     "begin_averages",
     "install_io",
     "keep_strategy_on_device",
-    "let_teardown_pass",
     "loads_by_itself",
     "require_one",
+    "skip_next_move_to_cpu",
     "when_set_up",
 ]
 
@@ -183,7 +183,7 @@ def when_set_up(
     return lambda: strategy.__dict__.pop("barrier", None) and None
 
 
-def let_teardown_pass(module: pl.LightningModule) -> None:
+def skip_next_move_to_cpu(module: pl.LightningModule) -> None:
     """Makes a module with meta tensors ignore the next call of ``cpu``.
 
     After an exception, Lightning's teardown (2.6) moves the module to the CPU. torch's error "Cannot copy out of meta

@@ -16,7 +16,7 @@ from lightning_memload.report import RestoreReport
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["meta_error", "tell_match", "warn_of_hyperparameters", "warn_of_ignored_options"]
+__all__ = ["meta_error", "report_match", "warn_of_hyperparameters", "warn_of_ignored_options"]
 
 
 def warn_of_ignored_options(
@@ -48,7 +48,7 @@ def warn_of_ignored_options(
             rank_zero_warn(f"MemoryEfficientRestore({option}) is ignored: it does not load the checkpoint.")
 
 
-def tell_match(report: RestoreReport, module: pl.LightningModule) -> None:
+def report_match(report: RestoreReport, module: pl.LightningModule) -> None:
     """Reports which weights came from the checkpoint, if not all did."""
     match = report.match
     if match is None:

@@ -17,7 +17,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from lightning_memload.distributed import Companions
 from lightning_memload.errors import CheckpointFormatError, ChecksumError, MemloadError
 from lightning_memload.plugins import damaged
-from lightning_memload.plugins.damaged import choose_intact, tell_of_damage
+from lightning_memload.plugins.damaged import choose_intact, name_intact_sibling
 from lightning_memload.restore import Siblings
 from tests.distributed.test_companions import in_ranks
 from tests.plugins.test_callback import flip_byte
@@ -199,7 +199,7 @@ class TestTelling:
 
     def tell(self, error: Exception, folder: Path, world_size: int = 2) -> None:
         trainer: Any = SimpleNamespace(world_size=world_size, global_rank=1)
-        tell_of_damage(error, str(folder / "node1/last.ckpt"), trainer, advise_option=False)
+        name_intact_sibling(error, str(folder / "node1/last.ckpt"), trainer, advise_option=False)
 
     def test_before_the_search(
         self, error: ChecksumError, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
