@@ -1,10 +1,10 @@
-"""A directory of ``torch.distributed.checkpoint``, as Lightning's FSDP and ModelParallel strategies save it.
+"""Reads directories of ``torch.distributed.checkpoint``, as Lightning's FSDP and ModelParallel strategies save them.
 
-``.metadata`` says which stretch of which file is which part of which tensor, and each stretch is a small archive of
-``torch.save``. So every tensor's bytes are known, with their CRC-32, and the tensors can stay in the files: chunked
-ones, since a part begins at any byte. The object is put together as it was saved; a checkpoint of a Trainer becomes the
-ordinary one, with ``state_dict``, ``optimizer_states`` and all that is in ``meta.pt``. Optimizer states stay under the
-names of their parameters, as the strategies save them.
+``.metadata`` maps each part of each tensor to a range of a file, and each range is a small archive of ``torch.save``.
+So the bytes of every tensor are known, with their CRC-32, and the tensors can stay in the files. They are chunked
+tensors, because a part can start at any byte. The object is assembled as it was saved. A checkpoint of a Trainer gets
+the ordinary form, with ``state_dict``, ``optimizer_states`` and the content of ``meta.pt``. Optimizer states stay under
+the names of their parameters, as the strategies save them.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ __all__ = ["DcpDirectory"]
 
 _EXTRA_NAME = "meta.pt"
 _SUFFIX = ".distcp"
-# Lightning writes it into every checkpoint of a Trainer and demands it when it loads one.
+# Lightning writes this key into every checkpoint of a Trainer, and requires it when it loads one.
 _VERSION_KEY = "pytorch-lightning_version"
 
 
 class DcpDirectory:
-    """What ``torch.distributed.checkpoint.save`` writes, with the ``meta.pt`` that Lightning puts beside it."""
+    """The format of ``torch.distributed.checkpoint.save``, with the ``meta.pt`` that Lightning adds."""
 
     name = "dcp"
 
@@ -82,13 +82,12 @@ class DcpDirectory:
         return directory.index
 
     def load(self, path: str, *, weights_only: bool | None, erases: bool = False) -> tuple[Any, MappedCheckpoint]:
-        """Loads the object; the tensors stay in the files.
+        """Loads the object. The tensors stay in the files.
 
         Raises:
-            pickle.UnpicklingError: ``weights_only`` forbids what the checkpoint holds beside tensors, see
-                :class:`TorchZip`.
+            pickle.UnpicklingError: ``weights_only`` forbids other objects in the checkpoint, see :class:`TorchZip`.
 
-        Peak memory: the index and what the checkpoint holds beside tensors.
+        Peak memory: the index and all objects in the checkpoint that are not tensors.
         """
         directory = _open(path)
         try:
@@ -98,7 +97,7 @@ class DcpDirectory:
             raise
 
     def take_inventory(self, path: str) -> Inventory:
-        """Every record of every entry, and the metadata, which have no checksum; see :class:`CheckpointFormat`."""
+        """Every record of every entry, and the metadata, which has no checksum. See :class:`CheckpointFormat`."""
         metadata_path = os.path.join(path, METADATA_NAME)
         try:
             _require_metadata(path)
@@ -107,14 +106,14 @@ class DcpDirectory:
             return Inventory(path, self.name, (), (), (Damage(error.path, str(error)),))
         names, damage = _survey_files(path, metadata)
         damage += [Damage(metadata_path, problem) for problem in problems]
-        # The metadata last: the offsets of the others are then those of an index.
+        # The metadata file is last, so the offsets of the other files equal those of an index.
         source = FileSet([os.path.join(path, name) for name in (*names, METADATA_NAME)])
         with contextlib.closing(source):
             sections = [Section(METADATA_NAME, source.spans[-1].start, source.spans[-1].nbytes, None)]
             entries = Entries(source)
             sound: set[Entry] = set()
             for entry, label in metadata.entries.items():
-                # What is missing, or ends too early, was told with its file.
+                # A missing or truncated file is already in the damage.
                 if entry.file in entries.files and entry.end <= entries.files[entry.file].size_bytes:
                     found, wrong, readable = entries.take_inventory(entry, label)
                     sections += found
@@ -130,28 +129,28 @@ class DcpDirectory:
             for name, item in metadata.items.items():
                 readable_part = _part_within(item, sound)
                 if readable_part is not None:
-                    with _noting(damage, name):
+                    with _collecting_errors(damage, name):
                         leaves[name] = entries.read_item(name, readable_part)
-            # What is not readable is found when records are held against their checksums.
+            # Unreadable records are found later, when their checksums are verified.
             if not damage and readable and sound.issuperset(metadata.entries) and len(leaves) == len(metadata.items):
-                with _noting(damage, None):
+                with _collecting_errors(damage, None):
                     _Directory(path, metadata, entries, leaves)
             return Inventory(path, self.name, source.spans, tuple(sections), tuple(damage))
 
 
 @contextlib.contextmanager
-def _noting(damage: list[Damage], key: str | None) -> Iterator[None]:
-    """Keeps what is wrong, and goes on."""
+def _collecting_errors(damage: list[Damage], key: str | None) -> Iterator[None]:
+    """Records an error as damage and continues."""
     try:
         yield
     except UnmappableCheckpoint:
-        pass  # Nobody asks here whether the tensors can be used as they lie.
+        pass  # An inventory does not need mappable tensors.
     except CheckpointFormatError as error:
         damage.append(Damage(error.path, str(error), key=key))
 
 
 def _part_within(item: SavedTensor | Entry, entries: set[Entry]) -> SavedTensor | Entry | None:
-    """As much of an item as lies in some entries, ``None`` if nothing does."""
+    """The part of an item that is in the given entries. ``None`` if no part is."""
     if isinstance(item, Entry):
         return item if item in entries else None
     parts = tuple(part for part in item.parts if part.entry in entries)
@@ -159,7 +158,7 @@ def _part_within(item: SavedTensor | Entry, entries: set[Entry]) -> SavedTensor 
 
 
 class _Directory:
-    """One directory, read and checked: its files, the index, and the saved object with placeholders for its leaves."""
+    """One directory after all checks: its files, its index, and the saved object with placeholders for its leaves."""
 
     def __init__(
         self, path: str, metadata: Metadata, entries: Entries, leaves: dict[str, DcpTensor | DcpObject]
@@ -179,9 +178,9 @@ class _Directory:
         extra: Any = {}
         mapping = refusal = None
         if self._extra is not None:
-            with _convertible(self._path):
+            with _advising_conversion(self._path):
                 extra, mapped = TorchZip().load(self._extra.path, weights_only=weights_only, erases=erases)
-            # It is the first of the files, so its offsets are those of all of them.
+            # meta.pt is the first file, so its offsets are valid in the run of all files.
             mapping, refusal = mapped.mapping, mapped.refusal
         checkpoint = MappedCheckpoint(self.index, self.source, mapping, refusal)
 
@@ -218,7 +217,7 @@ class _Directory:
                 special.extend(replace(tensor, path=path + tensor.path) for tensor in leaf.special)
                 found.extend(replace(item, path=path + (item.path or ())) for item in leaf.globals)
         if self._extra is not None:
-            # What meta.pt holds takes the place of what is called the same.
+            # Entries of meta.pt replace entries of the same name.
             names = {tensor.path[:1] for tensor in self._extra.tensors}
             tensors = [tensor for tensor in tensors if tensor.path[:1] not in names]
             tensors.extend(self._extra.tensors)
@@ -238,7 +237,7 @@ class _Directory:
 
 
 def _read_numbers(leaf: Any) -> list[int]:
-    """The numbers of an optimizer's parameters, from what lists them. Names are none."""
+    """The numbers of an optimizer's parameters, from the leaf that lists them. Parameter names are skipped."""
     if not isinstance(leaf, DcpObject):
         return []
     ids = read_structure(leaf.part.name, leaf.pickled, read_records(leaf.part)[0])
@@ -256,12 +255,12 @@ def _read_extra_structure(file: LocalFile) -> dict[Any, Any]:
 
 
 def _open(path: str) -> _Directory:
-    """Reads a directory, of which everything must be sound. Its source stays open."""
+    """Reads a directory and requires that everything in it is sound. Its source stays open."""
     _require_metadata(path)
     metadata = read_metadata(os.path.join(path, METADATA_NAME))
     source = FileSet(_find_files(path, metadata))
     try:
-        with _convertible(path):
+        with _advising_conversion(path):
             entries = Entries(source)
             leaves = {name: entries.read_item(name, item) for name, item in metadata.items.items()}
             return _Directory(path, metadata, entries, leaves)
@@ -276,36 +275,40 @@ def _require_metadata(path: str) -> None:
     of_ranks = sorted(name for name in os.listdir(path) if name.endswith(METADATA_NAME))
     if of_ranks:
         raise CheckpointFormatError(
-            f"{path} holds the metadata of each rank by itself ({listed(of_ranks)}), since it was saved with "
-            f"use_collectives=False, and no {METADATA_NAME} of all. Save it with use_collectives=True.",
+            f"{path} holds separate metadata of each rank ({listed(of_ranks)}), because it was saved with "
+            f"use_collectives=False, and no common {METADATA_NAME}. Save it with use_collectives=True.",
             path=path,
         )
     raise CheckpointFormatError(
         f"{path} holds {_SUFFIX} files but no {METADATA_NAME}, which torch.distributed.checkpoint writes last: "
-        "the save was not finished, or the file was left behind in a copy. Copy it again, or resume from "
+        "the save was not finished, or the file was not copied with the others. Copy it again, or resume from "
         "another checkpoint.",
         path=path,
     )
 
 
 @contextlib.contextmanager
-def _convertible(path: str) -> Iterator[None]:
-    """Nothing loads a directory the ordinary way, so what cannot stay in the files must be converted first."""
+def _advising_conversion(path: str) -> Iterator[None]:
+    """Turns :class:`UnmappableCheckpoint` into an error that advises to convert the directory.
+
+    ``torch.load`` cannot read a directory, so there is no other way to load it.
+    """
     try:
         yield
     except UnmappableCheckpoint as reason:
         raise CheckpointFormatError(
-            f"{reason} Where it was saved, make one file of {path} with Lightning's consolidate_checkpoint, or with "
-            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save, and load that.",
+            f"{reason} On the system that saved it, convert {path} to one file with Lightning's "
+            "consolidate_checkpoint, or with torch.distributed.checkpoint.format_utils.dcp_to_torch_save, and load "
+            "that file.",
             path=reason.path,
         ) from reason
 
 
 def _find_files(path: str, metadata: Metadata) -> list[str]:
-    """The files, ``meta.pt`` first.
+    """The paths of all files, ``meta.pt`` first.
 
     Raises:
-        CheckpointFormatError: Files are missing, are no files, or end before what they must hold.
+        CheckpointFormatError: Files are missing, truncated, or not regular files.
     """
     names, damage = _survey_files(path, metadata)
     for item in damage:
@@ -336,7 +339,7 @@ def _find_files(path: str, metadata: Metadata) -> list[str]:
 
 
 def _survey_files(path: str, metadata: Metadata) -> tuple[list[str], list[Damage]]:
-    """The names of the files that can be read, ``meta.pt`` first, and what is wrong with them and with the others."""
+    """The names of the files that can be read, ``meta.pt`` first, and the damage of all files."""
     ends: dict[str, int] = {}
     totals: dict[str, int] = {}
     for entry in metadata.entries:
@@ -363,12 +366,12 @@ def _survey_files(path: str, metadata: Metadata) -> tuple[list[str], list[Damage
             )
             damage.append(Damage(file, problem, expected=ends[name], actual=status.st_size))
         elif status.st_size < totals[name]:
-            # A small file could else stand for a hundred thousand times its size.
+            # Overlapping entries would let a small file expand to a hundred thousand times its size.
             names.remove(name)
             problem = (
                 f"{file} has {status.st_size} bytes, and {METADATA_NAME} declares entries of {totals[name]} in it."
             )
-            damage.append(Damage(file, problem + " They overlap: it is damaged, or made to mislead."))
+            damage.append(Damage(file, problem + " They overlap: the file is damaged or malicious."))
     if os.path.isfile(os.path.join(path, _EXTRA_NAME)) and _EXTRA_NAME not in ends:
         names.insert(0, _EXTRA_NAME)
     return names, damage

@@ -1,6 +1,6 @@
-"""The entries of a distributed checkpoint: small archives of ``torch.save``, one behind the other in several files.
+"""Reads the entries of a distributed checkpoint: small archives of ``torch.save``, one after the other in the files.
 
-Each is held against what the metadata say of it before anybody relies on either, and none of its code is run.
+Each entry is compared with the metadata before it is used. No code of an entry runs.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ["DcpObject", "DcpTensor", "Entries"]
 
 @dataclass(frozen=True, slots=True)
 class DcpTensor:
-    """A tensor in its place in the saved object."""
+    """Stands for a tensor in the saved object."""
 
     info: TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
 class DcpObject:
-    """Any other object in its place, not loaded."""
+    """Stands for any other object in the saved object, which is not loaded yet."""
 
     part: FilePart
     tensors: tuple[TensorInfo, ...]
@@ -40,15 +40,15 @@ class DcpObject:
 
 
 class Entries:
-    """The files of a directory, and what the entries in them say of themselves.
+    """Reads the entries in the files of a directory.
 
     Args:
-        source: All files. Stays the caller's.
+        source: All files. The caller closes it.
 
     Attributes:
-        source: The same.
-        files: By name.
-        starts: Where each begins in the run of all files.
+        source: All files.
+        files: The files by name.
+        starts: The position of each file in the run of all files, by name.
     """
 
     def __init__(self, source: FileSet) -> None:
@@ -58,7 +58,7 @@ class Entries:
         self._walked: dict[Any, PickleContents] = {}
 
     def take_inventory(self, entry: Entry, label: str) -> tuple[list[Section], list[Damage], bool]:
-        """The records of an entry, what is wrong with them, and whether those that describe it can be relied on.
+        """The records of an entry, their damage, and whether the records that describe it are sound.
 
         Raises:
             UnmappableCheckpoint: The records are compressed.
@@ -72,10 +72,10 @@ class Entries:
         return named, placed, readable
 
     def read_item(self, name: str, item: SavedTensor | Entry) -> DcpTensor | DcpObject:
-        """Indexes what the metadata call an item: a tensor in parts, or an entry that holds something else.
+        """Indexes an item of the metadata: a tensor in parts, or an entry that holds another object.
 
         Raises:
-            CheckpointFormatError: The entry is damaged, or not what the metadata say.
+            CheckpointFormatError: An entry is damaged, or does not match the metadata.
             UnmappableCheckpoint: Its tensors cannot stay in the file.
         """
         if isinstance(item, Entry):
@@ -93,7 +93,7 @@ class Entries:
                     path=self.files[part.entry.file].name,
                 )
             if found.nbytes > found.storage.nbytes or b"conj" in entry.pickled or b"neg" in entry.pickled:
-                # torch writes neither the one nor, but for conjugate views, the other.
+                # torch writes such an entry for conjugate views only.
                 raise CheckpointFormatError(
                     f"{entry.part.name}: the part at {part.starts} of {name} is a view ({found.nbytes} bytes of a "
                     f"storage of {found.storage.nbytes}, perhaps conjugate), whose bytes are not its values. Save "
@@ -109,12 +109,12 @@ class Entries:
         return DcpTensor(info)
 
     def _read_entry(self, name: str, entry: Entry) -> DcpObject:
-        """Indexes one entry, itself a small archive. Runs none of its code."""
+        """Indexes one entry, which is a small archive. Runs no code of it."""
         file = self.files[entry.file]
         part = FilePart(file, f"{file.name}, the entry of {name} at byte {entry.offset}", entry.offset, entry.nbytes)
         try:
             records, pickled = read_records(part)
-            # Equal parts of equal tensors have equal pickles, and walking one takes longer than all the rest.
+            # Parts of equal shape have equal pickles, and walking a pickle is the slowest step, so it is cached.
             same = (pickled, tuple((key, record.nbytes) for key, record in records.items()))
             if same not in self._walked:
                 self._walked[same] = walk_pickle(part.name, pickled, records)

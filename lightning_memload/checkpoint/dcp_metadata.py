@@ -1,15 +1,14 @@
-"""What the ``.metadata`` of a distributed checkpoint says, read without running any of it.
+"""Reads and checks the ``.metadata`` of a distributed checkpoint. No code of the file runs.
 
 ``torch.distributed.checkpoint`` pickles its own records there and reads them back with plain ``pickle``, which runs
-whatever the file names. Here the records become inert ones, everything else is refused, and every number is checked
-before anybody relies on it: the parts of a tensor cover it exactly once, and each lies somewhere. Nothing of
-``torch.distributed`` is imported, so it works on a torch that was built without it.
+any code that the file names. Here the records become inert ones, and all other names are refused. Every number is
+checked before it is used: the parts of a tensor cover it exactly once, and each part has an entry. Nothing of
+``torch.distributed`` is imported, so this works on a torch that was built without it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import operator
 import os
@@ -20,32 +19,30 @@ from typing import Any
 
 import torch
 
+from lightning_memload.checkpoint.dcp_unpickler import ForeignGlobal, InertRecord, MetadataUnpickler
 from lightning_memload.checkpoint.index import KeyPath
-from lightning_memload.checkpoint.torch_pickle import InertUnpickler
 from lightning_memload.errors import CheckpointFormatError, listed
 
 __all__ = ["METADATA_NAME", "Entry", "Metadata", "Part", "SavedTensor", "read_metadata", "survey_metadata"]
 
 METADATA_NAME = ".metadata"
-# More than torch's tensors can have: sizes and element counts are 64-bit signed integers there.
+# Larger than any size or element count of a torch tensor, which are 64-bit signed integers.
 _TOO_LARGE = 1 << 63
 _MAX_DIMENSIONS = 64
 # A million parts take some 200 MiB.
 _MAX_METADATA_BYTES = 1 << 30
-# Deeper than anybody nests a state dict. What builds it recurses.
+# No real state dict is nested deeper. The assembly is recursive, so the depth must be limited.
 _MAX_DEPTH = 100
-# Where the records of torch's own planners and writers live. Instances become inert, whatever their class.
-_RECORD_MODULES = ("torch.distributed", "torch.serialization", "pathlib")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A stretch of a file of the directory that holds one saved object.
+    """A range of a file that holds one saved object.
 
     Attributes:
-        file: Name of the file within the directory.
-        offset: Its first byte.
-        nbytes: Its length.
+        file: Name of the file in the directory.
+        offset: Position of its first byte in the file.
+        nbytes: Its length in bytes.
     """
 
     file: str
@@ -54,7 +51,7 @@ class Entry:
 
     @property
     def end(self) -> int:
-        """Where it ends in the file."""
+        """The position of its end in the file."""
         return self.offset + self.nbytes
 
 
@@ -63,9 +60,9 @@ class Part:
     """One part of a tensor.
 
     Attributes:
-        starts: Position of its first element in the tensor, for every dimension.
-        shape: Its sizes.
-        entry: Where it lies.
+        starts: Index of its first element in the tensor, for every dimension.
+        shape: Its shape.
+        entry: The entry that holds it.
     """
 
     starts: tuple[int, ...]
@@ -84,12 +81,12 @@ class SavedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """What the checkpoint holds.
+    """The content of a ``.metadata`` file.
 
     Attributes:
-        items: A tensor, or the place of any other object, by its flat name.
-        paths: Keys and positions from the root of the saved object to each item.
-        entries: Every entry, and what messages call it.
+        items: The items by flat name: a tensor, or the entry of any other object.
+        paths: The keys and positions from the root of the saved object to each item, by flat name.
+        entries: Every entry, and its name in messages.
     """
 
     items: dict[str, SavedTensor | Entry]
@@ -104,12 +101,12 @@ def read_metadata(path: str) -> Metadata:
         path: The file.
 
     Returns:
-        What it says.
+        Its content.
 
     Raises:
-        CheckpointFormatError: It is damaged, contradicts itself, or names what no such file holds.
+        CheckpointFormatError: It is damaged or inconsistent, or names a class that such a file never holds.
 
-    Peak memory: a few times the file, which has some hundred bytes for each part of a tensor.
+    Peak memory: a few times the size of the file, which has some hundred bytes for each part of a tensor.
     """
     metadata, problems = survey_metadata(path)
     if problems:
@@ -118,38 +115,38 @@ def read_metadata(path: str) -> Metadata:
 
 
 def survey_metadata(path: str) -> tuple[Metadata, list[str]]:
-    """Reads as much of a ``.metadata`` file as is sound.
+    """Reads the sound parts of a ``.metadata`` file and lists all errors in the others.
 
     Args:
         path: The file.
 
     Returns:
-        What is sound of it, and everything else that is wrong, in words.
+        The sound parts, and the description of every error.
 
     Raises:
-        CheckpointFormatError: Nothing in it can be relied on: it is no pickle of such metadata.
+        CheckpointFormatError: No part is usable: the file is not a pickle of such metadata.
 
     Peak memory: as for :func:`read_metadata`.
     """
     nbytes = os.path.getsize(path)
     if nbytes > _MAX_METADATA_BYTES:
         raise CheckpointFormatError(
-            f"{path} is damaged: it has {nbytes} bytes, and more than {_MAX_METADATA_BYTES} are not read. Resume from "
-            "another checkpoint.",
+            f"{path} is damaged: it has {nbytes} bytes, and the limit is {_MAX_METADATA_BYTES}. Resume from another "
+            "checkpoint.",
             path=path,
         )
     with open(path, "rb") as file:
         data = file.read(nbytes)
-    unpickler = _MetadataUnpickler(data)
+    unpickler = MetadataUnpickler(data)
     try:
         return _Reader(path, unpickler.load()).read()
     except CheckpointFormatError:
         raise
-    except _ForeignGlobal as error:
+    except ForeignGlobal as error:
         raise CheckpointFormatError(
-            f"{path} names {error}, which the metadata of torch.distributed.checkpoint does not hold. torch would "
-            "import and run it, here nothing was run. Do not load this checkpoint with torch unless you trust whoever "
-            "made it.",
+            f"{path} names {error}, which the metadata of torch.distributed.checkpoint never holds. torch would "
+            "import and run it; lightning_memload ran nothing. Do not load this checkpoint with torch unless you trust "
+            "its origin.",
             path=path,
         ) from error
     except Exception as error:  # a damaged or hostile pickle can fail in any way; none of its code has run
@@ -160,53 +157,8 @@ def survey_metadata(path: str) -> tuple[Metadata, list[str]]:
         ) from error
 
 
-class _ForeignGlobal(Exception):
-    """A pickle names a class or function that has no place in it."""
-
-
-class _Inert:
-    """An instance of any class that the pickle names: its arguments and its state, and no behaviour."""
-
-    args: tuple[Any, ...]
-    state: Any
-
-    def __new__(cls, *args: Any) -> _Inert:
-        self = super().__new__(cls)
-        self.args, self.state = args, None
-        return self
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _MetadataUnpickler(InertUnpickler):
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
-        self._classes: dict[tuple[str, str], type[_Inert]] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch", "Size"):
-            return tuple
-        # Not getattr: torch imports some of its modules when they are asked for.
-        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
-            return vars(torch)[name]
-        if (module, name) in (("collections", "OrderedDict"), ("builtins", "dict")):
-            return dict
-        if not any(module == known or module.startswith(f"{known}.") for known in _RECORD_MODULES):
-            raise _ForeignGlobal(f"{reprlib.repr(module)}.{reprlib.repr(name)}".replace("'", ""))
-        if (module, name) not in self._classes:
-            self._classes[module, name] = type(name, (_Inert,), {})
-        return self._classes[module, name]
-
-    def persistent_load(self, saved_id: Any) -> Any:
-        raise _ForeignGlobal(f"an object outside itself, {reprlib.repr(saved_id)}")
-
-
 class _Reader:
-    """Turns the inert records of one file into ours, and checks them."""
+    """Converts the inert records of one file to :class:`Metadata`, and checks them."""
 
     def __init__(self, path: str, root: Any) -> None:
         self._path = path
@@ -219,13 +171,13 @@ class _Reader:
         items: dict[str, SavedTensor | Entry] = {}
         missing: list[str] = []
         for name, item in saved.items():
-            with self._noting():
+            with self._collecting_errors():
                 found = self._read_item(name, item, places, missing)
                 if found is not None:
                     items[name] = found
         if missing:
             self._problems.append(
-                f"{self._path} does not say where {len(missing)} of its parts lie: {listed(missing)}. The save was not "
+                f"{self._path} has no entry for {len(missing)} of its parts: {listed(missing)}. The save was not "
                 "finished, or the file is damaged. Resume from another checkpoint."
             )
         entries: dict[Entry, str] = {}
@@ -235,8 +187,8 @@ class _Reader:
         return Metadata(items, self._read_paths(items), entries), self._problems
 
     @contextlib.contextmanager
-    def _noting(self) -> Iterator[None]:
-        """Keeps what is wrong with one thing, and goes on with the next."""
+    def _collecting_errors(self) -> Iterator[None]:
+        """Records the error of one item and continues with the next."""
         try:
             yield
         except CheckpointFormatError as error:
@@ -247,7 +199,7 @@ class _Reader:
     ) -> SavedTensor | Entry | None:
         if not isinstance(name, str):
             raise self._damaged(f"an item is called {reprlib.repr(name)}, which is no string")
-        kind = type(item).__name__ if isinstance(item, _Inert) else None
+        kind = type(item).__name__ if isinstance(item, InertRecord) else None
         if kind == "TensorStorageMetadata":
             return self._read_tensor(name, item, places, missing)
         if kind != "BytesStorageMetadata":
@@ -257,11 +209,11 @@ class _Reader:
         return places.get((name, None))
 
     def _read_places(self) -> dict[tuple[str, tuple[int, ...] | None], Entry | None]:
-        """Where each part lies; ``None`` for what is said to lie where nothing can."""
+        """The entry of each part. ``None`` for a part whose entry is invalid."""
         places: dict[tuple[str, tuple[int, ...] | None], Entry | None] = {}
         stored = self._mapping(self._field(self._root, "Metadata", "storage_data"), "storage_data")
         for key, info in stored.items():
-            with self._noting():
+            with self._collecting_errors():
                 name = self._field(key, "MetadataIndex", "fqn")
                 starts = self._field(key, "MetadataIndex", "offset", None)
                 if not isinstance(name, str):
@@ -277,12 +229,12 @@ class _Reader:
         offset, nbytes = self._field(info, "_StorageInfo", "offset"), self._field(info, "_StorageInfo", "length")
         transforms = self._field(info, "_StorageInfo", "transform_descriptors", None)
         if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", "..") or "\0" in file:
-            raise self._damaged(f"{name} is said to lie in {reprlib.repr(file)}, which is no file of the directory")
+            raise self._damaged(f"it places {name} in {reprlib.repr(file)}, which is not a file of the directory")
         self._integers((offset, nbytes), f"offset and length of {name} in {file}")
         if transforms:
             raise CheckpointFormatError(
-                f"{self._path}: {name} was written through {reprlib.repr(transforms)}, so its bytes are not in "
-                f"{file} as they are. Save without such extensions, or convert the checkpoint with "
+                f"{self._path}: {name} was written through {reprlib.repr(transforms)}, so {file} does not hold its "
+                "plain bytes. Save without such extensions, or convert the checkpoint with "
                 "torch.distributed.checkpoint.format_utils.dcp_to_torch_save.",
                 path=self._path,
             )
@@ -335,7 +287,7 @@ class _Reader:
         return SavedTensor(dtype, shape, tuple(full) or (next(iter(parts.values())),))
 
     def _read_dtype(self, name: str, properties: Any) -> torch.dtype:
-        state = properties.state if isinstance(properties, _Inert) else None
+        state = properties.state if isinstance(properties, InertRecord) else None
         dtype = state[0] if isinstance(state, tuple) and state else None
         if isinstance(state, dict):
             dtype = state.get("dtype")
@@ -348,8 +300,8 @@ class _Reader:
         known = self._mapping(planner_data, "planner_data") if planner_data is not None else {}
         paths: dict[str, KeyPath] = {}
         for name in items:
-            # Without planner data the state dict was saved as flat as its names are.
-            with self._noting():
+            # Without planner data the state dict was flat when it was saved.
+            with self._collecting_errors():
                 path = known.get(name, (name,))
                 sound = isinstance(path, tuple) and 0 < len(path) <= _MAX_DEPTH and type(path[0]) is str
                 if not sound or not all(type(key) is str or (type(key) is int and key >= 0) for key in path):
@@ -358,7 +310,7 @@ class _Reader:
         return paths
 
     def _field(self, record: Any, kind: str, field: str, *default: Any) -> Any:
-        if type(record).__name__ != kind or not isinstance(record, _Inert) or not isinstance(record.state, dict):
+        if type(record).__name__ != kind or not isinstance(record, InertRecord) or not isinstance(record.state, dict):
             raise self._damaged(f"it holds {reprlib.repr(record)} where torch writes a {kind}")
         if field not in record.state and not default:
             raise self._damaged(f"a {kind} lacks its {field}")
@@ -382,10 +334,10 @@ class _Reader:
 
 
 def _find_overlap(parts: Sequence[Part]) -> tuple[Part, Part] | None:
-    """Two parts that have an element in common, if there are any. No part is empty.
+    """Two parts that share an element, or ``None``. No part may be empty.
 
-    Sweeps along the dimension that is cut most often, so that few parts are alive at a time: sharded tensors have as
-    many parts as there are ranks.
+    Sweeps along the dimension with the most distinct starts, so that few parts are compared at a time: a sharded tensor
+    has as many parts as there are ranks.
     """
     if len(parts) < 2:
         return None
@@ -396,11 +348,11 @@ def _find_overlap(parts: Sequence[Part]) -> tuple[Part, Part] | None:
     for part in sorted(parts, key=lambda p: p.starts[axis]):
         alive = [other for other in alive if other.starts[axis] + other.shape[axis] > part.starts[axis]]
         for other in alive:
-            if all(map(_meet, part.starts, part.shape, other.starts, other.shape)):
+            if all(map(_intersect, part.starts, part.shape, other.starts, other.shape)):
                 return other, part
         alive.append(part)
     return None
 
 
-def _meet(start: int, size: int, other_start: int, other_size: int) -> bool:
+def _intersect(start: int, size: int, other_start: int, other_size: int) -> bool:
     return start < other_start + other_size and other_start < start + size

@@ -1,8 +1,8 @@
-"""The object that a distributed checkpoint was saved from, put together from its leaves and the keys that lead to them.
+"""Assembles the saved object of a distributed checkpoint from its leaves and their key paths.
 
-Dicts and lists are all that is known here; a leaf is whatever the caller has in its place, but neither of these nor
-``None``. Flattening lost what is empty and made strings of an optimizer's numbers: the latter is undone. States of a
-Trainer's optimizers stay under the names of their parameters, as the strategies save them.
+This module knows dicts and lists only. A leaf is any other object except ``None``. Flattening at the save dropped empty
+containers, which cannot be restored, and turned an optimizer's parameter numbers into strings, which is undone here.
+Optimizer states of a Trainer stay under the names of their parameters, as the strategies save them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightning_memload.errors import CheckpointFormatError
 
 __all__ = ["assemble", "map_leaves", "rename_for_trainer", "walk_leaves"]
 
-# Lists lose their empty containers when they are flattened. More holes than this are nobody's list.
+# A list has holes where flattening dropped empty containers. No real list has more holes than this.
 _MAX_HOLES = 100_000
 
 
@@ -25,13 +25,13 @@ def assemble(
     read_numbers: Callable[[Any], Iterable[int]],
     metadata_path: str,
 ) -> dict[Any, Any]:
-    """The saved object with leaves in their places, and ``None`` in the holes of lists.
+    """The saved object with its leaves, and with ``None`` in the holes of lists.
 
     Args:
-        leaves: By their flat names.
-        paths: Keys and positions from the root to each of them.
-        read_numbers: Reads the numbers in the leaf that lists an optimizer's parameters.
-        metadata_path: The file that the paths are from, for messages.
+        leaves: The leaves by their flat names.
+        paths: The keys and positions from the root to each leaf.
+        read_numbers: Reads the numbers from the leaf that lists an optimizer's parameters.
+        metadata_path: The file that holds the paths, for messages.
 
     Raises:
         CheckpointFormatError: The paths contradict one another.
@@ -44,7 +44,7 @@ def assemble(
 
 
 class _Positions(dict[int, Any]):
-    """A list that is being put together in any order."""
+    """A list under construction: its items by position, added in any order."""
 
 
 class _Assembly:
@@ -61,23 +61,23 @@ class _Assembly:
             child: Any = leaf if last else _Positions() if isinstance(path[depth + 1], int) else {}
             found = node.setdefault(key, child)
             if type(found) is not type(child) or (last and found is not leaf):
-                raise self._damaged(f"the keys {path} that lead to {name} lead to something else as well")
+                raise self._damaged(f"the keys {path} of {name} lead to another object as well")
             node = found
 
     def settle(self, node: Any) -> Any:
-        """Lists for positions, and an optimizer's states under the ids that it saved."""
+        """Turns positions into lists, and restores the numbers of an optimizer's parameters."""
         if isinstance(node, _Positions):
             length = max(node) + 1
             self._holes += length - len(node)
             if self._holes > _MAX_HOLES:
-                raise self._damaged(f"it describes lists with more than {_MAX_HOLES} positions that hold nothing")
+                raise self._damaged(f"it describes lists with more than {_MAX_HOLES} empty positions")
             return [self.settle(node.get(position)) for position in range(length)]
         if not isinstance(node, dict):
             return node
         settled = {key: self.settle(value) for key, value in node.items()}
         groups = settled.get("param_groups")
         if isinstance(groups, list) and all(isinstance(group, dict) and "params" in group for group in groups):
-            # Flattening makes strings of an optimizer's numbers, and loses a state that is empty.
+            # Flattening turns an optimizer's parameter numbers into strings, and drops an empty state.
             numbers = {str(number): number for group in groups for number in self._read_numbers(group["params"])}
             settled["state"] = {numbers.get(key, key): value for key, value in settled.get("state", {}).items()}
         return settled
@@ -89,14 +89,14 @@ class _Assembly:
 
 
 def rename_for_trainer(root: dict[Any, Any], extra: Mapping[Any, Any]) -> None:
-    """Gives what Lightning's strategies renamed when they saved its name in an ordinary checkpoint again.
+    """Renames the entries of Lightning's strategies to their names in an ordinary checkpoint.
 
     Args:
-        root: The saved object, which is changed.
-        extra: What Lightning saved beside it.
+        root: The saved object. It is modified.
+        extra: The content of ``meta.pt``.
     """
     if "state_dict" not in root:
-        # FSDPStrategy; ModelParallelStrategy leaves the name.
+        # FSDPStrategy renames "state_dict" to "model". ModelParallelStrategy does not.
         weights = root.pop("model", {})
         rest = dict(root)
         root.clear()
@@ -104,13 +104,13 @@ def rename_for_trainer(root: dict[Any, Any], extra: Mapping[Any, Any]) -> None:
     optimizers: list[Any] = []
     while f"optimizer_{len(optimizers)}" in root:
         optimizers.append(root.pop(f"optimizer_{len(optimizers)}"))
-    # A checkpoint without optimizers leaves no trace of the empty list; one of weights only has no schedulers either.
+    # An empty list of optimizers is not saved. A checkpoint of weights only has no "lr_schedulers" either.
     if optimizers or "lr_schedulers" in extra:
         root["optimizer_states"] = optimizers
 
 
 def map_leaves(node: Any, function: Callable[[KeyPath, Any], Any], path: KeyPath = ()) -> Any:
-    """The same object with what a function makes of each leaf and the keys that lead there."""
+    """A copy of the object in which each leaf is replaced by ``function(path, leaf)``."""
     if isinstance(node, dict):
         return {key: map_leaves(value, function, (*path, key)) for key, value in node.items()}
     if isinstance(node, list):
@@ -119,7 +119,7 @@ def map_leaves(node: Any, function: Callable[[KeyPath, Any], Any], path: KeyPath
 
 
 def walk_leaves(node: Any) -> list[tuple[KeyPath, Any]]:
-    """Every leaf after the keys that lead to it, in order."""
+    """All leaves in order, each after its key path."""
     found: list[tuple[KeyPath, Any]] = []
     map_leaves(node, lambda path, leaf: found.append((path, leaf)))
     return found

@@ -1,9 +1,9 @@
-"""A pickle without what ``weights_only`` refuses: the rest of its object loads by torch's own rules, no other.
+"""Rewrites a pickle without the classes that ``weights_only`` refuses, so that torch loads the rest by its own rules.
 
-The pickle is copied instruction by instruction. Whatever a refused class would build becomes a tuple in which a
-:class:`RefusedGlobal` stands for the class, so that torch has nothing to call, while everything around it, shared texts
-and references included, stays as it is. Storages become stubs of 16 bytes. What torch
-would not read for another reason is not made readable.
+The pickle is copied instruction by instruction. An object of a refused class becomes a tuple in which a
+:class:`RefusedGlobal` stands for the class, so torch has nothing to call. Everything else stays unchanged, including
+shared strings and references. Storages become stubs of 16 bytes. A pickle that torch refuses for another reason is
+still refused.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class RefusedGlobal:
 
 @dataclass(frozen=True, slots=True)
 class ErasedPickle:
-    """What :func:`erase` makes.
+    """The result of :func:`erase`.
 
     Attributes:
         archive: A torch zip file with the new pickle and a stub for each storage.
-        markers: What stands for each refused name, and the name that the new pickle has for it, as
-            ``torch.serialization.safe_globals`` takes them.
+        markers: For each refused name: the object that stands for it, and its name in the new pickle, in the form of
+            ``torch.serialization.safe_globals``.
     """
 
     archive: bytes
@@ -50,15 +50,15 @@ class ErasedPickle:
 
 
 def erase(pickled: bytes, refused: Collection[GlobalName], byteorder: str) -> ErasedPickle:
-    """Copies a pickle without some names. No code runs.
+    """Copies a pickle without refused names. No code runs.
 
     Args:
         pickled: The pickle.
-        refused: The names.
-        byteorder: ``"little"`` or ``"big"``, that of the file.
+        refused: The refused names.
+        byteorder: The byte order of the file, ``"little"`` or ``"big"``.
 
     Raises:
-        Exception: The pickle has instructions that torch does not read either.
+        Exception: The pickle has instructions that torch cannot read either.
     """
     eraser = _Eraser(pickled, refused)
     eraser.load()
@@ -73,7 +73,7 @@ def erase(pickled: bytes, refused: Collection[GlobalName], byteorder: str) -> Er
 
 
 def holds_refused(value: Any) -> bool:
-    """Whether something below a value was refused."""
+    """Whether a value contains a refused object."""
     return next(_refused_in(value), None) is not None
 
 
@@ -94,20 +94,20 @@ def _refused_in(value: Any) -> Iterator[RefusedGlobal]:
 
 
 class _Kept:
-    """Stands for any object that torch may build."""
+    """Stands for any object that torch may create."""
 
 
 class _Refused:
-    """Stands for anything that a refused name is, or has a part in."""
+    """Stands for a refused class, and for any object that contains or was created by one."""
 
 
 _REFUSED = _Refused()
-# A class that holds items: what it holds is its own matter.
+# Containers: torch may create them even if a refused object is among their items.
 _CONTAINERS = {("collections", "OrderedDict"), ("collections", "Counter")}
 
 
 class _Items(list[Any]):
-    """Stands for a container, with what was put into it."""
+    """Stands for a container, with its items."""
 
 
 class _Container:
@@ -115,20 +115,20 @@ class _Container:
 
 
 class _Eraser(InertUnpickler):
-    """Follows a pickle with stand-ins on its stack, and writes the new one."""
+    """Executes a pickle with stand-ins instead of objects, and writes the new pickle."""
 
     def __init__(self, pickled: bytes, refused: Collection[GlobalName]) -> None:
         self._input = io.BytesIO(pickled)
         super().__init__(self._input, encoding="utf-8")
         self._refused = refused
-        self._number: int | None = None  # Where in the output the last number is.
+        self._number: int | None = None  # Index in the output of the last number.
         self._changed: bytes | None = None
-        self._looks = _LOOKS_PER_BYTE * len(pickled)
+        self._searches_left = _SEARCHES_PER_BYTE * len(pickled)
         self.output: list[bytes] = []
         self.markers: dict[GlobalName, tuple[Any, str]] = {}
         self.storages: dict[str, int] = {}
 
-    # pickle's own loop, but for the copy. Frames (protocol 4) fail: torch does not read them.
+    # The loop of pickle.Unpickler, plus the copy. Frames (protocol 4) fail: torch does not read them.
     def load(self) -> Any:
         self.read, self.readline = self._input.read, self._input.readline
         self.metastack: list[Any] = []
@@ -169,7 +169,7 @@ class _Eraser(InertUnpickler):
     def persistent_load(self, saved_id: Any) -> Any:
         _, dtype, key, _, numel = saved_id
         if not isinstance(dtype, torch.dtype) or not isinstance(numel, int) or self._number is None:
-            raise pickle.UnpicklingError("it refers to something that is no storage")
+            raise pickle.UnpicklingError("it refers to an object that is not a storage")
         nbytes = STUB_BYTES if numel else 0
         if numel:
             number = b"J" + struct.pack("<i", STUB_BYTES // dtype.itemsize)
@@ -187,7 +187,7 @@ class _Eraser(InertUnpickler):
             self.append(_Items([arguments]) if isinstance(function, _Container) else _Kept())
 
     def _is_tainted(self, value: Any) -> bool:
-        """Whether something refused is in an argument."""
+        """Whether an argument contains a refused object."""
         visited: set[int] = set()
         stack = [value]
         while stack:
@@ -197,10 +197,10 @@ class _Eraser(InertUnpickler):
             if isinstance(item, (list, tuple)) and id(item) not in visited:
                 visited.add(id(item))
                 stack += item
-                # A small pickle can hand one long list to a million calls.
-                self._looks -= len(item)
-                if self._looks < 0:
-                    raise pickle.UnpicklingError("its arguments take too long to look through")
+                # Without a limit, a small pickle that passes one long list to a million calls would take hours.
+                self._searches_left -= len(item)
+                if self._searches_left < 0:
+                    raise pickle.UnpicklingError("its arguments take too long to search")
         return False
 
     def _build(self) -> None:
@@ -228,7 +228,7 @@ class _Eraser(InertUnpickler):
     def _push_items(self) -> None:
         self.append(_Items())
 
-    def _no_class(self) -> None:
+    def _refuse_instruction(self) -> None:
         raise pickle.UnpicklingError("torch does not read this instruction")
 
     dispatch: ClassVar[dict[int, Callable[..., Any]]] = {
@@ -245,10 +245,10 @@ class _Eraser(InertUnpickler):
         pickle.EMPTY_SET[0]: _push_items,
         **dict.fromkeys(
             (opcode[0] for opcode in (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.STACK_GLOBAL, pickle.ADDITEMS)),
-            _no_class,
+            _refuse_instruction,
         ),
     }
 
 
-_LOOKS_PER_BYTE = 10
+_SEARCHES_PER_BYTE = 10
 _NUMBERS = frozenset(opcode[0] for opcode in (pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1))

@@ -1,7 +1,8 @@
-"""What a file is that is no checkpoint, told from its first bytes or the names in it.
+"""Describes files that are not checkpoints, from their first bytes or the names in them.
 
-People give paths of files that were meant to be checkpoints: a page that a server sent instead, a pointer of Git LFS,
-an archive around the checkpoint. The sentences here end the message of an error. They promise nothing of the file.
+Users give paths of files that should have been checkpoints: an HTML page of a server, a pointer of Git LFS, an archive
+that contains the checkpoint. The sentences complete an error message. They are a guess: the rest of the file is not
+checked.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _PACKED = "Unpack it first."
 _SENT = "A server sent it instead of the file: download the file again, with your access token if it needs one."
 _CONVERT = "Convert it with the program that wrote it."
 
-# The first bytes of a file, what it is, and what to do.
+# The first bytes of a file, its description, and the advice.
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (
         b"version https://git-lfs",
@@ -52,7 +53,7 @@ _PICKLE_START = re.compile(rb"\A\(?[\]})(ldt]?(?:lp0|dp0|cp|c[a-z_.]+\n)")
 
 
 def describe_file(path: str) -> str | None:
-    """One or two sentences on what a regular file is, and what to do with it; ``None`` if that cannot be told.
+    """One or two sentences that describe a regular file and give advice. ``None`` if its kind is unknown.
 
     Raises:
         OSError: It cannot be read.
@@ -66,13 +67,13 @@ def describe_file(path: str) -> str | None:
             return f"It is {what}. {advice}"
     if not start.strip(b"\0"):
         return (
-            "It begins with zeros: its space was reserved, but the data never came. Copy it again, or resume from "
-            "another checkpoint."
+            "It begins with zeros: its space was reserved, but the data was never written. Copy it again, or resume "
+            "from another checkpoint."
         )
     if start[4:8] == b"TFL3":
         return f"It is a TensorFlow Lite model. {_CONVERT}"
     if b"PK\x03\x04" in start[1:64]:
-        return "A zip archive begins within it, behind other bytes. Copy it again, in binary mode."
+        return "A zip archive begins in it after other bytes. Copy it again, in binary mode."
     return _describe_text(start)
 
 
@@ -101,7 +102,7 @@ def _is_text(start: bytes) -> bool:
 
 
 def describe_zip(names: Sequence[str]) -> str:
-    """One or two sentences on what a zip archive is that ``torch.save`` did not write, by the names in it."""
+    """One or two sentences that describe a zip archive that ``torch.save`` did not write, from the names in it."""
     tails = {name.partition("/")[2] for name in names}
     if "constants.pkl" in tails and any(tail.startswith("code/") for tail in tails):
         return (
@@ -117,21 +118,21 @@ def describe_zip(names: Sequence[str]) -> str:
         )
     within = [name for name in names if name.lower().endswith(_CHECKPOINT_SUFFIXES) and "/data/" not in name]
     if within:
-        return f"It is a zip archive around {listed(map(repr, within), most=3)}. {_PACKED}"
+        return f"It is a zip archive that contains {listed(map(repr, within), most=3)}. {_PACKED}"
     if "data.pkl" in names or any("\\" in name for name in names):
         return (
-            "Its records do not lie in one folder of the archive: it was unpacked and packed again. Pack the folder, "
-            "not what is in it."
+            "Its records are not in one folder of the archive: it was unpacked and packed again. Pack the folder, not "
+            "its content."
         )
     return f"It is a zip archive of {listed(map(repr, names), most=3) or 'nothing'}, but holds no data.pkl."
 
 
 def describe_directory(path: str, is_checkpoint: Callable[[str], bool]) -> str:
-    """What to do with a directory that is no checkpoint: which checkpoints lie in it.
+    """Sentences that describe a directory that is not a checkpoint, and name the checkpoints in it.
 
     Args:
         path: The directory.
-        is_checkpoint: Whether a path in it has a known format.
+        is_checkpoint: Whether a path has a known format.
 
     Raises:
         OSError: It cannot be listed.

@@ -1,8 +1,8 @@
-"""The formats that a checkpoint may have, behind one protocol and one registry.
+"""The registry of checkpoint formats, and the protocol that each format implements.
 
-A format is told by its content, never by a suffix. Each can do three things: index a checkpoint without reading tensor
-data or running code from it, load it as an ordinary object whose tensors still lie in its files, and list all of its
-bytes, sound or not, for whoever verifies them.
+A format is recognised by content, never by a suffix. Each format does three things: it indexes a checkpoint without
+reading tensor data or running code from it; it loads it as an ordinary object whose tensors stay in the files; and it
+lists all sections and all damage for verification.
 """
 
 from __future__ import annotations
@@ -42,38 +42,38 @@ _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
 class CheckpointFormat(Protocol):
-    """What one format can do. Three readings of the same bytes, so three methods; writing is no part of it."""
+    """One format. It has three ways to read a checkpoint, one method for each. Writing is not part of it."""
 
     @property
     def name(self) -> str:
-        """What an index calls the format."""
+        """The name of the format in an index."""
         ...
 
     def recognizes(self, path: str) -> bool:
-        """Whether an existing file or directory has this format, from its first bytes or the names in it.
+        """Whether an existing file or directory has this format, judged by its first bytes or the names in it.
 
-        A damaged checkpoint of this format is recognised as well, so that the error can say what is wrong with it.
+        ``True`` for a damaged checkpoint of this format too, so that the error can describe the damage.
         """
         ...
 
     def read_index(self, path: str) -> Checkpoint:
-        """Indexes a checkpoint that was recognised, without reading tensor data or running code from it.
+        """Indexes a recognised checkpoint, without reading tensor data or running code from it.
 
         Raises:
-            CheckpointFormatError: It is truncated or damaged. Found before anything is allocated for a tensor.
+            CheckpointFormatError: It is truncated or damaged. Raised before memory is allocated for any tensor.
         """
         ...
 
     def load(self, path: str, *, weights_only: bool | None, erases: bool = False) -> tuple[Any, MappedCheckpoint]:
-        """Loads a checkpoint that was recognised, without reading tensor data.
+        """Loads a recognised checkpoint, without reading tensor data.
 
         Args:
             path: The checkpoint.
-            weights_only: Passed to ``torch.load`` exactly as given where the format holds pickled objects.
-            erases: Leave out what ``weights_only`` refuses instead of raising an error, see :func:`load_mapped`.
+            weights_only: Passed to ``torch.load`` unchanged if the format holds pickled objects.
+            erases: Replace objects that ``weights_only`` refuses instead of raising, see :func:`load_mapped`.
 
         Returns:
-            The saved object with its tensors in the files, and the mapping under them.
+            The saved object with its tensors in the files, and the mapping of the files.
 
         Raises:
             CheckpointFormatError: It is truncated or damaged.
@@ -82,13 +82,13 @@ class CheckpointFormat(Protocol):
         ...
 
     def take_inventory(self, path: str) -> Inventory:
-        """Lists what a checkpoint that was recognised consists of, and all that is wrong with it.
+        """Lists the sections and the damage of a recognised checkpoint.
 
-        Damage is no error here: it is in the inventory. No tensor data is read, no code from the files is run.
+        Damage is returned in the inventory, not raised. No tensor data is read, and no code from the files runs.
 
         Raises:
-            CheckpointFormatError: It is sound, but no checkpoint: another kind of archive.
-            UnmappableCheckpoint: Its bytes are not there as they were checksummed: compressed.
+            CheckpointFormatError: It is a sound archive of another kind, not a checkpoint.
+            UnmappableCheckpoint: It is compressed, so its bytes cannot be verified in place.
             OSError: Reading failed.
         """
         ...
@@ -98,16 +98,16 @@ FORMATS: tuple[CheckpointFormat, ...] = (TorchZip(), TorchShards(), Safetensors(
 
 
 def local_path(path: str | os.PathLike[str]) -> str:
-    """The path of a local file or directory, given as a path or as a ``file://`` URL.
+    """The path of a local file or directory, from a path or a ``file://`` URL.
 
     Raises:
-        TypeError: It is no path: an open file, say.
-        FileNotFoundError: It is the URL of another place.
+        TypeError: It is not a path, but for example an open file.
+        FileNotFoundError: It is a URL that is not local.
     """
     try:
         name = os.fsdecode(os.fspath(path))
     except TypeError as error:
-        advice = " Give its path, or save what it holds to a file." if hasattr(path, "read") else ""
+        advice = " Give its path, or save its content to a file." if hasattr(path, "read") else ""
         raise TypeError(
             f"A checkpoint is given by its path, a str or an os.PathLike, got a {type(path).__name__}.{advice}"
         ) from error
@@ -122,12 +122,12 @@ def local_path(path: str | os.PathLike[str]) -> str:
 
 
 def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
-    """The format of a checkpoint, by its content.
+    """The format of a checkpoint, recognised by its content.
 
     Raises:
-        FileNotFoundError: There is nothing at this path.
-        CheckpointFormatError: It is a directory of no known format, or a file that ``torch.load`` does not know either.
-        UnmappableCheckpoint: It is a file of no known format, which ``torch.load`` may know all the same.
+        FileNotFoundError: The path does not exist.
+        CheckpointFormatError: It is a directory of no known format, or a file that ``torch.load`` cannot read either.
+        UnmappableCheckpoint: It is a file of no known format that ``torch.load`` may be able to read.
     """
     name = local_path(path)
     require_exists(name)
@@ -149,7 +149,7 @@ def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
             "_use_new_zipfile_serialization=False, or no checkpoint at all. Load it with torch.load and save it again.",
             path=name,
         )
-    found = describe_file(name) or f"It is damaged, or of another program: these are known: {known}."
+    found = describe_file(name) or f"It is damaged, or of another program. Known formats: {known}."
     raise CheckpointFormatError(
         f"{name} ({size} bytes) is no checkpoint at all: it has none of the known formats. {found}", path=name
     )
@@ -160,10 +160,10 @@ def _recognize(name: str) -> CheckpointFormat | None:
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether a file or directory has a known format, sound or damaged. ``False`` also if it cannot be read."""
+    """Whether a file or directory has a known format, even if it is damaged. ``False`` if it cannot be read."""
     name = os.fspath(path)
     try:
-        # Opening a pipe waits for one who writes.
+        # Pipes are skipped: opening one blocks until a process writes to it.
         looks = os.path.isdir(name) or os.path.isfile(name)
         return looks and _recognize(name) is not None
     except OSError:
@@ -171,7 +171,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 
 def checkpoints_in(folder: str | os.PathLike[str]) -> list[str]:
-    """The paths of the checkpoints in a directory, by their names, without hidden ones.
+    """The paths of the checkpoints in a directory, sorted by name, without hidden ones.
 
     Raises:
         OSError: It cannot be listed.
@@ -181,7 +181,7 @@ def checkpoints_in(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def _may_be_legacy(name: str) -> bool:
-    """Whether a file starts as one of torch < 1.6: with a pickle, of its magic number if it is old, or a tar."""
+    """Whether a file starts like one of torch < 1.6: a pickle (of torch's magic number if very old), or a tar."""
     if not os.path.isfile(name):
         return False
     with open(name, "rb") as file:
@@ -190,23 +190,23 @@ def _may_be_legacy(name: str) -> bool:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Indexes a checkpoint: names, shapes, dtypes, ties and the bytes of every tensor, without reading tensor data.
+    """Indexes a checkpoint: name, shape, dtype, ties and byte range of every tensor. Reads no tensor data.
 
-    Runs no code from the file, whoever made it. Works for files of any size, larger than the machine's memory too.
+    Runs no code from the file, so it is safe for files of unknown origin. The file may be larger than the memory.
 
     Args:
         path: A checkpoint of any known format: a file of ``torch.save`` (torch >= 1.6), such as a Lightning ``.ckpt``
             or a bare state dict; a ``.safetensors`` file, a directory of such files, or the
             ``.safetensors.index.json`` that lists them, and the same with ``pytorch_model.bin``; a directory of
-            ``save_directory`` or of ``torch.distributed.checkpoint``. A ``file://`` URL will do.
+            ``save_directory`` or of ``torch.distributed.checkpoint``. A ``file://`` URL is accepted too.
 
     Returns:
         The index.
 
     Raises:
-        TypeError: It is no path.
-        FileNotFoundError: There is nothing at this path.
-        CheckpointFormatError: It is no such checkpoint, or it is truncated, damaged or not complete.
+        TypeError: ``path`` is not a path.
+        FileNotFoundError: The path does not exist.
+        CheckpointFormatError: It is not such a checkpoint, or it is truncated, damaged or incomplete.
     """
     name = local_path(path)
     with paused_collector():
@@ -220,24 +220,24 @@ def load_mapped(
 
     Args:
         path: A local checkpoint of any known format.
-        weights_only: Passed to ``torch.load`` exactly as given.
-        erases: If ``weights_only`` refuses classes of the checkpoint, load all else. Tuples that hold
-            ``RefusedGlobal`` are then in the place of their objects, and the mapping's ``refusal`` is the error that
-            would have been raised: for callers who need another part.
+        weights_only: Passed to ``torch.load`` unchanged.
+        erases: If ``weights_only`` refuses classes of the checkpoint, load everything else. Refused objects are
+            replaced by tuples that hold ``RefusedGlobal``, and the mapping's ``refusal`` is the error that would
+            have been raised. For callers that need other parts of the checkpoint.
 
     Returns:
-        The saved object, an ordinary one with ordinary CPU tensors that lie in the mapped files, and the mapping.
+        The saved object with ordinary CPU tensors in the mapped files, and the mapping.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The path does not exist.
         CheckpointFormatError: The file is truncated or damaged.
-        UnmappableCheckpoint: The file is sound but cannot be mapped; ``torch.load`` reads it the ordinary way.
+        UnmappableCheckpoint: The file is sound but cannot be mapped. ``torch.load`` can read it.
         InsufficientMemoryError: A single tensor is larger than this machine's memory.
-        MemloadError: The whole file is, and torch is older than 2.7.
-        UnsafeGlobalsError: ``weights_only`` forbids classes that the file names.
-        pickle.UnpicklingError: ``weights_only`` forbids what the file holds for another reason; torch's own message.
+        MemloadError: The whole file is larger than this machine's memory, and torch is older than 2.7.
+        UnsafeGlobalsError: ``weights_only`` refuses classes that the file names.
+        pickle.UnpicklingError: ``weights_only`` refuses the file for another reason. The message is torch's.
 
-    Peak memory: that of the object without its tensors.
+    Peak memory: the object without its tensors.
     """
     if not FileMapping.supported:
         raise UnmappableCheckpoint(f"Mapping {path} needs Linux.", path=os.fspath(path))

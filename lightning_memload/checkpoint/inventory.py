@@ -1,8 +1,8 @@
-"""The inventory of a checkpoint: every stretch of its files that can be held against a checksum, and what is wrong.
+"""The inventory of a checkpoint: every section of its files that can be verified, and all damage that was found.
 
-Where an index stops at the first contradiction, an inventory goes on and lists them all: it is made to be verified, not
-loaded. It covers more than the tensors: whatever record of a file carries a checksum is in it. Taking one reads no
-tensor data and runs no code from the files.
+Reading an index stops at the first error. Taking an inventory continues and lists all errors: it serves verification,
+not loading. It covers every record with a checksum, not only tensors. Taking one reads no tensor data and runs no code
+from the files.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ __all__ = ["Damage", "Inventory", "Section"]
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One stretch of bytes that was written as one.
+    """One contiguous range of bytes with at most one checksum.
 
     Attributes:
-        key: What to call it in messages: a tensor's name, or the record's where it is none.
+        key: Its name in messages: the tensor's name, or else the record's.
         offset: Position of its first byte in the run of all files.
-        nbytes: Its length.
-        crc32: CRC-32 of its bytes as the checkpoint records it, ``None`` where it records none.
+        nbytes: Its length in bytes.
+        crc32: CRC-32 of its bytes as recorded in the checkpoint. ``None`` if none is recorded.
     """
 
     key: str
@@ -33,15 +33,15 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One thing that is not as it was written.
+    """One error in a checkpoint.
 
     Attributes:
         path: The file.
-        problem: What is wrong, in words that name file, place and values.
-        key: The tensor or record, ``None`` when it is not a single one.
-        offset: Where in the file, in bytes, ``None`` when it is no single place.
-        expected: The value that the checkpoint records (a CRC-32, a size), ``None`` when it is not about a value.
-        actual: The value that was found.
+        problem: The description of the error, with file, place and values.
+        key: The tensor or record. ``None`` if the error is not in a single one.
+        offset: The position in the file in bytes. ``None`` if there is no single position.
+        expected: The value recorded in the checkpoint (a CRC-32 or a size). ``None`` if the error has no such value.
+        actual: The value that was found. ``None`` if there is none.
     """
 
     path: str
@@ -57,14 +57,14 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What a checkpoint consists of, as far as it can be told.
+    """The sections of a checkpoint, and the damage that was found while listing them.
 
     Attributes:
         path: The checkpoint.
         format: Name of its format.
         files: The files that hold the sections.
-        sections: Everything that can be read, in no particular order. Those of a hostile file may overlap.
-        damage: What is wrong with everything else.
+        sections: All sections that can be read, in no particular order. Sections of a hostile file may overlap.
+        damage: The errors in all other parts.
     """
 
     path: str

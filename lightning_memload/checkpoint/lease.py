@@ -1,12 +1,12 @@
-"""The kernel's word before a file changes: read leases (``fcntl(2)``, F_SETLEASE) on the files of a checkpoint.
+"""Learns of writers before a file changes: read leases (``fcntl(2)``, F_SETLEASE) on the files of a checkpoint.
 
-A mapped file that another program writes to in place shows that program's bytes, and one that is cut short kills the
-process (SIGBUS). With a lease the kernel holds everyone who opens the file for writing, or truncates it, until its
-bytes are in ordinary memory, for at most ``/proc/sys/fs/lease-break-time`` seconds (45 by default). Reading, linking,
-renaming and removing the file break no lease, so replacing it by a new file costs nothing.
+If another program writes to a mapped file in place, the mapping shows the new bytes. If it truncates the file, reading
+the mapping kills the process (SIGBUS). With a lease the kernel blocks each program that opens the file for writing, or
+truncates it, until the bytes are in ordinary memory, for at most ``/proc/sys/fs/lease-break-time`` seconds (45 by
+default). Reading, linking, renaming and removing the file break no lease, so replacing it by a new file costs nothing.
 
-Seen to work with Linux 6.18 on ext4, tmpfs and overlayfs (files of a lower layer too), for writers in this process and
-in others. Not promised: a forked child shares the mapping but not the lease, so nothing guards pages that it inherits.
+Tested with Linux 6.18 on ext4, tmpfs and overlayfs (including files of a lower layer), with writers in this process and
+in others. Limit: a forked child shares the mapping but not the lease, so nothing guards the pages that it inherits.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if sys.platform == "linux":
 
 __all__ = ["FileWatch"]
 
-# From linux/fcntl.h; Python has no name for them.
+# From linux/fcntl.h. Python has no names for them.
 _SETOWN_EX, _OWNER_THREAD = 15, 0
-# How often the leases are looked at, which is how long a writer waits before its file is let go. A look costs 1 us a
-# file. The signal that the kernel offers instead would need a number that no user's handler has.
+# The interval between two checks of the leases. A writer waits up to this long before the file is released. A check
+# costs 1 us for each file. The kernel could send a signal instead, but every signal may have a handler of the user.
 _POLL_SECONDS = 0.05
-# Looking at more would take more than 2% of a core. Of the open files that a process may have, a quarter at most.
+# Checking more files would take more than 2% of a core. Also limited to a quarter of the open files of the process.
 _MOST_FILES = 1024
-# Where this kernel sees every writer. On a network file system, or FUSE, others write unseen.
+# File systems on which the kernel sees every writer. On a network file system, or FUSE, it does not.
 _LOCAL_FILE_SYSTEMS = frozenset(
     {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs"}
 )
@@ -52,23 +52,24 @@ _REFUSALS = {
 
 
 class FileWatch(threading.Thread):
-    """Holds a lease on each file of a set, and gives way when somebody wants to change one of them.
+    """A thread that holds a lease on each file of a set, and releases them when a program wants to change a file.
 
-    Giving way means: the guarded action runs, the leases end, one warning says what it cost. The thread lives as long
-    as the leases, which :meth:`end` ends. It does not keep the process alive.
+    To release the leases, the thread runs the guarded action, ends the leases, and warns with the cost. It runs until
+    :meth:`end` and does not keep the process alive.
 
     Args:
-        source: The open files. They are opened once more: a mapping keeps the descriptor that it was made of, and a
-            forked child the mapping, so a lease on that one would outlive this process in a worker of a data loader.
+        source: The open files. The watch opens them a second time: the mapping keeps its own descriptor, and a forked
+            child keeps the mapping, so a lease on that descriptor could outlive this process in a worker of a data
+            loader.
 
     Attributes:
-        files: The leased files, open for reading until the end. ``None`` before :meth:`begin` and where it failed.
+        files: The leased files, open for reading until the end. ``None`` before :meth:`begin` and if it failed.
     """
 
     _alive: ClassVar[weakref.WeakSet[FileWatch]] = weakref.WeakSet()
-    _held_by_fork: ClassVar[list[threading.Lock]] = []
-    # While one is alive. Reentrant: a finalizer may end a watch anywhere.
-    _forget_saves: ClassVar[Callable[[], None] | None] = None
+    _locked_for_fork: ClassVar[list[threading.Lock]] = []
+    # Set while a watch is alive. The lock is reentrant: a finalizer may end a watch in any thread at any time.
+    _undo_save_hook: ClassVar[Callable[[], None] | None] = None
     _saves_lock: ClassVar[threading.RLock] = threading.RLock()
 
     def __init__(self, source: FileSet) -> None:
@@ -78,17 +79,17 @@ class FileWatch(threading.Thread):
         self._refusal: str | None = None
         self._is_ready = threading.Event()
         self._is_over = threading.Event()
-        # The descriptors are looked at, and closed, within. A finalizer may close them in the thread that looks.
+        # Guards the use and the closing of the descriptors. Reentrant: a finalizer may close them in the same thread.
         self._lock = threading.RLock()
-        # Held while this gives way. A fork waits for it: in the child no thread would ever release what it holds.
-        self._giving_way = threading.Lock()
+        # Held while the leases are released. A fork waits for it: in the child no thread would ever unlock it.
+        self._releasing = threading.Lock()
         self._action: Callable[[], int] | None = None
 
     def begin(self) -> str | None:
-        """Takes the leases, and begins to watch.
+        """Takes the leases and starts the thread.
 
         Returns:
-            Why there is no lease, ``None`` if there is one on every file.
+            ``None`` if there is a lease on every file, else the reason why there is none.
         """
         assert self._source is not None
         if not self._source.files:
@@ -98,9 +99,9 @@ class FileWatch(threading.Thread):
             return f"there are {len(self._source.files)} files, and {limit} at most are kept open for that"
         try:
             self.files = self._source.reopened()
-            # The thread takes them: the kernel's signal goes to it, which blocks every signal.
+            # The thread takes the leases: it blocks all signals, so the kernel's signal to it has no effect.
             self.start()
-        except (OSError, RuntimeError) as error:  # RuntimeError: no thread begins while the interpreter ends
+        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can start during interpreter shutdown
             return self._refuse(f"{error}")
         finally:
             self._source = None
@@ -108,18 +109,18 @@ class FileWatch(threading.Thread):
         self._is_ready.wait()
         if self._refusal is None:
             with FileWatch._saves_lock:
-                if FileWatch._forget_saves is None:
-                    FileWatch._forget_saves = before_torch_save(FileWatch._before_torch_save)
+                if FileWatch._undo_save_hook is None:
+                    FileWatch._undo_save_hook = before_torch_save(FileWatch._before_torch_save)
         return self._refusal
 
     def guard(self, action: Callable[[], int]) -> bool:
-        """Sets what has to be done before a file may change.
+        """Sets the action to run before a file may change.
 
         Args:
-            action: Takes what is needed out of the files, in the watching thread, and returns how many bytes.
+            action: Copies the needed bytes out of the files and returns their number. Runs in the watching thread.
 
         Returns:
-            ``False`` if a writer came already, or the watch is over. Then the files may change at any time.
+            ``False`` if a writer has come already, or the watch has ended. The files may then change at any time.
         """
         with self._lock:
             if not self._is_over.is_set():
@@ -127,34 +128,34 @@ class FileWatch(threading.Thread):
             return not self._is_over.is_set()
 
     def end(self) -> None:
-        """Gives the leases back and closes the files. Calling it twice is fine, and from any thread or finalizer."""
+        """Ends the leases and closes the files. May be called twice, and from any thread or finalizer."""
         with self._lock:
             self._is_over.set()
             self._action = None
             for file in self.files.files if self.files is not None else ():
-                # Closing would not do while a child that was not forked by Python has the descriptor too.
+                # Closing alone does not end the lease if a child that Python did not fork has the descriptor too.
                 with contextlib.suppress(OSError, ValueError):
                     fcntl.fcntl(file.fileno(), fcntl.F_SETLEASE, fcntl.F_UNLCK)
                 file.close()
-        self._forget_saves_with_the_last()
+        self._undo_save_hook_if_last()
 
     def run(self) -> None:
         """Takes the leases and watches them."""
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        self._take()
+        self._take_leases()
         self._is_ready.set()
         while not self._is_over.wait(_POLL_SECONDS):
             if self._is_broken():
-                self._give_way()
+                self._release()
 
-    def _take(self) -> None:
+    def _take_leases(self) -> None:
         assert self.files is not None
-        # Without an owner the kernel sends SIGIO to the process when a lease breaks, which ends it.
+        # Without an owner the kernel sends SIGIO to the process when a lease breaks, which terminates it.
         owner = struct.pack("ii", _OWNER_THREAD, threading.get_native_id())
         for file in self.files.files:
             kind = _file_system_of(file.fileno())
             if kind not in _LOCAL_FILE_SYSTEMS:
-                self._refuse(f"on {kind or 'an unknown file system'} others may write to it unseen")
+                self._refuse(f"on {kind or 'an unknown file system'}, writes of other programs may go unnoticed")
                 return
             try:
                 fcntl.fcntl(file.fileno(), _SETOWN_EX, owner)
@@ -175,22 +176,22 @@ class FileWatch(threading.Thread):
         with self._lock:
             for file in self.files.files if self.files is not None else ():
                 try:
-                    # What the kernel asks for while a break is pending is F_UNLCK, and so is what is left after it.
+                    # F_GETLEASE returns F_UNLCK while a break is pending, and after it.
                     if not self._is_over.is_set() and fcntl.fcntl(file.fileno(), fcntl.F_GETLEASE) != fcntl.F_RDLCK:
                         return True
                 except (OSError, ValueError):
-                    return False  # a finalizer has just closed it
+                    return False  # a finalizer has just closed the file
         return False
 
-    def _give_way(self) -> None:
+    def _release(self) -> None:
         failure: Exception | None = None
         copied, changed, name = 0, False, "A file"
-        with self._giving_way:
+        with self._releasing:
             try:
                 with self._lock:
                     action, files = self._action, self.files
                 if files is not None and action is not None:
-                    broken = [file.name for file in files.files if not file.is_open or _is_wanted(file.fileno())]
+                    broken = [file.name for file in files.files if not file.is_open or _is_break_pending(file.fileno())]
                     name = ", ".join(broken[:3]) or files.files[0].name
                     copied = action()
                     changed = bool(files.changed_files())
@@ -200,15 +201,15 @@ class FileWatch(threading.Thread):
                 self.end()
         if failure is not None or (changed and copied):
             warnings.warn(
-                f"{name} is being rewritten in place, and its bytes could not all be taken out of it before "
+                f"{name} is being rewritten in place, and not all of its bytes could be copied to memory before "
                 f"({failure or 'the kernel waits no longer than /proc/sys/fs/lease-break-time'}). Weights that were "
                 "assigned from it may be wrong: load them again, with mode='copy'.",
                 stacklevel=1,
             )
         elif copied:
             warnings.warn(
-                f"{name} is being rewritten in place. Tensors that were pages of it keep their values, and take "
-                f"{copied} bytes of memory now. Write a new file and rename it to this name, or load with mode='copy'.",
+                f"{name} is being rewritten in place. Tensors that used its pages keep their values, and now take "
+                f"{copied} bytes of memory. Write a new file and rename it to this name, or load with mode='copy'.",
                 stacklevel=1,
             )
 
@@ -220,7 +221,7 @@ class FileWatch(threading.Thread):
             return
         for watch in list(cls._alive):
             if watch._is_watching(status):
-                watch._give_way()
+                watch._release()
 
     def _is_watching(self, status: os.stat_result) -> bool:
         with self._lock:
@@ -229,26 +230,29 @@ class FileWatch(threading.Thread):
             return any(os.path.samestat(os.fstat(file.fileno()), status) for file in self.files.files)
 
     @classmethod
-    def _forget_saves_with_the_last(cls) -> None:
+    def _undo_save_hook_if_last(cls) -> None:
         with cls._saves_lock:
-            if cls._forget_saves is not None and all(watch._is_over.is_set() for watch in list(cls._alive)):
-                forget, FileWatch._forget_saves = cls._forget_saves, None
-                forget()
+            if cls._undo_save_hook is not None and all(watch._is_over.is_set() for watch in list(cls._alive)):
+                undo, FileWatch._undo_save_hook = cls._undo_save_hook, None
+                undo()
 
     @classmethod
     def _before_fork(cls) -> None:
         for watch in list(cls._alive):
-            watch._giving_way.acquire()
-            cls._held_by_fork.append(watch._giving_way)
+            watch._releasing.acquire()
+            cls._locked_for_fork.append(watch._releasing)
 
     @classmethod
     def _after_fork(cls) -> None:
-        while cls._held_by_fork:
-            cls._held_by_fork.pop().release()
+        while cls._locked_for_fork:
+            cls._locked_for_fork.pop().release()
 
     @classmethod
     def _in_child(cls) -> None:
-        """Closes what the parent's leases hang on, without ending them: a child must not hold them when it is gone."""
+        """Closes the leased files in the child without ending the leases.
+
+        The leases belong to the parent. With open descriptors the child would keep them after the parent's end.
+        """
         cls._saves_lock = threading.RLock()
         for watch in list(cls._alive):
             watch._lock = threading.RLock()
@@ -256,17 +260,17 @@ class FileWatch(threading.Thread):
             watch._action = None
             if watch.files is not None:
                 watch.files.close()
-        cls._forget_saves_with_the_last()
+        cls._undo_save_hook_if_last()
         cls._alive.clear()
-        cls._held_by_fork.clear()
+        cls._locked_for_fork.clear()
 
 
-def _is_wanted(descriptor: int) -> bool:
+def _is_break_pending(descriptor: int) -> bool:
     return fcntl.fcntl(descriptor, fcntl.F_GETLEASE) != fcntl.F_RDLCK
 
 
 def _file_system_of(descriptor: int) -> str | None:
-    """The kernel's name of the file system that an open file is on, ``None`` if it does not tell."""
+    """The kernel's name of the file system of an open file. ``None`` if it is unknown."""
     try:
         with open(f"/proc/self/fdinfo/{descriptor}") as file:
             mount = next((line.split()[1] for line in file if line.startswith("mnt_id:")), None)

@@ -1,7 +1,7 @@
-"""A loaded object whose tensors still lie in the file, and the question where.
+"""A loaded object whose tensors are still in the files, and the position of each tensor there.
 
-Most tensors are ordinary ones on top of the mapping; what the file holds in several parts is a :class:`ChunkedTensor`.
-The answer is a few bytes of arithmetic, and ``None`` for whatever somebody wrote to.
+Most tensors are ordinary ones on top of the mapping. A tensor that the file holds in several parts is a
+:class:`ChunkedTensor`. A position is computed from the address, and is ``None`` for a tensor that has been written.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = ["MappedCheckpoint", "UnmappableCheckpoint", "span_bytes"]
 
 
 class UnmappableCheckpoint(CheckpointFormatError):
-    """A sound checkpoint whose tensors do not lie in the file as they are needed: compressed, or byte-swapped."""
+    """The checkpoint is sound, but the file does not hold its tensors in usable form: compressed or byte-swapped."""
 
 
 class MappedCheckpoint:
-    """A loaded object together with the files under its tensors.
+    """The files under the tensors of a loaded object.
 
     Args:
         index: The index of the checkpoint.
@@ -38,8 +38,8 @@ class MappedCheckpoint:
         refusal: See the attribute.
 
     Attributes:
-        refusal: Why parts of the loaded object are not there: ``weights_only`` refuses their classes, and the caller
-            wanted all else. ``None`` if nothing was refused.
+        refusal: The error for parts of the object that were not loaded because ``weights_only`` refuses their classes.
+            ``None`` if nothing was refused.
     """
 
     def __init__(
@@ -59,20 +59,20 @@ class MappedCheckpoint:
 
     @classmethod
     def unmapped(cls, path: str | os.PathLike[str]) -> MappedCheckpoint:
-        """For a checkpoint that was loaded into memory: none of its tensors lies in a file."""
+        """An object for a checkpoint that was loaded into memory. None of its tensors is in a file."""
         index = Checkpoint(path=os.fspath(path), format="unmapped", files=(), tensors=(), storages=())
         return cls(index, FileSet([]), None)
 
     def chunked_tensor(
         self, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[ChunkInfo], *, name: str | None = None
     ) -> ChunkedTensor:
-        """A tensor that the checkpoint holds in several parts. No byte is read.
+        """Creates a tensor that the checkpoint holds in several parts. No byte is read.
 
         Args:
-            shape: Its sizes.
-            dtype: Its element type.
+            shape: Its shape.
+            dtype: Its dtype.
             chunks: The parts.
-            name: What to call it in messages.
+            name: Its name in messages.
         """
         values = ChunkedValues(shape, dtype, chunks, self.source, name)
         self._chunked.add(values)
@@ -80,30 +80,30 @@ class MappedCheckpoint:
 
     @property
     def is_chunked(self) -> bool:
-        """Whether tensors lie in several places, so that none of the files' pages can be their memory."""
+        """Whether there are chunked tensors. Pages of the files cannot be their memory."""
         return bool(self._chunked)
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor's memory is the checkpoint's, written to or not."""
+        """Whether the tensor's memory is that of the checkpoint, even if it has been written."""
         if isinstance(tensor, ChunkedTensor):
             return tensor.source is self.source and not tensor.is_read
         return self.mapping is not None and self.mapping.offset_of(tensor) is not None
 
     def locate(self, tensor: torch.Tensor) -> tuple[FilePiece, ...] | None:
-        """The bytes that hold the tensor's values.
+        """The pieces of the files that hold the tensor's values.
 
         Args:
             tensor: Any tensor.
 
         Returns:
-            One piece for most tensors, several for chunked ones. ``None`` for a tensor that does not lie in the file,
-            that somebody wrote to since, whose bytes are not its values (conjugate or negative views, subclasses), or
-            that is empty.
+            One piece for most tensors, several for chunked ones. ``None`` for a tensor that is not in the files, has
+            been written since loading, is empty, or whose bytes are not its values (conjugate or negative views,
+            subclasses).
         """
         return self.locate_all([tensor])[0]
 
     def locate_all(self, tensors: Sequence[torch.Tensor]) -> list[tuple[FilePiece, ...] | None]:
-        """Locates many tensors at once, which asks the kernel once instead of for each; see :meth:`locate`."""
+        """Locates many tensors with one query of the kernel, see :meth:`locate`."""
         offsets = [self._offset_of_values(tensor) for tensor in tensors]
         ranges = [
             (offset, offset + span_bytes(tensor))
@@ -122,7 +122,7 @@ class MappedCheckpoint:
         return None
 
     def _offset_of_values(self, tensor: torch.Tensor) -> int | None:
-        # The exact types: a subclass may give its bytes another meaning.
+        # Exact types only: a subclass may interpret its bytes in another way.
         if self.mapping is None or type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.numel() == 0:
             return None
         if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
@@ -131,15 +131,15 @@ class MappedCheckpoint:
 
     @property
     def referenced_bytes(self) -> int:
-        """Bytes under tensors that are still alive."""
+        """Bytes under live tensors."""
         chunked = sum(values.nbytes for values in self._chunked if values.memory is None)
         return chunked + (self.mapping.referenced_bytes if self.mapping is not None else 0)
 
     def watch(self) -> str | None:
-        """Makes this detach by itself when somebody is about to change a file in place, until it is detached.
+        """Starts a watch that detaches automatically when a program is about to change a file in place.
 
         Returns:
-            Why that cannot be, ``None`` if it is so.
+            ``None`` if the watch is active, else the reason why it is not.
         """
         watch = FileWatch(self.source)
         refusal = watch.begin()
@@ -148,13 +148,13 @@ class MappedCheckpoint:
         return refusal
 
     def detach(self, *, beside_others: bool = False) -> int:
-        """Lets go of the files: what somebody still refers to becomes ordinary memory.
+        """Releases the files: bytes under live tensors become ordinary memory.
 
         Args:
             beside_others: See :meth:`FileMapping.detach`.
 
         Returns:
-            Bytes that were read or copied because somebody still refers to them.
+            Bytes that were read or copied because live tensors use them.
 
         Raises:
             CheckpointReadError: Reading failed.
@@ -173,7 +173,7 @@ class MappedCheckpoint:
 
 
 def span_bytes(tensor: torch.Tensor) -> int:
-    """Bytes from the tensor's first element to the end of its last, 0 for an empty tensor."""
+    """Bytes from the tensor's first element to the end of its last element. 0 for an empty tensor."""
     return span_elements(tensor.shape, tensor.stride()) * tensor.element_size()
 
 

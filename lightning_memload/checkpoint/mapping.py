@@ -1,10 +1,10 @@
-"""A private, lazily read view of the bytes of files as torch storages.
+"""Maps files privately and gives their bytes to torch storages, which the kernel reads on first access.
 
-``torch.load(mmap=True)`` maps the same way but reserves memory for the whole file, so it refuses files larger than
-RAM and swap; this mapping reserves nothing. Pages are copied when they are written, never written back. The mapping
-knows which of its bytes somebody wrote (:meth:`FileMapping.are_pristine`), and can let go of the file while tensors on
-top of it live on (:meth:`FileMapping.detach`), by itself if a :class:`FileWatch` guards it. Linux only: all of this
-rests on ``/proc/self/pagemap``, ``mremap`` and leases.
+``torch.load(mmap=True)`` maps in the same way but reserves memory for the whole file, so it refuses files larger than
+RAM and swap. This mapping reserves nothing. Pages are copied when they are written, and never written back. The mapping
+knows which of its pages were written (:meth:`FileMapping.are_pristine`). It can release the files while tensors on top
+of it stay valid (:meth:`FileMapping.detach`), automatically if a :class:`FileWatch` guards it. Linux only: it needs
+``/proc/self/pagemap``, ``mremap`` and leases.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ from lightning_memload.errors import CheckpointReadError
 __all__ = ["DetachedError", "FileMapping"]
 
 _PAGE = mmap.PAGESIZE
-# Python names MAP_NORESERVE from 3.11 on; the value is the one of x86-64 and arm64.
+# Python has the name MAP_NORESERVE from 3.11 on. The value is that of x86-64 and arm64.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _MAP_FIXED = 0x10
 _MREMAP_MAYMOVE_FIXED = 0x1 | 0x2
 _PROT_NONE = 0
-# detach() copies this much at a time, so that its own need stays small.
+# detach() copies this much at a time, which bounds its additional memory.
 _DETACH_CHUNK_BYTES = 32 << 20
-# Beside other threads less, which takes some 3 ms: what they write to these bytes meanwhile is lost.
+# Smaller while other threads run. Copying takes some 3 ms, and writes of other threads to these bytes are lost then.
 _SMALL_CHUNK_BYTES = 8 << 20
-# How long a writer to the file is held for optimizers, of the 45 s that Linux gives.
+# How long detach() waits for optimizer steps. Linux blocks the writer to the file for 45 s at most.
 _STEPS_SECONDS = 20.0
-# pagemap is read for this many pages at a time, with 8 bytes for each.
+# Pages in one read of pagemap, which has 8 bytes for each page.
 _PAGEMAP_CHUNK_PAGES = 256 << 10
 
 
 class DetachedError(RuntimeError):
-    """The mapping has let go of the file already."""
+    """The mapping has already released the file."""
 
 
 class FileMapping:
-    """Maps files privately, one after the other, and hands out torch storages over parts of them.
+    """Maps files privately into one address range, one after the other, and creates torch storages over parts of it.
 
-    The mapping lives until the last storage and the mapping object itself are gone. It keeps the files open as long as
-    it shows their bytes.
+    The mapping lives until the last storage and the mapping object itself are gone. It keeps the files open while it
+    maps them.
 
     Args:
         source: The open files. Unless a watch guards them, they must not be changed in place while tensors on top of
-            the mapping are read: that changes their values, or kills the process (SIGBUS), as with every mapping.
-        watch: Watches these files. When one is about to change, the mapping detaches. It then reads what it needs from
-            the watch's files, so ``source`` may be closed before, and ends the watch with the last storage.
+            the mapping are read: a write changes the tensors' values, a truncation kills the process (SIGBUS).
+        watch: Watches these files. When one is about to change, the mapping detaches. It then reads from the watch's
+            files, so ``source`` may be closed earlier. The watch ends with the last storage.
 
     Raises:
         DetachedError: A file is being changed already.
@@ -73,7 +73,7 @@ class FileMapping:
     def __init__(self, source: FileSet, watch: FileWatch | None = None) -> None:
         self.source = source
         self.nbytes = max(1, source.nbytes)
-        # Addresses for all of them first: nobody else can then take the place of the next file.
+        # Reserve the addresses for all files first, so that no other mapping can take the place of the next file.
         reserved = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._base = _mmap(None, self.nbytes, _PROT_NONE, reserved, -1)
         try:
@@ -83,17 +83,17 @@ class FileMapping:
         except BaseException:
             _munmap(self._base, self.nbytes)
             raise
-        # A class of its own for each mapping: plain ctypes arrays take no weak reference.
+        # A new class for each mapping: plain ctypes arrays do not support weak references.
         region: Any = type("_MappedBytes", (ctypes.c_char * self.nbytes,), {}).from_address(self._base)  # type: ignore[attr-defined]
-        # Not at exit: parameters may still lie here, and others' exit handlers may read them.
+        # Not at exit: parameters may still be in this mapping, and other exit handlers may read them.
         weakref.finalize(region, _munmap, self._base, self.nbytes).atexit = False
         self._bytes: memoryview | None = memoryview(region).cast("B")
-        # Spans that a storage still refers to: torch holds the memoryview that it was given until the storage dies.
+        # Spans of live storages: torch keeps the memoryview until the storage is freed.
         self._spans: weakref.WeakValueDictionary[int, memoryview] = weakref.WeakValueDictionary()
         self._ranges: dict[int, tuple[int, int]] = {}
         self._attached = True
         self._pagemap: tuple[int, int] | None = None
-        # Storages are made, and the file is let go, by one thread at a time. A finalizer may do so within either.
+        # One thread at a time creates storages or detaches. Reentrant: a finalizer may detach inside either.
         self._lock = threading.RLock()
         self._is_detaching = False
         self._is_watched = watch is not None
@@ -105,19 +105,19 @@ class FileMapping:
                 raise DetachedError(f"{source.files[0].name} is being rewritten in place.")
 
     def storage(self, offset: int, nbytes: int) -> torch.UntypedStorage:
-        """A CPU storage over ``nbytes`` of the file from ``offset`` on. No byte is read.
+        """A CPU storage over ``nbytes`` bytes from ``offset`` in the run of all files. No byte is read.
 
-        Writing to it is safe and stays in this process.
+        Writing to the storage is safe: the file does not change.
 
         Raises:
-            DetachedError: The file was let go of.
-            ValueError: There are no such bytes.
+            DetachedError: The mapping has released the file.
+            ValueError: The range is empty or not within the files.
         """
         if not 0 <= offset < offset + nbytes <= self.nbytes:
             raise ValueError(f"bytes {offset} to {offset + nbytes} are not within the {self.nbytes} mapped bytes")
         with self._lock:
             if self._bytes is None or not self._attached:
-                raise DetachedError(f"{self.source.place(offset)[0]} was let go of.")
+                raise DetachedError(f"The mapping has released {self.source.place(offset)[0]}.")
             span = self._bytes[offset : offset + nbytes]
             token = len(self._ranges)
             self._spans[token] = span
@@ -125,11 +125,14 @@ class FileMapping:
             return torch.frombuffer(span, dtype=torch.uint8).untyped_storage()
 
     def leave_to_storages(self) -> None:
-        """Hands out no more storages. From here on the mapping goes with the last of them, whoever refers to this."""
+        """Ends the creation of storages. From now on the mapping is freed with the last storage.
+
+        References to this object no longer keep it.
+        """
         self._bytes = None
 
     def offset_of(self, tensor: torch.Tensor) -> int | None:
-        """File offset of the tensor's first element, ``None`` when its memory is not the file's."""
+        """Offset of the tensor's first element in the run of all files. ``None`` if its memory is not the mapping's."""
         if not self._attached or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
             return None
         offset = tensor.data_ptr() - self._base
@@ -141,15 +144,16 @@ class FileMapping:
         return sum(self._ranges[token][1] for token in list(self._spans))
 
     def are_pristine(self, ranges: Sequence[tuple[int, int]]) -> list[bool]:
-        """Whether nobody wrote to these bytes since they were mapped, so that the file still tells what they are.
+        """Whether ranges have not been written since they were mapped, so that the file still holds their bytes.
 
-        The kernel's own page table answers, so writes through numpy, ``.data`` or foreign code count too. A page is the
-        unit: a neighbour's write makes it ``False``. ``False`` also when the system does not tell.
+        The answer comes from the kernel's page table, so writes through numpy, ``.data`` or foreign code count too. The
+        unit is a page: a write to other bytes of the page makes it ``False``. ``False`` also if the page table cannot
+        be read.
 
         Args:
-            ranges: Start and end of each range, in bytes from the start of the file. None of them empty.
+            ranges: Start and end of each range, in bytes in the run of all files. No range is empty.
         """
-        # The mapping starts on a page, so offsets in the file and addresses round alike.
+        # The mapping starts at a page boundary, so offsets and addresses round to pages alike.
         pages = [(start // _PAGE, (end - 1) // _PAGE + 1) for start, end in ranges]
         written = self._find_written(pages)
         if not written:
@@ -157,7 +161,7 @@ class FileMapping:
         return [bisect_left(written, start) == bisect_left(written, end) for start, end in pages]
 
     def _find_written(self, pages: Sequence[tuple[int, int]]) -> list[int] | None:
-        """Which pages of some ranges of pages somebody wrote to, in order; ``None`` when the system does not tell."""
+        """The written pages in ranges of pages, in order. ``None`` if the page table cannot be read."""
         written: list[int] = []
         try:
             pagemap = self._open_pagemap()
@@ -176,38 +180,37 @@ class FileMapping:
         return written
 
     def _open_pagemap(self) -> int:
-        """The descriptor of this process's page table. A fork inherits one that shows the parent's."""
+        """The descriptor of this process's page table. Reopened after a fork: the old one is the parent's."""
         if self._pagemap is None or self._pagemap[0] != os.getpid():
             self._pagemap = os.getpid(), os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
             weakref.finalize(self, os.close, self._pagemap[1])
         return self._pagemap[1]
 
     def detach(self, *, beside_others: bool = False) -> int:
-        """Lets go of the file: what storages still refer to becomes ordinary memory, at the same addresses.
+        """Releases the file: bytes under live storages become ordinary memory, at the same addresses.
 
-        Tensors keep their values and stay valid. Afterwards the process maps no byte of the file and holds no
-        descriptor of it, so it can be deleted and its disk space is returned. A watch closes its own.
+        Tensors keep their values and stay valid. Afterwards the process maps no byte of the file and has no descriptor
+        of it, so the file can be deleted and its disk space is freed. A watch closes its own descriptors.
 
-        What nobody wrote to is read from the file, not from the mapping: of a file that was cut short meanwhile, that
-        would kill the process.
+        Unwritten pages are read from the file, not through the mapping: reading the mapping of a truncated file would
+        kill the process (SIGBUS).
 
         Args:
-            beside_others: Other threads go on meanwhile. Optimizers are waited for, so that none of what they write is
-                lost, for 20 s at most.
+            beside_others: Other threads run meanwhile. The call then waits for optimizer steps, for 20 s at most, so
+                that their writes are not lost.
 
         Returns:
-            Bytes that were copied because somebody still refers to them.
+            Bytes that were copied because live storages use them.
 
         Raises:
-            CheckpointReadError: Reading failed. Nothing of the file is mapped all the same; what could not be read is
-                zero.
+            CheckpointReadError: Reading failed. The file is released all the same, and the unread bytes are zero.
 
-        Peak memory is the returned bytes, which stay, plus at most 32 MiB.
+        Peak memory: the returned bytes, which stay, plus at most 32 MiB.
         """
         with self._lock:
             if not self._attached or self._is_detaching:
                 return 0
-            # The addresses are this mapping's for as long as one of these is: the rest may go meanwhile.
+            # These references keep the address range reserved, even if all storages are freed meanwhile.
             region = self._bytes
             spans = {token: span for token, span in self._spans.items() if span is not None}
             self._is_detaching = True
@@ -215,7 +218,7 @@ class FileMapping:
                 alive = [self._ranges[token] for token in spans]
                 copied, failure = 0, None
                 if spans or region is not None:
-                    copied, failure = self._take_out(alive, beside_others)
+                    copied, failure = self._unmap_file(alive, beside_others)
                 self._attached = False
             finally:
                 self._is_detaching = False
@@ -226,29 +229,29 @@ class FileMapping:
             raise failure
         return copied
 
-    def _take_out(self, alive: list[tuple[int, int]], beside_others: bool) -> tuple[int, CheckpointReadError | None]:
-        """Puts ordinary memory in the place of some ranges, and nothing in the place of all others."""
+    def _unmap_file(self, alive: list[tuple[int, int]], beside_others: bool) -> tuple[int, CheckpointReadError | None]:
+        """Replaces the live ranges by ordinary memory, and unmaps all others."""
         copied = 0
         position = 0
         failure: CheckpointReadError | None = None
         chunk_bytes = _SMALL_CHUNK_BYTES if beside_others else _DETACH_CHUNK_BYTES
         deadline = time.monotonic() + (_STEPS_SECONDS if beside_others else 0.0)
         for start, end in _page_ranges(sorted(alive), self.nbytes):
-            self._blank(position, start)
+            self._discard_pages(position, start)
             for chunk in range(start, end, chunk_bytes):
                 size = min(chunk_bytes, end - chunk)
-                # Filled beside and moved over the old pages in one step, so that no other thread sees a gap.
+                # The new pages are filled first and moved over the old ones atomically, so other threads see no gap.
                 fresh = _mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
                 wait_for_steps(deadline)
                 failure = self._copy(chunk, min(size, self.nbytes - chunk), fresh) or failure
                 _mremap_over(fresh, size, self._base + chunk)
                 copied += size
             position = end
-        self._blank(position, _page_up(self.nbytes))
+        self._discard_pages(position, _page_up(self.nbytes))
         return copied, failure
 
     def _copy(self, start: int, nbytes: int, address: int) -> CheckpointReadError | None:
-        """Copies bytes, from the first of a page on: of pages that somebody wrote to from there, else from the file."""
+        """Copies bytes that start at a page boundary: written pages from the mapping, all others from the file."""
         first, last = start // _PAGE, (start + nbytes - 1) // _PAGE + 1
         written = self._find_written([(first, last)])
         if written is None:
@@ -273,7 +276,7 @@ class FileMapping:
                 count = self.source.readv([buffer], offset)
             except OSError as error:
                 if error.errno in (errno.ESTALE, errno.ENOENT):
-                    # One of many files, each opened anew for reading, has lost its name; the mapping has it still.
+                    # A file that is reopened for each read has lost its name. The mapping still has its bytes.
                     target = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
                     ctypes.memmove(target, self._base + offset, len(buffer))
                     return None
@@ -284,16 +287,16 @@ class FileMapping:
             if count <= 0:
                 return CheckpointReadError(
                     f"{path} ends at byte {position}, but a tensor of it that is still in use needs more: the file was "
-                    "cut short while it was restored.",
+                    "truncated while it was restored.",
                     path=path, key=None, offset=position,
                 )  # fmt: skip
             buffer, offset = buffer[count:], offset + count
         return None
 
-    def _blank(self, start: int, end: int) -> None:
-        """Replaces unused pages of the file by reserved address space, which costs nothing.
+    def _discard_pages(self, start: int, end: int) -> None:
+        """Replaces unused pages of the file by reserved address space, which takes no memory.
 
-        Unmapping them would let others take the addresses, which the final munmap would then tear down.
+        After a plain munmap another mapping could take the addresses, and the final munmap would then unmap it.
         """
         if end > start:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
@@ -301,20 +304,20 @@ class FileMapping:
 
 
 def _written_pages(entries: bytearray) -> list[int]:
-    """Positions of the pagemap entries that are neither absent pages nor unmodified pages of a file.
+    """Positions of the pagemap entries of written pages: all that are neither absent nor unmodified file pages.
 
-    Bits 63 (present), 62 (swapped) and 61 (page of a file), see Documentation/admin-guide/mm/pagemap.rst. A page that
-    was written in a private mapping is anonymous: present without bit 61, or swapped.
+    Uses bits 63 (present), 62 (swapped) and 61 (page of a file), see Documentation/admin-guide/mm/pagemap.rst. A
+    written page of a private mapping is anonymous: present without bit 61, or swapped.
     """
     if int.from_bytes(entries[:8], sys.byteorder) >> 61 in (0, 5) and entries == entries[:8] * (len(entries) // 8):
-        return []  # All alike: the usual answer, that nobody touched anything.
+        return []  # All entries are equal: no page was written. This is the usual case.
     states = (torch.frombuffer(entries, dtype=torch.int64) >> 61) & 7
     written = (states != 0) & (states != 5)
     return written.nonzero().flatten().tolist() if written.any() else []
 
 
 def _page_ranges(ranges: list[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
-    """Merges (offset, nbytes) ranges, sorted, into page-aligned (start, end) ranges that do not overlap."""
+    """Merges sorted (offset, nbytes) ranges into page-aligned (start, end) ranges that do not overlap."""
     merged: list[tuple[int, int]] = []
     for offset, nbytes in ranges:
         start, end = offset // _PAGE * _PAGE, _page_up(min(offset + nbytes, limit))
@@ -333,7 +336,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True) if FileMapping.supported else None
 
 
 def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:
-    """``mmap(2)``: the standard library's module can neither place a mapping nor give up its descriptor."""
+    """``mmap(2)``. The standard library's module can neither map at a given address nor close its descriptor."""
     assert _LIBC is not None
     call = _LIBC.mmap
     call.restype = ctypes.c_void_p
@@ -364,7 +367,7 @@ def _munmap(address: int, nbytes: int) -> None:
 
 
 def _mremap_over(address: int, nbytes: int, target: int) -> None:
-    """Moves pages from ``address`` to ``target``, replacing what is mapped there, in one atomic step."""
+    """Moves pages from ``address`` to ``target`` in one atomic step. They replace what is mapped there."""
     assert _LIBC is not None
     call = _LIBC.mremap
     call.restype = ctypes.c_void_p

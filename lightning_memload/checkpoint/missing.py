@@ -1,4 +1,4 @@
-"""What to say of a path at which there is nothing: people give names of the Hugging Face Hub where a path is needed."""
+"""Error messages for a path that does not exist: users often give a name of the Hugging Face Hub instead of a path."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import re
 
 __all__ = ["hub_advice", "require_exists"]
 
-# As the Hub has them: an owner and a name, no suffix of a file and no folder above.
+# A name of the Hub: an owner and a name, without the suffix of a file and without a parent folder.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".json", ".index")
 
 
 def require_exists(path: str) -> None:
-    """Raises unless there is something at a local path.
+    """Raises unless a local path exists.
 
     Raises:
-        FileNotFoundError: There is not. It says what to do if the path looks like a name of the Hub.
-        OSError: The path cannot be looked at.
+        FileNotFoundError: It does not exist. The message gives advice if the path looks like a name of the Hub.
+        OSError: The path cannot be examined.
     """
     try:
         os.stat(path)
@@ -30,7 +30,7 @@ def require_exists(path: str) -> None:
 
 
 def hub_advice(path: str) -> str | None:
-    """A sentence for a path that looks like a name of the Hub, and ``None`` for any other."""
+    """Advice for a path that looks like a name of the Hub. ``None`` for any other path."""
     if not _HUB_NAME.fullmatch(path) or path.endswith(_SUFFIXES) or os.path.isdir(os.path.dirname(path)):
         return None
     return (

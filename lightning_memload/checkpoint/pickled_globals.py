@@ -1,8 +1,7 @@
-"""What ``weights_only`` refuses: which names of a checkpoint, in words that help, and how a user allows some of them.
+"""Finds the classes of a checkpoint that ``weights_only`` refuses, explains the refusal, and allows names of the user.
 
-torch alone judges: the names that a file holds are put to ``torch.serialization.get_unsafe_globals_in_checkpoint``, and
-what is allowed goes through ``torch.serialization.safe_globals``, for one load. Nothing is imported that only a file
-names.
+Only torch decides: the names in a file are passed to ``torch.serialization.get_unsafe_globals_in_checkpoint``, and
+allowed names to ``torch.serialization.safe_globals``, for one load. A name that only a file contains is never imported.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ from lightning_memload.units import counted
 
 __all__ = ["SafeGlobal", "allow_globals", "check_safe_globals", "explain_refusal", "refused_globals"]
 
-# A class or function, its dotted name, or one with the name that the file has for it, as torch takes them.
+# A class or function, its dotted name, or a pair of an object and its name in the file, as in torch.
 SafeGlobal = str | type | Callable[..., Any] | tuple[Callable[..., Any], str]
 
-# The end of what torch's unpickler (2.6 to 2.13) says of an object that was made by an allowed function.
+# The end of the message of torch's unpickler (2.6 to 2.13) for an object that an allowed function returned.
 _OF_CLASS = re.compile(r"but got <class '([\w.<>]+)'>")
-# Modules of which torch (2.6 to 2.13) allows nothing, whatever a user says.
+# Modules of which torch (2.6 to 2.13) refuses all names, even allowed ones.
 _NEVER = frozenset(("sys", "os", "posix", "nt"))
 _NAME = re.compile(r"[^\n\r]+")
 
 
 def refused_globals(found: Sequence[PickledGlobal]) -> tuple[PickledGlobal, ...]:
-    """Those of some names that ``torch.load(weights_only=True)`` refuses now, by torch's own word."""
+    """The names that ``torch.load(weights_only=True)`` refuses at this moment, according to torch."""
     askable = [item for item in found if _NAME.fullmatch(item.module) and _NAME.fullmatch(item.qualname)]
     lines = [f"c{item.module}\n{item.qualname}\n".encode(errors="replace") for item in askable]
     archive = io.BytesIO()
@@ -51,11 +50,11 @@ def refused_globals(found: Sequence[PickledGlobal]) -> tuple[PickledGlobal, ...]
 
 
 def check_safe_globals(safe_globals: Sequence[SafeGlobal]) -> tuple[tuple[Any, str], ...]:
-    """What a user allows, each with the full name that files have for it. Imports what is given by name.
+    """The classes and functions that a user allows, each with its full name in files. Imports those given by name.
 
     Raises:
         ValueError: A name cannot be imported.
-        TypeError: It is no sequence of classes, functions and names.
+        TypeError: ``safe_globals`` is not a sequence of classes, functions and names.
     """
     if isinstance(safe_globals, str) or not isinstance(safe_globals, Sequence):
         raise TypeError(f"safe_globals must be a list of classes or of their names, got {safe_globals!r}.")
@@ -74,14 +73,16 @@ def check_safe_globals(safe_globals: Sequence[SafeGlobal]) -> tuple[tuple[Any, s
 
 @contextlib.contextmanager
 def allow_globals(safe_globals: Sequence[SafeGlobal]) -> Iterator[None]:
-    """Within, ``weights_only`` allows some classes and functions more, as ``torch.serialization.safe_globals`` does.
+    """A context in which ``weights_only`` also allows some classes and functions.
+
+    Works like ``torch.serialization.safe_globals``.
 
     Raises:
         ValueError: See :func:`check_safe_globals`.
-        TypeError: Likewise.
+        TypeError: See :func:`check_safe_globals`.
     """
     allowed = check_safe_globals(safe_globals)
-    # torch's context (2.13) takes away at its end what was allowed for good before.
+    # The exit of torch's context (2.13) removes its names even if they were allowed before, so those are not passed.
     before: list[Any] = torch.serialization.get_safe_globals()
     named = {item[1] if isinstance(item, tuple) else f"{item.__module__}.{item.__qualname__}" for item in before}
     with torch.serialization.safe_globals([item for item in allowed if item[1] not in named]):
@@ -89,11 +90,11 @@ def allow_globals(safe_globals: Sequence[SafeGlobal]) -> Iterator[None]:
 
 
 def explain_refusal(index: Checkpoint, error: pickle.UnpicklingError) -> pickle.UnpicklingError:
-    """A better error for one that ``torch.load(weights_only=True)`` raised.
+    """Makes a more helpful error from an error of ``torch.load(weights_only=True)``.
 
     Returns:
-        One that names every refused class and what to do; the error itself if none is refused, such as for a pickle
-        protocol that torch does not read.
+        An error that names every refused class and gives advice. The given error if no class is refused, for example
+        for a pickle protocol that torch does not read.
     """
     refused = list(refused_globals(index.globals))
     made = _OF_CLASS.search(str(error))
@@ -113,7 +114,7 @@ def explain_refusal(index: Checkpoint, error: pickle.UnpicklingError) -> pickle.
     if unbuildable:
         lines.append(
             f"torch cannot build {', '.join(unbuildable)} under weights_only=True, allowed or not. If you trust the "
-            "file, load it with weights_only=False, which runs whatever code it names."
+            "file, load it with weights_only=False, which runs any code that it names."
         )
     else:
         lines.append(
@@ -122,7 +123,7 @@ def explain_refusal(index: Checkpoint, error: pickle.UnpicklingError) -> pickle.
             "for all loads of this program with"
         )
         lines += [f"    {line}" for line in _allowing_lines(refused)]
-        lines.append("weights_only=False loads the file too, and runs whatever code it names.")
+        lines.append("weights_only=False loads the file too, and runs any code that it names.")
     return UnsafeGlobalsError(
         "\n".join(lines),
         path=index.path,
@@ -135,7 +136,7 @@ def _is_safe(item: PickledGlobal) -> bool:
 
 
 def _allowing_lines(refused: Sequence[PickledGlobal]) -> list[str]:
-    """Lines of Python that allow some names for good."""
+    """Lines of Python that allow names for all later loads of a program."""
     modules = {item.module for item in refused} - {"builtins", "__builtin__", "__main__"}
     expressions = [_expression(item) for item in refused]
     imports = [f"import {module}" for module in sorted({*modules, "torch"})]
@@ -147,13 +148,13 @@ def _expression(item: PickledGlobal) -> str:
     known = functools.reduce(
         lambda value, part: getattr(value, part, None), item.qualname.split("."), sys.modules.get(item.module)
     )
-    # torch looks for the name that an object gives itself, which may be another than the file's.
+    # torch uses the name in the object's own attributes, which may differ from the name in the file.
     own = f"{getattr(known, '__module__', None)}.{getattr(known, '__qualname__', None)}"
     return plain if known is None or own == item.name else f"({plain}, {item.name!r})"
 
 
 def _import(name: str) -> Any:
-    """The object of a dotted name, nested in a class too."""
+    """Imports the object of a dotted name. It may be nested in a class."""
     parts = name.split(".")
     reason: Exception | None = None
     for count in range(len(parts) - 1, 0, -1):

@@ -1,7 +1,7 @@
-"""The files of a checkpoint in shards: which there are, and which tensor the index of Hugging Face puts in which.
+"""Finds the files of a sharded checkpoint with the index of Hugging Face, for every format of the shards.
 
-The same for every format of the shards. The index is what people edit, copy halfway and forget to update, so it says
-which files belong to the checkpoint, and no more: which tensors there are, the files say.
+Users edit the index, copy it without some shards, or forget to update it. So it only decides which files belong to the
+checkpoint. The tensors are read from the files themselves.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ __all__ = [
 ]
 
 INDEX_SUFFIX = ".index.json"
-# Files that hold a whole checkpoint, by the custom of transformers and diffusers. Others may be of an optimizer.
+# Names of files that hold a whole checkpoint, by convention of transformers and diffusers. Other files may hold other
+# things, for example optimizer states.
 WHOLE_SAFETENSORS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 WHOLE_TORCH = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 
 
 def visible_names(folder: str) -> list[str]:
-    """The names in a directory, in order. Hidden ones are leftovers of downloads and of other systems, never shards."""
+    """The names in a directory, sorted, without hidden ones: these come from downloads or other systems."""
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
 
@@ -42,14 +43,14 @@ def is_shard_index(path: str) -> bool:
     """Whether a file is JSON text with a ``weight_map``; damaged JSON counts as well."""
     with open(path, "rb") as file:
         start = file.read(64)
-        # No text has a zero byte, and every length of a safetensors header within the limit has one.
+        # Not a safetensors file: text has no zero byte, but every valid length of a safetensors header has one.
         if not start.lstrip().startswith(b"{") or b"\0" in start[:9]:
             return False
         return b'"weight_map"' in start + file.read(MAX_HEADER_BYTES)
 
 
 def holds_torch_shards(folder: str) -> bool:
-    """Whether the weights in a directory are files of ``torch.save``. Where both are, safetensors files come first."""
+    """Whether the weights in a directory are files of ``torch.save``. ``False`` if it has safetensors files too."""
     names = visible_names(folder)
     if any(name in WHOLE_SAFETENSORS or name.endswith(f".safetensors{INDEX_SUFFIX}") for name in names):
         return False
@@ -57,7 +58,7 @@ def holds_torch_shards(folder: str) -> bool:
 
 
 def is_torch_index(path: str) -> bool:
-    """Whether a file is an index of shards of ``torch.save``, not of safetensors files, by its name or by theirs."""
+    """Whether a file is an index of shards of ``torch.save``, judged by its name, or else by the shards' names."""
     if not is_shard_index(path):
         return False
     if path.endswith((f".bin{INDEX_SUFFIX}", f".safetensors{INDEX_SUFFIX}")):
@@ -69,31 +70,31 @@ def is_torch_index(path: str) -> bool:
 
 
 def find_shards(path: str, suffix: str, whole: Sequence[str]) -> list[str] | None:
-    """The files of a checkpoint in the order of their names.
+    """The files of a checkpoint, sorted by name.
 
     Args:
         path: A directory, an index of shards, or one file of weights.
-        suffix: Of the shards' names, such as ``".safetensors"``.
-        whole: Names of files that hold a whole checkpoint, by custom. One of them is the checkpoint of a directory
-            without an index, whatever lies beside it.
+        suffix: The suffix of the shards' names, such as ``".safetensors"``.
+        whole: Conventional names of files that hold a whole checkpoint. In a directory without an index, such a file is
+            the checkpoint, and all other files are ignored.
 
     Returns:
-        ``None`` for a directory that has neither an index nor such a file.
+        The paths. ``None`` for a directory that has neither an index nor such a file.
 
     Raises:
-        CheckpointFormatError: There are several indexes, the one there is damaged, or it names files that are missing.
+        CheckpointFormatError: There are several indexes, the index is damaged, or it names missing files.
     """
     if not os.path.isdir(path):
         if not is_shard_index(path):
             return [path]
-        # Not the directory behind a symbolic link: in a Hugging Face cache the shards lie beside the link.
+        # A symbolic link is not resolved: in a Hugging Face cache the shards are in the directory of the link.
         return _listed_shards(path, os.path.dirname(path), path)
     names = visible_names(path)
     indexes = [name for name in names if name.endswith(suffix + INDEX_SUFFIX)]
     if len(indexes) > 1:
         raise CheckpointFormatError(
-            f"{path} holds {len(indexes)} indexes ({listed(map(short, indexes))}), so which one is meant cannot be "
-            "told. Give the path of one of them.",
+            f"{path} holds {len(indexes)} indexes ({listed(map(short, indexes))}), so which one to use is ambiguous. "
+            "Give the path of one of them.",
             path=path,
         )
     if indexes:
@@ -114,8 +115,8 @@ def _listed_shards(path: str, folder: str, index_path: str) -> list[str]:
         advice = "Copy or download them again."
         if others:
             advice += (
-                f" The index does not name {listed(map(short, others))}, which lie there too: if these are the "
-                "checkpoint, the index belongs to another one, so give their own index, or remove this one."
+                f" The index does not name {listed(map(short, others))}, which are there too. If these files are the "
+                "checkpoint, the index belongs to another one: give their own index, or remove this one."
             )
         raise CheckpointFormatError(
             f"{path} is not complete: of its {len(shards)} files {len(missing)} are missing or no regular files: "
@@ -126,10 +127,10 @@ def _listed_shards(path: str, folder: str, index_path: str) -> list[str]:
 
 
 def read_shard_names(path: str) -> list[str]:
-    """Which files the index of a sharded checkpoint names, in order. They may lie in folders beside it.
+    """The names of the shards in an index, sorted. A name may include folders.
 
     Raises:
-        CheckpointFormatError: It is no such index, or names a file outside its directory, or none.
+        CheckpointFormatError: The file is not such an index, or a name in it is not that of a file in its directory.
     """
     with LocalFile(path) as file:
         if file.size_bytes > MAX_HEADER_BYTES:
@@ -149,26 +150,26 @@ def read_shard_names(path: str) -> list[str]:
     refused = [f"{short(name)} for {short(key)}" for key, name in weight_map.items() if not _stays_within(name)]
     if refused:
         raise CheckpointFormatError(
-            f"{path} names {len(refused)} shards that are no names of files in its own directory: {listed(refused)}. "
-            "Put the shards beside the index.",
+            f"{path} names {len(refused)} shards that are not files in its own directory: {listed(refused)}. Put the "
+            "shards into the directory of the index.",
             path=path,
         )
     return sorted(set(weight_map.values()))
 
 
 def _stays_within(name: object) -> bool:
-    """Whether a shard's name stays in the directory. A symbolic link there may lead out, as in a cache."""
+    """Whether a shard's name is inside the directory. A symbolic link there may point outside, as in a cache."""
     if not isinstance(name, str) or any(sign in name for sign in "\\\0"):
         return False
     return all(part not in ("", ".", "..") for part in name.split("/"))
 
 
 def keep_last(path: str, found: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Which file each tensor is taken from: of several that have it, the last, as Hugging Face's loaders do.
+    """The file from which each tensor is read. The last one, if several files have it, as in Hugging Face's loaders.
 
     Args:
         path: The checkpoint.
-        found: Each tensor's name and the file that it is in, in the order of the files.
+        found: Pairs of a tensor's name and its file, in the order of the files.
     """
     holders: dict[str, str] = {}
     twice: list[str] = []

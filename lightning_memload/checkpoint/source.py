@@ -1,7 +1,7 @@
-"""Where bytes come from: one class per place, all with the same two methods.
+"""Sources of bytes: one class for each kind of place, all with the same two methods.
 
-A source fills buffers at an offset and says which file is there; it knows nothing of tensors. Sources are used by
-several threads at once and keep no position. Whoever needs every byte asks through :func:`read_fully`.
+A source fills buffers from an offset and names the file at an offset. It does not know tensors. Several threads use a
+source at once, so it has no position. A read may be short; :func:`read_fully` reads all bytes or raises.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from lightning_memload.errors import CheckpointReadError
 
 __all__ = ["ByteSource", "FilePart", "FileSet", "LocalFile", "read_fully"]
 
-# More than this many files are opened anew for every read: a process may often have no more than 1024 open.
+# With more files than this, each file is reopened for every read: many systems limit a process to 1024 open files.
 _MAX_OPEN_FILES = 64
 # The kernel takes at most 1024 buffers in one preadv (IOV_MAX).
 _MAX_BUFFERS_PER_READ = 1024
 
 
 class ByteSource(Protocol):
-    """What the transfer asks of a place that holds bytes."""
+    """A place that bytes are read from."""
 
     def place(self, offset: int) -> tuple[str, int]:
-        """Which file is at ``offset``, as messages should call it, and the position within it."""
+        """The file at ``offset``, by its name for messages, and the position in it."""
         ...
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Fills ``buffers`` one after the other with the bytes from ``offset`` on.
+        """Fills ``buffers`` one after the other with the bytes that start at ``offset``.
 
         Args:
             buffers: Writable byte views.
             offset: Position of the first byte.
 
         Returns:
-            Bytes that were read, at least one unless the end was reached. Fewer than asked for is no error.
+            Number of bytes read, at least 1 unless the end is reached. A short read is not an error.
 
         Raises:
             OSError: The read failed.
@@ -51,16 +51,16 @@ class ByteSource(Protocol):
 def read_fully(
     source: ByteSource, buffers: Sequence[memoryview], offset: int, *, name_at: Callable[[int], str | None]
 ) -> None:
-    """Fills all buffers with the bytes from an offset on, however many reads that takes.
+    """Fills all buffers with the bytes that start at an offset, with as many reads as needed.
 
     Args:
-        source: Where the bytes are.
-        buffers: Writable byte views, none of them empty.
+        source: The source of the bytes.
+        buffers: Writable byte views. None of them is empty.
         offset: Position of the first byte.
-        name_at: Which tensor lies at an offset. Asked only when reading fails there.
+        name_at: Returns the name of the tensor at an offset. Called only if reading fails there.
 
     Raises:
-        CheckpointReadError: A read failed or met the end of the file.
+        CheckpointReadError: A read failed or reached the end of the file.
     """
     while buffers:
         batch = buffers[:_MAX_BUFFERS_PER_READ]
@@ -83,7 +83,7 @@ def read_fully(
             path, position = source.place(offset)
             raise CheckpointReadError(
                 f"{path} ends at byte {position}, but {name or 'a tensor'} needs {missing} bytes more: the file was "
-                "cut short while it was read.",
+                "truncated while it was read.",
                 path=path,
                 key=name,
                 offset=position,
@@ -105,16 +105,16 @@ class LocalFile:
 
     Args:
         path: The file.
-        drop_behind: Give the page cache of what was read back to the kernel, but only where it was not cached before
-            the read. On a cold file this is the fastest way to read once, and a memory cgroup is charged less; what
-            other processes keep warm stays warm. Leave it off when other ranks read the same file.
-        keep_open: ``False`` opens the file anew for every read, and makes sure that it is still the same.
+        drop_behind: Drop pages from the page cache after they were read, but only pages that were not cached before.
+            For a cold file this is the fastest way to read it once, and it charges a memory cgroup less. Pages that
+            other processes keep cached stay cached. Do not use it if other ranks read the same file.
+        keep_open: ``False``: reopen the file for every read, and check that it is still the same file.
 
     Raises:
         OSError: The file cannot be opened.
     """
 
-    # Flags of Linux >= 4.14; absent elsewhere, where drop_behind then does nothing.
+    # A flag of Linux >= 4.14. Without it drop_behind has no effect.
     _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
     def __init__(self, path: str | os.PathLike[str], *, drop_behind: bool = False, keep_open: bool = True) -> None:
@@ -142,7 +142,7 @@ class LocalFile:
 
     @property
     def drop_behind(self) -> bool:
-        """Whether cold pages are given back after they were read."""
+        """Whether pages that were not cached before are dropped after they were read."""
         return self._drop_behind
 
     @drop_behind.setter
@@ -152,7 +152,7 @@ class LocalFile:
             self._advise(self._fd)
 
     def _advise(self, descriptor: int) -> None:
-        # No reading ahead: it would make the next block look as if somebody else had kept it warm.
+        # No read-ahead: the next block would then look as if another process had cached it.
         advice = os.POSIX_FADV_RANDOM if self._drop_behind else os.POSIX_FADV_NORMAL
         os.posix_fadvise(descriptor, 0, 0, advice)
 
@@ -160,10 +160,10 @@ class LocalFile:
         raise TypeError(f"An open file ({self._path}) cannot be copied or pickled.")
 
     def open_descriptor(self) -> int:
-        """A descriptor of this very file for the caller, who closes it.
+        """A new descriptor of the same file. The caller closes it.
 
         Raises:
-            OSError: The file cannot be opened, or another one has taken its place.
+            OSError: The file cannot be opened, or it was changed or replaced.
         """
         if not self._reopens:
             return os.dup(self._fd)
@@ -177,18 +177,18 @@ class LocalFile:
 
     @property
     def is_open(self) -> bool:
-        """Whether this holds a descriptor: neither closed nor opened anew for every read."""
+        """Whether this object has a descriptor: it is not closed, and does not reopen the file for every read."""
         return self._fd >= 0
 
     def fileno(self) -> int:
-        """The descriptor, which stays this object's; -1 when there is none."""
+        """The descriptor, which this object owns. -1 if there is none."""
         return self._fd
 
     def reopened(self) -> LocalFile:
-        """The very same file, whatever its name is by now, under a descriptor that shares nothing with this one.
+        """The same file under an independent descriptor, even if the file has been renamed since.
 
         Raises:
-            OSError: It cannot be opened, or it was changed since it was opened.
+            OSError: The file cannot be opened, or it was changed since it was opened.
         """
         other = LocalFile(self._path if self._reopens else f"/proc/self/fd/{self._fd}")
         other._path = self._path
@@ -198,9 +198,9 @@ class LocalFile:
         return other
 
     def is_changed(self) -> bool:
-        """Whether the file has another size or time of modification than when it was opened.
+        """Whether the file has another size or modification time than when it was opened.
 
-        One that has lost its name to another file is not changed.
+        ``False`` for a file that was replaced by another one of the same name: the file itself has not changed.
         """
         try:
             state = _state_from(os.fstat(self._fd) if self.is_open else os.stat(self._path))
@@ -226,11 +226,11 @@ class LocalFile:
         except BlockingIOError:
             cached = 0
         except OSError:
-            # The file system cannot tell cold from warm. Then the cache is nobody's but everybody's: leave it alone.
+            # The file system cannot tell cached pages from others. Keep them all: other processes may use them.
             self.drop_behind = False
             return os.preadv(descriptor, buffers, offset)
         if cached:
-            # The cached part was warm before: keep it. The caller comes back for the rest.
+            # This part was cached before: keep it cached. The caller reads the rest with another call.
             return cached
         count = os.preadv(descriptor, buffers, offset)
         if count:
@@ -241,7 +241,7 @@ class LocalFile:
         """Reads exactly ``nbytes`` at ``offset``; fewer only at the end of the file.
 
         Raises:
-            OSError: The read failed, or the file is opened anew for every read and another one has taken its place.
+            OSError: The read failed, or the file is reopened for every read and was changed or replaced.
         """
         descriptor = self.open_descriptor() if self._reopens else self._fd
         chunks = []
@@ -259,7 +259,7 @@ class LocalFile:
         return b"".join(chunks)
 
     def close(self) -> None:
-        """Closes the descriptor; reading fails from then on. Closing twice is fine."""
+        """Closes the descriptor. Reading fails from then on. A second call does nothing."""
         self._reopens = False
         if self._fd >= 0:
             os.close(self._fd)
@@ -277,18 +277,19 @@ class LocalFile:
 
 
 class FilePart:
-    """A stretch of a file that is read like a file of its own.
+    """A part of a file that is read like a separate file.
 
-    Its first and last bytes are read once: formats describe themselves there, in a dozen small reads.
+    The constructor reads its first and last bytes: formats keep their headers there, and parse them with a dozen small
+    reads.
 
     Args:
-        file: The file. It stays open.
-        name: What messages call the part.
-        start: Its first byte.
-        nbytes: Its length. All of it must lie in the file.
+        file: The file. It must stay open.
+        name: The name of the part in messages.
+        start: Position of its first byte in the file.
+        nbytes: Its length. The whole part must be within the file.
     """
 
-    # A record of one tensor in torch's layout is described by fewer than these.
+    # The zip headers around one tensor in torch's layout take less than this.
     _EDGE_BYTES = 1024
 
     def __init__(self, file: LocalFile, name: str, start: int, nbytes: int) -> None:
@@ -304,7 +305,7 @@ class FilePart:
         self._tail_start = nbytes - len(self._tail)
 
     def pread(self, nbytes: int, offset: int) -> bytes:
-        """Reads exactly ``nbytes`` at ``offset`` from the part's start; fewer only at its end."""
+        """Reads exactly ``nbytes`` at ``offset`` within the part; fewer only at its end."""
         end = min(offset + nbytes, self.size_bytes)
         if end <= len(self._head):
             return self._head[offset:end]
@@ -322,10 +323,10 @@ def _state_from(status: os.stat_result) -> tuple[int, int, int, int]:
 
 
 class FileSet:
-    """Several files as one run of bytes, laid out as :func:`lay_out` says: what an index calls an offset.
+    """Several files as one run of bytes, laid out by :func:`lay_out`. Offsets of an index are positions in this run.
 
     Args:
-        paths: The files, in the order of the index. Closed together with the set.
+        paths: The files, in the order of the index. The set opens and closes them.
 
     Raises:
         OSError: A file cannot be opened.
@@ -340,14 +341,14 @@ class FileSet:
 
     @property
     def nbytes(self) -> int:
-        """Length of the run, from the first byte of the first file to the last byte of the last."""
+        """Length of the run in bytes, from the first byte of the first file to the last byte of the last file."""
         return self.spans[-1].start + self.spans[-1].nbytes if self.spans else 0
 
     def reopened(self) -> FileSet:
-        """The very same files under other descriptors, see :meth:`LocalFile.reopened`.
+        """The same files under independent descriptors, see :meth:`LocalFile.reopened`.
 
         Raises:
-            OSError: One cannot be opened, or was changed since it was opened. None stays open.
+            OSError: A file cannot be opened, or was changed since it was opened. No new descriptor stays open.
         """
         other = copy.copy(self)
         with contextlib.ExitStack() as stack:
@@ -356,12 +357,12 @@ class FileSet:
         return other
 
     def changed_files(self) -> list[str]:
-        """Those that were written to in place since they were opened, as far as size and time tell."""
+        """The files that were changed in place since they were opened, judged by size and modification time."""
         return [file.name for file in self.files if file.is_changed()]
 
     @property
     def drop_behind(self) -> bool:
-        """Whether cold pages are given back after they were read."""
+        """Whether pages that were not cached before are dropped after they were read."""
         return self._drop_behind
 
     @drop_behind.setter
@@ -375,17 +376,17 @@ class FileSet:
         return place_in(self.spans, offset)
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Fills buffers from an offset, see :class:`ByteSource`. Ends at the end of a file at the latest."""
+        """Fills buffers from an offset, see :class:`ByteSource`. One call reads from one file only."""
         number = bisect_right(self._starts, offset) - 1
         start, size = self._starts[number], self.spans[number].nbytes
         if offset < start + size or number + 1 == len(self.files):
             return self.files[number].readv(buffers, offset - start)
-        # Between two files. A read over a small gap between two tensors takes it along, and nobody looks at it.
+        # Padding between two files. A read that spans a small gap between two tensors includes it; the value is unused.
         gap = min(len(buffers[0]), self._starts[number + 1] - offset)
         buffers[0][:gap] = bytes(gap)
         return gap
 
     def close(self) -> None:
-        """Closes all files. Closing twice is fine."""
+        """Closes all files. A second call does nothing."""
         for file in self.files:
             file.close()

@@ -1,8 +1,8 @@
-"""Whether an optimizer is changing weights in some thread right now.
+"""Waits until no thread is modifying weights in an optimizer step.
 
-Pages under tensors are exchanged for a copy of them, and what is written in between would be lost. Whoever does that in
-a thread of its own waits here for a moment in which no optimizer writes. Other code that changes weights in place is
-not known; such a write is lost only if it meets the few milliseconds in which its very pages are copied.
+:meth:`FileMapping.detach` replaces the pages under tensors by copies. A write between copying and replacing would be
+lost, so a background thread that detaches waits here first. Other code that modifies weights in place is not detected;
+its write is lost only if it hits the pages that are copied in these few milliseconds.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _POLL_SECONDS = 0.001
 
 
 def wait_for_steps(deadline: float) -> None:
-    """Returns when no other thread is changing weights in an optimizer's step.
+    """Blocks until no other thread is modifying weights in an optimizer's step.
 
-    Its closure does not count: forward and backward only read weights, and Lightning runs them there.
+    The closure of a step does not count: Lightning runs forward and backward there, and these only read weights.
 
     Args:
-        deadline: When to return in any case, on the clock of ``time.monotonic``.
+        deadline: The latest time to return, on the clock of ``time.monotonic``.
     """
     own = threading.get_ident()
     while time.monotonic() < deadline:
@@ -54,7 +54,7 @@ def _is_changing_weights(innermost: FrameType) -> bool:
 
 
 def _code_of(function: Any) -> CodeType | None:
-    """The code that a call of something runs, ``None`` if it is not Python's."""
+    """The code object that a call of ``function`` runs. ``None`` if it is not a Python function."""
     while isinstance(function, functools.partial):
         function = function.func
     code = getattr(function, "__code__", None)

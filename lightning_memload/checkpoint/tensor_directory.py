@@ -1,13 +1,13 @@
-"""The format of ``save_directory``: a directory in which storages lie beside the file of everything else.
+"""Reads the format of ``save_directory``: a directory with the tensors beside a file for everything else.
 
-- ``tensors/00017.bin``: the bytes of storage 17 and nothing else; tied tensors and views share it. Or instead
+- ``tensors/00017.bin``: the bytes of storage 17 and nothing else. Tied tensors and views share it. Alternatively
   ``model.safetensors``: the weights, for every program that reads that format.
-- ``state.pt``: what ``torch.save`` writes, but for these storages it holds stubs of 16 bytes. So whatever torch can
-  save can live here, as it was: ties, parameters, ``_metadata``, tensors within objects.
-- ``manifest.json``, written last: size and CRC-32 of each file, and path, dtype, shape, strides of each tensor.
+- ``state.pt``: a file of ``torch.save`` with stubs of 16 bytes for these storages. So the format keeps everything that
+  torch can save: ties, parameters, ``_metadata``, tensors within objects.
+- ``manifest.json``, written last: size and CRC-32 of each file, and path, dtype, shape and strides of each tensor.
 
-The manifest is for other readers and a second witness: it must agree with the pickle, or nothing is loaded. It names
-storages by number, so it cannot point out of the directory; neither may a link.
+The manifest serves other readers and as a check: if it does not match the pickle, nothing is loaded. It names storages
+by number, so it cannot point outside the directory. Links in the directory are refused.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from lightning_memload.errors import CheckpointFormatError, MemloadError, listed
 
 __all__ = ["TensorDirectory", "make_manifest"]
 
-# A directory that is replaced while it is read is read again: somebody saves in its place, every few seconds at most.
+# A directory that is replaced while it is read is read again. A running save replaces it every few seconds at most.
 _MAX_TRIES = 5
 
 _T = TypeVar("_T")
 
 
 class TensorDirectory:
-    """What ``save_directory`` writes."""
+    """The format of ``save_directory``."""
 
     name = "tensor_directory"
 
@@ -65,25 +65,25 @@ class TensorDirectory:
         return is_tensor_directory(path)
 
     def read_index(self, path: str) -> Checkpoint:
-        """Indexes the directory from its manifest and the pickle in ``state.pt``, of which nothing is run."""
-        return _of_one_directory(path, lambda: _read_index(path))
+        """Indexes the directory from its manifest and the pickle in ``state.pt``. No code of the pickle runs."""
+        return _read_one_version(path, lambda: _read_index(path))
 
     def load(self, path: str, *, weights_only: bool | None, erases: bool = False) -> tuple[Any, MappedCheckpoint]:
-        """Loads the object; the tensors stay in their files.
+        """Loads the object. The tensors stay in their files.
 
         Raises:
-            CheckpointFormatError: Also when others take the directory's place again and again.
+            CheckpointFormatError: It is damaged, or it was replaced again and again while it was read.
             MemloadError: There are more files than the kernel maps in one process.
             pickle.UnpicklingError: ``weights_only`` forbids what ``state.pt`` holds, see :class:`TorchZip`.
         """
-        return _of_one_directory(path, lambda: self._load(path, weights_only, erases))
+        return _read_one_version(path, lambda: self._load(path, weights_only, erases))
 
     def _load(self, path: str, weights_only: bool | None, erases: bool) -> tuple[Any, MappedCheckpoint]:
         index = _read_index(path)
         source = FileSet([file.path for file in index.files])
         try:
             if source.spans != index.files:
-                raise _replaced(path)
+                raise _replaced_error(path)
             mapping = _map(path, source)
             stubs = {storage.key for storage in index.storages if storage.offset >= index.files[0].nbytes}
             loaded, refusal = load_what_is_allowed(
@@ -123,24 +123,24 @@ class TensorDirectory:
                 try:
                     names = name_sections(_read_index(path))
                 except UnmappableCheckpoint:
-                    pass  # Nobody asks here whether the tensors can be used as they lie.
+                    pass  # An inventory does not need mappable tensors.
                 except CheckpointFormatError as error:
                     damage.append(Damage(path, str(error)))
         named = tuple(replace(section, key=names.get(section.offset, section.key)) for section in sections)
         return Inventory(path, self.name, files, named, tuple(damage))
 
 
-def _of_one_directory(path: str, read: Callable[[], _T]) -> _T:
-    """Reads again if another checkpoint took the directory's place meanwhile: what was read may be of both.
+def _read_one_version(path: str, read: Callable[[], _T]) -> _T:
+    """Calls ``read``, and again if the directory was replaced meanwhile: the result could mix two checkpoints.
 
     Raises:
-        CheckpointFormatError: That happened again and again.
-        Exception: What ``read`` raises of a directory that is still there.
+        CheckpointFormatError: The directory was replaced again and again.
+        Exception: ``read`` raised it, and the directory was not replaced.
     """
-    if not hasattr(os, "O_DIRECTORY"):  # There no directory can be held open, nor replaced in one step.
+    if not hasattr(os, "O_DIRECTORY"):  # Such systems cannot open a directory, nor replace one atomically.
         return read()
     for _ in range(_MAX_TRIES):
-        # Held open, so that its number is not given to a directory that replaces it.
+        # Held open, so that the file system does not reuse its inode number for the directory that replaces it.
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             result = read()
@@ -151,7 +151,7 @@ def _of_one_directory(path: str, read: Callable[[], _T]) -> _T:
                 raise
         finally:
             os.close(directory)
-    raise _replaced(path)
+    raise _replaced_error(path)
 
 
 def _is_at(path: str, directory: int) -> bool:
@@ -182,15 +182,18 @@ def _read_index(path: str) -> Checkpoint:
 
 
 def make_manifest(path: str, storages: Sequence[StorageFile], weights: WeightsLayout | None = None) -> bytes:
-    """The manifest of a directory whose other files are written.
+    """Makes the manifest of a directory after its other files are written.
 
     Args:
         path: The directory.
-        storages: The storages that lie beside ``state.pt``, in the order of their numbers.
-        weights: Of ``model.safetensors``, if there is one.
+        storages: The storages outside of ``state.pt``, in the order of their numbers.
+        weights: The layout of ``model.safetensors``. ``None`` if there is no such file.
+
+    Returns:
+        The content of ``manifest.json``.
 
     Raises:
-        CheckpointFormatError: ``state.pt`` is not what was written.
+        CheckpointFormatError: ``state.pt`` has changed since it was written.
     """
     state_bytes = os.path.getsize(os.path.join(path, STATE_FILE))
     index, pickled = _index_state(path, files_of(state_bytes, storages, weights), storages)
@@ -212,7 +215,7 @@ def _map(path: str, source: FileSet) -> FileMapping:
 def _index_state(
     path: str, files: Sequence[tuple[str, int]], storages: Sequence[StorageFile]
 ) -> tuple[Checkpoint, bytes]:
-    """The index, with the storages where they lie, and the pickle it was made from."""
+    """The index with the positions of all storages, and the pickle that it was made from."""
     state = os.path.join(path, STATE_FILE)
     spans = lay_out([(os.path.join(path, name), nbytes) for name, nbytes in files])
     starts = {name: span.start for (name, _), span in zip(files, spans, strict=True)}
@@ -236,11 +239,11 @@ def _index_state(
     return index, pickled
 
 
-# What is really there ----------------------------------------------------------------------------------------------
+# Checks of the files ----------------------------------------------------------------------------------------------
 
 
 def _check_files(path: str, manifest: Manifest) -> None:
-    """Raises unless every file is there, regular, and as long as the manifest says."""
+    """Raises unless every file exists, is a regular file, and has the size in the manifest."""
     damage = _file_damage(path, manifest)
     missing = [os.path.relpath(item.path, path) for item in damage if item.actual is None and item.expected is not None]
     wrong = [item.problem for item in damage if item.actual is not None or item.expected is None]
@@ -250,7 +253,7 @@ def _check_files(path: str, manifest: Manifest) -> None:
 
 
 def _check_header(path: str, weights: WeightsLayout) -> None:
-    """Raises unless ``model.safetensors`` has the header that was written together with the manifest."""
+    """Raises unless the header of ``model.safetensors`` has the CRC-32 in the manifest."""
     name = os.path.join(path, WEIGHTS_FILE)
     with open(name, "rb") as file:
         crc32 = zlib_ng.crc32(file.read(weights.header_bytes))
@@ -264,7 +267,7 @@ def _check_header(path: str, weights: WeightsLayout) -> None:
 
 
 def _file_damage(path: str, manifest: Manifest) -> list[Damage]:
-    """Every file that is not there, not regular, or not as long as the manifest says."""
+    """The damage of every file that is missing, not a regular file, or of another size than in the manifest."""
     damage: list[Damage] = []
     folder = os.path.join(path, TENSORS_FOLDER)
     if os.path.islink(folder):
@@ -285,7 +288,7 @@ def _file_damage(path: str, manifest: Manifest) -> list[Damage]:
     return damage
 
 
-def _replaced(path: str) -> CheckpointFormatError:
+def _replaced_error(path: str) -> CheckpointFormatError:
     return CheckpointFormatError(f"{path} was replaced or changed while it was loaded. Load it again.", path=path)
 
 

@@ -1,7 +1,7 @@
-"""What ``manifest.json`` says of a directory of ``save_directory``: how it is written, read and checked.
+"""Writes, reads and checks ``manifest.json`` of a directory of ``save_directory``.
 
-Whatever it says is held against the limits of the format before anybody relies on it. It names files by numbers only,
-so it cannot point out of the directory; whether the files are what it says is for others to see.
+All values are checked against the limits of the format before they are used. The manifest names files by numbers only,
+so it cannot point outside the directory. This module does not check the files themselves.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ WEIGHTS_FILE = "model.safetensors"
 
 _FORMAT = "lightning_memload.tensor_directory"
 _VERSION = 1
-# The name stands at the very beginning, so that a directory is told without parsing anything.
+# The format name is at the very beginning, so that a directory is recognised without parsing.
 _HEAD = f'{{"format": "{_FORMAT}",'.encode()
-# A million tensors take some 200 MiB. Parsed, a hostile one takes up to thirty times its length.
+# A manifest of a million tensors takes some 200 MiB. A hostile one takes up to 30 times its size when it is parsed.
 _MAX_MANIFEST_BYTES = 256 << 20
 _MAX_KEY_DIGITS = 9
 
 
 @dataclass(frozen=True, slots=True)
 class StorageFile:
-    """One storage that lies beside ``state.pt``, as the manifest describes it.
+    """One storage outside of ``state.pt``, as described in the manifest.
 
     Attributes:
-        key: Its number in ``state.pt``, which gives a file of its own its name.
-        nbytes: Its size, at least 1.
+        key: Its number in ``state.pt``. Its own file, if it has one, is named after it.
+        nbytes: Its size in bytes, at least 1.
         crc32: CRC-32 of its bytes.
-        location: The device it was saved from, for example ``"cuda:0"``.
-        offset: Where it begins in ``model.safetensors``; ``None``: it has a file of its own.
+        location: The device that it was saved from, for example ``"cuda:0"``.
+        offset: Its position in ``model.safetensors`` in bytes. ``None`` if it has its own file.
     """
 
     key: str
@@ -73,14 +73,14 @@ class StorageFile:
 
 @dataclass(frozen=True, slots=True)
 class WeightsLayout:
-    """What ``model.safetensors`` holds that is no storage, as the manifest describes it.
+    """The parts of ``model.safetensors`` that are not storages, as described in the manifest.
 
     Attributes:
-        nbytes: Size of the file.
-        header_bytes: Length of its header, from the first byte of the file.
-        header_crc32: CRC-32 of that.
-        copies: Weights whose storages are in ``state.pt`` too, since they are views or not contiguous: offset, size and
-            CRC-32 of each.
+        nbytes: Size of the file in bytes.
+        header_bytes: Length of its header in bytes, from the start of the file.
+        header_crc32: CRC-32 of the header.
+        copies: Offset, size and CRC-32 of each weight whose storage is in ``state.pt`` too, because it is a view or not
+            contiguous.
     """
 
     nbytes: int
@@ -91,14 +91,14 @@ class WeightsLayout:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What ``manifest.json`` says.
+    """The content of ``manifest.json``.
 
     Attributes:
-        state_bytes: Size of ``state.pt``.
-        pickle_crc32: CRC-32 of the pickle in it.
-        storages: What lies beside it, in the order of their numbers.
-        weights: Of ``model.safetensors``, if there is one.
-        tensors: Its description of every tensor, as it was parsed.
+        state_bytes: Size of ``state.pt`` in bytes.
+        pickle_crc32: CRC-32 of the pickle in ``state.pt``.
+        storages: The storages outside of ``state.pt``, in the order of their numbers.
+        weights: The layout of ``model.safetensors``. ``None`` if there is no such file.
+        tensors: The description of every tensor, as parsed and not yet checked.
     """
 
     state_bytes: int
@@ -108,11 +108,11 @@ class Manifest:
     tensors: list[Any]
 
     def files(self) -> list[tuple[str, int]]:
-        """Every file but the manifest: its name and size."""
+        """Name and size of every file except the manifest."""
         return files_of(self.state_bytes, self.storages, self.weights)
 
     def stretches(self) -> list[tuple[str, str, int, int, int | None]]:
-        """Everything outside of ``state.pt``: its file, what to call it, its place there, its size and its CRC-32."""
+        """Each range outside of ``state.pt``: its file, its name in messages, its offset, its size and its CRC-32."""
         found: list[tuple[str, str, int, int, int | None]] = []
         weights = self.weights
         if weights is not None:
@@ -125,19 +125,19 @@ class Manifest:
 
 
 def storage_file(key: str) -> str:
-    """The file of a storage that has one of its own, relative to the directory."""
+    """The path of a storage's own file, relative to the directory."""
     return f"{TENSORS_FOLDER}/{int(key):05}.bin"
 
 
 def is_tensor_directory(path: str) -> bool:
-    """Whether a directory has a manifest of this format, or one that is missing or damaged where the rest is there.
+    """Whether a path is a directory of this format. The manifest may be missing or damaged if the rest is there.
 
-    Weights beside a ``state.pt`` of whatever origin are no such directory unless there is a manifest.
+    A directory with ``model.safetensors`` and ``state.pt`` but no manifest is not one: both may have another origin.
     """
     manifest, state, folder, weights = (
         os.path.join(path, name) for name in (MANIFEST_FILE, STATE_FILE, TENSORS_FOLDER, WEIGHTS_FILE)
     )
-    described = os.path.isfile(manifest)  # a pipe would never answer
+    described = os.path.isfile(manifest)  # opening a pipe would block
     if described:
         with open(manifest, "rb") as file:
             if file.read(len(_HEAD)) == _HEAD:
@@ -146,7 +146,7 @@ def is_tensor_directory(path: str) -> bool:
 
 
 def foreign_names(path: str) -> list[str]:
-    """What somebody has put into a directory of this format beside the checkpoint, such as a ``config.json``.
+    """The names in a directory of this format that are not part of the checkpoint, such as ``config.json``.
 
     Raises:
         OSError: It cannot be listed.
@@ -156,7 +156,7 @@ def foreign_names(path: str) -> list[str]:
 
 
 def files_of(state_bytes: int, storages: Sequence[StorageFile], weights: WeightsLayout | None) -> list[tuple[str, int]]:
-    """Name and size of every file but the manifest, ``state.pt`` first."""
+    """Name and size of every file except the manifest, ``state.pt`` first."""
     of_weights = [] if weights is None else [(WEIGHTS_FILE, weights.nbytes)]
     own = [(storage_file(storage.key), storage.nbytes) for storage in storages if storage.offset is None]
     return [(STATE_FILE, state_bytes), *of_weights, *own]
@@ -169,8 +169,8 @@ def render_manifest(
     weights: WeightsLayout | None,
     tensors: Sequence[TensorInfo],
 ) -> bytes:
-    """The content of ``manifest.json``; the arguments are what :class:`Manifest` has."""
-    # One line for each storage and tensor: people and diffs read this too.
+    """The content of ``manifest.json``. For the arguments see :class:`Manifest`."""
+    # One line for each storage and tensor, for human readers and diffs.
     lines = [
         _HEAD.decode(),
         f'"version": {_VERSION},',
@@ -201,10 +201,10 @@ def _describe(tensor: TensorInfo) -> dict[str, Any]:
 
 
 def read_manifest(path: str) -> Manifest:
-    """Reads and checks the manifest of a directory, as far as it can be without its files.
+    """Reads and checks the manifest of a directory. Does not look at the other files.
 
     Raises:
-        CheckpointFormatError: There is none of this format, or it is damaged.
+        CheckpointFormatError: The manifest is missing, damaged, or of another format.
         OSError: It cannot be read.
     """
     name = os.path.join(path, MANIFEST_FILE)
@@ -213,7 +213,7 @@ def read_manifest(path: str) -> Manifest:
         if nbytes is None:
             raise damaged(path, "it is no regular file.")
         if nbytes > _MAX_MANIFEST_BYTES:
-            raise damaged(path, f"it has {nbytes} bytes, more than the {_MAX_MANIFEST_BYTES} that any needs.")
+            raise damaged(path, f"it has {nbytes} bytes, and the limit is {_MAX_MANIFEST_BYTES}.")
         with open(name, "rb") as file:
             content = json.loads(file.read(nbytes))
     except FileNotFoundError as error:
@@ -245,7 +245,7 @@ def read_manifest(path: str) -> Manifest:
 
 
 def _weights(path: str, content: Mapping[str, Any], storages: Sequence[StorageFile]) -> WeightsLayout | None:
-    """What is said of ``model.safetensors``; every byte of it is accounted for once."""
+    """Reads the description of ``model.safetensors``, and checks that it covers every byte of the file once."""
     within = [(s.offset, s.nbytes) for s in storages if s.offset is not None]
     if "weights" not in content:
         if within:
@@ -264,7 +264,7 @@ def _weights(path: str, content: Mapping[str, Any], storages: Sequence[StorageFi
         _count(path, entry, "nbytes"), _count(path, entry, "header_bytes"), _crc32(path, entry, "header_crc32"),
         tuple(copies),
     )  # fmt: skip
-    if weights.header_bytes > MAX_HEADER_BYTES + 8:  # and its length
+    if weights.header_bytes > MAX_HEADER_BYTES + 8:  # 8 bytes hold the length of the header
         raise damaged(path, f"it gives the header of {WEIGHTS_FILE} {weights.header_bytes} bytes.")
     end = 0
     stretches = [(0, weights.header_bytes), *within, *((offset, nbytes) for offset, nbytes, _ in copies)]
@@ -281,7 +281,7 @@ def _storage(path: str, entry: Any) -> StorageFile:
     if not isinstance(entry, dict):
         raise damaged(path, f"it describes a storage as {reprlib.repr(entry)}.")
     key = _field(path, entry, "key", str)
-    # The key becomes a file name: digits and nothing else, and one spelling for each number.
+    # The key becomes a file name, so only digits are allowed, without leading zeros.
     if not re.fullmatch(rf"0|[1-9][0-9]{{0,{_MAX_KEY_DIGITS - 1}}}", key):
         raise damaged(path, f"it names a storage {reprlib.repr(key)}, which is no number.")
     nbytes = _count(path, entry, "nbytes")
@@ -293,7 +293,7 @@ def _storage(path: str, entry: Any) -> StorageFile:
 
 def _field(path: str, entry: Mapping[str, Any], name: str, kind: type) -> Any:
     value = entry.get(name)
-    if type(value) is not kind:  # exactly: True is an int
+    if type(value) is not kind:  # not isinstance: True is an int
         raise damaged(path, f"its {name!r} should be of type {kind.__name__}, but is {reprlib.repr(value)}.")
     return value
 
@@ -319,7 +319,7 @@ def check_description(path: str, described: list[Any], tensors: Sequence[TensorI
     for entry, tensor in zip(described, tensors, strict=True):
         for field, value in _describe(tensor).items():
             stated = entry.get(field) if isinstance(entry, dict) else None
-            # By text as well: True equals 1.
+            # repr is compared too, because True equals 1.
             if stated != value or repr(stated) != repr(value):
                 raise damaged(
                     path,
@@ -328,11 +328,11 @@ def check_description(path: str, described: list[Any], tensors: Sequence[TensorI
 
 
 def regular_file_size(name: str) -> int | None:
-    """Bytes of a regular file; ``None`` for a link, which may lead anywhere, a pipe, or anything else."""
+    """Size of a regular file in bytes. ``None`` for a link (its target may be anywhere), a pipe, or another kind."""
     status = os.lstat(name)
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def damaged(path: str, problem: str) -> CheckpointFormatError:
-    """The error of a manifest that says what cannot be."""
+    """The error for a damaged manifest."""
     return CheckpointFormatError(f"{os.path.join(path, MANIFEST_FILE)} is damaged: {problem}", path=path)

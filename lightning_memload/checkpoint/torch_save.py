@@ -1,10 +1,10 @@
-"""``torch.save`` to a path, the one common writer that no thread of this process can make room for.
+"""Calls an action before ``torch.save`` opens a path, because a lease on that file would block the process otherwise.
 
-Its C++ code opens the file with the interpreter's lock held (seen with torch 2.13; so does ``torch.jit.save``, which is
-not covered). While the kernel holds it for a lease, the thread that would end the lease waits for that lock, until the
-kernel loses patience after 45 s and the file is cut to nothing. torch has no hook there, so the function that opens the
-file is replaced for as long as somebody has to know. Saves to open files, and every other writer that was tried
-(Python's own, numpy, safetensors, Lightning), release the lock.
+The C++ code of ``torch.save`` opens the file while it holds the interpreter's lock (seen with torch 2.13; also in
+``torch.jit.save``, which is not covered here). If there is a lease on the file, the kernel blocks that open, and the
+thread that would end the lease waits for the interpreter's lock. After 45 s the kernel gives up and truncates the file.
+torch has no hook there, so the function that opens the file is replaced while a lease exists. Saves to open files, and
+all other writers that were tested (Python's own, numpy, safetensors, Lightning), release the lock.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ __all__ = ["before_torch_save"]
 
 
 def before_torch_save(action: Callable[[str | os.PathLike[str]], object]) -> Callable[[], None]:
-    """Has something done whenever ``torch.save`` is about to open a path, in its thread.
+    """Calls an action before every ``torch.save`` to a path, in the thread of the save.
 
     Args:
-        action: Gets the path.
+        action: Called with the path.
 
     Returns:
-        A function that ends this.
+        A function that undoes this.
     """
     serialization: Any = torch.serialization
-    opens = getattr(serialization, "_open_zipfile_writer", None)  # so called from torch 1.6 to 2.14
+    opens = getattr(serialization, "_open_zipfile_writer", None)  # its name from torch 1.6 to 2.14
     if opens is None:
         return lambda: None
 

@@ -1,7 +1,7 @@
-"""What stands between the data of a zip archive: local headers, descriptors, the directory and its end.
+"""Reads and compares the structures of a zip archive: local headers, descriptors, the directory and its end records.
 
-A zip says most things twice. A reader believes one of the two; whoever verifies compares them. What is not compared
-has no meaning for any reader of checkpoints: the version fields, the attributes of a file, and the padding.
+A zip archive stores most values twice. A reader uses one of the two; verification compares them. The version fields,
+file attributes and padding are not compared, because no reader of checkpoints uses them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lightning_memload.checkpoint.source import FilePart, LocalFile
 
 __all__ = ["MAX_DIRECTORY_BYTES", "check_end", "check_entry", "is_folder", "read_entries"]
 
-# A million tensors take some 80 MiB. zipfile reads as much as the file says, and makes objects of 7 times the size.
+# The directory of a million tensors takes some 80 MiB. zipfile has no limit, and its objects take 7 times the size.
 MAX_DIRECTORY_BYTES = 256 << 20
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -25,7 +25,7 @@ _DESCRIPTOR_64 = struct.Struct("<4sI2Q")
 _END = struct.Struct("<4s4H2IH")
 _LOCATOR_64 = struct.Struct("<4sIQI")
 _END_64 = struct.Struct("<4sQ2H2I4Q")
-# Magic, and the lengths of name, extra field and comment.
+# The magic bytes, and the lengths of name, extra field and comment.
 _LISTED_HEADER = struct.Struct("<4s24x3H12x")
 _END_MAGIC, _LOCATOR_64_MAGIC, _END_64_MAGIC = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 _DESCRIPTOR_MAGIC, _LISTED_MAGIC = b"PK\x07\x08", b"PK\x01\x02"
@@ -36,9 +36,10 @@ _MAX_UINT32 = 0xFFFFFFFF
 
 
 class _Stream:
-    """What ``zipfile`` asks of a file that it only lists.
+    """The file methods that ``zipfile`` needs to list an archive.
 
-    Refuses to read what no directory needs: ``zipfile`` would allocate it first, and a sparse file costs nothing.
+    Refuses reads that are too large for a directory: ``zipfile`` would allocate the memory first, and a hostile sparse
+    file takes no disk space.
     """
 
     def __init__(self, file: LocalFile | FilePart) -> None:
@@ -60,9 +61,7 @@ class _Stream:
 
     def read(self, nbytes: int = -1) -> bytes:
         if nbytes > MAX_DIRECTORY_BYTES:
-            raise zipfile.BadZipFile(
-                f"it would have {nbytes} bytes, and more than {MAX_DIRECTORY_BYTES} are not read at once"
-            )
+            raise zipfile.BadZipFile(f"it declares a size of {nbytes} bytes, and the limit is {MAX_DIRECTORY_BYTES}")
         left = max(0, self._file.size_bytes - self._position)
         data = self._file.pread(left if nbytes < 0 else min(nbytes, left), self._position)
         self._position += len(data)
@@ -73,28 +72,31 @@ def read_entries(file: LocalFile | FilePart) -> list[zipfile.ZipInfo]:
     """The entries of the directory at the end of a zip archive.
 
     Raises:
-        zipfile.BadZipFile: There is no such directory, or it is too large for one.
-        Exception: ``struct.error``, ``ValueError``, ``NotImplementedError``, ``OverflowError`` or ``MemoryError``:
-            likewise, whatever the standard library makes of damaged bytes.
+        zipfile.BadZipFile: There is no directory, or it is larger than 256 MiB.
+        Exception: ``struct.error``, ``ValueError``, ``NotImplementedError``, ``OverflowError`` or ``MemoryError``: the
+            standard library raises these for damaged bytes.
 
-    Peak memory: some seven times the directory, of which no more than 256 MiB are read.
+    Peak memory: some 7 times the size of the directory.
     """
     with zipfile.ZipFile(_Stream(file)) as archive:
         return archive.infolist()
 
 
 def is_folder(entry: zipfile.ZipInfo) -> bool:
-    """Whether an entry stands for a folder. torch writes none, but programs that pack a checkpoint again do."""
+    """Whether an entry is a folder. torch writes no folders, but programs that repack a checkpoint do."""
     return entry.filename.endswith("/") and entry.file_size == 0
 
 
 def check_entry(file: LocalFile | FilePart, entry: zipfile.ZipInfo, data_offset: int) -> Damage | None:
-    """Compares what the directory says of a record with the header before its data, and the descriptor behind it.
+    """Compares the directory's entry of a record with the local header before its data and the descriptor after it.
 
     Args:
         file: The open file.
-        entry: The record, as the directory has it.
-        data_offset: Where its data starts.
+        entry: The entry in the directory.
+        data_offset: Position of the record's data in the file.
+
+    Returns:
+        The first difference, ``None`` if there is none.
     """
     name = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437", "replace")
     header = file.pread(_LOCAL_HEADER.size + len(name), entry.header_offset)
@@ -105,7 +107,7 @@ def check_entry(file: LocalFile | FilePart, entry: zipfile.ZipInfo, data_offset:
     listed: dict[str, Any] = {"flags": entry.flag_bits, "compression": entry.compress_type, "name": name}
     listed |= {"date": (year - 1980) << 9 | month << 5 | day, "time": hour << 11 | minute << 5 | second // 2}
     local["name length"], listed["name length"] = name_length, len(name)
-    # Each may stand here too, or be left to the descriptor, or to the zip64 field.
+    # Each value is either in the local header, or deferred to the descriptor or to the zip64 field.
     for word, here, there in (
         ("CRC-32", crc32, entry.CRC),
         ("packed size", packed, entry.compress_size),
@@ -141,7 +143,7 @@ def _read_descriptor(file: LocalFile | FilePart, offset: int, *, is_large: bool)
 
 
 def check_end(file: LocalFile | FilePart, entries: list[zipfile.ZipInfo]) -> list[Damage]:
-    """Compares what the end of the archive says of its directory with the entries that are in it."""
+    """Compares the end records of the archive with its directory and the entries in it."""
     found: list[Damage] = []
 
     def require(word: str, offset: int, actual: Any, *allowed: Any) -> None:
@@ -162,13 +164,13 @@ def check_end(file: LocalFile | FilePart, entries: list[zipfile.ZipInfo]) -> lis
     for entry in entries:
         what = f"for record {entry.filename!r} the"
         require(f"{what} volume", entry.header_offset, entry.volume, 0)
-        # torch (2.13) takes such a record for a directory, and loads whatever was in memory.
+        # torch (2.13) takes a record with this bit for a folder, and loads uninitialised memory for it.
         if not is_folder(entry):
             require(f"{what} directory bit", entry.header_offset, entry.external_attr & _DIRECTORY_BIT, 0)
     position = file.size_bytes - _END.size
     magic, disk, start_disk, here, total, nbytes, start, comment_length = _END.unpack(file.pread(_END.size, position))
     if magic != _END_MAGIC:
-        return found  # A comment stands behind it. torch writes none, and readers find the end before it.
+        return found  # A comment follows the end record. torch writes none, and readers skip it.
     require("disk", position, disk, 0, _MAX_UINT16)
     require("disk of the directory", position, start_disk, 0, _MAX_UINT16)
     require("a comment of length", position, comment_length, 0)
@@ -203,7 +205,7 @@ def check_end(file: LocalFile | FilePart, entries: list[zipfile.ZipInfo]) -> lis
 
 
 def _walk(file: LocalFile | FilePart, start: int, nbytes: int) -> int:
-    """The bytes of a directory's entries, as they announce them: ``zipfile`` does not mind if the last one lies."""
+    """The sum of the sizes that the directory's entries declare. ``zipfile`` does not check the last one."""
     data = file.pread(min(nbytes, MAX_DIRECTORY_BYTES), start)
     position = 0
     while position + _LISTED_HEADER.size <= len(data):

@@ -1,6 +1,6 @@
-"""The records of a torch zip archive: where each lies, read from the zip's own directory and held against the file.
+"""Locates the records of a torch zip archive with the zip directory, and checks the directory against the file.
 
-Nothing of it is believed before it was compared with what the file says elsewhere. No tensor data is read.
+No value is used before it was compared with its second copy in the file. No tensor data is read.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from lightning_memload.errors import CheckpointFormatError, listed
 __all__ = ["is_zip", "pickle_is_sound", "read_records", "read_zip_inventory"]
 
 _ZIP_MAGIC = b"PK\x03\x04"
-# Reading a pickle takes time and memory in proportion to it: some 10 us and 100 bytes for each tensor.
+# The time and memory to read a pickle grow with its size: some 10 us and 100 bytes for each tensor.
 _MAX_PICKLE_BYTES = 2 << 30
 _MAX_ORDER_BYTES = 64
 _LOCAL_HEADER = struct.Struct("<4s4xH16xHH")
 
 
 def is_zip(path: str | os.PathLike[str]) -> bool:
-    """Whether the file starts like a zip archive. Legacy ``torch.save`` files (before torch 1.6) do not."""
+    """Whether the file starts like a zip archive. Files of ``torch.save`` before torch 1.6 do not."""
     with open(path, "rb") as file:
         return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
 
 
 def read_records(file: LocalFile | FilePart) -> tuple[dict[str, Record], bytes]:
-    """Reads what describes the tensors of an archive.
+    """Reads the records and the pickle of an archive.
 
     Args:
         file: The archive: a file, or a part of one.
 
     Returns:
-        The records, with offsets from the start of the archive, by their name below its one top folder (``data.pkl``,
-        ``data/0``); and the pickle.
+        The records by their name in the one top folder of the archive (``data.pkl``, ``data/0``), with offsets from the
+        start of the archive; and the pickle.
 
     Raises:
-        CheckpointFormatError: The archive is truncated or damaged, or not what ``torch.save`` writes.
+        CheckpointFormatError: The archive is truncated or damaged, or ``torch.save`` did not write it.
         UnmappableCheckpoint: The records are compressed or of the other byte order, or it is a TorchScript archive.
     """
     start = file.pread(len(_ZIP_MAGIC), 0)
@@ -66,15 +66,15 @@ def read_records(file: LocalFile | FilePart) -> tuple[dict[str, Record], bytes]:
         )
     if records["data.pkl"].nbytes > _MAX_PICKLE_BYTES:
         raise UnmappableCheckpoint(
-            f"{file.name} holds {records['data.pkl'].nbytes} bytes of pickled objects beside its tensors; more than "
-            f"{_MAX_PICKLE_BYTES} are not read.",
+            f"{file.name} holds {records['data.pkl'].nbytes} bytes of pickled objects besides its tensors, and the "
+            f"limit is {_MAX_PICKLE_BYTES}.",
             path=file.name,
         )
     return records, _read_small(file, records["data.pkl"])
 
 
 def pickle_is_sound(file: LocalFile | FilePart, sections: Sequence[Section], start: int = 0) -> bool:
-    """Whether the records that an index is made from have their checksums. If not, verifying these records tells."""
+    """Whether the records that an index is made from match their checksums. Verification reports those that do not."""
     for section in sections:
         if section.key.partition("/")[2] in ("data.pkl", "byteorder") and section.nbytes <= _MAX_PICKLE_BYTES:
             data = file.pread(section.nbytes, section.offset - start)
@@ -84,14 +84,14 @@ def pickle_is_sound(file: LocalFile | FilePart, sections: Sequence[Section], sta
 
 
 def read_zip_inventory(file: LocalFile | FilePart, start: int = 0) -> tuple[list[Section], list[Damage]]:
-    """Every record of a torch zip file that can be read, and what is wrong with the others.
+    """Every record of a torch zip file that can be read, and the damage of the others.
 
     Args:
         file: The open file.
-        start: Its place in the run of all files.
+        start: Its position in the run of all files.
 
     Raises:
-        CheckpointFormatError: It is a sound archive, but not what ``torch.save`` writes.
+        CheckpointFormatError: It is a sound archive, but ``torch.save`` did not write it.
         UnmappableCheckpoint: The records are compressed, or it is a TorchScript archive.
         OSError: Reading failed.
     """
@@ -122,7 +122,7 @@ def read_zip_inventory(file: LocalFile | FilePart, start: int = 0) -> tuple[list
 
 
 def _find_foreign(file: LocalFile | FilePart, entries: Sequence[zipfile.ZipInfo]) -> CheckpointFormatError | None:
-    """The error for an archive that ``torch.save`` did not write, whose directory is as it should be."""
+    """The error for an archive that ``torch.save`` did not write. ``None`` if it did."""
     names = [entry.filename for entry in entries if not is_folder(entry)]
     records = [name for _, name in _own_records(entries)]
     if "data.pkl" in records and "constants.pkl" not in records:
@@ -135,20 +135,20 @@ def _find_foreign(file: LocalFile | FilePart, entries: Sequence[zipfile.ZipInfo]
             "refuses: it was unpacked and packed again, on macOS perhaps. Pack that folder alone.",
             path=file.name,
         )
-    # torch.load knows those of TorchScript.
+    # torch.load can read a TorchScript archive, so this one is not damaged.
     kind = UnmappableCheckpoint if "constants.pkl" in records else CheckpointFormatError
     return kind(f"{file.name} is not what torch.save writes. {describe_zip(names)}", path=file.name)
 
 
 def _own_records(entries: Sequence[zipfile.ZipInfo]) -> list[tuple[zipfile.ZipInfo, str]]:
-    """The entries in the archive's one top folder, that of the first as for torch, and their names in it."""
+    """The entries in the top folder of the archive, and their names in it. As in torch, the first entry decides it."""
     own = [(entry, entry.filename.partition("/")) for entry in entries if not is_folder(entry)]
     top = entries[0].filename.partition("/")[0] if entries else ""
     return [(entry, name) for entry, (folder, slash, name) in own if folder == top and slash]
 
 
 def _read_directory(file: LocalFile | FilePart) -> dict[str, Record]:
-    """Records by their name below the archive's one top folder (``data.pkl``, ``data/0``)."""
+    """The records by their name in the top folder of the archive (``data.pkl``, ``data/0``)."""
     entries = _read_entries(file)
     foreign = _find_foreign(file, entries)
     if foreign is not None:
@@ -157,11 +157,11 @@ def _read_directory(file: LocalFile | FilePart) -> dict[str, Record]:
     for entry, name in _own_records(entries):
         if name in records:
             raise CheckpointFormatError(
-                f"{file.name} holds record {name!r} twice, so which one is meant cannot be told. The file is damaged.",
+                f"{file.name} holds record {name!r} twice, so it is ambiguous. The file is damaged.",
                 path=file.name,
             )
         records[name] = _locate(file, entry)
-    _require_apart(file, records)
+    _refuse_overlaps(file, records)
     return records
 
 
@@ -178,7 +178,12 @@ def _read_entries(file: LocalFile | FilePart) -> list[zipfile.ZipInfo]:
 
 
 def _locate(file: LocalFile | FilePart, entry: zipfile.ZipInfo) -> Record:
-    """Where the data of a record is."""
+    """Locates the data of a record, and checks its local header.
+
+    Raises:
+        CheckpointFormatError: The entry is wrong, or the file is truncated.
+        UnmappableCheckpoint: The record is compressed.
+    """
     in_file = 0 <= entry.header_offset < file.size_bytes
     header = file.pread(_LOCAL_HEADER.size, entry.header_offset) if in_file else b""
     if len(header) < _LOCAL_HEADER.size or not header.startswith(_ZIP_MAGIC):
@@ -193,13 +198,13 @@ def _locate(file: LocalFile | FilePart, entry: zipfile.ZipInfo) -> Record:
         raise CheckpointFormatError(damage.problem, path=file.name)
     if entry.compress_type != zipfile.ZIP_STORED:
         raise UnmappableCheckpoint(
-            f"{file.name} holds its record {entry.filename!r} compressed, so its tensors are not in the file as "
-            "they are.",
+            f"{file.name} holds its record {entry.filename!r} compressed, so the file does not hold the plain bytes of "
+            "its tensors.",
             path=file.name,
         )
     if entry.compress_size != entry.file_size:
         raise CheckpointFormatError(
-            f"{file.name}: record {entry.filename!r} is stored as it is, but the directory gives it "
+            f"{file.name}: record {entry.filename!r} is not compressed, but the directory gives it "
             f"{entry.file_size} bytes and {entry.compress_size} in the file. The file is damaged.",
             path=file.name,
         )
@@ -209,19 +214,19 @@ def _locate(file: LocalFile | FilePart, entry: zipfile.ZipInfo) -> Record:
             f"the file is only {file.size_bytes} bytes.",
             path=file.name,
         )
-    # torch.serialization.set_crc32_options(False) and skip_data() leave the field zero. A record whose true
-    # CRC-32 is zero (one in four billion) then goes unverified, which is better than a false alarm.
+    # torch.serialization.set_crc32_options(False) and skip_data() leave the field zero, so zero means "not recorded". A
+    # record whose true CRC-32 is zero (one in four billion) is not verified, which is better than a false error.
     return Record(offset, entry.file_size, entry.CRC or None)
 
 
-def _require_apart(file: LocalFile | FilePart, records: dict[str, Record]) -> None:
-    """Raises if records overlap: a small file could else stand for a hundred thousand times its size."""
+def _refuse_overlaps(file: LocalFile | FilePart, records: dict[str, Record]) -> None:
+    """Raises if records overlap: overlaps would let a small file expand to a hundred thousand times its size."""
     end, before = 0, ""
     for name, record in sorted(records.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if record.offset < end:
             raise CheckpointFormatError(
                 f"{file.name}: record {name!r} begins at byte {record.offset}, but record {before!r} ends at byte "
-                f"{end}. The file is damaged, or made to mislead.",
+                f"{end}. The file is damaged or malicious.",
                 path=file.name,
             )
         end, before = record.offset + record.nbytes, name

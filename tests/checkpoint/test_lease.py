@@ -147,13 +147,13 @@ class TestMapped:
     def test_a_finalizer_lets_go_within_the_detach(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.save({"a": torch.arange(9000.0)}, path)
         state, mapped = load_mapped(path)
-        take_out, inner = FileMapping._take_out, []
+        take_out, inner = FileMapping._unmap_file, []
 
         def collecting(self: FileMapping, *args: Any) -> Any:
             inner.append(self.detach())
             return take_out(self, *args)
 
-        monkeypatch.setattr(FileMapping, "_take_out", collecting)
+        monkeypatch.setattr(FileMapping, "_unmap_file", collecting)
         assert mapped.detach() > 0
         assert inner == [0]
         assert torch.equal(state["a"], torch.arange(9000.0))
@@ -208,7 +208,9 @@ class TestRefused:
             (tmp_path / "new").replace(paths[3])
             assert "was changed since" in str(FileWatch(source).begin())
 
-    @pytest.mark.parametrize(("kind", "said"), [("nfs4", "on nfs4 others"), (None, "on an unknown file system others")])
+    @pytest.mark.parametrize(
+        ("kind", "said"), [("nfs4", "on nfs4, writes"), (None, "on an unknown file system, writes")]
+    )
     def test_where_others_write_unseen(
         self, kind: str | None, said: str, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -269,7 +271,7 @@ def test_the_kernel_waits_no_longer(path: Path) -> None:
 
     watch.guard(late)
     with (
-        pytest.warns(UserWarning, match=r"could not all be taken out of it.*lease-break-time.*may be wrong"),
+        pytest.warns(UserWarning, match=r"not all of its bytes could be copied.*lease-break-time.*may be wrong"),
         watches_end(),
     ):
         path.write_bytes(b"x")

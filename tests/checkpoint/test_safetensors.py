@@ -527,7 +527,7 @@ class TestShards:
 
     def test_an_index_of_other_shards_names_those_that_are_there(self, tmp_path: Path) -> None:
         folder = sharded(tmp_path, TWO, {"a0": "model-1-of-4.safetensors"})
-        assert "The index does not name 'a.safetensors', 'b.safetensors', which lie there too" in refusals(folder)
+        assert "The index does not name 'a.safetensors', 'b.safetensors', which are there too" in refusals(folder)
 
     @pytest.mark.parametrize(
         "name",
@@ -536,7 +536,7 @@ class TestShards:
     def test_names_that_leave_the_directory(self, tmp_path: Path, name: object) -> None:
         folder = sharded(tmp_path, TWO, {"a0": "a.safetensors", "a1": name})
         message = refusals(folder)
-        assert "names 1 shards that are no names of files in its own directory" in message
+        assert "names 1 shards that are not files in its own directory" in message
         assert f"{name!r} for 'a1'" in message
 
     @pytest.mark.parametrize(

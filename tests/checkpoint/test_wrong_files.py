@@ -116,8 +116,11 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "elf": (lambda: b"\x7fELF" + bytes(50), "a program"),
     "exported": (lambda: zipped(EXPORTED), "torch.export"),
     "script": (script, "TorchScript archive"),
-    "zip in zip": (lambda: zipped({"model.ckpt": good()}), "zip archive around 'model.ckpt'"),
-    "zip in zip, packed": (lambda: zipped({"a/b.pt": good()}, zipfile.ZIP_DEFLATED), "zip archive around 'a/b.pt'"),
+    "zip in zip": (lambda: zipped({"model.ckpt": good()}), "zip archive that contains 'model.ckpt'"),
+    "zip in zip, packed": (
+        lambda: zipped({"a/b.pt": good()}, zipfile.ZIP_DEFLATED),
+        "zip archive that contains 'a/b.pt'",
+    ),
     "zip of texts": (lambda: zipped({"a.txt": b"a", "b.txt": b"b"}), "zip archive of 'a.txt', 'b.txt'"),
     "docx": (lambda: zipped({"[Content_Types].xml": b"", "word/document.xml": b""}), "zip archive of"),
     "empty zip": (lambda: zipped({}), "empty zip archive"),
@@ -128,7 +131,7 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "half of it": (lambda: good()[:900], "truncated"),
     "end missing": (lambda: good()[:-10], "truncated"),
     "magic alone": (lambda: b"PK\x03\x04", "truncated"),
-    "bytes before it": (lambda: b"\n" + good(), "begins within it"),
+    "bytes before it": (lambda: b"\n" + good(), "begins in it"),
     "legacy, truncated": (lambda: legacy()[:-20], "torch.load cannot read it|torch < 1.6"),
     "pickle": (lambda: pickle.dumps({"weight": np.zeros((4, 4), "f4")}), "torch < 1.6"),
     "pickle of protocol 0": (lambda: pickle.dumps({"a": 1}, protocol=0), "pickle that torch.save did not write"),
@@ -264,7 +267,7 @@ class TestPlaces:
             with pytest.raises(TypeError, match="A checkpoint is given by its path"):
                 call(wrong)  # type: ignore[operator]
         if isinstance(wrong, io.BytesIO):
-            with pytest.raises(TypeError, match="save what it holds to a file"):
+            with pytest.raises(TypeError, match="save its content to a file"):
                 open_checkpoint(wrong)  # type: ignore[arg-type]
 
 

@@ -81,7 +81,7 @@ def test_replaced(format: str, moment: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_cut_short(moment: str, length: int, tmp_path: Path) -> None:
     path = write("torch", tmp_path / "run", 3)
-    with pytest.raises(CheckpointReadError, match=r"case\.ckpt ends at byte \d+, .* cut short while it was re"):
+    with pytest.raises(CheckpointReadError, match=r"case\.ckpt ends at byte \d+, .* truncated while it was re"):
         fit(path, moment, lambda: os.truncate(path, length))
 
 

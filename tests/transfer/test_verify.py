@@ -387,7 +387,7 @@ class TestDcp:
         report = verify_checkpoint(path)
         told = [(os.path.basename(item.path), item.problem) for item in report.damage]
         expected = [
-            (".metadata", r"c is said to lie in '\.\./c'"),
+            (".metadata", r"it places c in '\.\./c'"),
             (".metadata", r"chunks of a overlap"),
             (".metadata", r"keys that lead to d are \(\)"),
             ("__0_0.distcp", r"the part at \(0, 0\) of b is torch\.int32 of .* what lies there is torch\.float32"),
