@@ -142,6 +142,8 @@ def _is_overwritten(target: torch.Tensor) -> bool:
     if type(parameter) is not WaitingParameter:
         return False
     _give_memory(parameter, "a parameter")
+    if isinstance(target, WaitingAlias):
+        target.follow()  # into that memory
     return True
 
 

@@ -164,7 +164,7 @@ def test_where_nothing_tells_of_a_change(
     path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "_file_system_of", lambda descriptor: "nfs4")
-    with pytest.warns(UserWarning, match=r"Nothing tells when .*weights\.pt in place: on nfs4 others.*mode='copy'"):
+    with pytest.warns(UserWarning, match=r"Nothing tells when .*weights\.pt in place: on nfs4, writes.*mode='copy'"):
         module = assigned(path)
     assert raw(module) == expected
     load_weights(build(), path)  # copying says nothing
