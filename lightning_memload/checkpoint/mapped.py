@@ -174,7 +174,6 @@ class MappedCheckpoint:
 
 def span_bytes(tensor: torch.Tensor) -> int:
     """Bytes from the tensor's first element to the end of its last element. 0 for an empty tensor."""
-    """Bytes from the tensor's first element to the end of its last element. 0 for an empty tensor."""
     if tensor.is_contiguous():
         return tensor.nbytes
     return span_elements(tensor.shape, tensor.stride()) * tensor.element_size()

@@ -298,7 +298,7 @@ def test_logs_to_every_logger_at_the_restored_step(tmp_path: Path, path: Path) -
     for logger in (loggers[0], loggers[2]):
         assert isinstance(logger, CSVLogger)
         (row,) = [row for row in rows_of(logger) if "memload/seconds" in row]
-        assert row["step"] == "5"
+        assert row["step"] == "4"  # Lightning counts batches that have ended: the fifth had not when it was saved
         logged = {name: float(value) for name, value in row.items() if name.startswith("memload/")}
         assert logged == pytest.approx(expected)
     events = event_accumulator.EventAccumulator(str(loggers[1].log_dir)).Reload()
@@ -306,7 +306,7 @@ def test_logs_to_every_logger_at_the_restored_step(tmp_path: Path, path: Path) -
     assert tags == expected.keys()
     for tag in tags:
         (event,) = events.Scalars(tag)
-        assert event.step == 5
+        assert event.step == 4
         assert event.value == pytest.approx(expected[tag])
 
 

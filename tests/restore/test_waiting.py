@@ -34,6 +34,11 @@ def tied_by_data(module: Any) -> None:
     module[0].weight.data[0] = 7
 
 
+def copied_into(module: Any) -> None:
+    module[0].weight.data.copy_(torch.full((3, 2), 8.0))
+    module[1].weight.detach().copy_(module[0].weight)
+
+
 def resized(module: Any) -> None:
     old = module[0].weight.data
     module[0].weight.data = torch.zeros(5, 2)
@@ -109,8 +114,8 @@ def described(module: nn.Module) -> list[tuple[Any, ...]]:
 
 
 USES = [
-    tied_by_data, resized, exchanged, converted, used_and_exchanged, parameter_of_a_parameter, parameter_of_data,
-    parameter_of_a_conversion, buffers, emptied,
+    tied_by_data, copied_into, resized, exchanged, converted, used_and_exchanged, parameter_of_a_parameter,
+    parameter_of_data, parameter_of_a_conversion, buffers, emptied,
 ]  # fmt: skip
 
 
