@@ -55,13 +55,14 @@ __all__ = [
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lightning_memload.checkpoint import Checkpoint, open_checkpoint
+    from lightning_memload.checkpoint import Checkpoint
+    from lightning_memload.formats import open_checkpoint
     from lightning_memload.memory import MemoryMonitor, MemoryPeaks
     from lightning_memload.plugins import MemoryEfficientRestore, StreamingCheckpointIO, load_from_checkpoint
     from lightning_memload.report import RestoreReport
     from lightning_memload.restore import WeightsSource, load_weights, meta_init
     from lightning_memload.save import save_directory
-    from lightning_memload.transfer import VerifyReport, verify_checkpoint
+    from lightning_memload.verify import VerifyReport, verify_checkpoint
 else:
     # Only at run time: with a module-level __getattr__ a type checker accepts every misspelt name.
     _HOMES = {

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import lightning_memload
-from lightning_memload.checkpoint import LocalFile
+from lightning_memload.storage import LocalFile
 
 MIB = 1 << 20
 GIB = 1 << 30

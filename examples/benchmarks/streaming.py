@@ -29,8 +29,8 @@ from common import MIB, aligned, header, median, positive, read_all, synchronize
 from zlib_ng import zlib_ng
 
 from lightning_memload import open_checkpoint
-from lightning_memload.checkpoint import LocalFile
 from lightning_memload.save import save_torch
+from lightning_memload.storage import LocalFile
 from lightning_memload.transfer import Record, RingLayout, StagingRing, TensorCopy, checksums, engine, transfer
 
 # Threads x buffers x MiB of a block. The first are 128 MiB; a smaller ring may stay in the processor's cache.

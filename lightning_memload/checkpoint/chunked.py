@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from lightning_memload.checkpoint.index import ChunkInfo, span_elements
-from lightning_memload.checkpoint.source import FileSet, read_fully
+from lightning_memload.storage.local import FileSet, read_fully
 
 __all__ = ["ChunkedTensor", "ChunkedValues", "FilePiece"]
 

@@ -15,10 +15,10 @@ import torch
 
 from lightning_memload.checkpoint.chunked import ChunkedTensor, ChunkedValues, FilePiece
 from lightning_memload.checkpoint.index import Checkpoint, ChunkInfo, span_elements
-from lightning_memload.checkpoint.lease import FileWatch
-from lightning_memload.checkpoint.mapping import FileMapping
-from lightning_memload.checkpoint.source import FileSet
 from lightning_memload.errors import CheckpointFormatError, UnsafeGlobalsError
+from lightning_memload.storage.lease import FileWatch
+from lightning_memload.storage.local import FileSet
+from lightning_memload.storage.mapping import FileMapping
 
 __all__ = ["MappedCheckpoint", "UnmappableCheckpoint", "span_bytes"]
 

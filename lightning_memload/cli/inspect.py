@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 
-from lightning_memload.checkpoint import Checkpoint, open_checkpoint, refused_globals
+from lightning_memload.checkpoint import Checkpoint
 from lightning_memload.collector import paused_collector
+from lightning_memload.formats import open_checkpoint
+from lightning_memload.pickles import refused_globals
 from lightning_memload.units import counted
 
 __all__ = ["add_arguments", "run"]

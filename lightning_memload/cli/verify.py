@@ -11,9 +11,9 @@ import argparse
 import os
 import sys
 
-from lightning_memload.checkpoint import checkpoints_in, find_format, is_checkpoint
 from lightning_memload.errors import MemloadError
-from lightning_memload.transfer import verify_checkpoint
+from lightning_memload.formats import checkpoints_in, find_format, is_checkpoint
+from lightning_memload.verify import verify_checkpoint
 
 __all__ = ["add_arguments", "run"]
 

@@ -16,7 +16,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_memload.checkpoint import SafeGlobal
+from lightning_memload.pickles import SafeGlobal
 
 __all__ = ["LoadingOptions", "find_fixed_option", "split_arguments"]
 

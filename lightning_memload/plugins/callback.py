@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_memload.checkpoint import SafeGlobal, check_safe_globals
 from lightning_memload.distributed import Writer
+from lightning_memload.pickles import SafeGlobal, check_safe_globals
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
 from lightning_memload.plugins.choices import check_choice
 from lightning_memload.plugins.compat import Callback, classes

@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_memload.checkpoint import UnmappableCheckpoint, checkpoints_in, is_checkpoint
+from lightning_memload.checkpoint import UnmappableCheckpoint
 from lightning_memload.distributed import Companions, LostCompanion
 from lightning_memload.errors import CheckpointFormatError, CheckpointReadError, MemloadError, listed
-from lightning_memload.restore import (
+from lightning_memload.formats import checkpoints_in, is_checkpoint
+from lightning_memload.verify import (
     Siblings,
     Verdict,
     find_siblings,
@@ -27,8 +28,8 @@ from lightning_memload.restore import (
     is_training_checkpoint,
     judge_sibling,
     list_siblings,
+    verify_checkpoint,
 )
-from lightning_memload.transfer import verify_checkpoint
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

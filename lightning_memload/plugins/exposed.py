@@ -7,8 +7,8 @@ import weakref
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_memload.checkpoint import FileSet
 from lightning_memload.errors import listed
+from lightning_memload.storage import FileSet
 
 __all__ = ["ExposedParameters"]
 

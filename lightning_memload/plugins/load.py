@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_memload.checkpoint import MappedCheckpoint, SafeGlobal, holds_refused
+from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.errors import CheckpointFormatError, UnsafeGlobalsError
+from lightning_memload.pickles import SafeGlobal, holds_refused
 from lightning_memload.plugins.arguments import LoadingOptions, find_fixed_option, split_arguments
 from lightning_memload.plugins.compat import classes, package_of
 from lightning_memload.restore import LoadOptions, WeightsSource, find_state_dict, meta_init, open_any

@@ -12,8 +12,8 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_memload.checkpoint import FileSet
 from lightning_memload.restore import RestoreSession, meta_names
+from lightning_memload.storage import FileSet
 
 __all__ = ["ChosenMode", "Mode", "choose_mode"]
 

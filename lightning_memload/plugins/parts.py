@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_memload.checkpoint import holds_refused
 from lightning_memload.errors import CheckpointFormatError, IncompleteCheckpointError, UnsafeGlobalsError, listed
+from lightning_memload.pickles import holds_refused
 from lightning_memload.plugins.compat import package_of
 from lightning_memload.restore import find_state_dict
 

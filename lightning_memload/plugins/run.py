@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_memload.checkpoint import FileSet, MappedCheckpoint, SafeGlobal
+from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.distributed import Companions
 from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.pickles import SafeGlobal
 from lightning_memload.plugins.checkpoint_io import Allowance
 from lightning_memload.plugins.compat import classes
 from lightning_memload.plugins.damaged import choose_intact
@@ -43,6 +44,7 @@ from lightning_memload.restore import (
     rename_compiled,
     require_match,
 )
+from lightning_memload.storage import FileSet
 from lightning_memload.transfer import LazyRing, TransferStats, start_ring
 
 if TYPE_CHECKING:

@@ -25,7 +25,6 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_memload.checkpoint import span_bytes
-from lightning_memload.restore.mapped_files import file_under
 from lightning_memload.restore.operations import (
     Kind,
     draws,
@@ -51,6 +50,7 @@ from lightning_memload.restore.storages import (
     use_count,
 )
 from lightning_memload.restore.tape import Contents, Made, Read, Source, Step, in_order, sources_of
+from lightning_memload.storage.pages import file_under
 
 __all__ = ["Recorder", "claim", "set_active", "unrecorded"]
 

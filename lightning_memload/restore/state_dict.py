@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_memload.checkpoint import holds_refused
 from lightning_memload.errors import CheckpointFormatError, listed
+from lightning_memload.pickles import holds_refused
 
 __all__ = [
     "add_compiled_versions",

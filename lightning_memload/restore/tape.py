@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lightning_memload.errors import MetaTensorError
-from lightning_memload.restore.mapped_files import MappedFile
+from lightning_memload.storage.pages import MappedFile
 
 __all__ = ["Contents", "Made", "Own", "Read", "Source", "Step", "holds_data", "in_order", "sources_of", "view_of"]
 

@@ -25,10 +25,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_memload.errors import CheckpointWriteError
-from lightning_memload.save.replacement import SetAside
 from lightning_memload.save.saving import Save, SaveStats
-from lightning_memload.save.writing import Order
+from lightning_memload.storage.replacement import SetAside
 from lightning_memload.transfer import Latch, start_thread
+from lightning_memload.transfer.writing import Order
 
 __all__ = ["BackgroundSave", "ChangedMeanwhileError", "is_in_step", "tensors_of_optimizers"]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 
-from lightning_memload.checkpoint.tensor_manifest import foreign_names
-from lightning_memload.save.replacement import Replacement
+from lightning_memload.formats.tensor_directory.manifest import foreign_names
+from lightning_memload.storage.replacement import Replacement
 
 __all__ = ["identity", "reserve"]
 

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from lightning_memload.checkpoint.tensor_manifest import foreign_names, is_tensor_directory
 from lightning_memload.errors import CheckpointWriteError
-from lightning_memload.save.pickling import Stretch
-from lightning_memload.save.replacement import Replacement
-from lightning_memload.save.writing import Order
+from lightning_memload.formats.tensor_directory.manifest import foreign_names, is_tensor_directory
+from lightning_memload.pickles.writing import Stretch
+from lightning_memload.storage.replacement import Replacement
 from lightning_memload.transfer import available_cpus
+from lightning_memload.transfer.writing import Order
 
 __all__ = ["DEFAULT_BUDGET_BYTES", "Clock", "Plan", "Save", "SaveStats", "default_save_threads", "stats_of"]
 

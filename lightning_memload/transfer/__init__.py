@@ -1,7 +1,6 @@
 """Moves bytes from a source into tensors: the plan, the staging ring with its hard budget, and the threads."""
 
 from lightning_memload.transfer.compare import compare_records
-from lightning_memload.transfer.cuda_context import on_device, on_stream
 from lightning_memload.transfer.engine import Record, TensorCopy, TransferStats, transfer
 from lightning_memload.transfer.staging import (
     MIN_BUDGET_BYTES,
@@ -21,7 +20,6 @@ from lightning_memload.transfer.threads import (
     run_threads,
     start_thread,
 )
-from lightning_memload.transfer.verify import VerifyReport, verify_checkpoint
 
 __all__ = [
     "MIN_BUDGET_BYTES",
@@ -32,7 +30,6 @@ __all__ = [
     "StagingRing",
     "TensorCopy",
     "TransferStats",
-    "VerifyReport",
     "available_cpus",
     "check_host_budget",
     "check_num_threads",
@@ -40,11 +37,8 @@ __all__ = [
     "choose_layout",
     "compare_records",
     "default_threads",
-    "on_device",
-    "on_stream",
     "run_threads",
     "start_ring",
     "start_thread",
     "transfer",
-    "verify_checkpoint",
 ]

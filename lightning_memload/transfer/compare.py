@@ -9,8 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from lightning_memload.checkpoint import ByteSource, read_fully
 from lightning_memload.errors import ChecksumError
+from lightning_memload.storage import ByteSource, read_fully
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.engine import Record, TransferStats, checksum_error
 from lightning_memload.transfer.plan import Range, Read, plan_reads

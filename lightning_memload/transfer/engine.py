@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_memload.checkpoint import ByteSource, read_fully, span_elements
+from lightning_memload.checkpoint import span_elements
 from lightning_memload.errors import ChecksumError
+from lightning_memload.storage import ByteSource, read_fully
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.cuda_context import on_stream
 from lightning_memload.transfer.plan import Check, Piece, Range, Read, Segment, plan_checks, plan_reads, split_strided

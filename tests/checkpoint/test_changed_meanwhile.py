@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_memload import verify_checkpoint
-from lightning_memload.checkpoint import load_mapped, open_checkpoint
 from lightning_memload.errors import MemloadError
+from lightning_memload.formats import load_mapped, open_checkpoint
 from lightning_memload.restore import Move, RestoreSession
-from lightning_memload.save import replacement, save_directory, save_torch
+from lightning_memload.save import save_directory, save_torch
+from lightning_memload.storage import replacement
 from lightning_memload.transfer import LazyRing, choose_layout
 from tests.checkpoint.files import tensors_of
 from tests.fresh_process import run_fresh

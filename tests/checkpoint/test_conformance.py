@@ -28,21 +28,19 @@ from safetensors.torch import save_file
 
 from lightning_memload.checkpoint import (
     Checkpoint,
-    CheckpointFormat,
     ChunkedTensor,
     ChunkInfo,
     FilePiece,
     MappedCheckpoint,
     TensorInfo,
-    load_mapped,
-    open_checkpoint,
     span_elements,
 )
-from lightning_memload.checkpoint.formats import FORMATS, find_format
 from lightning_memload.checkpoint.index import KeyPath, format_path
-from lightning_memload.checkpoint.mapping import FileMapping
 from lightning_memload.errors import CheckpointFormatError, ChecksumError, MemloadError
+from lightning_memload.formats import CheckpointFormat, load_mapped, open_checkpoint
+from lightning_memload.formats.registry import FORMATS, find_format
 from lightning_memload.save import save_directory
+from lightning_memload.storage.mapping import FileMapping
 from lightning_memload.transfer import (
     Record,
     RingLayout,
@@ -490,7 +488,7 @@ def test_a_flipped_bit_is_told_where_there_are_checksums(case: Case, tmp_path: P
 MEASURE_READING = """
 import os
 from pathlib import Path
-from lightning_memload.checkpoint import load_mapped, open_checkpoint
+from lightning_memload.formats import load_mapped, open_checkpoint
 
 def read_bytes():
     return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_memload.checkpoint import Checkpoint, UnmappableCheckpoint, load_mapped, open_checkpoint
+from lightning_memload.checkpoint import Checkpoint, UnmappableCheckpoint
 from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.formats import load_mapped, open_checkpoint
 from tests.checkpoint.files import save_bytes, storage_pickle, tensor_pickle, write_zip
 from tests.fresh_process import run_fresh
 
@@ -167,7 +168,7 @@ class TestHostilePickles:
     PROGRAM = """
 import sys, time
 sys.set_int_max_str_digits(4300)
-from lightning_memload.checkpoint import open_checkpoint
+from lightning_memload.formats import open_checkpoint
 from lightning_memload.memory.host import read_status
 from lightning_memload.errors import CheckpointFormatError
 import resource, pathlib
@@ -267,7 +268,7 @@ for path in sorted(pathlib.Path(ARGS["folder"]).iterdir()):
 def test_fifty_thousand_tensors_are_indexed_in_linear_time(tmp_path: Path) -> None:
     program = """
 import time, torch
-from lightning_memload.checkpoint import open_checkpoint
+from lightning_memload.formats import open_checkpoint
 from lightning_memload.memory.host import read_status
 RESULT = []
 for count in (5_000, 50_000):

@@ -22,18 +22,12 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from lightning_memload.checkpoint import (
-    ChunkedTensor,
-    ChunkInfo,
-    FileSet,
-    MappedCheckpoint,
-    StorageInfo,
-    load_mapped,
-    open_checkpoint,
-)
-from lightning_memload.checkpoint.dcp_metadata import read_metadata
+from lightning_memload.checkpoint import ChunkedTensor, ChunkInfo, MappedCheckpoint, StorageInfo
 from lightning_memload.errors import CheckpointFormatError, CheckpointReadError, ChecksumError
+from lightning_memload.formats import load_mapped, open_checkpoint
+from lightning_memload.formats.dcp.metadata import read_metadata
 from lightning_memload.restore import Move, RestoreSession
+from lightning_memload.storage import FileSet
 from lightning_memload.transfer import LazyRing, choose_layout
 from tests.checkpoint.files import ALL_DTYPES, Settings, as_bytes, layouts, of_dtype, save_dcp, tensors_of
 from tests.fresh_process import run_fresh
@@ -337,7 +331,7 @@ SIZES = (2048, 8192)
 # Fills a tensor that is there already; what rises above its start is the way of the bytes, not the values.
 FILLING = """
 import torch
-from lightning_memload.checkpoint import load_mapped
+from lightning_memload.formats import load_mapped
 from lightning_memload.memory import MemoryMonitor
 from lightning_memload.restore import Move, RestoreSession
 from lightning_memload.transfer import LazyRing, choose_layout

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import metadata as torch_metadata
 
 from lightning_memload import CheckpointWriteError, save_directory, verify_checkpoint
+from lightning_memload.formats.torch_zip.layout import directory, lay_out, local_header
 from lightning_memload.save import save_torch
-from lightning_memload.save.layout import directory, lay_out, local_header
 from tests.checkpoint.files import write_zip
 from tests.checkpoint.test_dcp import place_of, sharded, write_shards
 from tests.fresh_process import run_fresh
@@ -33,7 +33,7 @@ TIB = 1 << 40
 PROGRAM = """
 import pathlib, pickle, time
 from lightning_memload import MemloadError, open_checkpoint, verify_checkpoint
-from lightning_memload.checkpoint import load_mapped
+from lightning_memload.formats import load_mapped
 
 def peak_bytes():
     words = pathlib.Path("/proc/self/status").read_text().split()

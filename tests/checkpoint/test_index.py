@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_memload.checkpoint import Checkpoint, UnmappableCheckpoint, open_checkpoint
+from lightning_memload.checkpoint import Checkpoint, UnmappableCheckpoint
 from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.formats import open_checkpoint
 from tests.checkpoint.files import (
     ALL_DTYPES,
     Settings,
@@ -188,7 +189,7 @@ class TestNoDataIsRead:
         torch.save({str(number): torch.zeros(1 << 20) for number in range(16)}, path)  # 64 MiB
         program = """
 import os
-from lightning_memload.checkpoint import load_mapped, open_checkpoint
+from lightning_memload.formats import load_mapped, open_checkpoint
 def read_bytes():
     return int(open("/proc/self/io").read().split("rchar: ")[1].split()[0])
 open_checkpoint(ARGS["path"])  # the first use imports

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_memload.checkpoint import DetachedError, FileMapping, FileSet, FileWatch, lease, load_mapped, steps
+from lightning_memload.formats import load_mapped
+from lightning_memload.storage import DetachedError, FileMapping, FileSet, FileWatch, lease, steps
 from tests.checkpoint.test_mapping import traces
 from tests.fresh_process import run_fresh
 
@@ -237,7 +238,7 @@ class TestRefused:
     def test_another_user(self) -> None:
         program = """
 import os
-from lightning_memload.checkpoint import FileSet, FileWatch
+from lightning_memload.storage import FileSet, FileWatch
 os.setresuid(65534, 65534, 0)
 RESULT = FileWatch(FileSet([ARGS["path"]])).begin()
 os.setresuid(0, 0, 0)
@@ -298,7 +299,7 @@ class TestProcesses:
         """And ending one takes nothing from the parent; the killed parent's file is free while the child lives on."""
         program = """
 import os, signal, sys, torch
-from lightning_memload.checkpoint import load_mapped
+from lightning_memload.formats import load_mapped
 path = ARGS["path"]
 torch.save({"a": torch.ones(9000)}, path)
 def is_leased():
@@ -338,7 +339,7 @@ os.write(done_write, b"x")
     def test_a_process_ends_while_it_watches(self, path: Path) -> None:
         program = """
 import atexit, torch
-from lightning_memload.checkpoint import load_mapped
+from lightning_memload.formats import load_mapped
 torch.save({"a": torch.ones(9000)}, ARGS["path"])
 state, mapped = load_mapped(ARGS["path"])
 assert mapped.watch() is None
@@ -355,7 +356,7 @@ atexit.register(rewrite)
         """The kernel would send SIGIO, which ends a process that does not handle it."""
         program = """
 import signal, torch
-from lightning_memload.checkpoint import load_mapped
+from lightning_memload.formats import load_mapped
 seen = []
 for number in (signal.SIGIO, signal.SIGURG, signal.SIGUSR1, signal.SIGRTMAX):
     signal.signal(number, lambda number, frame: seen.append(number))

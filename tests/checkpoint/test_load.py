@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_memload.checkpoint import UnmappableCheckpoint, load_mapped, span_bytes
+from lightning_memload.checkpoint import UnmappableCheckpoint, span_bytes
 from lightning_memload.errors import CheckpointFormatError, UnsafeGlobalsError
+from lightning_memload.formats import load_mapped
 from tests.checkpoint.files import (
     ALL_DTYPES,
     Settings,
@@ -198,7 +199,7 @@ def memory_and_swap_bytes() -> int:
 class TestLargerThanMemory:
     PROGRAM = """
 import os
-from lightning_memload.checkpoint import load_mapped, open_checkpoint
+from lightning_memload.formats import load_mapped, open_checkpoint
 from lightning_memload.errors import InsufficientMemoryError
 from lightning_memload.memory.host import read_status
 from lightning_memload.memory import MemoryMonitor

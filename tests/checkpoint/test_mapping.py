@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_memload.checkpoint import MappedCheckpoint, load_mapped
-from lightning_memload.checkpoint.mapping import FileMapping
-from lightning_memload.checkpoint.source import FileSet
+from lightning_memload.checkpoint import MappedCheckpoint
+from lightning_memload.formats import load_mapped
+from lightning_memload.storage.local import FileSet
+from lightning_memload.storage.mapping import FileMapping
 from tests.checkpoint.files import as_bytes, layouts
 from tests.fresh_process import run_fresh
 
@@ -119,7 +120,7 @@ class TestWhoWrote:
     def test_a_fork_sees_its_own_writes(self, path: Path) -> None:
         program = """
 import os, torch
-from lightning_memload.checkpoint import load_mapped
+from lightning_memload.formats import load_mapped
 torch.save({"a": torch.ones(4096)}, ARGS["path"])
 state, mapped = load_mapped(ARGS["path"], weights_only=True)
 assert mapped.locate(state["a"]) is not None  # opens this process's page table
@@ -188,7 +189,7 @@ class TestDetach:
     def test_in_several_chunks(self, path: Path) -> None:
         program = """
 import gc, torch
-from lightning_memload.checkpoint import load_mapped
+from lightning_memload.formats import load_mapped
 from lightning_memload.memory import MemoryMonitor
 from lightning_memload.memory.host import read_status
 path, count = ARGS["path"], (100 << 20) // 8
@@ -216,7 +217,7 @@ RESULT = [copied, peak, equal, written, left, again, before - read_status().anon
         assert freed >= 100 << 20
 
     def test_a_failure_leaves_the_tensors_as_they_are(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from lightning_memload.checkpoint import mapping
+        from lightning_memload.storage import mapping
 
         def refuse(*args: object) -> None:
             raise OSError(12, "no memory")
@@ -275,7 +276,7 @@ def last():  # registered before anything is imported, so it runs after all othe
     print(state["a"].sum().item(), flush=True)
 atexit.register(last)
 import sys, torch
-from lightning_memload.checkpoint import load_mapped
+from lightning_memload.formats import load_mapped
 torch.save({"a": torch.ones(1 << 16)}, ARGS["path"])
 state, mapped = load_mapped(ARGS["path"], weights_only=True)
 sys.modules["kept"] = state

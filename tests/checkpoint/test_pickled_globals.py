@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from lightning_memload import UnsafeGlobalsError, WeightsSource, load_weights, open_checkpoint, save_directory
-from lightning_memload.checkpoint import allow_globals, holds_refused, load_mapped, refused_globals
+from lightning_memload.formats import load_mapped
+from lightning_memload.pickles import allow_globals, holds_refused, refused_globals
 from tests.checkpoint.files import quantised, save_dcp
 
 

@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_memload.checkpoint import load_mapped, open_checkpoint, torch_zip
 from lightning_memload.checkpoint.index import StorageInfo
-from lightning_memload.checkpoint.plain_pickle import NotPlain, build_plain
+from lightning_memload.formats import load_mapped, open_checkpoint
+from lightning_memload.formats.torch_zip import reader as torch_zip
+from lightning_memload.pickles.plain import NotPlain, build_plain
 
 
 def pickled(value: Any, folder: Path) -> bytes:

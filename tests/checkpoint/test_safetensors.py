@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from lightning_memload.checkpoint import Checkpoint, SpecialTensor, UnmappableCheckpoint, load_mapped, open_checkpoint
-from lightning_memload.checkpoint.mapping import FileMapping
-from lightning_memload.checkpoint.safetensors import MAX_HEADER_BYTES, Safetensors
+from lightning_memload.checkpoint import Checkpoint, SpecialTensor, UnmappableCheckpoint
 from lightning_memload.errors import CheckpointFormatError
-from lightning_memload.transfer import verify_checkpoint
+from lightning_memload.formats import load_mapped, open_checkpoint
+from lightning_memload.formats.safetensors.reader import MAX_HEADER_BYTES, Safetensors
+from lightning_memload.storage.mapping import FileMapping
+from lightning_memload.verify import verify_checkpoint
 from tests.checkpoint.files import as_bytes, from_file, of_dtype
 from tests.fresh_process import run_fresh
 
@@ -206,7 +207,7 @@ class TestDtypes:
         refusals(path)
 
     def test_an_older_torch(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from lightning_memload.checkpoint import safetensors_header
+        from lightning_memload.formats.safetensors import header as safetensors_header
 
         monkeypatch.delitem(safetensors_header._DTYPES, "F8_E8M0", raising=False)
         path.write_bytes(with_header({"scale": entry("F8_E8M0", [3], 0, 3)}, b"xyz"))
@@ -330,7 +331,7 @@ class TestLyingLengths:
     def test_a_hostile_length_costs_nothing(self, path: Path) -> None:
         program = """
 import resource
-from lightning_memload.checkpoint import open_checkpoint
+from lightning_memload.formats import open_checkpoint
 from lightning_memload.errors import CheckpointFormatError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
@@ -690,7 +691,7 @@ def test_many_tensors_are_indexed_in_linear_time(tmp_path: Path) -> None:
     program = """
 import json, struct, time
 from pathlib import Path
-from lightning_memload.checkpoint import open_checkpoint
+from lightning_memload.formats import open_checkpoint
 from lightning_memload.memory.host import read_status
 RESULT = []
 for count in (3_000, 30_000):

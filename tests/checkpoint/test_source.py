@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lightning_memload.checkpoint import ByteSource, FilePart, LocalFile
+from lightning_memload.storage import ByteSource, FilePart, LocalFile
 
 PAGE = mmap.PAGESIZE
 SIZE = 24 << 20

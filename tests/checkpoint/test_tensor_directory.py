@@ -17,15 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_memload.checkpoint import (
-    Checkpoint,
-    MappedCheckpoint,
-    load_mapped,
-    open_checkpoint,
-    span_bytes,
-    tensor_directory,
-)
+from lightning_memload.checkpoint import Checkpoint, MappedCheckpoint, span_bytes
 from lightning_memload.errors import CheckpointFormatError, CheckpointReadError, ChecksumError, MemloadError
+from lightning_memload.formats import load_mapped, open_checkpoint
+from lightning_memload.formats.tensor_directory import reader as tensor_directory
 from lightning_memload.save import save_directory
 from lightning_memload.transfer import Record, StagingRing, TensorCopy, choose_layout, transfer
 from tests.checkpoint.files import ALL_DTYPES, Settings, as_bytes, layouts, nested, of_dtype, tensors_of, write_zip
@@ -225,7 +220,7 @@ def test_many_files_with_few_descriptors(path: Path) -> None:
     program = """
 import os, resource, torch
 from pathlib import Path
-from lightning_memload.checkpoint import load_mapped, open_checkpoint
+from lightning_memload.formats import load_mapped, open_checkpoint
 from lightning_memload.save import save_directory
 from tests.checkpoint.files import as_bytes
 from tests.checkpoint.test_tensor_directory import stream

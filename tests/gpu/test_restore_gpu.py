@@ -20,9 +20,9 @@ from lightning_memload import (
     load_weights,
     meta_init,
 )
-from lightning_memload.checkpoint import LocalFile
 from lightning_memload.memory import MemoryMonitor
 from lightning_memload.restore import follow_recipes
+from lightning_memload.storage import LocalFile
 from lightning_memload.transfer import RingLayout, StagingRing, TensorCopy, choose_layout, transfer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
@@ -306,7 +306,7 @@ def test_host_memory_stays_within_the_budget(tmp_path: Path) -> None:
     torch.save(state, path)
     del state
     gc.collect()
-    from lightning_memload.checkpoint import load_mapped
+    from lightning_memload.formats import load_mapped
 
     loaded, mapped = load_mapped(path)
     destinations = {name: torch.empty_like(value, device="cuda") for name, value in loaded.items()}
@@ -342,7 +342,7 @@ def test_conversion_and_rearrangement_on_the_device(tmp_path: Path, source: torc
     tensors = {"plain": values, "transposed": values.t(), "sliced": values[3:600:2, ::3], "scalar": values[0, 0]}
     path = tmp_path / "t.pt"
     torch.save(tensors, path)
-    from lightning_memload.checkpoint import load_mapped
+    from lightning_memload.formats import load_mapped
 
     loaded, mapped = load_mapped(path)
     copies, expected = [], []

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import tests.lightning as L
 from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO, open_checkpoint, save_directory
-from lightning_memload.checkpoint import load_mapped
+from lightning_memload.formats import load_mapped
 from lightning_memload.memory import MemoryMonitor
 from lightning_memload.save import (
     BackgroundSave,
@@ -31,7 +31,7 @@ from lightning_memload.save import (
     tensors_of_optimizers,
     write_torch,
 )
-from lightning_memload.transfer import verify_checkpoint
+from lightning_memload.verify import verify_checkpoint
 from tests.checkpoint.files import ALL_DTYPES, as_bytes, layouts, of_dtype, tensors_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]

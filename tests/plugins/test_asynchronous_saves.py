@@ -21,8 +21,9 @@ from torch import nn
 
 import tests.lightning as L
 from lightning_memload import CheckpointWriteError, MemoryEfficientRestore, StreamingCheckpointIO
-from lightning_memload.checkpoint import load_mapped
-from lightning_memload.save import BackgroundSave, sinks, writing
+from lightning_memload.formats import load_mapped
+from lightning_memload.save import BackgroundSave
+from lightning_memload.transfer import sinks, writing
 from tests.plugins.harness import FEATURES, TRUSTED, Recorded, adamw, assert_same, make_trainer
 
 BLOCK_BYTES = 128

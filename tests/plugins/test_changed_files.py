@@ -14,7 +14,8 @@ import torch
 
 import tests.lightning as L
 from lightning_memload import CheckpointReadError, MemoryEfficientRestore
-from lightning_memload.save import replacement, save_directory
+from lightning_memload.save import save_directory
+from lightning_memload.storage import replacement
 from tests.plugins.harness import TRUSTED, Case, TinyModule, adamw, assert_same, make_trainer, write_checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mappings, and names that are exchanged, need Linux")

@@ -18,7 +18,7 @@ from lightning_memload.distributed import Companions
 from lightning_memload.errors import CheckpointFormatError, ChecksumError, MemloadError
 from lightning_memload.plugins import damaged
 from lightning_memload.plugins.damaged import choose_intact, name_intact_sibling
-from lightning_memload.restore import Siblings
+from lightning_memload.verify import Siblings
 from tests.distributed.test_companions import in_ranks
 from tests.plugins.test_callback import flip_byte
 

@@ -13,13 +13,14 @@ import torch
 from tests.lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO
-from lightning_memload.checkpoint import ChunkedTensor, load_mapped, open_checkpoint
+from lightning_memload.checkpoint import ChunkedTensor
 from lightning_memload.errors import (
     CheckpointFormatError,
     ChecksumError,
     IncompleteCheckpointError,
     OptimizerMismatchError,
 )
+from lightning_memload.formats import load_mapped, open_checkpoint
 from lightning_memload.restore import OptimizerRestore, RestoreSession
 from lightning_memload.transfer import LazyRing, choose_layout
 from tests.checkpoint.files import save_dcp

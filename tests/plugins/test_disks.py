@@ -19,7 +19,7 @@ from tests.lightning.pytorch.callbacks import ModelCheckpoint
 from tests.lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_memload import CheckpointWriteError, MemoryEfficientRestore, StreamingCheckpointIO, verify_checkpoint
-from lightning_memload.checkpoint import load_mapped
+from lightning_memload.formats import load_mapped
 from lightning_memload.plugins.checkpoint_io import SaveFormat
 from lightning_memload.save import saving
 from tests.fresh_process import run_fresh

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_memload.checkpoint import load_mapped
+from lightning_memload.formats import load_mapped
 
 PROGRAM = """
 import concurrent.futures.thread as futures, sys, threading

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import tests.lightning as L
 from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO, load_from_checkpoint
-from lightning_memload.checkpoint import load_mapped
+from lightning_memload.formats import load_mapped
 from lightning_memload.plugins.checkpoint_io import SaveFormat
 from tests.plugins.harness import FEATURES, TRUSTED, WRAPS, TinyModule, adamw, assert_same, contents, make_trainer
 

@@ -19,7 +19,8 @@ from tests.lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 import tests.lightning as L
 from lightning_memload import CheckpointReadError, MemoryEfficientRestore, StreamingCheckpointIO, meta_init
-from lightning_memload.checkpoint import MappedCheckpoint, lease
+from lightning_memload.checkpoint import MappedCheckpoint
+from lightning_memload.storage import lease
 from tests.checkpoint.test_lease import watches_end
 from tests.checkpoint.test_mapping import traces
 from tests.fresh_process import run_fresh

@@ -20,7 +20,7 @@ from tests.lightning.pytorch.plugins.io import AsyncCheckpointIO, async_plugin
 
 import tests.lightning as L
 from lightning_memload import CheckpointWriteError, MemoryEfficientRestore, StreamingCheckpointIO, open_checkpoint
-from lightning_memload.checkpoint import load_mapped
+from lightning_memload.formats import load_mapped
 from tests.plugins.harness import TRUSTED, TinyModule, adamw, assert_same, make_trainer
 
 CLONES = hasattr(async_plugin, "_clone_tensor")

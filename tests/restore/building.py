@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_memload import meta_init
-from lightning_memload.checkpoint import load_mapped
+from lightning_memload.formats import load_mapped
 from lightning_memload.restore import RestoreSession, WeightsRestore
 from lightning_memload.restore.recipes import WaitingParameter
 from lightning_memload.restore.tape import Read

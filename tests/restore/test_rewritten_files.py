@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_memload import load_weights, meta_init, save_directory
-from lightning_memload.checkpoint import lease
 from lightning_memload.restore import session
+from lightning_memload.storage import lease
 from tests.checkpoint.files import as_bytes
 from tests.checkpoint.test_lease import REWRITES, join_watches, watches_end
 from tests.checkpoint.test_mapping import traces

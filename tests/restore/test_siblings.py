@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_memload import save_directory
-from lightning_memload.restore import Siblings, find_siblings, fingerprint
+from lightning_memload.verify import Siblings, find_siblings, fingerprint
 
 
 def write(path: Path, age_seconds: float, *, damaged: bool = False) -> str:

@@ -26,10 +26,11 @@ from typing import Any
 import torch
 
 from lightning_memload import verify_checkpoint
-from lightning_memload.checkpoint import load_mapped
+from lightning_memload.formats import load_mapped
 from lightning_memload.memory import MemoryMonitor
-from lightning_memload.save import replacement, save_directory, save_torch, write_torch
-from lightning_memload.save.pickling import Stretch
+from lightning_memload.pickles.writing import Stretch
+from lightning_memload.save import save_directory, save_torch, write_torch
+from lightning_memload.storage import replacement
 
 __all__ = ["WRITERS", "kill_trainings", "kill_writers", "measure"]
 

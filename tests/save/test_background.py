@@ -20,19 +20,18 @@ import pytest
 import torch
 
 from lightning_memload import CheckpointWriteError
-from lightning_memload.checkpoint import load_mapped
+from lightning_memload.formats import load_mapped
+from lightning_memload.pickles.writing import Stretch
 from lightning_memload.save import (
     BackgroundSave,
     ChangedMeanwhileError,
-    descriptors,
     plan_directory_save,
     plan_torch_save,
-    sinks,
     tensors_of_optimizers,
-    writing,
 )
-from lightning_memload.save.pickling import Stretch
-from lightning_memload.save.writing import Order, Records
+from lightning_memload.storage import descriptors
+from lightning_memload.transfer import sinks, writing
+from lightning_memload.transfer.writing import Order, Records
 from tests.fresh_process import run_fresh
 
 BLOCK_BYTES = 1024
@@ -334,7 +333,7 @@ def test_without_a_thread_all_is_done_at_once(path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_directory_in_the_background(tmp_path: Path, disk: Disk) -> None:
-    from lightning_memload.checkpoint import load_mapped
+    from lightning_memload.formats import load_mapped
 
     weight, optimizer = make_optimizer()
     save = BackgroundSave(
@@ -453,7 +452,7 @@ for plan in (plan_torch_save, plan_directory_save):
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     goes_on.set()
     save.result()
-    from lightning_memload.checkpoint import load_mapped
+    from lightning_memload.formats import load_mapped
     RESULT.append([code, load_mapped(path)[0]["weight"].sum().item()])
 """
     assert run_fresh(program, path=tmp_path / "file").result == [[7, 1_000_000], [7, 1_000_000]]

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_memload.save.layout import (
+from lightning_memload.formats.torch_zip.layout import (
     ALIGNMENT_BYTES,
     Entry,
     Piece,

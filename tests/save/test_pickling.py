@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_memload.pickles.writing import UnstreamableError, pickle_object
 from lightning_memload.save import save_torch
-from lightning_memload.save.pickling import UnstreamableError, pickle_object
 from tests.checkpoint.files import ALL_DTYPES, as_bytes, layouts, nested, of_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # prototypes: quantized, nested, CSR

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_memload.save.replacement import Replacement, remove_leftovers
+from lightning_memload.storage.replacement import Replacement, remove_leftovers
 
 LEFTOVER = ".memload-{boot}-0123456789abcdef.tmp"
 
@@ -52,7 +52,7 @@ def test_interrupted_while_it_is_removed(tmp_path: Path, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch, Replacement(str(tmp_path / "file")) as left:
-        patch.setattr("lightning_memload.save.replacement._remove", interrupt)
+        patch.setattr("lightning_memload.storage.replacement._remove", interrupt)
     assert left.descriptor < 0
     assert len(os.listdir(tmp_path)) == 1
     write(tmp_path / "file", b"new")
@@ -135,7 +135,7 @@ def test_the_temporary_file_of_a_live_writer_stays(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 sys.path.insert(0, sys.argv[2])
-from lightning_memload.save.replacement import Replacement
+from lightning_memload.storage.replacement import Replacement
 Replacement(sys.argv[1])
 print("open", flush=True)
 sys.stdin.read()
@@ -191,7 +191,7 @@ def test_a_file_that_was_taken_for_a_leftover_is_made_again(tmp_path: Path, monk
             remove_leftovers(str(tmp_path))
         flock(descriptor, operation)
 
-    monkeypatch.setattr("lightning_memload.save.replacement.fcntl.flock", slow_flock)
+    monkeypatch.setattr("lightning_memload.storage.replacement.fcntl.flock", slow_flock)
     with Replacement(str(tmp_path / "file")) as replacement:
         assert os.fstat(replacement.descriptor).st_nlink == 1
         replacement.commit(durable=True)

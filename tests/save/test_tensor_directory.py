@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from lightning_memload import verify_checkpoint
-from lightning_memload.checkpoint import load_mapped, open_checkpoint
 from lightning_memload.errors import CheckpointFormatError, CheckpointWriteError
-from lightning_memload.save import replacement, save_directory, save_torch
-from lightning_memload.save import tensor_directory as writer
-from lightning_memload.save.pickling import Stretch
+from lightning_memload.formats import load_mapped, open_checkpoint
+from lightning_memload.pickles.writing import Stretch
+from lightning_memload.save import directory as writer
+from lightning_memload.save import save_directory, save_torch
+from lightning_memload.storage import replacement
 from tests.fresh_process import run_fresh
 
 

@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from lightning_memload import CheckpointWriteError, open_checkpoint
-from lightning_memload.checkpoint import LocalFile, load_mapped
+from lightning_memload.formats import load_mapped
+from lightning_memload.pickles.writing import Stretch
 from lightning_memload.save import save_torch, write_torch
-from lightning_memload.save.pickling import Stretch
+from lightning_memload.storage import LocalFile
 from lightning_memload.transfer import Record, StagingRing, TensorCopy, choose_layout, transfer
 from tests.checkpoint.files import ALL_DTYPES, as_bytes, layouts, nested, of_dtype, tensors_of
 
@@ -176,7 +177,7 @@ def test_what_has_no_memory_is_left_to_torch(tmp_path: Path) -> None:
 
 
 def test_a_save_by_torch_is_atomic_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_memload.save import torch_zip
+    from lightning_memload.save import torch_file as torch_zip
 
     def refuse(obj: object) -> None:
         raise torch_zip.UnstreamableError("no memory")
@@ -265,7 +266,7 @@ def test_a_disk_that_fails_last_is_told_as_such(tmp_path: Path, monkeypatch: pyt
     def fail(directory: str) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("lightning_memload.save.replacement._sync_directory", fail)
+    monkeypatch.setattr("lightning_memload.storage.replacement._sync_directory", fail)
     with pytest.raises(CheckpointWriteError, match=r"Input/output error.*may not survive a power failure\."):
         save_torch({"new": 1}, tmp_path / "file.pt")
     assert torch.load(tmp_path / "file.pt") == {"new": 1}

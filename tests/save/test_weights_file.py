@@ -14,12 +14,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lightning_memload.checkpoint import load_mapped, open_checkpoint
 from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.formats import load_mapped, open_checkpoint
+from lightning_memload.pickles.writing import Stretch
 from lightning_memload.save import SaveStats, save_directory
-from lightning_memload.save.pickling import Stretch
-from lightning_memload.save.writing import Gathered
-from lightning_memload.transfer import verify_checkpoint
+from lightning_memload.transfer.writing import Gathered
+from lightning_memload.verify import verify_checkpoint
 from tests.checkpoint.files import ALL_DTYPES, as_bytes, layouts, of_dtype, tensors_of
 from tests.fresh_process import run_fresh
 

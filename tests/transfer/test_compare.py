@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_memload import CheckpointReadError, ChecksumError
-from lightning_memload.checkpoint import LocalFile
+from lightning_memload.storage import LocalFile
 from lightning_memload.transfer import Record, compare_records
 
 

@@ -16,8 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_memload.checkpoint import ByteSource, load_mapped
 from lightning_memload.errors import CheckpointReadError, ChecksumError
+from lightning_memload.formats import load_mapped
+from lightning_memload.storage import ByteSource
 from lightning_memload.transfer import (
     Record,
     RingLayout,
@@ -539,7 +540,7 @@ import torch, threading
 from lightning_memload.memory import MemoryMonitor
 from lightning_memload.memory.host import read_status
 from lightning_memload.transfer import *
-from lightning_memload.checkpoint import load_mapped
+from lightning_memload.formats import load_mapped
 path, mib = ARGS["path"], 1 << 20
 def go(make, budget):
     loaded, mapped = load_mapped(path, weights_only=True)

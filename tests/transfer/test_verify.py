@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_memload import CheckpointFormatError, VerifyReport, open_checkpoint, save_directory, verify_checkpoint
-from lightning_memload.checkpoint import FileSet, LocalFile, load_mapped
-from lightning_memload.checkpoint.dcp_metadata import Entry, SavedTensor, read_metadata
-from lightning_memload.checkpoint.formats import FORMATS
-from lightning_memload.checkpoint.torch_zip import read_zip_inventory
-from lightning_memload.transfer import verify as verify_module
+from lightning_memload.formats import load_mapped
+from lightning_memload.formats.dcp.metadata import Entry, SavedTensor, read_metadata
+from lightning_memload.formats.registry import FORMATS
+from lightning_memload.formats.torch_zip.reader import read_zip_inventory
+from lightning_memload.storage import FileSet, LocalFile
+from lightning_memload.verify import verify as verify_module
 from tests.checkpoint.files import as_bytes, save_bytes, save_sparse, tensors_of, write_zip
 from tests.checkpoint.test_dcp import change, chunks_of, place_of, sharded, write_shards
 from tests.fresh_process import run_fresh

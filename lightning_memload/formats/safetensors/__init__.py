@@ -1,0 +1,1 @@
+"""Files of safetensors, and directories of them: what lies where, and how they are written."""

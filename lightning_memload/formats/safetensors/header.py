@@ -1,0 +1,220 @@
+"""The header of one safetensors file: which of its bytes are which tensor.
+
+A file is a length of eight bytes, a JSON header, and the tensors' bytes, all of them and nothing else. The header is
+parsed here because the index needs positions, which the safetensors package does not tell. Whatever it says is held
+against the size of the file before anybody relies on it, by the rules of that package, and no tensor byte is read.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lightning_memload.checkpoint.index import SpecialTensor, StorageInfo, TensorInfo
+from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.formats.json_text import COPY_AGAIN, MAX_HEADER_BYTES, parse_json, short
+from lightning_memload.storage.local import LocalFile
+
+__all__ = ["PREFIX_BYTES", "SAFETENSORS_DTYPES", "Header", "read_header", "starts_like_header"]
+
+_LENGTH = struct.Struct("<Q")
+# The length, and the brace that follows it.
+PREFIX_BYTES = _LENGTH.size + 1
+_DTYPE_NAME = re.compile(r"[A-Z][A-Za-z0-9_]{0,19}")
+# torch counts elements and bytes in signed 64-bit integers.
+_LIMIT = 1 << 63
+
+_DTYPE_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    # Since torch 2.7 and 2.8.
+    "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
+}  # fmt: skip
+_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, attribute) for name, attribute in _DTYPE_NAMES.items() if hasattr(torch, attribute)
+}
+# The other way round, but for the type that packs two elements into one of torch's.
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in _DTYPES.items() if name != "F4"}
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a header says, all of it held against the file.
+
+    Attributes:
+        tensors: Every tensor, in the order of the header.
+        special: Those of a dtype that torch lacks, which nobody can load.
+        ranges: Of every tensor, by its key, the first byte and one past the last, from the start of the file.
+        metadata: ``__metadata__``.
+        nbytes: Length of the header, with the eight bytes before it.
+    """
+
+    tensors: tuple[TensorInfo, ...]
+    special: tuple[SpecialTensor, ...]
+    ranges: Mapping[str, tuple[int, int]]
+    metadata: dict[str, str]
+    nbytes: int
+
+
+def starts_like_header(start: bytes) -> bool:
+    """Whether the first ``PREFIX_BYTES`` of a file are those of a header and its length."""
+    return start[_LENGTH.size :] == b"{"
+
+
+def read_header(file: LocalFile, start: int) -> Header:
+    """Reads the header of one file.
+
+    Args:
+        file: The file.
+        start: Offset of its first byte in the run of all files.
+
+    Raises:
+        CheckpointFormatError: The header contradicts itself or the size of the file.
+    """
+    path, size = file.name, file.size_bytes
+    prefix = file.pread(PREFIX_BYTES, 0)
+    if not starts_like_header(prefix):
+        raise CheckpointFormatError(
+            f"{path} ({size} bytes) does not start as a safetensors file does, with eight bytes of length and a '{{', "
+            f"but with {prefix!r}. It is truncated or no such file: copy or download it again.",
+            path=path,
+        )
+    (length,) = _LENGTH.unpack_from(prefix)
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointFormatError(
+            f"{path}: the first eight bytes announce a header of {length} bytes, but the format allows "
+            f"{MAX_HEADER_BYTES}. {COPY_AGAIN}",
+            path=path,
+        )
+    data_start = _LENGTH.size + length
+    if data_start > size:
+        raise CheckpointFormatError(
+            f"{path} is truncated: its header ends at byte {data_start}, but the file is only {size} bytes. Copy or "
+            "download it again.",
+            path=path,
+        )
+    header = parse_json(file.pread(length, _LENGTH.size), path, "the header")
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(word, str) for word in metadata.values()):
+        raise CheckpointFormatError(
+            f"{path}: __metadata__ must map texts to texts, but is {short(metadata)}. {COPY_AGAIN}", path=path
+        )
+    tensors: list[TensorInfo] = []
+    special: list[SpecialTensor] = []
+    ranges: dict[str, tuple[int, int]] = {}
+    for key, entry in header.items():
+        dtype, shape, begin, end = _parse_entry(path, key, entry)
+        if data_start + end > size:
+            raise CheckpointFormatError(
+                f"{path} is truncated: its header declares data of {short(key)} through byte {data_start + end}, "
+                f"but the file is only {size} bytes. Copy or download it again.",
+                path=path,
+            )
+        ranges[key] = data_start + begin, data_start + end
+        if isinstance(dtype, str):
+            special.append(SpecialTensor((key,), dtype, None, shape, end - begin))
+            continue
+        storage = StorageInfo(key, start + data_start + begin, end - begin, None, "cpu")
+        tensors.append(TensorInfo((key,), dtype, shape, _contiguous_stride(shape), 0, storage))
+    _require_full_cover(path, size, data_start, ranges)
+    return Header(tuple(tensors), tuple(special), ranges, metadata, data_start)
+
+
+def _parse_entry(path: str, key: str, entry: object) -> tuple[torch.dtype | str, tuple[int, ...], int, int]:
+    """Data type, shape, and first and last byte of a tensor, relative to the end of the header.
+
+    The data type is a text where torch has none.
+
+    Raises:
+        CheckpointFormatError: The entry is malformed, or the range has not the tensor's size.
+    """
+    match entry:
+        case {"dtype": str(dtype_name), "shape": [*sizes], "data_offsets": [begin, end]}:
+            pass
+        case _:
+            what = f"must have a dtype, a shape and two data_offsets, but is {short(entry)}. {COPY_AGAIN}"
+            raise _entry_error(path, key, what)
+    numbers = (*sizes, begin, end)
+    # bool is a kind of int, and true is no size.
+    if {*map(type, numbers)} != {int} or min(numbers) < 0 or max(numbers) >= _LIMIT:
+        what = f"has shape {short(sizes)} and data_offsets {short([begin, end])}, but these must be integers"
+        raise _entry_error(path, key, f"{what} from 0 to 2**63 - 1. {COPY_AGAIN}")
+    dtype = _DTYPES.get(dtype_name)
+    shape = tuple(sizes)
+    if dtype is None:
+        if not _DTYPE_NAME.fullmatch(dtype_name):
+            raise _entry_error(path, key, f"has dtype {short(dtype_name)}, which is no name of one. {COPY_AGAIN}")
+        if end < begin:
+            what = f"has data_offsets [{begin}, {end}], which are {end - begin} bytes apart. {COPY_AGAIN}"
+            raise _entry_error(path, key, what)
+        return f"dtype {dtype_name}", shape, begin, end
+    if dtype_name == "F4":
+        # Two elements in a byte; torch counts bytes, as safetensors does when it loads.
+        if not shape or shape[-1] % 2:
+            return "dtype F4 of an odd last size", shape, begin, end
+        shape = (*shape[:-1], shape[-1] // 2)
+    # Zeros aside: torch multiplies the other sizes for the strides of an empty tensor too.
+    nbytes = dtype.itemsize
+    for number in shape:
+        nbytes *= number or 1
+        if nbytes >= _LIMIT:
+            what = f"has shape {short(shape)}, but no tensor has 2**63 bytes or more. {COPY_AGAIN}"
+            raise _entry_error(path, key, what)
+    nbytes = 0 if 0 in shape else nbytes
+    if end - begin != nbytes:
+        what = f"takes {nbytes} bytes with shape {short(tuple(sizes))} of {dtype_name}, but its data_offsets"
+        raise _entry_error(path, key, f"{what} [{begin}, {end}] are {end - begin} bytes apart. {COPY_AGAIN}")
+    return dtype, shape, begin, end
+
+
+def _entry_error(path: str, key: str, what: str) -> CheckpointFormatError:
+    return CheckpointFormatError(f"{path}: tensor {short(key)} {what}", path=path)
+
+
+def _require_full_cover(path: str, size: int, data_start: int, ranges: Mapping[str, tuple[int, int]]) -> None:
+    """Makes sure that every byte after the header belongs to exactly one tensor.
+
+    Raises:
+        CheckpointFormatError: Tensors overlap, or bytes are left over: some tensor is missing from the header.
+    """
+    position = data_start
+    before: str | None = None
+    # Empty tensors first: they may stand wherever another one begins.
+    for key, (begin, end) in sorted(ranges.items(), key=lambda item: item[1]):
+        if begin != position:
+            what = (
+                f"overlap by {position - begin} bytes"
+                if begin < position
+                else f"leave {begin - position} bytes between them that belong to no tensor"
+            )
+            what = f"begins at byte {begin}, but {_before(before)} ends at byte {position}: they {what}. {COPY_AGAIN}"
+            raise _entry_error(path, key, what)
+        position, before = end, key
+    if position != size:
+        raise CheckpointFormatError(
+            f"{path}: {_before(before)} ends at byte {position}, but the file has {size} bytes: the last "
+            f"{size - position} belong to no tensor. {COPY_AGAIN}",
+            path=path,
+        )
+
+
+def _before(key: str | None) -> str:
+    return "the header" if key is None else f"tensor {short(key)}"
+
+
+def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size or 1
+    return tuple(reversed(strides))

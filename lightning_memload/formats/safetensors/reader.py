@@ -1,0 +1,220 @@
+"""The safetensors format: one file, or the shards of a Hugging Face directory.
+
+Which files there are, whether index and shards agree, and the tensors of all of them as one checkpoint. The format
+knows neither views nor ties nor nesting, and has no checksums: a flipped bit in the values goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+import torch
+
+from lightning_memload.checkpoint.index import Checkpoint, SpecialTensor, TensorInfo
+from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
+from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
+from lightning_memload.errors import CheckpointFormatError, listed
+from lightning_memload.formats.json_text import MAX_HEADER_BYTES, short
+from lightning_memload.formats.safetensors.header import PREFIX_BYTES, read_header, starts_like_header
+from lightning_memload.formats.shard_index import (
+    INDEX_SUFFIX,
+    WHOLE_SAFETENSORS,
+    find_shards,
+    holds_torch_shards,
+    is_shard_index,
+    is_torch_index,
+    keep_last,
+    visible_names,
+)
+from lightning_memload.formats.tensor_directory.manifest import is_tensor_directory
+from lightning_memload.storage.local import FileSet
+from lightning_memload.storage.mapping import FileMapping
+
+__all__ = ["MAX_HEADER_BYTES", "Safetensors"]
+
+_SUFFIX = ".safetensors"
+
+
+class Safetensors:
+    """A ``.safetensors`` file, a directory of such files, or the ``.safetensors.index.json`` that lists them."""
+
+    name = "safetensors"
+
+    def recognizes(self, path: str) -> bool:
+        """Whether the file starts with a header or is an index of shards, or the directory has such files.
+
+        One with our own manifest is more than that, see :class:`TensorDirectory`.
+        """
+        if os.path.isdir(path):
+            if is_tensor_directory(path) or holds_torch_shards(path):
+                return False
+            return any(name.endswith((_SUFFIX, _SUFFIX + INDEX_SUFFIX)) for name in visible_names(path))
+        if not os.path.isfile(path):
+            return False
+        if is_shard_index(path):
+            return not is_torch_index(path)
+        return starts_like_header(_first_bytes(path))
+
+    def read_index(self, path: str) -> Checkpoint:
+        """Indexes the file or all shards.
+
+        Reads the headers only: some hundred bytes per tensor. Peak memory is the index and one parsed header, which
+        for a hostile one is up to some thirty times its length (measured: 26).
+
+        Raises:
+            CheckpointFormatError: It is truncated or damaged, or shards are missing.
+            UnmappableCheckpoint: This machine has the other byte order.
+        """
+        source = FileSet(_find_files(path))
+        try:
+            return _read_index(path, source)
+        finally:
+            source.close()
+
+    def load(
+        self, path: str, *, weights_only: bool | None, erases: bool = False
+    ) -> tuple[dict[str, torch.Tensor], MappedCheckpoint]:
+        """Loads a flat dict of tensors that lie in the files; ``weights_only`` has nothing to forbid here.
+
+        Tensors of a dtype that torch lacks are ignored, with a warning. A tensor may begin at any byte, as the header's
+        length has it; torch computes on such tensors all the same.
+
+        Raises:
+            CheckpointFormatError: As :meth:`read_index`.
+            UnmappableCheckpoint: This machine has the other byte order.
+        """
+        source = FileSet(_find_files(path))
+        try:
+            index = _read_index(path, source)
+            mapping = FileMapping(source)
+        except BaseException:
+            source.close()
+            raise
+        if index.special:
+            lacking = [f"{short(item.name)} ({item.kind})" for item in index.special]
+            warnings.warn(
+                f"{path} holds {len(lacking)} tensors that torch {torch.__version__} has no dtype for. They are "
+                f"ignored: {listed(lacking)}. Convert them, or use another torch.",
+                stacklevel=2,
+            )
+        state = {info.storage.key: _mapped_tensor(info, mapping) for info in index}
+        return state, MappedCheckpoint(index, source, mapping)
+
+    def take_inventory(self, path: str) -> Inventory:
+        """The tensors and the headers, none of which has a checksum, see :class:`CheckpointFormat`."""
+        sections: list[Section] = []
+        damage: list[Damage] = []
+        try:
+            files = _find_files(path)
+        except CheckpointFormatError as error:
+            return Inventory(path, self.name, (), (), (Damage(path, str(error)),))
+        source = FileSet(files)
+        try:
+            for file, span in zip(source.files, source.spans, strict=True):
+                try:
+                    header = read_header(file, span.start)
+                except CheckpointFormatError as error:
+                    damage.append(Damage(file.name, str(error)))
+                    continue
+                sections.append(Section("the header", span.start, header.nbytes, None))
+                sections += [
+                    Section(key, span.start + begin, end - begin, None) for key, (begin, end) in header.ranges.items()
+                ]
+            if not damage:
+                try:
+                    _read_index(path, source)
+                except UnmappableCheckpoint:
+                    pass  # Nobody asks here whether the tensors can be used as they lie.
+                except CheckpointFormatError as error:
+                    damage.append(Damage(path, str(error)))
+        finally:
+            source.close()
+        return Inventory(path, self.name, source.spans, tuple(sections), tuple(damage))
+
+
+def _mapped_tensor(info: TensorInfo, mapping: FileMapping) -> torch.Tensor:
+    if info.storage.nbytes == 0:
+        return torch.empty(info.shape, dtype=info.dtype, device="cpu")
+    storage = mapping.storage(info.storage.offset, info.storage.nbytes)
+    return torch.empty(0, dtype=info.dtype, device="cpu").set_(storage, 0, info.shape, info.stride)
+
+
+# Which files ---------------------------------------------------------------------------------------------------------
+
+
+def _first_bytes(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(PREFIX_BYTES)
+
+
+def _find_files(path: str) -> list[str]:
+    """The files of a checkpoint in the order of their names.
+
+    Raises:
+        CheckpointFormatError: There are several indexes, the one there is damaged, or it names files that are missing.
+    """
+    files = find_shards(path, _SUFFIX, WHOLE_SAFETENSORS)
+    if files is None:
+        files = [os.path.join(path, name) for name in visible_names(path) if name.endswith(_SUFFIX)]
+        missing = [os.path.basename(file) for file in files if not os.path.isfile(file)]
+        if missing:
+            raise CheckpointFormatError(
+                f"{path} is not complete: of its {len(files)} files {len(missing)} are missing or no regular files: "
+                f"{listed(map(short, missing))}. Copy or download them again.",
+                path=path,
+            )
+    return files
+
+
+# What is in them -----------------------------------------------------------------------------------------------------
+
+
+def _read_index(path: str, source: FileSet) -> Checkpoint:
+    if sys.byteorder != "little":
+        raise UnmappableCheckpoint(
+            f"{path} is of the other byte order than this machine; its tensors must be byte-swapped to be used.",
+            path=path,
+        )
+    found: list[tuple[str, TensorInfo]] = []
+    special: list[SpecialTensor] = []
+    metadata: dict[str, str] = {}
+    for file, span in zip(source.files, source.spans, strict=True):
+        header = read_header(file, span.start)
+        metadata = header.metadata | metadata
+        special += header.special
+        found += [(file.name, info) for info in header.tensors]
+    if len(source.files) > 1 and not _has_index(path):
+        _require_once(path, found)
+    holders = keep_last(path, ((info.storage.key, file) for file, info in found))
+    tensors = tuple(info for file, info in found if holders[info.storage.key] == file)
+    return Checkpoint(
+        path=path,
+        format=Safetensors.name,
+        files=source.spans,
+        tensors=tensors,
+        storages=tuple(info.storage for info in tensors),
+        metadata=metadata,
+        special=tuple(special),
+    )
+
+
+def _has_index(path: str) -> bool:
+    return not os.path.isdir(path) or any(name.endswith(_SUFFIX + INDEX_SUFFIX) for name in visible_names(path))
+
+
+def _require_once(path: str, found: list[tuple[str, TensorInfo]]) -> None:
+    holders: dict[str, str] = {}
+    twice: list[str] = []
+    for file, info in found:
+        shard, key = os.path.basename(file), info.storage.key
+        if key in holders:
+            twice.append(f"{short(key)} in {holders[key]} and {shard}")
+        holders.setdefault(key, shard)
+    if twice:
+        raise CheckpointFormatError(
+            f"{path} has no index and holds {len(twice)} tensors twice: {listed(twice)}. Give the path of one of the "
+            "files.",
+            path=path,
+        )

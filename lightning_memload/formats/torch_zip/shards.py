@@ -1,0 +1,157 @@
+"""State dicts of ``torch.save`` in a directory: ``pytorch_model.bin``, or shards that an index lists.
+
+The older format of Hugging Face. Each shard is a whole torch zip file with a state dict, and all of them together are
+one. The rules of a single torch file hold for each.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from lightning_memload.checkpoint.index import Checkpoint, FileSpan, TensorInfo, lay_out
+from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
+from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
+from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.formats.shard_index import (
+    WHOLE_TORCH,
+    find_shards,
+    holds_torch_shards,
+    is_torch_index,
+    keep_last,
+)
+from lightning_memload.formats.tensor_directory.manifest import is_tensor_directory
+from lightning_memload.formats.torch_zip.reader import TorchZip, load_what_is_allowed, read_index
+from lightning_memload.formats.torch_zip.records import is_zip
+from lightning_memload.storage.local import FileSet
+from lightning_memload.storage.mapping import FileMapping
+
+__all__ = ["TorchShards"]
+
+_SUFFIX = ".bin"
+
+
+class TorchShards:
+    """A directory with ``pytorch_model.bin`` or with shards of it, or the ``.bin.index.json`` that lists them."""
+
+    name = "torch_shards"
+
+    def recognizes(self, path: str) -> bool:
+        """Whether the directory has such files, or the file is an index of shards that are no safetensors files."""
+        if os.path.isdir(path):
+            return not is_tensor_directory(path) and holds_torch_shards(path)
+        return os.path.isfile(path) and is_torch_index(path)
+
+    def read_index(self, path: str) -> Checkpoint:
+        """Indexes all shards, see :class:`TorchZip`."""
+        source = FileSet(_find_files(path))
+        try:
+            return _join(path, source, _read_shards(source))
+        finally:
+            source.close()
+
+    def load(self, path: str, *, weights_only: bool | None, erases: bool = False) -> tuple[Any, MappedCheckpoint]:
+        """Loads one dict of all tensors; they stay in the files.
+
+        Raises:
+            CheckpointFormatError: A shard holds no dict.
+            UnmappableCheckpoint: A shard cannot be mapped.
+            UnsafeGlobalsError: ``weights_only`` forbids what a shard holds.
+        """
+        source = FileSet(_find_files(path))
+        try:
+            shards = _read_shards(source)
+            mapping = FileMapping(source)
+            state: dict[Any, Any] = {}
+            refusal = None
+            for file, shard in zip(source.files, shards, strict=True):
+                loaded, refused = load_what_is_allowed(mapping, shard, file, weights_only=weights_only, erases=erases)
+                refusal = refusal or refused
+                if not isinstance(loaded, dict):
+                    raise CheckpointFormatError(
+                        f"{file.name} holds a {type(loaded).__name__}, but a shard is a dict of tensors.", path=path
+                    )
+                metadata = getattr(state, "_metadata", None) or getattr(loaded, "_metadata", None)
+                if not state:
+                    state = loaded
+                else:
+                    state.update(loaded)
+                if metadata is not None and type(state) is not dict:
+                    state._metadata = metadata  # type: ignore[attr-defined]
+            index = _join(path, source, shards)
+        except BaseException:
+            source.close()
+            raise
+        return state, MappedCheckpoint(index, source, mapping, refusal)
+
+    def take_inventory(self, path: str) -> Inventory:
+        """The inventories of all shards, see :class:`TorchZip`."""
+        try:
+            files = _find_files(path)
+        except CheckpointFormatError as error:
+            return Inventory(path, self.name, (), (), (Damage(path, str(error)),))
+        sections: list[Section] = []
+        damage: list[Damage] = []
+        spans = lay_out((file, os.path.getsize(file)) for file in files)
+        for span in spans:
+            try:
+                found = TorchZip().take_inventory(span.path)
+            except UnmappableCheckpoint:
+                raise
+            except CheckpointFormatError as error:
+                damage.append(Damage(span.path, str(error)))
+                continue
+            sections += [replace(section, offset=section.offset + span.start) for section in found.sections]
+            damage += found.damage
+        return Inventory(path, self.name, spans, tuple(sections), tuple(damage))
+
+
+def _find_files(path: str) -> list[str]:
+    files = find_shards(path, _SUFFIX, WHOLE_TORCH)
+    assert files is not None  # the directory was recognised
+    for file in files:
+        if not is_zip(file) and os.path.isfile(file):
+            with open(file, "rb") as opened:
+                start = opened.read(2)
+            kind = UnmappableCheckpoint if start.startswith(b"\x80") else CheckpointFormatError
+            raise kind(
+                f"{file}, a shard of {path}, is not what torch.save writes since torch 1.6. Download it again, or load "
+                "it with torch.load and save it again.",
+                path=path,
+            )
+    return files
+
+
+def _read_shards(source: FileSet) -> list[Checkpoint]:
+    """The index of each shard, with its storages where they lie in the run of all files."""
+    return [_shift(read_index(file), span) for file, span in zip(source.files, source.spans, strict=True)]
+
+
+def _shift(index: Checkpoint, span: FileSpan) -> Checkpoint:
+    shard = os.path.basename(span.path)
+    moved = {
+        storage.key: replace(storage, key=f"{shard}/{storage.key}", offset=storage.offset + span.start)
+        for storage in index.storages
+    }
+    tensors = tuple(replace(tensor, storage=moved[tensor.storage.key]) for tensor in index.tensors)
+    return replace(index, files=(span,), tensors=tensors, storages=tuple(moved.values()))
+
+
+def _join(path: str, source: FileSet, shards: list[Checkpoint]) -> Checkpoint:
+    """One index of all shards. Of tensors that two shards have, the last one's."""
+    holders = keep_last(
+        path, ((tensor.name, file.name) for file, shard in zip(source.files, shards, strict=True) for tensor in shard)
+    )
+    tensors: list[TensorInfo] = []
+    for file, shard in zip(source.files, shards, strict=True):
+        tensors += [tensor for tensor in shard if holders[tensor.name] == file.name]
+    return Checkpoint(
+        path=path,
+        format=TorchShards.name,
+        files=source.spans,
+        tensors=tuple(tensors),
+        storages=tuple(storage for shard in shards for storage in shard.storages),
+        globals=tuple({item.name: item for shard in shards for item in shard.globals}.values()),
+        special=tuple(item for shard in shards for item in shard.special),
+    )

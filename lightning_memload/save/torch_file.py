@@ -1,0 +1,277 @@
+"""Saves an object as ``torch.save`` does, in host memory bounded by a budget, and publishes it in one atomic step.
+
+The file is an ordinary torch checkpoint for every reader. Bytes in host memory are written directly, without a copy.
+Bytes on devices go through the staging ring, which is the only extra memory.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import IO
+
+import torch
+from zlib_ng import zlib_ng
+
+from lightning_memload.formats.torch_zip.layout import (
+    ALIGNMENT_BYTES,
+    Entry,
+    Piece,
+    data_descriptor,
+    directory,
+    lay_out,
+    local_header,
+)
+from lightning_memload.pickles.writing import Pickled, Stretch, UnstreamableError, pickle_object
+from lightning_memload.save.saving import (
+    DEFAULT_BUDGET_BYTES,
+    Clock,
+    Plan,
+    Save,
+    SaveStats,
+    default_save_threads,
+    stats_of,
+)
+from lightning_memload.storage.replacement import Replacement, put_back
+from lightning_memload.transfer.sinks import LocalSink, Sink, StreamSink, Target
+from lightning_memload.transfer.writing import Content, Order, Records, size_of
+
+__all__ = ["Archive", "plan_torch_save", "save_torch", "write_torch"]
+
+# The name of the top folder that torch.save uses when it writes to a buffer.
+_ARCHIVE = "archive"
+
+
+def save_torch(
+    obj: object,
+    path: str | os.PathLike[str],
+    *,
+    host_budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    num_threads: int | None = None,
+    durable: bool = True,
+) -> SaveStats:
+    """Saves an object as an ordinary torch checkpoint. After an error an existing checkpoint at ``path`` is unchanged.
+
+    The new file replaces the old one only when it is complete. It differs from the file of ``torch.save`` in one point:
+    if the saved tensors use only a part of a storage, only that part is saved. An object that cannot be streamed (it
+    has storages without memory) is written by ``torch.save`` into the same temporary file, with a warning.
+
+    Args:
+        obj: Anything that ``torch.save`` takes.
+        path: A local file in an existing directory. A symbolic link at this path is replaced, not its target. A
+            directory of ``save_directory`` is replaced too.
+        host_budget_bytes: Maximum host memory for staging tensors from devices.
+        num_threads: Number of writing threads. ``None`` means the number of CPUs, at most 4.
+        durable: Return only when the file is on the disk, so that it survives a power failure.
+
+    Returns:
+        The sizes and times of the save.
+
+    Raises:
+        CheckpointWriteError: There is not enough space, or writing failed or is not allowed.
+        ValueError: The budget is below 512 KiB, or ``num_threads`` is below 1.
+        Exception: Pickling the object failed. Nothing has been written.
+
+    Peak memory: the pickle, which holds no tensors, and the budget if tensors are on devices.
+    """
+    return plan_torch_save(
+        obj, path, host_budget_bytes=host_budget_bytes, num_threads=num_threads, durable=durable
+    ).run()
+
+
+def plan_torch_save(
+    obj: object,
+    path: str | os.PathLike[str],
+    *,
+    host_budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    num_threads: int | None = None,
+    durable: bool = True,
+) -> Save:
+    """Plans a :func:`save_torch`. From its return to the end of the save, only the tensors' memory must not change."""
+    name = os.fspath(path)
+    put_back(name)
+    threads = default_save_threads() if num_threads is None else num_threads
+    return Save(name, lambda: _plan(obj, name, host_budget_bytes, threads), durable=durable)
+
+
+def write_torch(obj: object, file: IO[bytes], *, name: str, host_budget_bytes: int = DEFAULT_BUDGET_BYTES) -> SaveStats:
+    """Writes an object as an ordinary torch checkpoint to a file that can only be written sequentially.
+
+    Args:
+        obj: Anything that ``torch.save`` takes, see :func:`save_torch`.
+        file: A binary file open for writing, for example of fsspec.
+        name: The name of the file in the returned figures.
+        host_budget_bytes: Maximum host memory for staging tensors from devices. The file's own buffers do not count.
+
+    Returns:
+        The sizes and times of the save.
+
+    Raises:
+        ValueError: The budget is below 512 KiB.
+        Exception: Pickling the object or writing to the file failed.
+    """
+    clock = Clock()
+    plan = _plan(obj, name, host_budget_bytes, num_threads=1)
+    clock.lap()
+    if isinstance(plan, _File):
+        plan.write_to(StreamSink(file))
+        bytes_written = plan.nbytes
+    else:
+        torch.save(obj, file)
+        bytes_written = file.tell()
+    clock.lap()
+    clock.lap()
+    return stats_of(name, plan, bytes_written, clock)
+
+
+class Archive:
+    """The layout of a torch zip file before it is written: every byte except the checksums is known.
+
+    Args:
+        pickled: The pickle, and the storages that it names.
+        storages: The content of the file for each storage.
+
+    Attributes:
+        contents: All records except the last one, which depends on the others.
+        nbytes: Size of the file.
+    """
+
+    def __init__(self, pickled: Pickled, storages: Sequence[Content]) -> None:
+        records: list[tuple[str, Content]] = [
+            ("data.pkl", pickled.data),
+            (".format_version", b"1"),
+            (".storage_alignment", str(ALIGNMENT_BYTES).encode()),
+            ("byteorder", sys.byteorder.encode()),
+            *((f"data/{key}", content) for key, content in enumerate(storages)),
+            ("version", b"3\n"),
+        ]
+        self.contents = [content for _, content in records]
+        self._entries = lay_out((f"{_ARCHIVE}/{name}", size_of(content)) for name, content in records)
+        # The value of this record depends on the other records' checksums. Its size and position do not.
+        (self._identity,) = lay_out([(f"{_ARCHIVE}/.data/serialization_id", 40)], start=self._entries[-1].end)
+        self.nbytes: int = self._identity.end + len(self._end([0] * len(records), 0))
+
+    def target(self, sink: Sink) -> Target:
+        """The target of the contents, for :class:`Records`."""
+        return _Entries(sink, self._entries)
+
+    def write_end(self, sink: Sink, crc32s: Sequence[int]) -> None:
+        """Writes the last record and the directory of the archive.
+
+        Raises:
+            OSError: Writing failed.
+        """
+        # Made as torch makes it: from the names and the checksums. It identifies the content; no reader compares it.
+        names = zlib_ng.crc32("".join(entry.name for entry in self._entries).encode())
+        content = zlib_ng.crc32(b"".join(crc32.to_bytes(4, "little") for crc32 in crc32s))
+        identity = f"{names:020d}{content:020d}".encode()
+        crc32 = zlib_ng.crc32(identity)
+        tail = [
+            local_header(self._identity),
+            identity,
+            data_descriptor(self._identity, crc32),
+            self._end(crc32s, crc32),
+        ]
+        sink.write(tail, self._identity.header_offset)
+
+    def _end(self, crc32s: Sequence[int], identity_crc32: int) -> bytes:
+        return directory([*self._entries, self._identity], [*crc32s, identity_crc32])
+
+
+class _File:
+    """Plans one torch zip file that holds everything, see :class:`Plan`."""
+
+    is_directory = False
+    streamed = True
+    bytes_linkable = bytes_linked = 0
+    names = ()
+
+    def __init__(self, pickled: Pickled, host_budget_bytes: int, num_threads: int) -> None:
+        self.stretches = pickled.stretches
+        self._archive = Archive(pickled, pickled.stretches)
+        self._records = Records(self._archive.contents, host_budget_bytes, num_threads)
+        self.num_threads = self._records.num_threads
+        self.staging_bytes = self._records.staging_bytes
+        self.nbytes: int = self._archive.nbytes
+
+    def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
+        """Writes everything to the temporary file, see :class:`Plan`."""
+        self.write_to(LocalSink(place.descriptor, start_writeback=durable), order)
+        return self.nbytes
+
+    def write_to(self, sink: Sink, order: Order | None = None) -> None:
+        """Writes the file. With one thread and without an order, the writes are sequential.
+
+        Raises:
+            OSError: Writing failed.
+        """
+        self._archive.write_end(sink, self._records.write(self._archive.target(sink), order))
+
+    def finish(self, place: Replacement) -> None:
+        """Nothing is left to do."""
+
+
+class _ByTorch:
+    """Plans a file that ``torch.save`` writes, see :class:`Plan`."""
+
+    is_directory = streamed = False
+    num_threads, staging_bytes, bytes_linkable, bytes_linked = 1, 0, 0, 0
+    names = ()
+    stretches: tuple[Stretch, ...] = ()
+    nbytes: int | None = None
+
+    def __init__(self, obj: object) -> None:
+        self._obj = obj
+
+    def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
+        """Writes everything to the temporary file, see :class:`Plan`."""
+        with os.fdopen(os.dup(place.descriptor), "wb") as file:
+            torch.save(self._obj, file)
+        return os.fstat(place.descriptor).st_size
+
+    def finish(self, place: Replacement) -> None:
+        """Nothing is left to do."""
+
+
+class _Entries:
+    """Writes records as entries of a zip archive, see :class:`Target`."""
+
+    def __init__(self, sink: Sink, entries: Sequence[Entry]) -> None:
+        self._sink = sink
+        self._entries = entries
+
+    def write(self, pieces: Sequence[Piece], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
+        """Writes the data with its local headers and descriptors."""
+        first = self._entries[pieces[0].record]
+        offset = first.data_offset + pieces[0].start if pieces[0].start else first.header_offset
+        buffers: list[bytes | memoryview] = []
+        late: tuple[bytes, int] | None = None
+        for piece, view, crc32 in zip(pieces, data, crc32s, strict=True):
+            entry = self._entries[piece.record]
+            if not piece.start:
+                buffers.append(local_header(entry))
+            buffers.append(view)
+            if crc32 is None:
+                continue
+            if piece.start + piece.nbytes == entry.nbytes:
+                buffers.append(data_descriptor(entry, crc32))
+            else:  # the last piece of this record has been written already, without the descriptor
+                late = data_descriptor(entry, crc32), entry.data_end
+        self._sink.write(buffers, offset)
+        if late is not None:
+            self._sink.write([late[0]], late[1])
+
+
+def _plan(obj: object, name: str, host_budget_bytes: int, num_threads: int) -> Plan:
+    try:
+        pickled = pickle_object(obj)
+    except UnstreamableError as reason:
+        warnings.warn(
+            f"{name} is written by torch.save, one whole tensor after the other and without a bound on host memory: "
+            f"{reason}.",
+            stacklevel=2,
+        )
+        return _ByTorch(obj)
+    return _File(pickled, host_budget_bytes, num_threads)

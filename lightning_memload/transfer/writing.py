@@ -1,0 +1,305 @@
+"""Writes records with several threads: the bytes come from memory of any device and go to a target.
+
+Each thread takes the next write in order. Host memory is written directly, without a copy. Device memory is copied
+through staging buffers, so the copies of one thread overlap with the writes of another. The checksums are computed on
+the way. This module does not know pickles, archives, temporary files or Lightning.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from zlib_ng import zlib_ng
+
+from lightning_memload.formats.torch_zip.layout import Piece, plan_writes
+from lightning_memload.pickles.writing import Stretch
+from lightning_memload.transfer.cuda_context import on_device, on_stream
+from lightning_memload.transfer.sinks import Target
+from lightning_memload.transfer.staging import MIN_BUDGET_BYTES, RingLayout, StagingRing, choose_layout
+from lightning_memload.transfer.threads import run_threads
+
+__all__ = ["Content", "Gathered", "Order", "Records", "memory_of", "size_of"]
+
+# Small enough to stay in the core's cache: the checksum reads the bytes first, and the write reads them again.
+_DIRECT_BLOCK_BYTES = 1 << 20
+# Each piece has three buffers: header, data and descriptor. One pwritev takes at most 1024 buffers (IOV_MAX).
+_MAX_PIECES = 1024 // 3
+
+_GATHERED_ELEMENTS = 64 << 10
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Gathered:
+    """The elements of a non-contiguous tensor as contiguous bytes, in the order of the elements.
+
+    The bytes are gathered piece by piece. Each piece takes its own size in memory on the tensor's device, and 512 KiB
+    for positions.
+
+    Args:
+        tensor: A strided tensor with elements of 1, 2, 4 or 8 bytes.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._integers = tensor.detach().view(_INTEGERS[tensor.dtype.itemsize])
+        self.storage = tensor.untyped_storage()
+        self.nbytes = tensor.nbytes
+
+    @property
+    def is_in_host_memory(self) -> bool:
+        """Whether the bytes can be read without a copy from a device."""
+        return self.storage.device.type == "cpu"
+
+    def gather(self, start: int, nbytes: int) -> torch.Tensor:
+        """Gathers ``nbytes`` bytes from byte ``start``, as a 1-D uint8 tensor on the tensor's device.
+
+        Both numbers must be multiples of the element size.
+        """
+        integers, itemsize = self._integers, self._integers.dtype.itemsize
+        first, end = start // itemsize, (start + nbytes) // itemsize
+        values = integers.new_empty(end - first)
+        for done in range(first, end, _GATHERED_ELEMENTS):
+            positions = torch.arange(done, min(done + _GATHERED_ELEMENTS, end), device=integers.device)
+            torch.take(integers, positions, out=values[done - first : done - first + len(positions)])
+        return values.view(torch.uint8)
+
+
+Content = bytes | Stretch | Gathered
+
+
+def size_of(content: Content) -> int:
+    """Number of bytes of a content."""
+    return len(content) if isinstance(content, bytes) else content.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Which storages are written first, and what to call when they are written.
+
+    Attributes:
+        first: Whether a storage is one of the first.
+        on_first: Called when all of the first storages are written and all threads have started.
+    """
+
+    first: Callable[[torch.UntypedStorage], bool]
+    on_first: Callable[[], object]
+
+
+class Records:
+    """The records of one save, with the threads and staging buffers to write them.
+
+    Args:
+        contents: The data of each record. They must not change until they are written.
+        host_budget_bytes: Maximum host memory for staging data from devices.
+        num_threads: Maximum number of writing threads. With one thread, the writes are in the order of the records.
+
+    Attributes:
+        sizes: Bytes of each record.
+        num_threads: Number of writing threads.
+        staging_bytes: Host memory for staging, 0 if no data is on a device.
+
+    Raises:
+        ValueError: The budget is below 512 KiB, or ``num_threads`` is below 1.
+    """
+
+    def __init__(self, contents: Sequence[Content], host_budget_bytes: int, num_threads: int) -> None:
+        choose_layout(host_budget_bytes, num_threads)  # raises for options that cannot be met
+        self._contents = contents
+        self.sizes = [size_of(content) for content in contents]
+        on_devices = [c for c in contents if not isinstance(c, bytes) and not c.is_in_host_memory]
+        self._layout: RingLayout | None = None
+        if any(content.nbytes for content in on_devices):
+            # The ring is not larger than the device data, so a small checkpoint does not take the whole budget.
+            device_bytes = max(sum(content.nbytes for content in on_devices), MIN_BUDGET_BYTES)
+            self._layout = choose_layout(min(host_budget_bytes, device_bytes), num_threads)
+        devices = {content.storage.device for content in on_devices if content.storage.device.type == "cuda"}
+        # Kernels on this thread's stream may still be computing the values, and another thread may write them.
+        self._ready_events = {device: torch.cuda.current_stream(device).record_event() for device in devices}
+        self.num_threads = num_threads
+        self.staging_bytes = self._layout.nbytes if self._layout else 0
+
+    def write(self, target: Target, order: Order | None = None) -> list[int]:
+        """Writes all records. Blocks until the target has all bytes.
+
+        After an error the target has some of the bytes, and all threads have ended.
+
+        Args:
+            target: The destination.
+            order: What to write first. Its ``on_first`` is called once, by any thread.
+
+        Returns:
+            The CRC-32 of each record.
+
+        Raises:
+            OSError: The target raised it.
+
+        Peak memory: ``staging_bytes``.
+        """
+        with ExitStack() as stack:
+            # This may be another thread than the one that created this object, with another current GPU.
+            device = next(iter(self._ready_events), None)
+            ring = None
+            if self._layout is not None:
+                ring = stack.enter_context(StagingRing(self._layout, pinned=device is not None, device=device))
+            return _Writing(target, self._contents, self.sizes, ring, self._ready_events, order).run(self.num_threads)
+
+
+class _Writing:
+    def __init__(
+        self,
+        target: Target,
+        contents: Sequence[Content],
+        sizes: Sequence[int],
+        ring: StagingRing | None,
+        made: Mapping[torch.device, torch.cuda.Event],
+        order: Order | None,
+    ) -> None:
+        self._target = target
+        self._contents = contents
+        self._sizes = sizes
+        block_bytes = ring.layout.block_bytes if ring else _DIRECT_BLOCK_BYTES
+        writes = plan_writes(sizes, block_bytes=block_bytes, max_pieces=_MAX_PIECES)
+        self._num_first = 1  # one extra count: released when all threads have started
+        self._on_first = None if order is None else order.on_first
+        if order is not None:
+            urgent = [not isinstance(content, bytes) and order.first(content.storage) for content in contents]
+            later = [not any(urgent[piece.record] for piece in pieces) for pieces in writes]
+            self._num_first += later.count(False)
+            writes = [pieces for _, pieces in sorted(zip(later, writes, strict=True), key=lambda pair: pair[0])]
+        self._num_writes = len(writes)
+        self._next = enumerate(writes, start=1)
+        self._buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        for buffer in ring.tensors if ring else ():
+            self._buffers.put(buffer)
+        self._streams = {device: torch.cuda.Stream(device) for device in made}
+        for device, stream in self._streams.items():
+            stream.wait_event(made[device])
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._crc32s = [0] * len(contents)
+        # For records in several pieces: start, length and CRC-32 of each piece so far, and the bytes still missing.
+        self._parts: dict[int, list[tuple[int, int, int]]] = {}
+        self._missing = list(sizes)
+
+    def run(self, num_threads: int) -> list[int]:
+        num_threads = max(1, min(num_threads, self._num_writes))
+        num_first = self._num_first
+
+        def work_alone() -> None:
+            self._finish_first()
+            self._work(num_first)
+
+        try:
+            run_threads(
+                lambda: self._work(num_first),
+                num_threads,
+                self._stop,
+                meanwhile=lambda started: self._finish_first(),
+                alone=work_alone,
+            )
+        finally:
+            # After a failure copies may still be running, and the ring is freed next.
+            for stream in self._streams.values():
+                stream.synchronize()
+        return self._crc32s
+
+    def _stop(self) -> None:
+        self._stopped = True
+
+    def _work(self, num_first: int) -> None:
+        with on_device(next(iter(self._streams), None)):
+            self._write_all(num_first)
+
+    def _write_all(self, num_first: int) -> None:
+        while (write := self._next_write()) is not None:
+            number, pieces = write
+            with ExitStack() as stack:
+                data = self._to_host(pieces, stack)
+                crc32s = [self._add_crc32(piece, zlib_ng.crc32(view)) for piece, view in zip(pieces, data, strict=True)]
+                self._target.write(pieces, data, crc32s)
+            if number < num_first:
+                self._finish_first()
+
+    def _finish_first(self) -> None:
+        with self._lock:
+            self._num_first -= 1
+            if self._num_first or self._on_first is None:
+                return
+        self._on_first()
+
+    def _next_write(self) -> tuple[int, tuple[Piece, ...]] | None:
+        with self._lock:
+            return None if self._stopped else next(self._next, None)
+
+    def _to_host(self, pieces: tuple[Piece, ...], stack: ExitStack) -> list[memoryview]:
+        """The bytes of all pieces in host memory. They are valid while the stack is open."""
+        found = []
+        buffer: torch.Tensor | None = None
+        used = 0
+        devices: set[torch.device] = set()
+        for piece in pieces:
+            content = self._contents[piece.record]
+            if isinstance(content, bytes):
+                found.append(memoryview(content)[piece.start : piece.start + piece.nbytes])
+            elif not piece.nbytes:
+                found.append(memoryview(b""))
+            elif isinstance(content, Gathered) and content.is_in_host_memory:
+                found.append(content.gather(piece.start, piece.nbytes).numpy().data)
+            elif isinstance(content, Stretch) and content.is_in_host_memory:
+                found.append(memory_of(content.storage.data_ptr() + content.start + piece.start, piece.nbytes))
+            else:
+                if buffer is None:
+                    buffer = self._buffers.get()
+                    stack.callback(self._buffers.put, buffer)
+                staged = buffer[used : used + piece.nbytes]
+                self._copy(content, piece, staged)
+                devices.add(content.storage.device)
+                found.append(memory_of(staged.data_ptr(), piece.nbytes))
+                used += piece.nbytes
+        for device in devices:
+            if device in self._streams:
+                event = torch.cuda.Event()
+                event.record(self._streams[device])
+                event.synchronize()
+        return found
+
+    def _copy(self, content: Stretch | Gathered, piece: Piece, staged: torch.Tensor) -> None:
+        device = content.storage.device
+        with on_stream(self._streams.get(device)):
+            if isinstance(content, Gathered):
+                values = content.gather(piece.start, piece.nbytes)
+            else:
+                values = torch.empty(0, dtype=torch.uint8, device=device)
+                values.set_(content.storage, content.start + piece.start, (piece.nbytes,), (1,))
+            staged.copy_(values, non_blocking=device in self._streams)
+
+    def _add_crc32(self, piece: Piece, crc32: int) -> int | None:
+        """Adds the checksum of a piece. Returns the checksum of the record if this piece completes it."""
+        if piece.nbytes == self._sizes[piece.record]:
+            self._crc32s[piece.record] = crc32
+            return crc32
+        with self._lock:
+            parts = self._parts.setdefault(piece.record, [])
+            parts.append((piece.start, piece.nbytes, crc32))
+            self._missing[piece.record] -= piece.nbytes
+            if self._missing[piece.record]:
+                return None
+            del self._parts[piece.record]
+        parts.sort()
+        _, _, whole = parts[0]
+        for _, length, part in parts[1:]:
+            whole = zlib_ng.crc32_combine(whole, part, length)
+        self._crc32s[piece.record] = whole
+        return whole
+
+
+def memory_of(address: int, nbytes: int) -> memoryview:
+    """The bytes at an address. They are valid as long as the owner of the memory lives."""
+    if not nbytes:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")

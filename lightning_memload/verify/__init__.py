@@ -1,0 +1,24 @@
+"""Every checksum of a checkpoint, all damage in it, and the intact checkpoint beside a damaged one."""
+
+from lightning_memload.verify.siblings import (
+    Siblings,
+    Verdict,
+    find_siblings,
+    fingerprint,
+    is_training_checkpoint,
+    judge_sibling,
+    list_siblings,
+)
+from lightning_memload.verify.verify import VerifyReport, verify_checkpoint
+
+__all__ = [
+    "Siblings",
+    "Verdict",
+    "VerifyReport",
+    "find_siblings",
+    "fingerprint",
+    "is_training_checkpoint",
+    "judge_sibling",
+    "list_siblings",
+    "verify_checkpoint",
+]

@@ -1,0 +1,161 @@
+"""Which other checkpoint to take when one is damaged: the newest in the same directory that is not.
+
+Only checkpoints of a training are looked at, those with a ``state_dict``: weights alone that lie beside them are no
+replacement. Each is read completely and verified before it is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_memload.errors import MemloadError
+from lightning_memload.formats import find_format, open_checkpoint
+from lightning_memload.verify.verify import verify_checkpoint
+
+__all__ = [
+    "Siblings",
+    "Verdict",
+    "find_siblings",
+    "fingerprint",
+    "is_training_checkpoint",
+    "judge_sibling",
+    "list_siblings",
+]
+
+Verdict = Literal["intact", "damaged", "other"]
+
+_STEP = re.compile(r"step=?(\d+)")
+
+
+class _Late(Exception):
+    """The time is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Siblings:
+    """The other checkpoints in the directory of one.
+
+    Attributes:
+        intact: The newest in which nothing is wrong, ``None`` if there is none or the time was over.
+        damaged: Those that are newer, but damaged.
+        unknown: Those that could not be looked at in time, newest first.
+    """
+
+    intact: str | None
+    damaged: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def find_siblings(path: str, *, timeout_seconds: float | None = None) -> Siblings:
+    """Verifies the other checkpoints in the directory of a checkpoint, newest first, until one is intact.
+
+    The newest is the one that was modified last; of two at the same time, the one with the larger step in its name.
+
+    Args:
+        path: A local checkpoint, damaged or not. What is the same file under another name is no sibling.
+        timeout_seconds: How long to look. ``None``: as long as it takes, at most one read of each.
+
+    Raises:
+        OSError: The directory cannot be listed.
+
+    Peak memory: as for ``verify_checkpoint``.
+    """
+    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+
+    def hurry(*_: int) -> None:
+        if deadline is not None and time.monotonic() > deadline:
+            raise _Late
+
+    damaged: list[str] = []
+    candidates = list_siblings(path)
+    for number, candidate in enumerate(candidates):
+        try:
+            hurry()
+            verdict = judge_sibling(candidate, progress=hurry)
+        except _Late:
+            return Siblings(None, tuple(damaged), tuple(candidates[number:]))
+        if verdict == "intact":
+            return Siblings(candidate, tuple(damaged), ())
+        if verdict == "damaged":
+            damaged.append(candidate)
+    return Siblings(None, tuple(damaged), ())
+
+
+def is_training_checkpoint(candidate: str) -> bool:
+    """Whether something has an index in which there are weights under ``state_dict``. No tensor is read."""
+    try:
+        return any(tensor.path[0] == "state_dict" for tensor in open_checkpoint(candidate) if tensor.path)
+    except (MemloadError, OSError):
+        return False
+
+
+def judge_sibling(candidate: str, *, progress: Callable[[int, int], None]) -> Verdict:
+    """Verifies a checkpoint of a training.
+
+    Args:
+        candidate: What lies beside a checkpoint.
+        progress: As for ``verify_checkpoint``; what it raises ends this.
+
+    Returns:
+        ``"other"`` is what is no checkpoint of a training at all, or one that is damaged beyond an index.
+
+    Peak memory: as for ``verify_checkpoint``.
+    """
+    if not is_training_checkpoint(candidate):
+        return "other"
+    try:
+        return "damaged" if verify_checkpoint(candidate, progress=progress).is_damaged else "intact"
+    except (MemloadError, OSError):
+        return "other"
+
+
+def fingerprint(path: str) -> str | None:
+    """What two copies of an intact checkpoint have in common, and no two different checkpoints do.
+
+    It is made of the checksums that the checkpoint records, so no tensor data is read.
+
+    Returns:
+        ``None`` if the checkpoint has bytes without a checksum, or cannot be read.
+    """
+    try:
+        sections = find_format(path).take_inventory(path).sections
+    except (MemloadError, OSError):
+        return None
+    if any(section.crc32 is None and section.nbytes for section in sections):
+        return None
+    words = sorted(f"{section.key} {section.nbytes} {section.crc32}" for section in sections)
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+def list_siblings(path: str) -> list[str]:
+    """Everything beside a checkpoint, newest first, each file once. What is hidden is left out, as files of a save are.
+
+    Raises:
+        OSError: The directory cannot be listed.
+    """
+    folder = os.path.dirname(path) or "."
+    seen: set[tuple[int, int]] = set()
+    if os.path.exists(path):
+        status = os.stat(path)
+        seen.add((status.st_dev, status.st_ino))
+    found: list[tuple[int, int, str]] = []
+    # Links last, so that of a link and its target the target is named.
+    for name in sorted(os.listdir(folder), key=lambda name: (os.path.islink(os.path.join(folder, name)), name)):
+        candidate = os.path.join(os.path.dirname(path), name)
+        try:
+            status = os.stat(candidate)
+        except OSError:
+            continue  # a link to nowhere, or gone meanwhile
+        identity = (status.st_dev, status.st_ino)
+        if name.startswith(".") or identity in seen:
+            continue
+        seen.add(identity)
+        step = _STEP.search(name)
+        found.append((status.st_mtime_ns, int(step[1][:18]) if step else -1, candidate))
+    return [candidate for _, _, candidate in sorted(found, reverse=True)]

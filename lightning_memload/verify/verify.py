@@ -1,0 +1,324 @@
+"""Verifying a checkpoint: every byte is read once, every checksum compared, and all damage told together.
+
+Nothing is loaded and no code from the file is run, so a file need not be trusted. What a checkpoint has no checksum for
+is read too, since a disk may fail to give it, and is counted apart: no report calls it verified. What is not covered by
+a checksum of its own (the headers of a zip, the manifest of a directory) is compared with what the file says elsewhere;
+the bytes that no reader looks at, such as padding, are not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from lightning_memload.checkpoint import Damage, Inventory, Section
+from lightning_memload.collector import paused_collector
+from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.formats import find_format, local_path
+from lightning_memload.storage import FileSet
+from lightning_memload.transfer.checksums import PartialChecksums
+from lightning_memload.transfer.plan import MAX_GAP_BYTES
+from lightning_memload.transfer.threads import available_cpus, check_num_threads, run_threads
+from lightning_memload.units import counted, format_bytes
+
+__all__ = ["VerifyReport", "verify_checkpoint"]
+
+# Each thread has one buffer of this size. The checksum is taken from what is still in the core's cache.
+_BLOCK_BYTES = 1 << 20
+_MAX_THREADS = 8
+_MAX_LISTED = 20
+_MAX_TRIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What a verification found.
+
+    Attributes:
+        path: The checkpoint.
+        format: Name of its format.
+        damage: Everything that is wrong, in the order of the files. Empty for a checkpoint in which nothing is.
+        bytes_verified: Bytes that have the checksum that the checkpoint records for them.
+        bytes_without_checksum: Bytes that could be read, but may hold anything: nothing is recorded for them.
+        num_verified: Records whose checksum was compared and is right.
+        seconds: Wall time.
+        num_threads: Threads that read.
+    """
+
+    path: str
+    format: str
+    damage: tuple[Damage, ...]
+    bytes_verified: int
+    bytes_without_checksum: int
+    num_verified: int
+    seconds: float
+    num_threads: int
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether anything is wrong."""
+        return bool(self.damage)
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether nothing is wrong and every byte has a checksum. Neither this nor damaged: nobody can know."""
+        return not self.damage and self.bytes_without_checksum == 0
+
+    def __str__(self) -> str:
+        done = f"{format_bytes(self.bytes_verified)} in {counted(self.num_verified, 'record')} verified"
+        if self.bytes_without_checksum:
+            done += f", {format_bytes(self.bytes_without_checksum)} without a checksum could be read but not verified"
+        speed = f"{self.seconds:.2f} s, {counted(self.num_threads, 'thread')}"
+        if not self.damage:
+            verdict = "verified" if self.is_verified else "nothing wrong was found, but not all of it can be verified"
+            return f"{self.path} ({self.format}): {verdict}. {done}; {speed}."
+        lines = [f"{self.path} ({self.format}): damaged, {counted(len(self.damage), 'problem')}. {done}; {speed}."]
+        lines += [f"  {problem}" for problem in self.damage[:_MAX_LISTED]]
+        if len(self.damage) > _MAX_LISTED:
+            lines.append(f"  and {len(self.damage) - _MAX_LISTED} more")
+        return "\n".join(lines)
+
+
+def verify_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    num_threads: int | None = None,
+    progress: bool | Callable[[int, int], None] = False,
+) -> VerifyReport:
+    """Reads all of a checkpoint and compares every checksum in it.
+
+    Args:
+        path: A checkpoint of any known format, as for ``open_checkpoint``.
+        num_threads: Threads that read. ``None``: one for each CPU, 8 at most.
+        progress: ``True`` shows a bar. A function is called after every read with the bytes read so far and in all,
+            from any thread, one at a time; what it raises ends the verification. Both begin again when another
+            checkpoint took the place of this one.
+
+    Returns:
+        The report. Damage raises nothing: it is in the report, all of it. A file or directory that is replaced
+        meanwhile is none: the report is that of the old one, or of the new one.
+
+    Raises:
+        ValueError: ``num_threads`` is not positive.
+        TypeError: ``path`` is no path.
+        FileNotFoundError: There is nothing at this path.
+        CheckpointFormatError: It is no checkpoint of a known format, or a compressed one (``UnmappableCheckpoint``).
+        OSError: The directory of the file could not be read. Errors that come later count as damage.
+
+    Peak memory: 1 MiB for each thread, and the index: some hundred bytes for every tensor and every MiB that is being
+    read, plus the pickled objects beside the tensors.
+    """
+    check_num_threads(num_threads)
+    started = time.perf_counter()
+    name = local_path(path)
+    for _ in range(_MAX_TRIES):
+        with _held(name) as is_there, paused_collector():
+            try:
+                run = _verify(name, num_threads, progress)
+            except (CheckpointFormatError, OSError):
+                if is_there():
+                    raise
+                continue
+            # Else its description may be of one checkpoint and its bytes of another.
+            if not run.damage or is_there():
+                break
+    else:
+        run = _verify(name, num_threads, progress)
+    return VerifyReport(
+        path=name,
+        format=run.format,
+        damage=tuple(sorted(run.damage, key=lambda item: (item.path, -1 if item.offset is None else item.offset))),
+        bytes_verified=run.bytes_verified,
+        bytes_without_checksum=run.bytes_without_checksum,
+        num_verified=run.num_verified,
+        seconds=time.perf_counter() - started,
+        num_threads=run.num_threads,
+    )
+
+
+def _verify(name: str, num_threads: int | None, progress: bool | Callable[[int, int], None]) -> _Verification:
+    inventory = find_format(name).take_inventory(name)
+    run = _Verification(inventory, num_threads or min(_MAX_THREADS, available_cpus()))
+    if callable(progress):
+        run.read_all(progress)
+    elif progress:
+        from tqdm.auto import tqdm
+
+        with tqdm(total=run.total_bytes, desc="Verifying", unit="B", unit_scale=True, unit_divisor=1024) as bar:
+            run.read_all(lambda done, _: bar.update(done - bar.n))
+    else:
+        run.read_all(None)
+    return run
+
+
+@contextlib.contextmanager
+def _held(name: str) -> Iterator[Callable[[], bool]]:
+    """Whether what has this name now has it still. Held open meanwhile, so that its number is given to nobody else."""
+    before = os.stat(name)
+    descriptor = -1
+    if stat.S_ISREG(before.st_mode) or stat.S_ISDIR(before.st_mode):
+        with contextlib.suppress(OSError):  # no permission, or no such thing as an open directory
+            descriptor = os.open(name, os.O_RDONLY)
+
+    def is_there() -> bool:
+        try:
+            return os.path.samestat(before, os.stat(name))
+        except FileNotFoundError:
+            return True  # It is gone, and nothing has taken its place.
+
+    try:
+        yield is_there
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class _Verification:
+    """The reading and counting of one verification."""
+
+    def __init__(self, inventory: Inventory, num_threads: int) -> None:
+        self.format = inventory.format
+        self.damage = list(inventory.damage)
+        self._inventory = inventory
+        self._sections = self._apart(inventory.sections)
+        self.total_bytes = sum(section.nbytes for section in self._sections)
+        self.num_threads = max(1, min(num_threads, -(-self.total_bytes // _BLOCK_BYTES)))
+        self.bytes_verified = self.bytes_without_checksum = self.num_verified = 0
+        self._done_bytes = 0
+        self._unreadable: set[int] = set()
+        self._checksums = PartialChecksums([section.nbytes for section in self._sections])
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._reads = _cut_into_reads(self._sections)
+        self._progress: Callable[[int, int], None] | None = None
+
+    def _apart(self, sections: Sequence[Section]) -> list[Section]:
+        """The sections in file order, without those that overlap an earlier one: they would be read again and again."""
+        kept: list[Section] = []
+        end = 0
+        for section in sorted(sections, key=lambda section: (section.offset, section.nbytes)):
+            if section.nbytes == 0:
+                continue
+            if section.offset < end:
+                path, position = self._inventory.place(section.offset)
+                problem = f"{path} is damaged: {section.key} begins at byte {position}, within {kept[-1].key}."
+                self.damage.append(Damage(path, problem, key=section.key, offset=position))
+                continue
+            kept.append(section)
+            end = section.offset + section.nbytes
+        return kept
+
+    def read_all(self, progress: Callable[[int, int], None] | None) -> None:
+        """Reads every section."""
+        self._progress = progress
+        source = FileSet([span.path for span in self._inventory.files])
+        try:
+            if source.spans != self._inventory.files:
+                problem = f"{self._inventory.path} changed while it was read: verify it again."
+                self.damage.append(Damage(self._inventory.path, problem))
+                return
+            if self.num_threads == 1:
+                self._work(source)
+                return
+            run_threads(lambda: self._work(source), self.num_threads, self._stop)
+        finally:
+            source.close()
+
+    def _stop(self) -> None:
+        self._stopped = True
+
+    def _work(self, source: FileSet) -> None:
+        buffer = memoryview(bytearray(_BLOCK_BYTES))
+        while not self._stopped:
+            with self._lock:
+                parts = next(self._reads, None)
+            if parts is None:
+                return
+            start = parts[0].offset
+            data = buffer[: parts[-1].offset + parts[-1].nbytes - start]
+            error = _fill(source, data, start)
+            for part in parts:
+                self._take(part, data[part.offset - start :][: part.nbytes], error)
+            with self._lock:
+                self._done_bytes += sum(part.nbytes for part in parts)
+                if self._progress is not None:
+                    self._progress(self._done_bytes, self.total_bytes)
+
+    def _take(self, part: _Part, data: memoryview, error: str | None) -> None:
+        section = self._sections[part.section]
+        if error is not None:
+            with self._lock:
+                if part.section in self._unreadable:
+                    return
+                self._unreadable.add(part.section)
+                path, position = self._inventory.place(part.offset)
+                problem = f"{path} cannot be read at byte {position}, within {section.key}: {error}."
+                self.damage.append(Damage(path, problem, key=section.key, offset=position))
+            return
+        if section.crc32 is None:
+            with self._lock:
+                self.bytes_without_checksum += part.nbytes
+            return
+        actual = self._checksums.update(part.section, part.start, [data])
+        if actual is None:
+            return
+        with self._lock:
+            if actual == section.crc32:
+                self.bytes_verified += section.nbytes
+                self.num_verified += 1
+                return
+            path, position = self._inventory.place(section.offset)
+            problem = (
+                f"{path} is damaged: the {section.nbytes} bytes of {section.key} at byte {position} have CRC-32 "
+                f"{actual:#010x}, but {section.crc32:#010x} is recorded."
+            )
+            self.damage.append(
+                Damage(path, problem, key=section.key, offset=position, expected=section.crc32, actual=actual)
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Bytes of one section: ``nbytes`` from ``start`` on, at ``offset`` in the run of all files."""
+
+    section: int
+    start: int
+    offset: int
+    nbytes: int
+
+
+def _cut_into_reads(sections: Sequence[Section]) -> Iterator[list[_Part]]:
+    """Cuts sections, in file order, into reads of at most a block: small neighbours share one, large ones are cut.
+
+    One read at a time, so that the plan of a large checkpoint takes no memory.
+    """
+    together: list[_Part] = []
+    for number, section in enumerate(sections):
+        for start in range(0, section.nbytes, _BLOCK_BYTES):
+            part = _Part(number, start, section.offset + start, min(_BLOCK_BYTES, section.nbytes - start))
+            if together:
+                end = together[-1].offset + together[-1].nbytes
+                if part.offset - end > MAX_GAP_BYTES or part.offset + part.nbytes - together[0].offset > _BLOCK_BYTES:
+                    yield together
+                    together = []
+            together.append(part)
+    if together:
+        yield together
+
+
+def _fill(source: FileSet, buffer: memoryview, offset: int) -> str | None:
+    """Reads a buffer full. Returns what went wrong, in words, or ``None``."""
+    while buffer:
+        try:
+            count = source.readv([buffer], offset)
+        except OSError as error:
+            return str(error)
+        if count <= 0:
+            return "the file was cut short while it was read"
+        buffer, offset = buffer[count:], offset + count
+    return None
