@@ -72,14 +72,14 @@ else:
         "MemoryPeaks": "lightning_memload.memory",
         "RestoreReport": "lightning_memload.report",
         "StreamingCheckpointIO": "lightning_memload.plugins",
-        "VerifyReport": "lightning_memload.transfer",
+        "VerifyReport": "lightning_memload.verify",
         "WeightsSource": "lightning_memload.restore",
         "load_from_checkpoint": "lightning_memload.plugins",
         "load_weights": "lightning_memload.restore",
         "meta_init": "lightning_memload.restore",
-        "open_checkpoint": "lightning_memload.checkpoint",
+        "open_checkpoint": "lightning_memload.formats",
         "save_directory": "lightning_memload.save",
-        "verify_checkpoint": "lightning_memload.transfer",
+        "verify_checkpoint": "lightning_memload.verify",
     }
 
     def __getattr__(name: str) -> object:

@@ -10,17 +10,21 @@ import pickle
 from collections.abc import Iterable, Mapping
 
 __all__ = [
+    "ChangedMeanwhileError",
     "CheckpointFormatError",
     "CheckpointReadError",
     "CheckpointWriteError",
     "ChecksumError",
+    "DetachedError",
     "IncompatibleWeightsError",
     "IncompleteCheckpointError",
     "InsufficientMemoryError",
     "MemloadError",
     "MetaTensorError",
     "OptimizerMismatchError",
+    "UnmappableCheckpoint",
     "UnsafeGlobalsError",
+    "UnstreamableError",
     "listed",
 ]
 
@@ -194,6 +198,22 @@ class UnsafeGlobalsError(MemloadError, pickle.UnpicklingError):
         super().__init__(message)
         self.path = path
         self.places = dict(places)
+
+
+class UnmappableCheckpoint(CheckpointFormatError):
+    """The checkpoint is sound, but the file does not hold its tensors in usable form: compressed or byte-swapped."""
+
+
+class DetachedError(RuntimeError):
+    """The mapping has already released the file."""
+
+
+class ChangedMeanwhileError(CheckpointWriteError):
+    """A tensor was modified outside an optimizer's step before it was written, so nothing was published."""
+
+
+class UnstreamableError(NotImplementedError):
+    """The object holds a storage whose bytes cannot be read from memory. Only ``torch.save`` can save it."""
 
 
 def listed(items: Iterable[object], *, separator: str = ", ", most: int = 10) -> str:

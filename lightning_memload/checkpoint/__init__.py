@@ -10,7 +10,7 @@ from lightning_memload.checkpoint.index import (
     span_elements,
 )
 from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
-from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint, span_bytes
+from lightning_memload.checkpoint.mapped import MappedCheckpoint, span_bytes
 from lightning_memload.checkpoint.missing import hub_advice
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "SpecialTensor",
     "StorageInfo",
     "TensorInfo",
-    "UnmappableCheckpoint",
     "hub_advice",
     "span_bytes",
     "span_elements",

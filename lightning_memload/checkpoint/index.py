@@ -2,72 +2,33 @@
 
 Plain frozen data that every format produces and every floor above reads. An index describes; it holds no tensor
 data, no open file and no device. A checkpoint of several files is described as one run of bytes in which each file
-starts on a page of its own (:func:`lay_out`), so an offset is one number; for a single file it is the position in the
-file. Offsets are in bytes, unless a name says otherwise.
+starts on a page of its own (:func:`~lightning_memload.bytes.lay_out`), so an offset is one number; for a single file
+it is the position in the file. Offsets are in bytes, unless a name says otherwise.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from lightning_memload.bytes import FileSpan, place_in
+
 __all__ = [
     "Checkpoint",
     "ChunkInfo",
-    "FileSpan",
     "KeyPath",
     "PickledGlobal",
     "SpecialTensor",
     "StorageInfo",
     "TensorInfo",
     "format_path",
-    "lay_out",
-    "place_in",
     "span_elements",
 ]
 
 KeyPath = tuple[str | int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FileSpan:
-    """One file of a checkpoint and its place in the run of all of them.
-
-    Attributes:
-        path: The file.
-        start: Offset of its first byte.
-        nbytes: Its size.
-    """
-
-    path: str
-    start: int
-    nbytes: int
-
-
-def lay_out(files: Iterable[tuple[str, int]]) -> tuple[FileSpan, ...]:
-    """Places files one after the other, each on a page of its own.
-
-    Args:
-        files: Path and size in bytes of each.
-    """
-    spans: list[FileSpan] = []
-    start = 0
-    for path, nbytes in files:
-        spans.append(FileSpan(path, start, nbytes))
-        # Two files must never share a page, not even when the first is empty: a page has one file under it.
-        start += max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
-    return tuple(spans)
-
-
-def place_in(files: Sequence[FileSpan], offset: int) -> tuple[str, int]:
-    """The file at an offset of the run of all files, and the position within that file."""
-    span = files[bisect_right(files, offset, key=lambda file: file.start) - 1]
-    return span.path, offset - span.start
 
 
 @dataclass(frozen=True, slots=True)

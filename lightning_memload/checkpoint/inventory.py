@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_memload.checkpoint.index import FileSpan, place_in
+from lightning_memload.bytes import FileSpan, place_in
 
 __all__ = ["Damage", "Inventory", "Section"]
 

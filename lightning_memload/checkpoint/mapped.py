@@ -15,16 +15,12 @@ import torch
 
 from lightning_memload.checkpoint.chunked import ChunkedTensor, ChunkedValues, FilePiece
 from lightning_memload.checkpoint.index import Checkpoint, ChunkInfo, span_elements
-from lightning_memload.errors import CheckpointFormatError, UnsafeGlobalsError
+from lightning_memload.errors import UnsafeGlobalsError
 from lightning_memload.storage.lease import FileWatch
 from lightning_memload.storage.local import FileSet
 from lightning_memload.storage.mapping import FileMapping
 
-__all__ = ["MappedCheckpoint", "UnmappableCheckpoint", "span_bytes"]
-
-
-class UnmappableCheckpoint(CheckpointFormatError):
-    """The checkpoint is sound, but the file does not hold its tensors in usable form: compressed or byte-swapped."""
+__all__ = ["MappedCheckpoint", "span_bytes"]
 
 
 class MappedCheckpoint:

@@ -16,10 +16,10 @@ from urllib.parse import unquote, urlsplit
 from lightning_memload.checkpoint.foreign import describe_directory, describe_file
 from lightning_memload.checkpoint.index import Checkpoint
 from lightning_memload.checkpoint.inventory import Inventory
-from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
+from lightning_memload.checkpoint.mapped import MappedCheckpoint
 from lightning_memload.checkpoint.missing import require_exists
 from lightning_memload.collector import paused_collector
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
 from lightning_memload.formats.dcp.reader import DcpDirectory
 from lightning_memload.formats.safetensors.reader import Safetensors
 from lightning_memload.formats.tensor_directory.reader import TensorDirectory
@@ -94,7 +94,9 @@ class CheckpointFormat(Protocol):
         ...
 
 
-FORMATS: tuple[CheckpointFormat, ...] = (TorchZip(), TorchShards(), Safetensors(), TensorDirectory(), DcpDirectory())
+# The first that recognises a checkpoint has it: a directory of ours may hold safetensors files, and one of
+# safetensors files the same weights as files of torch.save.
+FORMATS: tuple[CheckpointFormat, ...] = (TorchZip(), TensorDirectory(), TorchShards(), Safetensors(), DcpDirectory())
 
 
 def local_path(path: str | os.PathLike[str]) -> str:

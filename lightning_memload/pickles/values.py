@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning_memload.checkpoint.index import KeyPath, PickledGlobal, SpecialTensor, TensorInfo, format_path
-from lightning_memload.checkpoint.mapped import UnmappableCheckpoint
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
 from lightning_memload.pickles.placeholders import DefaultDict, GlobalName, Opaque, SpecialValue, TensorValue
 
 __all__ = ["MAX_DEPTH", "children_of", "collect_tensors", "locate_globals"]

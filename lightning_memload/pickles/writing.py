@@ -18,18 +18,15 @@ from typing import Any
 import torch
 
 from lightning_memload.checkpoint import span_elements
+from lightning_memload.errors import UnstreamableError
 from lightning_memload.pickles.structure import STUB_BYTES
 
-__all__ = ["Pickled", "Stretch", "UnstreamableError", "pickle_object"]
+__all__ = ["Pickled", "Stretch", "pickle_object"]
 
 # The default of torch.save, which all supported versions read.
 _PROTOCOL = 2
 # Windows start at multiples of this, so that every element type keeps its alignment.
 _WINDOW_ALIGNMENT_BYTES = 64
-
-
-class UnstreamableError(NotImplementedError):
-    """The object holds a storage whose bytes cannot be read from memory. Only ``torch.save`` can save it."""
 
 
 @dataclass(frozen=True, slots=True)

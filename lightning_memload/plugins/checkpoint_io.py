@@ -23,8 +23,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_memload.checkpoint import MappedCheckpoint, UnmappableCheckpoint, hub_advice
-from lightning_memload.errors import MemloadError
+from lightning_memload.checkpoint import MappedCheckpoint, hub_advice
+from lightning_memload.errors import MemloadError, UnmappableCheckpoint
 from lightning_memload.formats import load_mapped
 from lightning_memload.pickles import SafeGlobal, allow_globals
 from lightning_memload.plugins.compat import TorchCheckpointIO, classes

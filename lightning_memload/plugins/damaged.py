@@ -16,9 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_memload.checkpoint import UnmappableCheckpoint
 from lightning_memload.distributed import Companions, LostCompanion
-from lightning_memload.errors import CheckpointFormatError, CheckpointReadError, MemloadError, listed
+from lightning_memload.errors import (
+    CheckpointFormatError,
+    CheckpointReadError,
+    MemloadError,
+    UnmappableCheckpoint,
+    listed,
+)
 from lightning_memload.formats import checkpoints_in, is_checkpoint
 from lightning_memload.verify import (
     Siblings,

@@ -12,7 +12,8 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_memload.save import BackgroundSave, ChangedMeanwhileError, identity, reserve
+from lightning_memload.errors import ChangedMeanwhileError
+from lightning_memload.save import BackgroundSave, identity, reserve
 
 __all__ = ["Gate", "PendingSaves"]
 

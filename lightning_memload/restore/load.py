@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from lightning_memload.checkpoint import MappedCheckpoint, UnmappableCheckpoint
+from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.collector import paused_collector
-from lightning_memload.errors import CheckpointFormatError, MetaTensorError, listed
+from lightning_memload.errors import CheckpointFormatError, MetaTensorError, UnmappableCheckpoint, listed
 from lightning_memload.formats import load_mapped, local_path
 from lightning_memload.pickles import SafeGlobal, allow_globals, check_safe_globals, holds_refused
 from lightning_memload.restore.allocation import meta_names

@@ -18,10 +18,10 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from lightning_memload.checkpoint import Checkpoint, MappedCheckpoint, span_bytes
-from lightning_memload.errors import ChecksumError, InsufficientMemoryError
+from lightning_memload.errors import ChecksumError, DetachedError, InsufficientMemoryError
 from lightning_memload.memory import free_device_bytes
 from lightning_memload.restore.recording import claim
-from lightning_memload.storage import DetachedError, FileMapping, FileWatch
+from lightning_memload.storage import FileMapping, FileWatch
 from lightning_memload.transfer import (
     LazyRing,
     Record,

@@ -1,6 +1,6 @@
 """Saving: writes a checkpoint in bounded host memory and replaces the old one in one atomic step."""
 
-from lightning_memload.save.background import BackgroundSave, ChangedMeanwhileError, is_in_step, tensors_of_optimizers
+from lightning_memload.save.background import BackgroundSave, is_in_step, tensors_of_optimizers
 from lightning_memload.save.directory import plan_directory_save, save_directory
 from lightning_memload.save.reserving import identity, reserve
 from lightning_memload.save.saving import Save, SaveStats
@@ -8,7 +8,6 @@ from lightning_memload.save.torch_file import plan_torch_save, save_torch, write
 
 __all__ = [
     "BackgroundSave",
-    "ChangedMeanwhileError",
     "Save",
     "SaveStats",
     "identity",

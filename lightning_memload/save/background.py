@@ -24,17 +24,13 @@ from typing import Any, ClassVar
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lightning_memload.errors import CheckpointWriteError
+from lightning_memload.errors import ChangedMeanwhileError
 from lightning_memload.save.saving import Save, SaveStats
 from lightning_memload.storage.replacement import SetAside
 from lightning_memload.transfer import Latch, start_thread
 from lightning_memload.transfer.writing import Order
 
-__all__ = ["BackgroundSave", "ChangedMeanwhileError", "is_in_step", "tensors_of_optimizers"]
-
-
-class ChangedMeanwhileError(CheckpointWriteError):
-    """A tensor was modified outside an optimizer's step before it was written, so nothing was published."""
+__all__ = ["BackgroundSave", "is_in_step", "tensors_of_optimizers"]
 
 
 class BackgroundSave:

@@ -15,16 +15,16 @@ from typing import IO
 import torch
 from zlib_ng import zlib_ng
 
+from lightning_memload.errors import UnstreamableError
 from lightning_memload.formats.torch_zip.layout import (
     ALIGNMENT_BYTES,
     Entry,
-    Piece,
     data_descriptor,
     directory,
     lay_out,
     local_header,
 )
-from lightning_memload.pickles.writing import Pickled, Stretch, UnstreamableError, pickle_object
+from lightning_memload.pickles.writing import Pickled, Stretch, pickle_object
 from lightning_memload.save.saving import (
     DEFAULT_BUDGET_BYTES,
     Clock,
@@ -36,6 +36,7 @@ from lightning_memload.save.saving import (
 )
 from lightning_memload.storage.replacement import Replacement, put_back
 from lightning_memload.transfer.sinks import LocalSink, Sink, StreamSink, Target
+from lightning_memload.transfer.write_plan import Piece
 from lightning_memload.transfer.writing import Content, Order, Records, size_of
 
 __all__ = ["Archive", "plan_torch_save", "save_torch", "write_torch"]

@@ -2,6 +2,6 @@
 
 from lightning_memload.storage.lease import FileWatch
 from lightning_memload.storage.local import ByteSource, FilePart, FileSet, LocalFile, read_fully
-from lightning_memload.storage.mapping import DetachedError, FileMapping
+from lightning_memload.storage.mapping import FileMapping
 
-__all__ = ["ByteSource", "DetachedError", "FileMapping", "FilePart", "FileSet", "FileWatch", "LocalFile", "read_fully"]
+__all__ = ["ByteSource", "FileMapping", "FilePart", "FileSet", "FileWatch", "LocalFile", "read_fully"]

@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from lightning_memload.checkpoint.index import lay_out, place_in
+from lightning_memload.bytes import lay_out, place_in
 from lightning_memload.errors import CheckpointReadError
 
 __all__ = ["ByteSource", "FilePart", "FileSet", "LocalFile", "read_fully"]

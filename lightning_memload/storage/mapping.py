@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
-from lightning_memload.checkpoint.index import FileSpan
-from lightning_memload.errors import CheckpointReadError
+from lightning_memload.bytes import FileSpan
+from lightning_memload.errors import CheckpointReadError, DetachedError
 from lightning_memload.storage.lease import FileWatch
 from lightning_memload.storage.local import FileSet, LocalFile
 from lightning_memload.storage.steps import wait_for_steps
 
-__all__ = ["DetachedError", "FileMapping"]
+__all__ = ["FileMapping"]
 
 _PAGE = mmap.PAGESIZE
 # Python has the name MAP_NORESERVE from 3.11 on. The value is that of x86-64 and arm64.
@@ -45,10 +45,6 @@ _SMALL_CHUNK_BYTES = 8 << 20
 _STEPS_SECONDS = 20.0
 # Pages in one read of pagemap, which has 8 bytes for each page.
 _PAGEMAP_CHUNK_PAGES = 256 << 10
-
-
-class DetachedError(RuntimeError):
-    """The mapping has already released the file."""
 
 
 class FileMapping:

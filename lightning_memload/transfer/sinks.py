@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import IO, Protocol
 
-from lightning_memload.formats.torch_zip.layout import Piece
+from lightning_memload.transfer.write_plan import Piece
 
 __all__ = ["LocalSink", "Sink", "Split", "StreamSink", "Target"]
 

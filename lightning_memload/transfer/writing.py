@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from zlib_ng import zlib_ng
 
-from lightning_memload.formats.torch_zip.layout import Piece, plan_writes
 from lightning_memload.pickles.writing import Stretch
 from lightning_memload.transfer.cuda_context import on_device, on_stream
 from lightning_memload.transfer.sinks import Target
 from lightning_memload.transfer.staging import MIN_BUDGET_BYTES, RingLayout, StagingRing, choose_layout
 from lightning_memload.transfer.threads import run_threads
+from lightning_memload.transfer.write_plan import Piece, plan_writes
 
 __all__ = ["Content", "Gathered", "Order", "Records", "memory_of", "size_of"]
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_memload.checkpoint import Checkpoint, UnmappableCheckpoint
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.checkpoint import Checkpoint
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
 from lightning_memload.formats import open_checkpoint
-from tests.checkpoint.files import (
+from tests.formats.files import (
     ALL_DTYPES,
     Settings,
     as_bytes,

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import lightning_memload
 from lightning_memload.cli import main
-from tests.checkpoint.files import quantised, save_sparse, storage_pickle, tensor_pickle, write_zip
+from tests.formats.files import quantised, save_sparse, storage_pickle, tensor_pickle, write_zip
 from tests.fresh_process import run_fresh
 
 

@@ -32,7 +32,7 @@ from lightning_memload.save import (
     write_torch,
 )
 from lightning_memload.verify import verify_checkpoint
-from tests.checkpoint.files import ALL_DTYPES, as_bytes, layouts, of_dtype, tensors_of
+from tests.formats.files import ALL_DTYPES, as_bytes, layouts, of_dtype, tensors_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 

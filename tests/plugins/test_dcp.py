@@ -23,7 +23,7 @@ from lightning_memload.errors import (
 from lightning_memload.formats import load_mapped, open_checkpoint
 from lightning_memload.restore import OptimizerRestore, RestoreSession
 from lightning_memload.transfer import LazyRing, choose_layout
-from tests.checkpoint.files import save_dcp
+from tests.formats.files import save_dcp
 from tests.fresh_process import run_program
 from tests.plugins.harness import FEATURES, TRUSTED, Case, TinyModule, assert_same, make_trainer, resume
 

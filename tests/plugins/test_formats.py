@@ -21,8 +21,8 @@ from lightning_memload import (
     open_checkpoint,
     save_directory,
 )
-from lightning_memload.checkpoint import UnmappableCheckpoint
-from tests.checkpoint.files import save_dcp
+from lightning_memload.errors import UnmappableCheckpoint
+from tests.formats.files import save_dcp
 from tests.plugins.harness import (
     TRUSTED,
     Case,

@@ -21,8 +21,6 @@ import tests.lightning as L
 from lightning_memload import CheckpointReadError, MemoryEfficientRestore, StreamingCheckpointIO, meta_init
 from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.storage import lease
-from tests.checkpoint.test_lease import watches_end
-from tests.checkpoint.test_mapping import traces
 from tests.fresh_process import run_fresh
 from tests.plugins.harness import (
     FEATURES,
@@ -35,6 +33,8 @@ from tests.plugins.harness import (
     make_trainer,
     write_checkpoint,
 )
+from tests.storage.test_lease import watches_end
+from tests.storage.test_mapping import traces
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mappings and leases need Linux")
 
@@ -330,7 +330,7 @@ import torch, lightning as L
 from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO, meta_init
 from tests.plugins.harness import TRUSTED, assert_same, make_trainer
 from tests.plugins.test_rewritten_files import Evaluated, adamw, values
-from tests.checkpoint.test_lease import join_watches
+from tests.storage.test_lease import join_watches
 from pathlib import Path
 path, folder = ARGS["path"], Path(ARGS["temporary"])
 class Other(Evaluated):

@@ -30,7 +30,7 @@ from lightning_memload import (
 )
 from lightning_memload.restore import RestoreSession, overlaps, session, weights
 from lightning_memload.transfer.engine import _Transfer
-from tests.checkpoint.files import as_bytes
+from tests.formats.files import as_bytes
 from tests.fresh_process import run_fresh
 
 MIB = 1 << 20

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_memload import CheckpointFormatError, IncompatibleWeightsError, load_weights, meta_init
 from lightning_memload.restore.state_dict import find_state_dict, match_compiled, suggest_renaming
-from tests.checkpoint.files import as_bytes
+from tests.formats.files import as_bytes
 
 Weights = dict[str, Any]
 

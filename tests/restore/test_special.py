@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_memload import load_weights, meta_init
-from tests.checkpoint.files import quantised
+from tests.formats.files import quantised
 
 pytestmark = [
     # torch's own quantised tensors are built so, by torch.

@@ -20,15 +20,10 @@ import pytest
 import torch
 
 from lightning_memload import CheckpointWriteError
+from lightning_memload.errors import ChangedMeanwhileError
 from lightning_memload.formats import load_mapped
 from lightning_memload.pickles.writing import Stretch
-from lightning_memload.save import (
-    BackgroundSave,
-    ChangedMeanwhileError,
-    plan_directory_save,
-    plan_torch_save,
-    tensors_of_optimizers,
-)
+from lightning_memload.save import BackgroundSave, plan_directory_save, plan_torch_save, tensors_of_optimizers
 from lightning_memload.storage import descriptors
 from lightning_memload.transfer import sinks, writing
 from lightning_memload.transfer.writing import Order, Records

@@ -29,7 +29,7 @@ from lightning_memload.transfer import (
     transfer,
 )
 from lightning_memload.transfer.engine import _Buffer, _Transfer
-from tests.checkpoint.files import ALL_DTYPES, as_bytes, layouts, of_dtype
+from tests.formats.files import ALL_DTYPES, as_bytes, layouts, of_dtype
 from tests.fresh_process import run_fresh
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")]

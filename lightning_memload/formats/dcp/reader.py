@@ -31,8 +31,8 @@ from lightning_memload.checkpoint.index import (
     format_path,
 )
 from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
-from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
-from lightning_memload.errors import CheckpointFormatError, UnsafeGlobalsError, listed
+from lightning_memload.checkpoint.mapped import MappedCheckpoint
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint, UnsafeGlobalsError, listed
 from lightning_memload.formats.dcp.entries import DcpObject, DcpTensor, Entries
 from lightning_memload.formats.dcp.metadata import (
     METADATA_NAME,

@@ -18,9 +18,9 @@ import torch
 
 from lightning_memload.checkpoint import span_elements
 from lightning_memload.formats.safetensors.header import SAFETENSORS_DTYPES
-from lightning_memload.formats.torch_zip.layout import Piece
 from lightning_memload.pickles.writing import Stretch
 from lightning_memload.transfer.sinks import Sink
+from lightning_memload.transfer.write_plan import Piece
 from lightning_memload.transfer.writing import Content, Gathered, size_of
 
 __all__ = ["RunTarget", "WeightsFile", "find_weights"]

@@ -14,21 +14,19 @@ import torch
 
 from lightning_memload.checkpoint.index import Checkpoint, SpecialTensor, TensorInfo
 from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
-from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
-from lightning_memload.errors import CheckpointFormatError, listed
+from lightning_memload.checkpoint.mapped import MappedCheckpoint
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint, listed
 from lightning_memload.formats.json_text import MAX_HEADER_BYTES, short
 from lightning_memload.formats.safetensors.header import PREFIX_BYTES, read_header, starts_like_header
 from lightning_memload.formats.shard_index import (
     INDEX_SUFFIX,
     WHOLE_SAFETENSORS,
     find_shards,
-    holds_torch_shards,
     is_shard_index,
     is_torch_index,
     keep_last,
     visible_names,
 )
-from lightning_memload.formats.tensor_directory.manifest import is_tensor_directory
 from lightning_memload.storage.local import FileSet
 from lightning_memload.storage.mapping import FileMapping
 
@@ -43,13 +41,8 @@ class Safetensors:
     name = "safetensors"
 
     def recognizes(self, path: str) -> bool:
-        """Whether the file starts with a header or is an index of shards, or the directory has such files.
-
-        One with our own manifest is more than that, see :class:`TensorDirectory`.
-        """
+        """Whether the file starts with a header or is an index of shards, or the directory has such files."""
         if os.path.isdir(path):
-            if is_tensor_directory(path) or holds_torch_shards(path):
-                return False
             return any(name.endswith((_SUFFIX, _SUFFIX + INDEX_SUFFIX)) for name in visible_names(path))
         if not os.path.isfile(path):
             return False

@@ -15,8 +15,8 @@ import stat
 import threading
 from collections.abc import Sequence
 
-from lightning_memload.formats.torch_zip.layout import Piece
 from lightning_memload.transfer.sinks import LocalSink
+from lightning_memload.transfer.write_plan import Piece
 
 __all__ = ["LinkingFiles"]
 

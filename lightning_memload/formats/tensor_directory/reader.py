@@ -20,10 +20,11 @@ from typing import Any, TypeVar
 
 from zlib_ng import zlib_ng
 
-from lightning_memload.checkpoint.index import Checkpoint, StorageInfo, lay_out
+from lightning_memload.bytes import lay_out
+from lightning_memload.checkpoint.index import Checkpoint, StorageInfo
 from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
-from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
-from lightning_memload.errors import CheckpointFormatError, MemloadError, listed
+from lightning_memload.checkpoint.mapped import MappedCheckpoint
+from lightning_memload.errors import CheckpointFormatError, MemloadError, UnmappableCheckpoint, listed
 from lightning_memload.formats.tensor_directory.manifest import (
     MANIFEST_FILE,
     STATE_FILE,

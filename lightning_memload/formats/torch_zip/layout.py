@@ -14,12 +14,10 @@ from dataclasses import dataclass
 __all__ = [
     "ALIGNMENT_BYTES",
     "Entry",
-    "Piece",
     "data_descriptor",
     "directory",
     "lay_out",
     "local_header",
-    "plan_writes",
 ]
 
 ALIGNMENT_BYTES = 64
@@ -72,15 +70,6 @@ class Entry:
     def is_zip64(self) -> bool:
         """Whether its size or position needs 64 bits."""
         return self.nbytes >= _MAX_UINT32 or self.header_offset >= _MAX_UINT32
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of a record's data: ``nbytes`` bytes from byte ``start``."""
-
-    record: int
-    start: int
-    nbytes: int
 
 
 def lay_out(records: Iterable[tuple[str, int]], *, start: int = 0) -> list[Entry]:
@@ -156,42 +145,6 @@ def directory(entries: Sequence[Entry], crc32s: Sequence[int]) -> bytes:
             ),
         )
     )
-
-
-def plan_writes(sizes: Sequence[int], *, block_bytes: int, max_pieces: int) -> list[tuple[Piece, ...]]:
-    """Divides records into writes: small records share a write, a large record is split into several writes.
-
-    Args:
-        sizes: Bytes of each record, in the order of the archive.
-        block_bytes: Maximum data of one write in bytes, at least 1.
-        max_pieces: Maximum number of records in one write, at least 1.
-
-    Returns:
-        The pieces of each write, in the order of the archive. Every byte of every record is in exactly one piece. A
-        record without data is one empty piece. The pieces of a write are adjacent in the archive. Each write of a split
-        record holds one piece of it and nothing else.
-
-    Raises:
-        ValueError: A limit is not positive.
-    """
-    if block_bytes < 1 or max_pieces < 1:
-        raise ValueError(f"block_bytes and max_pieces must be at least 1, got {block_bytes} and {max_pieces}")
-    writes: list[tuple[Piece, ...]] = []
-    together: list[Piece] = []
-    room = block_bytes
-    for record, nbytes in enumerate(sizes):
-        if together and (nbytes > room or len(together) == max_pieces):
-            writes.append(tuple(together))
-            together, room = [], block_bytes
-        if nbytes > block_bytes:
-            for start in range(0, nbytes, block_bytes):
-                writes.append((Piece(record, start, min(block_bytes, nbytes - start)),))
-            continue
-        together.append(Piece(record, 0, nbytes))
-        room -= nbytes
-    if together:
-        writes.append(tuple(together))
-    return writes
 
 
 def _flags(entry: Entry) -> int:

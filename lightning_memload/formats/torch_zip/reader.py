@@ -19,10 +19,17 @@ from typing import Any
 
 import torch
 
-from lightning_memload.checkpoint.index import Checkpoint, StorageInfo, lay_out
+from lightning_memload.bytes import lay_out
+from lightning_memload.checkpoint.index import Checkpoint, StorageInfo
 from lightning_memload.checkpoint.inventory import Damage, Inventory
-from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
-from lightning_memload.errors import CheckpointFormatError, InsufficientMemoryError, MemloadError, UnsafeGlobalsError
+from lightning_memload.checkpoint.mapped import MappedCheckpoint
+from lightning_memload.errors import (
+    CheckpointFormatError,
+    InsufficientMemoryError,
+    MemloadError,
+    UnmappableCheckpoint,
+    UnsafeGlobalsError,
+)
 from lightning_memload.formats.torch_zip.records import is_zip, pickle_is_sound, read_records, read_zip_inventory
 from lightning_memload.pickles.erasing import erase
 from lightning_memload.pickles.globals import explain_refusal, refused_globals

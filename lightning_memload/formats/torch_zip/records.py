@@ -15,8 +15,7 @@ from zlib_ng import zlib_ng
 
 from lightning_memload.checkpoint.foreign import describe_zip
 from lightning_memload.checkpoint.inventory import Damage, Section
-from lightning_memload.checkpoint.mapped import UnmappableCheckpoint
-from lightning_memload.errors import CheckpointFormatError, listed
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint, listed
 from lightning_memload.formats.torch_zip.frame import check_end, check_entry, is_folder, read_entries
 from lightning_memload.pickles.structure import Record
 from lightning_memload.storage.local import FilePart, LocalFile

@@ -10,10 +10,11 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from lightning_memload.checkpoint.index import Checkpoint, FileSpan, TensorInfo, lay_out
+from lightning_memload.bytes import FileSpan, lay_out
+from lightning_memload.checkpoint.index import Checkpoint, TensorInfo
 from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
-from lightning_memload.checkpoint.mapped import MappedCheckpoint, UnmappableCheckpoint
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.checkpoint.mapped import MappedCheckpoint
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
 from lightning_memload.formats.shard_index import (
     WHOLE_TORCH,
     find_shards,
@@ -21,7 +22,6 @@ from lightning_memload.formats.shard_index import (
     is_torch_index,
     keep_last,
 )
-from lightning_memload.formats.tensor_directory.manifest import is_tensor_directory
 from lightning_memload.formats.torch_zip.reader import TorchZip, load_what_is_allowed, read_index
 from lightning_memload.formats.torch_zip.records import is_zip
 from lightning_memload.storage.local import FileSet
@@ -40,7 +40,7 @@ class TorchShards:
     def recognizes(self, path: str) -> bool:
         """Whether the directory has such files, or the file is an index of shards that are no safetensors files."""
         if os.path.isdir(path):
-            return not is_tensor_directory(path) and holds_torch_shards(path)
+            return holds_torch_shards(path)
         return os.path.isfile(path) and is_torch_index(path)
 
     def read_index(self, path: str) -> Checkpoint:

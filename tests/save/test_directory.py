@@ -292,7 +292,7 @@ import os, shutil, signal, warnings
 from lightning_memload.save import save_directory
 from lightning_memload.save import replacement
 from lightning_memload.save import tensor_directory as writer
-from tests.save.test_tensor_directory import of_step, step_of
+from tests.save.test_directory import of_step, step_of
 from pathlib import Path
 warnings.simplefilter("ignore")
 path = Path(ARGS["path"])

@@ -16,7 +16,7 @@ from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.formats import load_mapped
 from lightning_memload.storage.local import FileSet
 from lightning_memload.storage.mapping import FileMapping
-from tests.checkpoint.files import as_bytes, layouts
+from tests.formats.files import as_bytes, layouts
 from tests.fresh_process import run_fresh
 
 PAGE = mmap.PAGESIZE

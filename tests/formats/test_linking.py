@@ -18,8 +18,8 @@ from lightning_memload.errors import CheckpointWriteError
 from lightning_memload.formats import load_mapped
 from lightning_memload.formats.tensor_directory import linking
 from lightning_memload.formats.tensor_directory.linking import LinkingFiles
-from lightning_memload.formats.torch_zip.layout import Piece
 from lightning_memload.save import SaveStats, save_directory, saving
+from lightning_memload.transfer.write_plan import Piece
 from lightning_memload.verify import verify_checkpoint
 
 MIB = 1 << 20

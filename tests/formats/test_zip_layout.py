@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 from lightning_memload.formats.torch_zip.layout import (
     ALIGNMENT_BYTES,
     Entry,
-    Piece,
     data_descriptor,
     directory,
     lay_out,
     local_header,
-    plan_writes,
 )
-from tests.checkpoint.files import save_sparse
+from lightning_memload.transfer.write_plan import Piece, plan_writes
+from tests.formats.files import save_sparse
 
 GIB = 1 << 30
 names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=200)

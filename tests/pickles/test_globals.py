@@ -24,7 +24,7 @@ from torch import nn
 from lightning_memload import UnsafeGlobalsError, WeightsSource, load_weights, open_checkpoint, save_directory
 from lightning_memload.formats import load_mapped
 from lightning_memload.pickles import allow_globals, holds_refused, refused_globals
-from tests.checkpoint.files import quantised, save_dcp
+from tests.formats.files import quantised, save_dcp
 
 
 @dataclasses.dataclass

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_memload.checkpoint import UnmappableCheckpoint, span_bytes
-from lightning_memload.errors import CheckpointFormatError, UnsafeGlobalsError
+from lightning_memload.checkpoint import span_bytes
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint, UnsafeGlobalsError
 from lightning_memload.formats import load_mapped
-from tests.checkpoint.files import (
+from tests.formats.files import (
     ALL_DTYPES,
     Settings,
     as_bytes,

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from lightning_memload.checkpoint import Checkpoint, SpecialTensor, UnmappableCheckpoint
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.checkpoint import Checkpoint, SpecialTensor
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
 from lightning_memload.formats import load_mapped, open_checkpoint
 from lightning_memload.formats.safetensors.reader import MAX_HEADER_BYTES, Safetensors
 from lightning_memload.storage.mapping import FileMapping
 from lightning_memload.verify import verify_checkpoint
-from tests.checkpoint.files import as_bytes, from_file, of_dtype
+from tests.formats.files import as_bytes, from_file, of_dtype
 from tests.fresh_process import run_fresh
 
 needs_mapping = pytest.mark.skipif(not FileMapping.supported, reason="mappings need Linux")

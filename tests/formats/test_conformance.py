@@ -50,7 +50,7 @@ from lightning_memload.transfer import (
     choose_layout,
     transfer,
 )
-from tests.checkpoint.files import ALL_DTYPES, as_bytes, from_file, layouts, of_dtype, save_dcp, tensors_of
+from tests.formats.files import ALL_DTYPES, as_bytes, from_file, layouts, of_dtype, save_dcp, tensors_of
 from tests.fresh_process import run_fresh
 
 pytestmark = [

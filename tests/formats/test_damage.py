@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_memload.checkpoint import Checkpoint, UnmappableCheckpoint
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.checkpoint import Checkpoint
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
 from lightning_memload.formats import load_mapped, open_checkpoint
-from tests.checkpoint.files import save_bytes, storage_pickle, tensor_pickle, write_zip
+from tests.formats.files import save_bytes, storage_pickle, tensor_pickle, write_zip
 from tests.fresh_process import run_fresh
 
 FLOAT = tensor_pickle(storage_pickle())

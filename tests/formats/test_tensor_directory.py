@@ -23,7 +23,7 @@ from lightning_memload.formats import load_mapped, open_checkpoint
 from lightning_memload.formats.tensor_directory import reader as tensor_directory
 from lightning_memload.save import save_directory
 from lightning_memload.transfer import Record, StagingRing, TensorCopy, choose_layout, transfer
-from tests.checkpoint.files import ALL_DTYPES, Settings, as_bytes, layouts, nested, of_dtype, tensors_of, write_zip
+from tests.formats.files import ALL_DTYPES, Settings, as_bytes, layouts, nested, of_dtype, tensors_of, write_zip
 from tests.fresh_process import run_fresh
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -222,8 +222,8 @@ import os, resource, torch
 from pathlib import Path
 from lightning_memload.formats import load_mapped, open_checkpoint
 from lightning_memload.save import save_directory
-from tests.checkpoint.files import as_bytes
-from tests.checkpoint.test_tensor_directory import stream
+from tests.formats.files import as_bytes
+from tests.formats.test_tensor_directory import stream
 torch.ones(1).sum()
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 saved = {number: torch.full((3 + number % 50,), float(number)) for number in range(1100)}

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_memload.errors import DetachedError
 from lightning_memload.formats import load_mapped
-from lightning_memload.storage import DetachedError, FileMapping, FileSet, FileWatch, lease, steps
-from tests.checkpoint.test_mapping import traces
+from lightning_memload.storage import FileMapping, FileSet, FileWatch, lease, steps
 from tests.fresh_process import run_fresh
+from tests.storage.test_mapping import traces
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="leases need Linux")
 

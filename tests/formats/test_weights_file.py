@@ -20,7 +20,7 @@ from lightning_memload.pickles.writing import Stretch
 from lightning_memload.save import SaveStats, save_directory
 from lightning_memload.transfer.writing import Gathered
 from lightning_memload.verify import verify_checkpoint
-from tests.checkpoint.files import ALL_DTYPES, as_bytes, layouts, of_dtype, tensors_of
+from tests.formats.files import ALL_DTYPES, as_bytes, layouts, of_dtype, tensors_of
 from tests.fresh_process import run_fresh
 
 

@@ -23,7 +23,7 @@ from lightning_memload.pickles.writing import Stretch
 from lightning_memload.save import save_torch, write_torch
 from lightning_memload.storage import LocalFile
 from lightning_memload.transfer import Record, StagingRing, TensorCopy, choose_layout, transfer
-from tests.checkpoint.files import ALL_DTYPES, as_bytes, layouts, nested, of_dtype, tensors_of
+from tests.formats.files import ALL_DTYPES, as_bytes, layouts, nested, of_dtype, tensors_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_memload.pickles.writing import UnstreamableError, pickle_object
+from lightning_memload.errors import UnstreamableError
+from lightning_memload.pickles.writing import pickle_object
 from lightning_memload.save import save_torch
-from tests.checkpoint.files import ALL_DTYPES, as_bytes, layouts, nested, of_dtype
+from tests.formats.files import ALL_DTYPES, as_bytes, layouts, nested, of_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # prototypes: quantized, nested, CSR
 

@@ -29,7 +29,7 @@ from lightning_memload.formats.dcp.metadata import read_metadata
 from lightning_memload.restore import Move, RestoreSession
 from lightning_memload.storage import FileSet
 from lightning_memload.transfer import LazyRing, choose_layout
-from tests.checkpoint.files import ALL_DTYPES, Settings, as_bytes, layouts, of_dtype, save_dcp, tensors_of
+from tests.formats.files import ALL_DTYPES, Settings, as_bytes, layouts, of_dtype, save_dcp, tensors_of
 from tests.fresh_process import run_fresh
 
 # Directories as several ranks write them, by one process -------------------------------------------------------------

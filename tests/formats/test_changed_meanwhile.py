@@ -25,7 +25,7 @@ from lightning_memload.restore import Move, RestoreSession
 from lightning_memload.save import save_directory, save_torch
 from lightning_memload.storage import replacement
 from lightning_memload.transfer import LazyRing, choose_layout
-from tests.checkpoint.files import tensors_of
+from tests.formats.files import tensors_of
 from tests.fresh_process import run_fresh
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mappings, and names that are exchanged, need Linux")
