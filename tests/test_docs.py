@@ -197,7 +197,7 @@ class TestNames:
 
     def test_house_has_the_floors_of_the_test(self) -> None:
         house = (ROOT / "CONTRIBUTING.md").read_text().partition("## The house")[2].partition("\n## ")[0]
-        rows = re.findall(r"^\| (\d) \| ([^|]*) \|", house, re.MULTILINE)
+        rows = re.findall(r"^\| (\d+) \| ([^|]*) \|", house, re.MULTILINE)
         shown = {room: int(floor) for floor, rooms in rows for room in re.findall(r"`(\w+)`", rooms)}
         assert shown == FLOORS
 
@@ -224,7 +224,7 @@ class TestPages:
     def test_every_error_has_cause_and_remedy(self) -> None:
         text = (DOCS / "troubleshooting.md").read_text().partition("\n## ")[0]
         entries = re.split(r"^::: lightning_memload\.", text, flags=re.MULTILINE)[1:]
-        classes = {name for name in errors.__all__ if name != "listed"}
+        classes = {name for name in lightning_memload.__all__ if name in errors.__all__}
         assert {entry.split()[0] for entry in entries} == classes
         for entry in entries:
             assert entry.count("\n**Cause.** ") == entry.count("\n**What to do.** ") == 1, entry.split()[0]
