@@ -130,7 +130,7 @@ class PickledGlobal:
         qualname: Its name there.
         path: Keys from the root to the first object that needs it, ``None`` if no object of the checkpoint keeps it.
         is_buildable: Whether torch can build it under ``weights_only`` once it is allowed. It cannot put items into
-            objects of classes that derive dict, nor before torch 2.14 of those that derive list.
+            objects of some classes that derive dict or list; of which, depends on the version of torch.
     """
 
     module: str

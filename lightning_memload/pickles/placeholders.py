@@ -7,6 +7,8 @@ Tensors and storages become records of this package, containers become plain con
 from __future__ import annotations
 
 import collections
+import functools
+import io
 import pickle
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -27,8 +29,6 @@ __all__ = [
 ]
 
 _MAX_PARTS = 1000
-# Since torch 2.14 weights_only puts items into objects of allowed classes that derive list.
-_FILLS_LISTS = torch.__version__ >= "2.14"
 
 # Module and qualified name.
 GlobalName = tuple[str, str]
@@ -39,8 +39,8 @@ class Opaque:
 
     Attributes:
         global_name: The class or function that made it, ``None`` where the placeholder is for something else.
-        holds_items: Whether the pickle puts items into it that ``weights_only`` never allows, as into an object whose
-            class derives dict.
+        holds_items: Whether the pickle puts items into it, and ``weights_only`` of this torch never does. That depends
+            on whether its class derives dict or list.
     """
 
     global_name: ClassVar[GlobalName | None] = None
@@ -66,7 +66,8 @@ class Opaque:
         self.parts.append(state)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.add((key, value))
+        self.holds_items |= not _fills(_Words)
+        self.parts.append((key, value))
 
     def append(self, value: Any) -> None:
         """Keeps an item."""
@@ -74,7 +75,7 @@ class Opaque:
 
     def extend(self, values: Any) -> None:
         """Keeps items."""
-        self.holds_items |= not _FILLS_LISTS or self.global_name == ("collections", "deque")  # no list
+        self.holds_items |= self.global_name == ("collections", "deque") or not _fills(_Items)
         self.parts.extend(values)
 
     def add(self, value: Any) -> None:
@@ -96,6 +97,36 @@ class DefaultDict(dict[Any, Any]):
     def __init__(self, default_factory: Any = None) -> None:
         super().__init__()
         self.default_factory = default_factory
+
+    @property
+    def holds_items(self) -> bool:
+        """See :class:`Opaque`."""
+        return bool(self) and not _fills(_Words)
+
+
+class _Words(dict[Any, Any]):
+    """A class that derives dict."""
+
+
+class _Items(list[Any]):
+    """A class that derives list."""
+
+
+@functools.cache
+def _fills(kind: type[_Words] | type[_Items]) -> bool:
+    """Whether ``weights_only`` puts items into objects of an allowed class, by torch's own word.
+
+    Into dicts torch 2.6 does, and 2.10 does not; into lists 2.14 does, and 2.13 does not.
+    """
+    file = io.BytesIO()
+    torch.save(kind([(1, 2)]), file)
+    file.seek(0)
+    try:
+        with torch.serialization.safe_globals([kind]):
+            torch.load(file, weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True
 
 
 class _Sealed:

@@ -110,7 +110,7 @@ def locate_globals(root: Any, named: Iterable[GlobalName]) -> tuple[PickledGloba
         elif isinstance(value, dict):
             if isinstance(value, DefaultDict):
                 note(("collections", "defaultdict"), path)
-                with_items.update([("collections", "defaultdict")] if value else [])
+                with_items.update([("collections", "defaultdict")] if value.holds_items else [])
             if type(value) is not dict:
                 stack.append((path, getattr(value, "__dict__", None)))  # _metadata of a state dict
             stack += [(path, key) for key in value if type(key) not in _LEAVES]

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.tensor  # allows its classes, once
 from torch import nn
 
 from lightning_memload import UnsafeGlobalsError, WeightsSource, load_weights, open_checkpoint, save_directory
@@ -79,12 +80,14 @@ ALLOWABLE: dict[str, Callable[[], Any]] = {
 }
 # torch cannot put items into these, allowed or not.
 NEVER: dict[str, Callable[[], Any]] = {
-    "dict": lambda: Words(a=1),
     "deque": lambda: collections.deque([1, 2]),
+}
+WITH_ITEMS: dict[str, Callable[[], Any]] = {
+    "dict": lambda: Words(a=1),
     "defaultdict": lambda: collections.defaultdict(list, a=[1]),
     "dict of dataclasses": lambda: Words(a=Settings()),
 }
-# torch 2.14 can put items into lists.
+(ALLOWABLE if torch.__version__ < "2.7" else NEVER).update(WITH_ITEMS)
 (ALLOWABLE if torch.__version__ >= "2.14" else NEVER)["list"] = lambda: Numbers([1, 2])
 ALL = ALLOWABLE | NEVER
 

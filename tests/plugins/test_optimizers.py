@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -228,6 +229,8 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "watching": lambda p: Watching(sgd(p)),
     "flat": Flat,
 }
+if sys.version_info >= (3, 12):
+    del WRAPPERS["forwarding"]  # Lightning takes none: protocols ask for attributes without __getattr__ there
 
 
 class Mapped(L.Callback):
