@@ -234,7 +234,7 @@ class TestSameAsTorch:
 
     def test_torch_distributed_is_not_imported(self, several: Path) -> None:
         program = (
-            "import sys\nfrom lightning_memload.checkpoint import load_mapped\n"
+            "import sys\nfrom lightning_memload.formats import load_mapped\n"
             "import torch\nbefore = set(sys.modules)\n"
             f"loaded, _ = load_mapped({str(several)!r})\n"
             "RESULT = [n for n in set(sys.modules) - before if n.startswith('torch.distributed')]"

@@ -417,7 +417,8 @@ def test_a_forked_child_has_no_part_in_a_save(tmp_path: Path) -> None:
 import fcntl, os, threading
 import torch
 torch.set_num_threads(1)
-from lightning_memload.save import BackgroundSave, plan_directory_save, plan_torch_save, sinks, tensors_of_optimizers
+from lightning_memload.save import BackgroundSave, plan_directory_save, plan_torch_save, tensors_of_optimizers
+from lightning_memload.transfer import sinks
 written, goes_on, real, original = threading.Event(), threading.Event(), os.fsync, sinks.LocalSink.write
 def write(sink, buffers, offset):
     if any(len(buffer) > 100_000 for buffer in buffers):

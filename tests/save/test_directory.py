@@ -290,8 +290,8 @@ class TestReplacing:
         program = """
 import os, shutil, signal, warnings
 from lightning_memload.save import save_directory
-from lightning_memload.save import replacement
-from lightning_memload.save import tensor_directory as writer
+from lightning_memload.storage import replacement
+from lightning_memload.save import directory as writer
 from tests.save.test_directory import of_step, step_of
 from pathlib import Path
 warnings.simplefilter("ignore")
