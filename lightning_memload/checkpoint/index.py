@@ -249,7 +249,12 @@ class Checkpoint:
 
 def span_elements(shape: Sequence[int], stride: Sequence[int]) -> int:
     """Elements from a strided tensor's first to one past its last, holes included; 0 for an empty tensor."""
-    return 0 if 0 in shape else 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    span = 1
+    for size, step in zip(shape, stride, strict=True):
+        if not size:
+            return 0
+        span += (size - 1) * step
+    return span
 
 
 def format_path(path: KeyPath) -> str:

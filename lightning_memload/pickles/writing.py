@@ -11,9 +11,10 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,10 +28,11 @@ __all__ = ["Pickled", "Stretch", "pickle_object"]
 _PROTOCOL = 2
 # Windows start at multiples of this, so that every element type keeps its alignment.
 _WINDOW_ALIGNMENT_BYTES = 64
+# What nearly every question of pickle is about, told apart by one look at its type.
+_NO_STORAGES = frozenset((str, int, bool, float, type(None), tuple, list, dict, OrderedDict))
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
+class Stretch(NamedTuple):
     """The part of a storage that is saved: ``nbytes`` bytes from byte ``start``. Keeps the storage alive."""
 
     storage: torch.UntypedStorage
@@ -56,7 +58,7 @@ class Pickled:
     stretches: tuple[Stretch, ...]
 
 
-def pickle_object(obj: object, *, stubs: Callable[[torch.UntypedStorage], bool] = lambda storage: False) -> Pickled:
+def pickle_object(obj: object, *, stubs: Callable[[torch.UntypedStorage], bool] | None = None) -> Pickled:
     """Pickles an object as ``torch.save`` does, without the bytes of its storages.
 
     An object is pickled twice if its tensors use only a part of a storage.
@@ -64,7 +66,7 @@ def pickle_object(obj: object, *, stubs: Callable[[torch.UntypedStorage], bool] 
     Args:
         obj: Anything that ``torch.save`` takes.
         stubs: Whether the bytes of a storage will be in another file. The pickle then gives the storage the size of a
-            stub, unless it is empty.
+            stub, unless it is empty. ``None``: no storage is.
 
     Returns:
         The pickle and the stretches. The stretches refer to the tensors' own memory.
@@ -94,8 +96,9 @@ class _Use:
 
     storage: torch.UntypedStorage
     key: str
+    nbytes: int
     start: int
-    end: int
+    end: int = 0
     is_whole: bool = False
 
 
@@ -117,13 +120,16 @@ class _Pickler(pickle.Pickler):
         stubs: See :func:`pickle_object`.
     """
 
-    def __init__(self, windows: Mapping[int, tuple[int, int]], stubs: Callable[[torch.UntypedStorage], bool]) -> None:
+    def __init__(
+        self, windows: Mapping[int, tuple[int, int]], stubs: Callable[[torch.UntypedStorage], bool] | None
+    ) -> None:
         self._stream = io.BytesIO()
         super().__init__(self._stream, protocol=_PROTOCOL)
         self._windows = windows
         self._stubs = stubs
         self._uses: dict[int, _Use] = {}
         self._dtypes: dict[int, torch.dtype] = {}
+        self._kinds: dict[torch.dtype, Any] = {}
 
     def pickle(self, obj: object) -> Pickled:
         self.dump(obj)
@@ -168,10 +174,13 @@ class _Pickler(pickle.Pickler):
 
     def persistent_id(self, obj: Any) -> Any:
         """The persistent id of a storage. pickle calls this for every object, about twenty times for each tensor."""
-        if isinstance(obj, _Reference):
+        kind = type(obj)
+        if kind in _NO_STORAGES:
+            return None
+        if kind is _Reference:
             return obj.words
         if isinstance(obj, (torch.storage.TypedStorage, torch.UntypedStorage)):
-            use, words = self._refer_to(obj)
+            use, words, _ = self._refer_to(obj)
             use.is_whole = True
             return words
         return None
@@ -183,47 +192,55 @@ class _Pickler(pickle.Pickler):
         if function not in (torch._utils._rebuild_tensor_v2, torch._utils._rebuild_tensor_v3):
             return arguments
         storage, offset, shape, stride, *rest = arguments
-        is_typed = isinstance(storage, torch.storage.TypedStorage)
-        itemsize = storage.dtype.itemsize if is_typed else rest[2].itemsize
-        use, words = self._refer_to(storage)
+        use, words, itemsize = self._refer_to(storage)
+        if not isinstance(storage, torch.storage.TypedStorage):
+            itemsize = rest[2].itemsize
         span = span_elements(shape, stride)
         if span:
-            use.start = min(use.start, offset * itemsize)
-            use.end = max(use.end, (offset + span) * itemsize)
-        # A storage that was freed while its tensor lives has fewer bytes than the tensor spans.
-        use.is_whole |= use.end > use.storage.nbytes()
-        window = self._windows.get(use.storage._cdata)
+            start, end = offset * itemsize, (offset + span) * itemsize
+            use.start = start if start < use.start else use.start
+            use.end = end if end > use.end else use.end
+            # A storage that was freed while its tensor lives has fewer bytes than the tensor spans.
+            use.is_whole = use.is_whole or end > use.nbytes
+        window = self._windows.get(use.storage._cdata) if self._windows else None
         if window is not None:
             offset = max(0, offset - window[0] // itemsize)
         return (_Reference(words), offset, shape, stride, *rest)
 
-    def _refer_to(self, storage: Any) -> tuple[_Use, tuple[Any, ...]]:
-        """The use of a storage, and its persistent id in torch's form."""
+    def _refer_to(self, storage: Any) -> tuple[_Use, tuple[Any, ...], int]:
+        """The use of a storage, its persistent id in torch's form, and the bytes of an element."""
         # Mirrors torch.serialization._save (torch 2.6 to 2.13).
         if isinstance(storage, torch.storage.TypedStorage):
             untyped, dtype = storage._untyped_storage, storage.dtype
-            kind, numel = getattr(torch, storage._pickle_storage_type()), storage._size()
+            kind = self._kinds.get(dtype)
+            if kind is None:
+                kind = self._kinds[dtype] = getattr(torch, storage._pickle_storage_type())
         else:
-            untyped, dtype = storage, torch.uint8
-            kind, numel = torch.UntypedStorage, storage.nbytes()
-        use = self._use_of(untyped, dtype)
-        window = self._windows.get(untyped._cdata)
+            untyped, dtype, kind = storage, torch.uint8, torch.UntypedStorage
+        itemsize = dtype.itemsize
+        location = torch.serialization.location_tag(untyped)
+        use = self._use_of(untyped, dtype, has_memory=location != "meta")
+        numel = use.nbytes // itemsize
+        window = self._windows.get(untyped._cdata) if self._windows else None
         if window is not None:
-            numel = (window[1] - window[0]) // dtype.itemsize
-        if numel and self._stubs(untyped):
-            numel = STUB_BYTES // dtype.itemsize
-        return use, ("storage", kind, use.key, torch.serialization.location_tag(untyped), numel)
+            numel = (window[1] - window[0]) // itemsize
+        if numel and self._stubs is not None and self._stubs(untyped):
+            numel = STUB_BYTES // itemsize
+        return use, ("storage", kind, use.key, location, numel), itemsize
 
-    def _use_of(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> _Use:
-        if storage.nbytes():
-            if storage.device.type == "meta" or not storage.data_ptr():
-                raise UnstreamableError(f"a storage of {storage.nbytes()} bytes on {storage.device} has no memory")
+    def _use_of(self, storage: torch.UntypedStorage, dtype: torch.dtype, *, has_memory: bool) -> _Use:
+        nbytes = storage.nbytes()
+        if nbytes:
+            address = storage.data_ptr() if has_memory else 0
+            if not address:
+                raise UnstreamableError(f"a storage of {nbytes} bytes on {storage.device} has no memory")
             # Loading cannot view one storage as two types, so torch refuses to save it.
-            if self._dtypes.setdefault(storage.data_ptr(), dtype) != dtype:
+            if self._dtypes.setdefault(address, dtype) != dtype:
                 raise RuntimeError(
                     "Cannot save multiple tensors or storages that view the same data as different types"
                 )
         use = self._uses.get(storage._cdata)
         if use is None:
-            use = self._uses[storage._cdata] = _Use(storage, str(len(self._uses)), storage.nbytes(), 0)
+            use = self._uses[storage._cdata] = _Use(storage, str(len(self._uses)), nbytes, nbytes)
+        use.nbytes = nbytes
         return use

@@ -127,12 +127,12 @@ def require_match(
         # torch passes over names below a child that is None.
         parts = child._modules.items()
         own_ways.update(f"{prefix}{name}." for name, part in parts if part is None or _has_own_way(part))
-    expected = {name: value for name, value, apart in _entries(module) if not apart}
-    given = {
-        name: value
-        for name, value in state_dict.items()
-        if not own_ways or not any(prefix in own_ways for prefix in _prefixes(name))
-    }
+    # With what modules take in their own way: a tied parameter may have its other name there.
+    entries = {name: (value, apart) for name, value, apart in _entries(module)}
+    expected = {name: value for name, (value, apart) in entries.items() if not apart}
+    given = state_dict
+    if own_ways:
+        given = {n: v for n, v in state_dict.items() if not any(prefix in own_ways for prefix in _prefixes(n))}
     mismatched = {
         name: (tuple(value.shape), tuple(expected[name].shape))
         for name, value in given.items()
@@ -146,9 +146,7 @@ def require_match(
     }
     # Batch norms of old files have no such counter, and load all the same.
     asked = [name for name in expected if wants(name) and not name.endswith("num_batches_tracked")]
-    # With what modules take in their own way: a tied parameter may have its other name there.
-    entries = {name: value for name, value, _ in _entries(module)}
-    missing = _without_ties(entries, state_dict, asked) if strict else []
+    missing = _without_ties({n: value for n, (value, _) in entries.items()}, state_dict, asked) if strict else []
     unexpected = [name for name in given if name not in expected] if strict else []
     if missing or unexpected or mismatched:
         renaming = suggest_renaming(given, expected) if missing or unexpected else None
@@ -161,8 +159,11 @@ def _without_ties(entries: Mapping[str, Any], given: Collection[str], names: Ite
 
     Some formats (safetensors) hold a tied parameter once.
     """
+    names = [name for name in names if name not in given]
+    if not names:
+        return names
     supplied = {id(value) for name, value in entries.items() if name in given and value is not None}
-    return [name for name in names if name not in given and id(entries.get(name)) not in supplied]
+    return [name for name in names if id(entries.get(name)) not in supplied]
 
 
 def module_keys(module: nn.Module) -> list[str]:

@@ -110,9 +110,9 @@ class OptimizerRestore:
         for saved, group in zip(saved_groups, optimizer.param_groups, strict=True):
             for number, parameter in zip(saved["params"], group["params"], strict=True):
                 parameters[number] = (parameter, saved)
-        placement = _Placement(session, name)
+        placement = _Placement(session)
         state = {
-            number: placement.place(value, (number,), *parameters.get(number, (None, {})))
+            number: placement.place(value, f"{name}.state.{number}", *parameters.get(number, (None, {})))
             for number, value in state_dict.get("state", {}).items()
         }
         settlements = self._settle(session, placement.kept, state_dict)
@@ -244,35 +244,34 @@ class _Placement:
         kept: What torch takes as it is, by name.
     """
 
-    def __init__(self, session: RestoreSession, name: str) -> None:
+    def __init__(self, session: RestoreSession) -> None:
         self._checkpoint = session.checkpoint
-        self._name = name
         self.planned: dict[int, _Planned] = {}
         self.kept: dict[str, torch.Tensor] = {}
         self._chunked: dict[int, _Planned] = {}
 
     def place(
-        self, value: Any, path: tuple[Any, ...], parameter: torch.Tensor | None, group: dict[str, Any], key: Any = None
+        self, value: Any, name: str, parameter: torch.Tensor | None, group: dict[str, Any], key: Any = None
     ) -> Any:
-        """Returns ``value`` with a ``_Planned`` for every mapped tensor, nested containers rebuilt."""
+        """Returns ``value`` with a ``_Planned`` for every mapped tensor that moves, nested containers rebuilt."""
         if isinstance(value, torch.Tensor):
             if not self._checkpoint.holds(value):
                 return value
             device, dtype = _torch_policy(value, key, parameter, group)
-            name = ".".join(str(part) for part in (self._name, "state", *path))
+            stays = device.type == "cpu" and dtype == value.dtype
+            if stays and not isinstance(value, ChunkedTensor):
+                self.kept[name] = value
+                return value
             plan = _Planned(name, value, device, dtype)
-            if device.type == "cpu" and dtype == value.dtype:
-                if not isinstance(value, ChunkedTensor):
-                    self.kept[name] = value
-                    return value
+            if stays:
                 # It has no memory that others could share, but may itself be the state of several parameters.
                 plan = self._chunked.setdefault(id(value), plan)
             self.planned[id(plan)] = plan
             return plan
         if isinstance(value, dict):
-            return {k: self.place(v, (*path, k), parameter, group, k) for k, v in value.items()}
+            return {k: self.place(v, f"{name}.{k}", parameter, group, k) for k, v in value.items()}
         if type(value) in (list, tuple):
-            return type(value)(self.place(v, (*path, i), parameter, group) for i, v in enumerate(value))
+            return type(value)(self.place(v, f"{name}.{i}", parameter, group) for i, v in enumerate(value))
         return value
 
 

@@ -148,6 +148,8 @@ class RestoreSession:
 
         A tensor lies in the record that begins before it, or where it does.
         """
+        if not self._records:
+            return []
         numbers = {bisect_right(self._record_offsets, offset) - 1 for offset in offsets}
         return [self._records[number] for number in sorted(numbers) if number >= 0]
 

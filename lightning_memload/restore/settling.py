@@ -24,26 +24,21 @@ class Settlement:
     Args:
         name: What to call it in messages.
         tensors: All tensors that lie in it. At least one.
+
+    Attributes:
+        nbytes: Bytes that it takes.
     """
 
-    __slots__ = ("_fresh", "_name", "_storage", "_tensors")
+    __slots__ = ("_fresh", "_is_simple", "_name", "_storage", "_tensors", "nbytes")
 
     def __init__(self, name: str, tensors: list[torch.Tensor]) -> None:
         self._name = name
         self._tensors = tensors
         self._storage = tensors[0].untyped_storage()
         self._fresh: torch.Tensor | None = None
-
-    @property
-    def _is_simple(self) -> bool:
-        """Whether one tensor is all of the storage, as nearly every state is."""
-        first = self._tensors[0]
-        return len(self._tensors) == 1 and first.is_contiguous() and first.nbytes == self.nbytes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes."""
-        return self._storage.nbytes()
+        self.nbytes: int = self._storage.nbytes()
+        # Whether one tensor is all of the storage, as nearly every state is.
+        self._is_simple = len(tensors) == 1 and tensors[0].is_contiguous() and tensors[0].nbytes == self.nbytes
 
     def allocate(self) -> Move:
         """The move of its bytes, into memory that is allocated now."""
@@ -79,7 +74,9 @@ def plan_settlements(kept: Mapping[str, torch.Tensor], *owners: Mapping[int, lis
     names = {tensor.untyped_storage()._cdata: name for name, tensor in reversed(list(kept.items()))}
     settlements = []
     for key, name in names.items():
-        candidates = {id(tensor): tensor for found in owners for tensor in found.get(key, ())}.values()
+        candidates = [tensor for found in owners for tensor in found.get(key, ())]
+        if len(candidates) > 1:
+            candidates = list({id(tensor): tensor for tensor in candidates}.values())
         # What was found earlier may have moved since, and the identity of its old storage be another one's now.
         tensors = [tensor for tensor in candidates if tensor.untyped_storage()._cdata == key]
         if tensors and all(map(_is_movable, tensors)):

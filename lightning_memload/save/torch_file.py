@@ -21,6 +21,7 @@ from lightning_memload.formats.torch_zip.layout import (
     Entry,
     data_descriptor,
     directory,
+    directory_bytes,
     lay_out,
     local_header,
 )
@@ -152,7 +153,7 @@ class Archive:
         self._entries = lay_out((f"{_ARCHIVE}/{name}", size_of(content)) for name, content in records)
         # The value of this record depends on the other records' checksums. Its size and position do not.
         (self._identity,) = lay_out([(f"{_ARCHIVE}/.data/serialization_id", 40)], start=self._entries[-1].end)
-        self.nbytes: int = self._identity.end + len(self._end([0] * len(records), 0))
+        self.nbytes: int = self._identity.end + directory_bytes([*self._entries, self._identity])
 
     def target(self, sink: Sink) -> Target:
         """The target of the contents, for :class:`Records`."""
@@ -173,12 +174,9 @@ class Archive:
             local_header(self._identity),
             identity,
             data_descriptor(self._identity, crc32),
-            self._end(crc32s, crc32),
+            directory([*self._entries, self._identity], [*crc32s, crc32]),
         ]
         sink.write(tail, self._identity.header_offset)
-
-    def _end(self, crc32s: Sequence[int], identity_crc32: int) -> bytes:
-        return directory([*self._entries, self._identity], [*crc32s, identity_crc32])
 
 
 class _File:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 from typing import IO, Protocol
 
@@ -46,6 +45,8 @@ class LocalSink:
         while buffers:
             count = os.pwritev(self._descriptor, buffers, offset)
             offset += count
+            if count == sum(map(len, buffers)):
+                break
             done = 0
             while done < len(buffers) and count >= len(buffers[done]):
                 count -= len(buffers[done])
@@ -112,6 +113,6 @@ class Split:
         for end, (count, target) in zip(self._ends, self._parts, strict=True):
             stop = start + sum(piece.record < end for piece in pieces[start:])
             if stop > start:
-                moved = [replace(piece, record=piece.record - end + count) for piece in pieces[start:stop]]
+                moved = [piece._replace(record=piece.record - end + count) for piece in pieces[start:stop]]
                 target.write(moved, data[start:stop], crc32s[start:stop])
             start = stop

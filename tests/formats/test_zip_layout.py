@@ -18,6 +18,7 @@ from lightning_memload.formats.torch_zip.layout import (
     Entry,
     data_descriptor,
     directory,
+    directory_bytes,
     lay_out,
     local_header,
 )
@@ -75,6 +76,12 @@ def test_records_follow_one_another_and_data_is_aligned(records: list[tuple[str,
         assert len(local_header(entry)) == entry.data_offset - entry.header_offset
         assert len(data_descriptor(entry, 1)) == entry.end - entry.data_end
         position = entry.end
+
+
+@given(st.lists(st.tuples(names, sizes), min_size=1, max_size=20), st.integers(0, 5 * GIB))
+def test_size_of_the_directory_is_known_before_the_checksums(records: list[tuple[str, int]], start: int) -> None:
+    entries = lay_out(records, start=start)
+    assert directory_bytes(entries) == len(directory(entries, [0] * len(entries)))
 
 
 @given(st.dictionaries(names.filter(lambda name: "/" not in name), st.binary(max_size=300), max_size=12))

@@ -47,6 +47,7 @@ def everything() -> dict[str, Any]:
         "tied": big,
         "rows": torch.randn(1000, 1000)[17:900],
         "many": [torch.tensor(float(number)) for number in range(1000)],
+        "tiny or not": [torch.arange(length, dtype=torch.int16) for length in (511, 512, 513, 1, 2000)],
     }
 
 

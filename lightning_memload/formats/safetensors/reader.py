@@ -170,18 +170,15 @@ def _read_index(path: str, source: FileSet) -> Checkpoint:
             f"{path} is of the other byte order than this machine; its tensors must be byte-swapped to be used.",
             path=path,
         )
-    found: list[tuple[str, TensorInfo]] = []
+    found: list[tuple[str, tuple[TensorInfo, ...]]] = []
     special: list[SpecialTensor] = []
     metadata: dict[str, str] = {}
     for file, span in zip(source.files, source.spans, strict=True):
         header = read_header(file, span.start)
         metadata = header.metadata | metadata
         special += header.special
-        found += [(file.name, info) for info in header.tensors]
-    if len(source.files) > 1 and not _has_index(path):
-        _require_once(path, found)
-    holders = keep_last(path, ((info.storage.key, file) for file, info in found))
-    tensors = tuple(info for file, info in found if holders[info.storage.key] == file)
+        found.append((file.name, header.tensors))
+    tensors = found[0][1] if len(found) == 1 else _merge(path, [(f, info) for f, infos in found for info in infos])
     return Checkpoint(
         path=path,
         format=Safetensors.name,
@@ -191,6 +188,14 @@ def _read_index(path: str, source: FileSet) -> Checkpoint:
         metadata=metadata,
         special=tuple(special),
     )
+
+
+def _merge(path: str, found: list[tuple[str, TensorInfo]]) -> tuple[TensorInfo, ...]:
+    """The tensors of several files, each with the file that it is in, each tensor once."""
+    if not _has_index(path):
+        _require_once(path, found)
+    holders = keep_last(path, ((info.storage.key, file) for file, info in found))
+    return tuple(info for file, info in found if holders[info.storage.key] == file)
 
 
 def _has_index(path: str) -> bool:

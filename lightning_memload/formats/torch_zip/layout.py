@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = [
     "ALIGNMENT_BYTES",
     "Entry",
     "data_descriptor",
     "directory",
+    "directory_bytes",
     "lay_out",
     "local_header",
 ]
@@ -36,10 +37,10 @@ _FLAG_UTF8 = 1 << 11
 _FLAG_DESCRIPTOR = 1 << 3
 # torch's alignment field: "FB", the length of the padding, and the padding, all "Z".
 _PADDING_ID = b"FB"
+_PADDING = struct.Struct("<2sH")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """The place of one record in the archive.
 
     Attributes:
@@ -90,8 +91,7 @@ def lay_out(records: Iterable[tuple[str, int]], *, start: int = 0) -> list[Entry
         length = len(name.encode())
         if nbytes < 0 or length > 0xFFFF:
             raise ValueError(f"a record of {nbytes} bytes with a name of {length} bytes cannot be stored")
-        extra = _zip64_field(nbytes, start)
-        unpadded = start + _LOCAL_HEADER.size + length + len(extra) + len(_PADDING_ID) + 2
+        unpadded = start + _LOCAL_HEADER.size + length + len(_zip64_field(nbytes, start)) + _PADDING.size
         entries.append(Entry(name, nbytes, start, -(-unpadded // ALIGNMENT_BYTES) * ALIGNMENT_BYTES))
         start = entries[-1].end
     return entries
@@ -102,9 +102,9 @@ def local_header(entry: Entry) -> bytes:
     name = entry.name.encode()
     # The compressed size is in the descriptor and the directory. It is 0 here, as in torch's files.
     extra = _zip64_field(entry.nbytes, entry.header_offset, compressed_nbytes=0)
-    used = _LOCAL_HEADER.size + len(name) + len(extra) + len(_PADDING_ID) + 2
+    used = _LOCAL_HEADER.size + len(name) + len(extra) + _PADDING.size
     padding = entry.data_offset - entry.header_offset - used
-    extra += _PADDING_ID + struct.pack("<H", padding) + b"Z" * padding
+    extra += _PADDING.pack(_PADDING_ID, padding) + b"Z" * padding
     fixed = _LOCAL_HEADER.pack(b"PK\x03\x04", 0, _flags(entry), 0, 0, 0, 0, 0, 0, len(name), len(extra))
     return fixed + name + extra
 
@@ -147,24 +147,35 @@ def directory(entries: Sequence[Entry], crc32s: Sequence[int]) -> bytes:
     )
 
 
+def directory_bytes(entries: Iterable[Entry]) -> int:
+    """Size of what :func:`directory` returns."""
+    central = sum(
+        _CENTRAL_HEADER.size + len(entry.name.encode()) + len(_zip64_field(entry.nbytes, entry.header_offset))
+        for entry in entries
+    )
+    return central + _END_64.size + _END_LOCATOR_64.size + _END.size
+
+
 def _flags(entry: Entry) -> int:
     return _FLAG_UTF8 | (_FLAG_DESCRIPTOR if entry.nbytes else 0)
 
 
 def _zip64_field(nbytes: int, header_offset: int, *, compressed_nbytes: int | None = None) -> bytes:
+    if nbytes < _MAX_UINT32 and header_offset < _MAX_UINT32:
+        return b""
     numbers = []
     if nbytes >= _MAX_UINT32:
         numbers += [nbytes, nbytes if compressed_nbytes is None else compressed_nbytes]
     if header_offset >= _MAX_UINT32:
         numbers.append(header_offset)
-    return struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
+    return struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers)
 
 
 def _central_header(entry: Entry, crc32: int) -> bytes:
     name = entry.name.encode()
     extra = _zip64_field(entry.nbytes, entry.header_offset)
-    size = min(entry.nbytes, _MAX_UINT32)
-    offset = min(entry.header_offset, _MAX_UINT32)
+    size = entry.nbytes if entry.nbytes < _MAX_UINT32 else _MAX_UINT32
+    offset = entry.header_offset if entry.header_offset < _MAX_UINT32 else _MAX_UINT32
     fixed = _CENTRAL_HEADER.pack(
         b"PK\x01\x02", 0, 0, _flags(entry), 0, 0, 0, crc32, size, size, len(name), len(extra), 0, 0, 0, 0, offset
     )
