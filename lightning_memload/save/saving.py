@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from lightning_memload.checkpoint.tensor_manifest import foreign_names, is_tensor_directory
+from lightning_memload.collector import paused_collector
 from lightning_memload.errors import CheckpointWriteError
 from lightning_memload.save.pickling import Stretch
 from lightning_memload.save.replacement import Replacement
@@ -28,6 +30,8 @@ DEFAULT_BUDGET_BYTES = 128 << 20
 # A file takes one writer at a time on most file systems: more threads than it takes to copy and sum up meanwhile only
 # wait for one another.
 _MAX_THREADS = 4
+# What is written in a moment: no collection is worth its while in it, which with very many tensors takes longer.
+_SHORT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +160,12 @@ class Save:
             CheckpointWriteError: There is not enough space, or writing failed or is not allowed.
             Exception: Whatever pickling raises where ``torch.save`` has to write.
         """
+        # Beside the main thread, what that does with the collector meanwhile would be undone.
+        is_short = self._nbytes is not None and self._nbytes <= _SHORT_BYTES
+        is_short = is_short and threading.current_thread() is threading.main_thread()
         try:
-            self.write()
+            with paused_collector() if is_short else contextlib.nullcontext():
+                self.write()
             with self._or_nothing() as place:
                 place.commit(durable=self._durable, names=self._names)
             return self._end()
