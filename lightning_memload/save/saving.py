@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from lightning_memload.collector import paused_collector
 from lightning_memload.errors import CheckpointWriteError
 from lightning_memload.formats.tensor_directory.manifest import foreign_names, is_tensor_directory
 from lightning_memload.pickles.writing import Stretch
@@ -28,6 +30,8 @@ DEFAULT_BUDGET_BYTES = 128 << 20
 # Most file systems let one thread at a time write to a file. The other threads copy and compute checksums meanwhile;
 # more than this many would only wait.
 _MAX_THREADS = 4
+# A save of so few bytes is shorter than one garbage collection over very many tensors.
+_SHORT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +164,12 @@ class Save:
             CheckpointWriteError: There is not enough space, or writing failed or is not allowed.
             Exception: ``torch.save`` writes the file, and pickling failed.
         """
+        # Only in the main thread: another thread would undo what the main thread does with the collector meanwhile.
+        is_short = self._nbytes is not None and self._nbytes <= _SHORT_BYTES
+        is_short = is_short and threading.current_thread() is threading.main_thread()
         try:
-            self.write()
+            with paused_collector() if is_short else contextlib.nullcontext():
+                self.write()
             with self._cleaned_up_on_error() as place:
                 place.commit(durable=self._durable, names=self._names)
             return self._end()
