@@ -138,15 +138,10 @@ class WeightsSource:
         assign: bool = False,
         may_match_nothing: bool = False,
     ) -> tuple[_IncompatibleKeys, WeightsMatch | None]:
-        """Loads an opened state dict into a module.
+        """Loads a state dict, as :meth:`open` returns it, into a module.
 
-        Args:
-            state_dict: The state dict, as :meth:`open` returns it.
-            module: The module.
-            session: The session of the mapping.
-            dtype: Floating-point type of the parameters. ``None``: their present type.
-            assign: Map parameters onto the file's pages.
-            may_match_nothing: Without ``strict``, accept a state dict that has no name of the module.
+        ``dtype`` is the floating-point type of the parameters (``None``: their present type). ``assign`` maps them onto
+        the file's pages. Without ``strict``, ``may_match_nothing`` accepts a state dict without names of the module.
 
         Returns:
             The result of ``load_state_dict``, and the differences between checkpoint and module; ``None`` if no name is
