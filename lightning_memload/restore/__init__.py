@@ -1,7 +1,7 @@
 """From a mapped checkpoint into modules and optimizers, through torch's own ``load_state_dict``."""
 
 from lightning_memload.restore.allocation import meta_names
-from lightning_memload.restore.load import LoadOptions, WeightsSource, load_weights, open_any
+from lightning_memload.restore.load import LoadOptions, load_weights
 from lightning_memload.restore.matching import WeightsMatch, module_keys, refused_by_torch, require_match
 from lightning_memload.restore.meta import meta_init
 from lightning_memload.restore.optimizer import OptimizerRestore
@@ -10,6 +10,7 @@ from lightning_memload.restore.session import Move, RestoreSession
 from lightning_memload.restore.settling import mapped_bytes
 from lightning_memload.restore.state_dict import add_compiled_versions, find_state_dict, rename_compiled
 from lightning_memload.restore.weights import WeightsRestore
+from lightning_memload.restore.weights_source import WeightsSource, open_any
 
 __all__ = [
     "LoadOptions",

@@ -1,7 +1,7 @@
-"""Whether a state dict fits a module, told before anything changes as far as that can be foreseen.
+"""Checks whether a state dict fits a module, before anything changes where this is possible.
 
-The same verdicts as torch's ``load_state_dict``, all of them together. What modules with hooks or a way of loading of
-their own will take cannot be foreseen: it is judged afterwards.
+The result is the same as of torch's ``load_state_dict``, with all problems in one error. The result for modules with
+hooks or their own loading code cannot be predicted: it is checked after the load.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ NOTHING_CHANGED = "Nothing was changed."
 OTHERS_LOADED = "Other weights were loaded."
 ADVICE = "Use rename= or strip_prefix= for other names, exclude= for new layers."
 
-# Ways of loading that can be foreseen: torch's own, and that of its batch norms, which add a counter if it is missing.
+# Loading code whose result is known in advance: torch's default, and the batch norms', which add a missing counter.
 _FORESEEN = (nn.Module._load_from_state_dict, nn.modules.batchnorm._NormBase._load_from_state_dict)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsMatch:
-    """What of a module's weights a checkpoint gave, where that is not all, or not all of the checkpoint.
+    """The differences between a module and the checkpoint that was loaded into it.
 
     Attributes:
-        num_loaded: Tensors of the module that got values.
-        num_expected: Tensors of the module that were asked for.
+        num_loaded: Number of tensors of the module that got values.
+        num_expected: Number of tensors of the module that were to be loaded.
         new: Names that the module has and the checkpoint lacks.
         unused: Names that the checkpoint has and the module lacks.
     """
@@ -58,7 +58,7 @@ class WeightsMatch:
 
     @property
     def is_nothing(self) -> bool:
-        """Whether the module got none of the tensors that it has."""
+        """Whether no tensor of the module got values, although some were to be loaded."""
         return self.num_loaded == 0 < self.num_expected
 
     def __str__(self) -> str:
@@ -71,13 +71,13 @@ class WeightsMatch:
 def match_weights(
     module: nn.Module, given: Collection[str], keys: _IncompatibleKeys, wants: Callable[[str], bool] = lambda _: True
 ) -> WeightsMatch | None:
-    """What a ``load_state_dict`` gave the module.
+    """Describes the differences that a ``load_state_dict`` found.
 
     Args:
         module: The module.
         given: The names that were loaded.
-        keys: What ``load_state_dict`` returned.
-        wants: Which keys of the module are asked for.
+        keys: The result of ``load_state_dict``.
+        wants: Whether a key of the module was to be loaded.
 
     Returns:
         ``None`` if no name is missing or unexpected.
@@ -103,18 +103,18 @@ def require_match(
     path: str,
     advice: str = ADVICE,
 ) -> None:
-    """Raises if ``load_state_dict`` is going to, while the module is still as it was.
+    """Raises the error that ``load_state_dict`` would raise, while the module is still unchanged.
 
-    What modules with hooks or a ``_load_from_state_dict`` of their own do cannot be foreseen: their keys are left to
-    torch.
+    The behaviour of modules with hooks or their own ``_load_from_state_dict`` cannot be predicted: their keys are not
+    checked here.
 
     Args:
         module: The module.
-        state_dict: What is going to be loaded.
-        wants: Which keys of the module are asked for.
-        strict: Whether keys may be neither missing nor unexpected.
-        path: What to call the checkpoint in messages.
-        advice: What to do, for messages.
+        state_dict: The state dict that is going to be loaded.
+        wants: Whether a key of the module is to be loaded.
+        strict: Whether missing and unexpected keys are errors.
+        path: Name of the checkpoint in messages.
+        advice: What the user can do, for messages.
 
     Raises:
         IncompatibleWeightsError: Shapes differ, or with ``strict`` keys are missing or unexpected.
@@ -124,10 +124,10 @@ def require_match(
     own_ways: set[str] = set()
     for place, child, _ in walk_apart(module, _has_own_way):
         prefix = f"{place}." if place else ""
-        # torch passes over names below a child that is None.
+        # torch ignores names below a child that is None.
         parts = child._modules.items()
         own_ways.update(f"{prefix}{name}." for name, part in parts if part is None or _has_own_way(part))
-    # With what modules take in their own way: a tied parameter may have its other name there.
+    # Includes modules with their own loading code: a tied parameter may have its other name there.
     entries = {name: (value, apart) for name, value, apart in _entries(module)}
     expected = {name: value for name, (value, apart) in entries.items() if not apart}
     given = state_dict
@@ -141,10 +141,10 @@ def require_match(
         and isinstance(expected[name], torch.Tensor)
         and not nn.parameter.is_lazy(expected[name])
         and value.shape != expected[name].shape
-        # torch takes a tensor of one element for a scalar, as old files have it.
+        # torch accepts a tensor of shape (1,) for a scalar, since old files store scalars so.
         and not (expected[name].dim() == 0 and tuple(value.shape) == (1,))
     }
-    # Batch norms of old files have no such counter, and load all the same.
+    # Batch norms in old files have no such counter, and torch still loads them.
     asked = [name for name in expected if wants(name) and not name.endswith("num_batches_tracked")]
     missing = _without_ties({n: value for n, (value, _) in entries.items()}, state_dict, asked) if strict else []
     unexpected = [name for name in given if name not in expected] if strict else []
@@ -155,9 +155,9 @@ def require_match(
 
 
 def _without_ties(entries: Mapping[str, Any], given: Collection[str], names: Iterable[str]) -> list[str]:
-    """Names that are not given, unless the very same parameter is given under another name.
+    """Names that are not given, except those of parameters that are given under another name.
 
-    Some formats (safetensors) hold a tied parameter once.
+    Some formats (safetensors) store a tied parameter once.
     """
     names = [name for name in names if name not in given]
     if not names:
@@ -167,19 +167,19 @@ def _without_ties(entries: Mapping[str, Any], given: Collection[str], names: Ite
 
 
 def module_keys(module: nn.Module) -> list[str]:
-    """The keys that a module's ``state_dict`` would have, without making it."""
+    """The keys of a module's ``state_dict``, without calling it."""
     return [name for name, _, _ in _entries(module)]
 
 
 def walk_apart(module: nn.Module, is_apart: Callable[[nn.Module], bool]) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Every module in a module, in the order of ``named_modules(remove_duplicate=False)``, each once for each path.
+    """Walks all submodules in the order of ``named_modules(remove_duplicate=False)``, once for each path.
 
     Args:
-        module: The module itself comes first, with the path ``""``, and is never apart.
-        is_apart: Whether a module, and with it all modules in it, is to be told apart.
+        module: The root. It comes first, with the path ``""``, and is never marked.
+        is_apart: Whether to mark a submodule and all submodules in it.
 
     Yields:
-        Path, module, and whether it is apart.
+        Path, module, and whether it is marked.
     """
     stack: list[tuple[str, nn.Module, bool]] = [("", module, False)]
     while stack:
@@ -191,7 +191,7 @@ def walk_apart(module: nn.Module, is_apart: Callable[[nn.Module], bool]) -> Iter
 
 
 def _entries(module: nn.Module) -> Iterator[tuple[str, Any, bool]]:
-    """What a module's ``state_dict`` would have, without making it, and whether its module loads in its own way."""
+    """The names and values of a module's ``state_dict``, and whether their submodule has its own loading code."""
     for path, child, apart in walk_apart(module, _has_own_way):
         prefix = f"{path}." if path else ""
         skipped = child._non_persistent_buffers_set
@@ -203,17 +203,17 @@ def _entries(module: nn.Module) -> Iterator[tuple[str, Any, bool]]:
 
 
 def _has_own_way(module: nn.Module) -> bool:
-    """Whether a module does more than torch's own modules when it is loaded."""
+    """Whether a module has its own loading code or hooks, so that the result of loading it cannot be predicted."""
     loads = type(module)._load_from_state_dict
     overrides = type(module).load_state_dict is not nn.Module.load_state_dict or loads not in _FORESEEN
-    # Those of the restore change no names. A post-hook may strike missing keys out.
+    # Hooks of the restore change no names. A post-hook may remove missing keys from the result.
     hooks = (*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values())
     return overrides or any(not is_of_restore(hook) for hook in hooks)
 
 
 def is_of_restore(hook: Any) -> bool:
-    """Whether a hook of a module is one that this package has installed for the time of a restore."""
-    hook = getattr(hook, "hook", hook)  # torch (2.13) wraps each pre-hook, and has no public name for them
+    """Whether this package installed the hook of a module for the duration of a restore."""
+    hook = getattr(hook, "hook", hook)  # torch (2.13) wraps each pre-hook in a private class
     return hook is fill_before_load or getattr(getattr(hook, "__self__", None), "is_of_restore", False) is True
 
 
@@ -227,17 +227,17 @@ def _prefixes(name: str) -> Iterator[str]:
 def refused_by_torch(
     module: nn.Module, error: RuntimeError, match: WeightsMatch | None, *, path: str, advice: str = ADVICE
 ) -> IncompatibleWeightsError | None:
-    """A short error in place of the one of a ``load_state_dict``, which lists every name.
+    """Makes a short error from the error of a ``load_state_dict``, which lists every name.
 
     Args:
         module: The module.
-        error: What was raised.
-        match: What the module got, ``None`` where that does not matter or is not known.
-        path: What to call the checkpoint.
-        advice: What to do.
+        error: The error that was raised.
+        match: The differences between module and checkpoint; ``None`` if they are unknown or do not matter.
+        path: Name of the checkpoint in the message.
+        advice: What the user can do.
 
     Returns:
-        ``None`` if the error is another one.
+        The short error; ``None`` if ``error`` is not one of ``load_state_dict``.
     """
     first, *problems = str(error).splitlines()
     if not first.startswith("Error(s) in loading state_dict"):
@@ -260,18 +260,18 @@ def incompatible(
     others: Sequence[str] = (),
     strict: bool = True,
 ) -> IncompatibleWeightsError:
-    """The error that names all that does not fit: the first ten names of each kind, and their number.
+    """Makes the error that lists all differences: the first ten names of each kind, and their number.
 
     Args:
         module: The module.
-        path: What to call the checkpoint.
+        path: Name of the checkpoint in the message.
         missing: Names that the checkpoint lacks.
         unexpected: Names that the module lacks.
         mismatched: For each name whose shapes differ, the shape on disk and the one in the module.
         done: What has happened to the module.
-        advice: What to do.
-        others: What else is wrong, in words.
-        strict: Whether names may be neither missing nor unexpected. If not, there is nothing more to pass over.
+        advice: What the user can do.
+        others: Other problems, as sentences.
+        strict: Whether missing and unexpected names are errors. If so, the message mentions ``strict=False``.
     """
     lines = [f"{path} does not fit {type(module).__name__}:"]
     if mismatched:
@@ -285,8 +285,8 @@ def incompatible(
         lines.append(f"  {len(unexpected)} unexpected: {listed(unexpected)}")
     if others:
         lines.append(f"  {listed(others, separator=' ')}")
-    # Shapes have to be the same whether strict or not.
-    loosely = " strict=False passes over all of these names, and is the last resort."
+    # strict=False does not accept different shapes.
+    loosely = " strict=False ignores all of these names; use it only as a last resort."
     lines.append(f"{done} {advice}{loosely if strict and (missing or unexpected) and advice == ADVICE else ''}")
     return IncompatibleWeightsError(
         "\n".join(lines),

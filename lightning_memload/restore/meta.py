@@ -1,8 +1,8 @@
-"""Building a module without memory for its parameters.
+"""Builds a module without memory for its parameters.
 
-Within ``meta_init`` tensors are the ordinary ones, but what initialises them waits (:mod:`recording`), so a constructor
-gets every answer that it always gets. When the construction ends, parameters whose contents still wait are moved to
-meta, each with the recipe of its contents (:mod:`recipes`); everything else gets its contents, as always.
+Within ``meta_init`` tensors are ordinary, but their initialisation is recorded instead of run (:mod:`recording`), so a
+constructor gets the same answers as always. When the construction ends, parameters with recorded contents move to meta,
+each with the recipe of its contents (:mod:`recipes`). All other tensors get their contents in memory.
 
 Not promised: the same random numbers as in an ordinary construction.
 """
@@ -42,33 +42,34 @@ _T = TypeVar("_T")
 
 
 class meta_init:
-    """Within, modules are built without memory for their parameters, and without initialising them.
+    """A context that builds modules without memory for their parameters, and without initialising them.
 
-    Afterwards the parameters are on the meta device. They get memory and values when a checkpoint is restored into the
-    module; those that it lacks get what their constructor made: data (an encoder that ``__init__`` loads, a computed
-    table) bit for bit, random initialisation drawn then. Parameter objects, ties between them, ``requires_grad`` and
-    attributes set on them are kept. Buffers are built as always. Affects the current thread only.
+    After the context the parameters are on the meta device. They get memory and values when a checkpoint is restored
+    into the module. A parameter that the checkpoint lacks gets the values that its constructor made: data (an encoder
+    that ``__init__`` loads, a computed table) bit for bit, random initialisation drawn at that time. Parameter objects,
+    ties between them, ``requires_grad`` and attributes of parameters are kept. Buffers are built as always. The context
+    affects the current thread only.
 
-    Within, everything answers as in an ordinary construction. A parameter whose *value* is needed (a number, an array,
-    an address, a compiled module), or that shares its memory with another tensor, is built in memory; one warning at
-    the end names these, why, and their size. Data that is put into a parameter, rather than copied into its memory,
-    stays as it is.
+    Within the context, every call gives the same answer as in an ordinary construction. A parameter is built in memory
+    if its *value* is needed (for a number, an array, an address, a compiled module), or if it shares its memory with
+    another tensor. One warning at the end of the context names these parameters, the reasons, and their size. Data that
+    is assigned to a parameter, and not copied into its memory, stays as it is.
 
     Recurrent layers (``torch.nn.RNNBase``), lazy parameters and subclasses of ``Parameter`` are built as always. The
     random number generator advances less than in an ordinary construction.
 
     Args:
-        enabled: ``False`` makes the context do nothing, for scripts that decide at run time.
-        exclude: Module classes to build as always, with everything their ``__init__`` builds; one, or several.
-        device: Where to make tensors that are made without a device, as ``with torch.device(device)`` does. On the
-            training device, buffers that a constructor computes take no host memory; non-persistent ones, which no
-            checkpoint holds, are then computed there, which may differ from the host in the last bits, and so are
-            values that are drawn.
+        enabled: ``False`` disables the context, for scripts that decide at run time.
+        exclude: One or several module classes to build as always, with everything that their ``__init__`` builds.
+        device: Device of tensors that are made without a device, as with ``with torch.device(device)``. On the training
+            device, buffers that a constructor computes take no host memory. Non-persistent buffers, which no checkpoint
+            holds, are then computed on that device and may differ in the last bits from the host. The same holds for
+            random values.
 
     Raises:
-        TypeError: Something in ``exclude`` is no class.
+        TypeError: An entry of ``exclude`` is not a class.
 
-    Peak memory: buffers, and what the warning names; addresses, but no memory, for all parameters.
+    Peak memory: buffers, and the parameters that the warning names. Other parameters take addresses, but no memory.
 
     Example:
         >>> with meta_init():
@@ -77,7 +78,7 @@ class meta_init:
     """
 
     def __new__(cls, enabled: Any = True, **options: Any) -> Any:
-        """The context, or for ``@meta_init`` without parentheses the function as ``@meta_init()`` gives it."""
+        """Makes the context. For ``@meta_init`` without parentheses, returns the decorated function."""
         if isinstance(enabled, (type, nn.Module)):
             name = enabled.__name__ if isinstance(enabled, type) else f"a {type(enabled).__name__}"
             raise TypeError(
@@ -124,10 +125,10 @@ class meta_init:
             warnings.warn(own.describe(), stacklevel=2)
 
     def __call__(self, build: Callable[_P, _T]) -> Callable[_P, _T]:
-        """The function, run within a ``meta_init`` like this one.
+        """Decorates a function so that it runs within a ``meta_init`` with the options of this one.
 
         Args:
-            build: Runs once for each call; if that fails, once more, as always.
+            build: The function. It runs once for each call. If that fails, it runs a second time without ``meta_init``.
         """
 
         @functools.wraps(build)
@@ -141,12 +142,12 @@ class meta_init:
             except (RuntimeError, TypeError) as error:
                 if own is None or not own.took_memory:
                     raise
-                # The user's own error is raised again. If there is none, it was this way of building.
+                # An error of the user's code is raised again by the second run. Else meta_init caused the error.
                 with contextlib.nullcontext() if self._device is None else self._device:
                     result = build(*args, **kwargs)
                 warnings.warn(
-                    f"meta_init built everything in memory, since otherwise it fails: {type(error).__name__}: {error}. "
-                    "A restore fills it in place.",
+                    "meta_init built everything in memory, since the construction without memory fails: "
+                    f"{type(error).__name__}: {error}. A restore fills the parameters in place.",
                     stacklevel=2,
                 )
                 return result
@@ -158,7 +159,7 @@ class meta_init:
 
 
 class _Active(threading.local):
-    """The construction that is going on in this thread."""
+    """The active construction of this thread."""
 
     def __init__(self) -> None:
         self.construction: _Construction | None = None
@@ -170,7 +171,7 @@ _HOOKS_LOCK = threading.Lock()
 
 @functools.cache
 def _install_hooks() -> None:
-    """Registers the hooks, once and for good: every thread that builds a module runs through torch's dict of them."""
+    """Registers the hooks once and for all: any thread that builds a module iterates torch's dict of them."""
     register_module_parameter_registration_hook(_on_parameter)
     register_module_buffer_registration_hook(_on_part)
     register_module_module_registration_hook(_on_part)
@@ -187,9 +188,9 @@ def _on_part(module: nn.Module, name: str, part: object) -> None:
 
 
 class _Construction:
-    """The modules that are being built, and what waits in the memory of their parameters.
+    """The modules that are being built, and the deferred contents of their parameters.
 
-    One within another one is the same construction: it ends with the outer one.
+    A nested ``meta_init`` joins the outer construction, which ends with the outer context.
     """
 
     def __init__(self) -> None:
@@ -209,13 +210,13 @@ class _Construction:
     def __exit__(self, *exception: Any) -> None:
         self._watch.__exit__(*exception)
         _ACTIVE.construction = None
-        # Also after an exception: what was built may live on, and its memory has never been written.
+        # Also after an exception: modules that were built may stay in use, and their memory has never been written.
         self._end()
         self._modules.clear()
 
     @contextlib.contextmanager
     def excluding(self, classes: tuple[type[nn.Module], ...]) -> Iterator[None]:
-        """Builds these classes as always for a while."""
+        """Builds these classes as always within the block."""
         before = len(self._excluded)
         self._excluded += classes
         try:
@@ -224,12 +225,12 @@ class _Construction:
             del self._excluded[before:]
 
     def on_module(self, module: nn.Module) -> None:
-        """Remembers a module that has parts."""
+        """Remembers a module to which a parameter, a buffer or a submodule is added."""
         if id(module) not in self._modules:
             self._modules[id(module)] = weakref.ref(module)
 
     def on_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        """Says whose the contents are that wait in a parameter's memory."""
+        """Notes the owner of the deferred contents of a parameter's memory."""
         self.on_module(module)
         if parameter is None or self.recorder.is_paused:
             return
@@ -248,7 +249,7 @@ class _Construction:
             self.recorder.is_paused = False
 
     def describe(self) -> str:
-        """What was built in memory and is still there, and why."""
+        """The warning: which parameters were built in memory and still exist, and why."""
         realised = self.recorder.realised
         nbytes = sum(item.nbytes for item in realised)
         reasons = {f"{item.owner[0].__name__}.{item.owner[1]}": item.reason for item in realised}
@@ -265,7 +266,7 @@ class _Construction:
         return isinstance(module, classes) or any(isinstance(other, classes) for other in _under_construction())
 
     def _end(self) -> None:
-        """Moves to meta what waits in parameters of modules, and lets everything else have its contents."""
+        """Moves parameters with deferred contents to meta, and writes all other deferred contents."""
         recorder = self.recorder
         modules = self._alive()
         waiting = {id(pending): pending for pending in recorder.alive()}
@@ -276,14 +277,14 @@ class _Construction:
         owners = self._owners(modules)
         unknown = [pending for pending in recorder.alive() if pending.is_derived and id(pending) not in owners]
         if unknown:
-            # Copies of modules that are part of no other one: torch calls no hook for them.
+            # Copies of modules that are not submodules: torch calls no hook for them.
             known = {id(module) for module in modules}
             found = [item for item in gc.get_objects() if issubclass(type(item), nn.Module) and id(item) not in known]
             owners = self._owners([*modules, *found])
         moved: list[Read] = []
         shared = [pair for pair in owners.values() if not self._move(*pair, moved)]
         if any(len(parameters) == 1 for _, parameters in shared):
-            gc.collect()  # A view that only a circle of references keeps.
+            gc.collect()  # A view in the same memory may be alive only through a reference cycle.
             for pair in shared:
                 self._move(*pair, moved)
         for pending in recorder.alive():
@@ -312,10 +313,15 @@ class _Construction:
     def _move(
         self, pending: Pending, parameters: list[tuple[nn.Parameter, list[nn.Module]]], moved: list[Read]
     ) -> bool:
-        """Moves a parameter to meta, if its memory is nobody else's and can be given back later.
+        """Moves a parameter to meta, if no other tensor uses its memory and the parameter can get memory again later.
+
+        Args:
+            pending: The memory of the parameter.
+            parameters: The parameters in this memory, each with its modules.
+            moved: Gets the recipe of the parameter.
 
         Returns:
-            ``False`` if another tensor lies in its memory.
+            ``False`` if another tensor uses the memory.
         """
         parameter, modules = parameters[0]
         if len(parameters) > 1 or not is_alone(parameter):
@@ -330,14 +336,14 @@ class _Construction:
             let_wait(parameter, modules, read)
         except MetaTensorError:
             if any(isinstance(module, nn.RNNBase) for module in modules):
-                pending.owner = None  # They always refer to their parameters weakly.
+                pending.owner = None  # Recurrent layers always hold weak references to their parameters: no warning.
             return True
         self.recorder.forget(pending)
         moved.append(read)
         return True
 
 
-# What waits in memory, with each parameter there and the modules that have it.
+# Deferred contents, with each parameter in their memory and the modules that have it.
 _Owners = dict[int, tuple[Pending, list[tuple[nn.Parameter, list[nn.Module]]]]]
 
 
@@ -352,10 +358,10 @@ def _why_in_memory(parameters: list[nn.Parameter]) -> str | None:
 
 
 def _drop_made_anew(module: nn.Module, recorder: Recorder) -> None:
-    """Empties the attributes that a module computes from its parameters before every forward, with their graphs.
+    """Drops the attributes that a module computes again from its parameters before every forward, with their graphs.
 
-    That is what the old weight_norm, spectral_norm and prune do (torch 2.13, torch.nn.utils). A module's hooks have no
-    public name.
+    The old weight_norm, spectral_norm and prune have such attributes (torch 2.13, torch.nn.utils). torch has no public
+    name for a module's hooks.
     """
     for hook in vars(module).get("_forward_pre_hooks", {}).values():
         for key in ("name", "_tensor_name"):

@@ -1,7 +1,7 @@
-"""What kinds of operations torch has, told from their schemas: which of them need values, and which can wait.
+"""The kinds of torch's operations, derived from their schemas: which of them need values, and which can be recorded.
 
-All of it is about operators as torch's dispatcher names them (``torch.ops.aten``), below autograd: every way to call
-torch from Python or C++ ends there.
+Operators are those of torch's dispatcher (``torch.ops.aten``), below autograd: every call of torch from Python or C++
+ends there.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _ATEN = torch.ops.aten
 class Kind(enum.Enum):
     """What an operation does with the values of its tensors."""
 
-    VIEW = "neither reads nor writes any: another view, or another memory of the same object"
-    EMPTY = "makes memory"
-    FILLED = "makes memory with values that do not depend on others"
+    VIEW = "neither reads nor writes values: makes a view, or gives an object other memory"
+    EMPTY = "allocates memory without values"
+    FILLED = "allocates memory with values that do not depend on other tensors"
     IN_PLACE = "writes its first argument"
-    NEW = "makes tensors of others"
-    OTHER = "writes several, or needs values at once"
+    NEW = "makes tensors from other tensors"
+    OTHER = "writes several tensors, or needs values at once"
 
 
 _EMPTY = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "empty_permuted"}
-# What makes the same memory without values, and what then writes these values.
+# Operators that allocate memory with values, and the operator in place, with its overload, that writes these values.
 _FILLED = {
     "zeros": ("zero_", "default"), "zeros_like": ("zero_", "default"), "new_zeros": ("zero_", "default"),
     "ones": ("fill_", "Scalar"), "ones_like": ("fill_", "Scalar"), "new_ones": ("fill_", "Scalar"),
@@ -58,7 +58,7 @@ _ARITHMETIC = {"add", "sub", "mul", "div"}
 
 @functools.cache
 def name_of(operator: Any) -> str:
-    """The name without namespace and overload."""
+    """The name of an operator without namespace and overload."""
     return str(operator._schema.name).rpartition("::")[2]
 
 
@@ -89,7 +89,7 @@ def _kind_of(operator: Any) -> Kind:
 
 
 def kind_of_call(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
-    """The kind of a call, which depends on its arguments now and then."""
+    """The kind of a call. For some operators it depends on the arguments."""
     kind = _kind_of(operator)
     if kind is Kind.OTHER and _indexes_by_position(operator, args):
         return Kind.NEW
@@ -97,7 +97,7 @@ def kind_of_call(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _indexes_by_position(operator: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a call is ``tensor[indices]`` with a result whose shape does not depend on the indices' values."""
+    """Whether a call is ``tensor[indices]``, and the shape of its result does not depend on the values of indices."""
     if operator is not _ATEN.index.Tensor:
         return False
     return all(tensor.dtype not in (torch.bool, torch.uint8) for tensor in tensors_in(args[1]))
@@ -113,7 +113,7 @@ def written_in(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _updated_in(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """The running statistics that a batch norm updates, which its schema does not tell."""
+    """The running statistics that a batch norm updates, which its schema does not mark as written."""
     positions = _statistics(operator)
     if not positions:
         return []
@@ -124,9 +124,9 @@ def _updated_in(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 @functools.cache
 def _statistics(operator: Any) -> dict[str, int]:
-    """Where a batch norm takes running statistics and whether it trains; empty for other operators."""
+    """Positions of the running statistics and the training flag in a batch norm's arguments; else empty."""
     arguments = operator._schema.arguments
-    # native_batch_norm and those of cuDNN, MIOpen and SyncBatchNorm have no annotation for them (torch 2.6 to 2.14).
+    # native_batch_norm and the operators of cuDNN, MIOpen and SyncBatchNorm do not mark them (torch 2.6 to 2.14).
     if "batch_norm" not in name_of(operator) or name_of(operator).endswith("_backward"):
         return {}
     names = ("running_mean", "running_var", "training")
@@ -141,24 +141,24 @@ def draws(operator: Any) -> bool:
 
 
 def draws_from_user(kwargs: dict[str, Any]) -> bool:
-    """Whether random numbers come from a generator that the user made, and go on in its order."""
+    """Whether random numbers come from a generator of the user, whose order must be kept."""
     return kwargs.get("generator") is not None
 
 
 @functools.cache
 def overwrites(operator: Any) -> bool:
-    """Whether an operation in place replaces every value without reading it."""
+    """Whether an operation in place overwrites every value without reading it."""
     return name_of(operator) in _OVERWRITING
 
 
 def empty_call(
     operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any], str, tuple[Any, ...]] | None:
-    """What makes the memory of a :attr:`Kind.FILLED` call, and what then writes its values.
+    """Splits a :attr:`Kind.FILLED` call into one that allocates the memory, and one that writes the values in place.
 
     Returns:
-        The operator that makes the memory, with its arguments; the name of the operator in place and its arguments
-        after the first. ``None`` if the type of the result depends on the value.
+        The operator that allocates the memory, its positional and keyword arguments, the name of the operator in place,
+        and its arguments after the first. ``None`` if the type of the result depends on the value.
     """
     name = name_of(operator)
     in_place, overload = _FILLED[name]
@@ -181,17 +181,17 @@ def empty_call(
 def make_like_result(
     operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, infer: bool
 ) -> list[torch.Tensor] | None:
-    """Memory for the results of a :attr:`Kind.NEW` call, with their shapes, strides and types, but no values.
+    """Allocates the results of a :attr:`Kind.NEW` call, with their shapes, strides and types, but without values.
 
     Args:
         operator: The operator.
-        args: Its arguments.
-        kwargs: Likewise.
-        infer: Whether to ask the operator's meta kernel. The first use of many of them imports half of torch (seconds,
-            and 70 MB).
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        infer: Whether to use the operator's meta kernel. For many operators, the first use imports half of torch: it
+            takes seconds, and 70 MB.
 
     Returns:
-        ``None`` if they cannot be known without values.
+        The results; ``None`` if their shapes, strides and types cannot be known without values.
     """
     name = name_of(operator)
     inputs = tensors_in((args, kwargs))
@@ -203,7 +203,7 @@ def make_like_result(
             return None
         how = {key: kwargs[key] for key in ("dtype", "device") if kwargs.get(key) is not None}
         return [torch.empty_like(first, memory_format=kwargs.get("memory_format") or torch.preserve_format, **how)]
-    # Sparse tensors have no answer to is_contiguous().
+    # The layout comes first: is_contiguous() fails for sparse tensors.
     plain = first.layout is torch.strided and first.is_floating_point() and first.is_contiguous()
     if name in _ARITHMETIC and plain and len(inputs) == 1 and not kwargs:
         if all(type(value) in (int, float) for value in args[1:]):
@@ -213,7 +213,7 @@ def make_like_result(
     if not infer or "quantize" in name:
         return None
     if name.lstrip("_").startswith(("linalg_", "fft_")) and name != "linalg_vector_norm":
-        return None  # Of decompositions the real strides are others.
+        return None  # The strides of decompositions differ from those of their meta kernels.
     return _inferred(operator, args, kwargs, inputs)
 
 
@@ -229,8 +229,8 @@ def _inferred(
     try:
         result = operator(*_on_meta(args), **_on_meta(kwargs))
     except Exception:
-        # It has no meta kernel, needs values, or checks its arguments otherwise (cholesky in torch 2.6 with an assert).
-        # If it is the user's error, the real call raises it.
+        # The operator has no meta kernel, needs values, or checks its arguments in another way (cholesky in torch 2.6
+        # with an assert). An error of the user's code is raised again by the real call.
         return None
     made = []
     for shape in tensors_in(result):

@@ -1,8 +1,8 @@
-"""What the parameters of a module on meta are going to contain if no checkpoint fills them.
+"""The recipes of parameters on meta: how to make their initial values if no checkpoint fills them.
 
-``meta_init`` makes such a parameter a :class:`WaitingParameter`: the same object, on meta, that knows how its values
-are made, and makes them when they are needed. A restore fills it with other values, and then nothing of this is left:
-it is an ordinary parameter.
+``meta_init`` turns such a parameter into a :class:`WaitingParameter`: the same object, on meta, with the recipe of its
+values. It makes the values when they are needed. A restore fills it with other values, and it becomes an ordinary
+parameter again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _methods(*names: str) -> set[Any]:
     return {getattr(torch.Tensor, name) for name in names if hasattr(torch.Tensor, name)}
 
 
-# What is asked and said of a parameter without its values.
+# Methods and attributes of a parameter that do not need its values.
 _WITHOUT_VALUES = _getters(
     "_backward_hooks", "_base", "_grad", "_post_accumulate_grad_hooks", "_version", "device", "dtype", "grad",
     "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mkldnn", "is_mps", "is_nested", "is_quantized",
@@ -53,23 +53,24 @@ _WITHOUT_VALUES = _getters(
     getattr(torch.Tensor, name).__set__
     for name in ("_backward_hooks", "_post_accumulate_grad_hooks", "grad", "requires_grad")
 }  # fmt: skip
-# What can be done on meta, if it does not lead to another device.
+# Conversions that work on meta, unless they go to another device.
 _CONVERSIONS = _methods("bfloat16", "double", "float", "half", "to", "type")
 _ALIASES = {torch.Tensor.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 def _call_when_ready(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Makes the values that a call needs: none, for questions about shape and type."""
+    """Runs a call, after making the values that it needs. Questions about shape and type need none."""
     makes_parameter = _makes_parameter()
     for tensor in tensors_in((args, kwargs)):
         if isinstance(tensor, WaitingAlias) and tensor.memory.values is not None and not makes_parameter:
-            tensor.follow()  # They are there meanwhile.
+            tensor.follow()  # The values have been made since the alias was made.
     waiting = [tensor for tensor in tensors_in((args, kwargs)) if isinstance(tensor, (WaitingParameter, WaitingAlias))]
     with torch._C.DisableTorchFunctionSubclass():
         if func in _WITHOUT_VALUES:
             return func(*args, **kwargs)
-        if func is torch._has_compatible_shallow_copy_type:  # to_empty() asks: memory anywhere may take their place.
+        # to_empty() asks this. Memory on any device may replace a waiting tensor.
+        if func is torch._has_compatible_shallow_copy_type:
             return func(*(_in_memory(tensor) for tensor in args))
         if func is torch.empty_like and kwargs.get("device") is not None:
             return func(*args, **kwargs)
@@ -82,7 +83,7 @@ def _call_when_ready(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
                     return result
                 return WaitingAlias.of(result, SharedMemory(None, _converted(_read_of(args[0]), result)))
             except NotImplementedError:
-                pass  # To a device.
+                pass  # a conversion to another device
     if func == _SET_DATA and isinstance(args[0], WaitingParameter):
         return _set_data(args[0], args[1])
     if waiting and not (func is torch.Tensor.copy_ and len(waiting) == 1 and _is_overwritten(*args[:1])):
@@ -99,12 +100,12 @@ def _follow_all(waiting: Collection[WaitingParameter | WaitingAlias]) -> None:
         stacklevel=4,
     )
     for tensor in waiting:
-        if isinstance(tensor, (WaitingParameter, WaitingAlias)):  # still
+        if isinstance(tensor, (WaitingParameter, WaitingAlias)):  # an earlier follow() may have changed its class
             tensor.follow()
 
 
 def _set_data(parameter: WaitingParameter, new: torch.Tensor) -> None:
-    """``parameter.data = new``: what referred to the old memory still does, and the new memory is shared."""
+    """Runs ``parameter.data = new``: aliases keep the old memory, and the parameter shares the new memory."""
     memory = _memory_of(new) if isinstance(new, (WaitingParameter, WaitingAlias)) else None
     if memory is not None and memory is _memory_of(parameter):
         return
@@ -124,20 +125,20 @@ def _set_data(parameter: WaitingParameter, new: torch.Tensor) -> None:
 
 
 def _makes_parameter() -> bool:
-    """Whether ``nn.Parameter(...)`` calls: it detaches its argument, and refuses a result of another class."""
-    # Below: _call_when_ready, __torch_function__.
+    """Whether the caller is ``nn.Parameter(...)``: it detaches its argument, and refuses results of another class."""
+    # Frames in between: _call_when_ready, __torch_function__.
     return sys._getframe(3).f_code is nn.Parameter.__new__.__code__
 
 
 def _in_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor on the device on which a parameter has been made that waits."""
+    """An empty tensor on the device on which the constructor made a waiting parameter; other tensors unchanged."""
     if not isinstance(tensor, (WaitingParameter, WaitingAlias)):
         return tensor
     return torch.empty(0, dtype=tensor.dtype, device=_read_of(tensor).contents.device)
 
 
 def _is_overwritten(target: torch.Tensor) -> bool:
-    """Gives what is about to be overwritten memory, but no values."""
+    """Gives a tensor that is about to be overwritten memory without values. Returns whether this was possible."""
     parameter = target.memory.parameter if isinstance(target, WaitingAlias) else target
     if type(parameter) is not WaitingParameter:
         return False
@@ -175,10 +176,10 @@ def _converted(read: Read, like: torch.Tensor) -> Read:
 
 
 class WaitingAlias(torch.Tensor):
-    """What ``detach()``, ``data`` or a conversion of a waiting parameter is, in a state dict for instance.
+    """The result of ``detach()``, ``data`` or a conversion of a waiting parameter, in a state dict for example.
 
     Attributes:
-        memory: What it will have in common with others.
+        memory: The future memory, which other aliases and the parameter may share.
     """
 
     memory: SharedMemory
@@ -187,18 +188,18 @@ class WaitingAlias(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """As for the parameter."""
+        """See :meth:`WaitingParameter.__torch_function__`."""
         return _call_when_ready(func, args, kwargs or {})
 
     @classmethod
     def of(cls, tensor: torch.Tensor, memory: SharedMemory) -> torch.Tensor:
-        """Makes a tensor on meta one."""
+        """Turns a tensor on meta into an alias."""
         tensor.__class__ = cls
         vars(tensor)["memory"] = memory
         return tensor
 
     def follow(self) -> None:
-        """Becomes an ordinary tensor: an alias of the parameter, which gets its values, or one with its own."""
+        """Becomes an ordinary tensor: an alias of the parameter, which gets its values, or a tensor of its own."""
         values = self.memory.make().detach()
         with torch._C.DisableTorchFunctionSubclass():
             torch.utils.swap_tensors(self, values)
@@ -209,7 +210,7 @@ class WaitingAlias(torch.Tensor):
 
     @_is_param.setter
     def _is_param(self, value: bool) -> None:
-        """``nn.Parameter(alias)`` says so, of another alias: it is a parameter from now on."""
+        """Becomes a parameter: ``nn.Parameter(alias)`` sets this attribute on another alias of the same memory."""
         with torch._C.DisableTorchFunctionSubclass():
             requires_grad = self.requires_grad
         _follow_all([self])
@@ -218,20 +219,20 @@ class WaitingAlias(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         self.follow()
-        return self.__reduce_ex__(protocol)  # as the ordinary tensor that it is now
+        return self.__reduce_ex__(protocol)  # the method of an ordinary tensor now
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         self.follow()
-        return self.__deepcopy__(memo)  # likewise
+        return self.__deepcopy__(memo)  # the method of an ordinary tensor now
 
 
 class WaitingParameter(nn.Parameter):
-    """A parameter on meta that gets memory and values as soon as something needs them.
+    """A parameter on meta that gets memory and values at the first call that needs them.
 
-    It is one for as long as it waits. Modules can be copied, pickled and sent to other processes meanwhile.
+    It then becomes an ordinary parameter. Before that, its module can be copied, pickled and sent to other processes.
 
     Attributes:
-        waits_for: Its values.
+        waits_for: The recipe of its values.
     """
 
     waits_for: Read
@@ -240,23 +241,23 @@ class WaitingParameter(nn.Parameter):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Makes values first, for everything but questions about shape and type."""
+        """Runs a call, after making the values unless the call only asks about shape and type."""
         return _call_when_ready(func, args, kwargs or {})
 
     def follow(
         self, name: str = "a parameter", device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        """Gets values, and is an ordinary parameter from now on.
+        """Makes the values, and becomes an ordinary parameter.
 
         Args:
-            name: What to call it in messages.
-            device: Where. ``None``: where the constructor made it.
-            dtype: Type for floating-point parameters, ``None`` for its own.
+            name: Name of the parameter in messages.
+            device: Device of the values. ``None``: the device on which the constructor made the parameter.
+            dtype: Type of a floating-point parameter. ``None``: its present type.
 
         Raises:
-            MetaTensorError: Something forbids to give it memory.
+            MetaTensorError: The parameter cannot get memory, since a reference to it forbids that.
 
-        Peak memory: the values, and once more if device, type or strides are others.
+        Peak memory: the values, and twice that if device, type or strides differ from those of the recipe.
         """
         with unrecorded(), torch.no_grad(), torch.inference_mode(False):
             values = self.waits_for.make()
@@ -267,7 +268,7 @@ class WaitingParameter(nn.Parameter):
             replace_data(self, values, name=name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        # As torch does: attributes stay behind in a copy, and not in a pickle.
+        # As in torch: a copy does not get the attributes of the parameter, but a pickle does.
         if id(self) not in memo:
             attributes = {"waits_for": self.waits_for}
             memo[id(self)] = _rebuild(tuple(self.shape), self.stride(), self.dtype, self.requires_grad, attributes)
@@ -290,15 +291,15 @@ def _rebuild(
 
 
 def let_wait(parameter: nn.Parameter, modules: Collection[nn.Module], read: Read) -> None:
-    """Moves a parameter to meta. It stays the same object.
+    """Moves a parameter to meta and turns it into a :class:`WaitingParameter`. It stays the same object.
 
     Args:
-        parameter: It.
-        modules: Those that have it.
-        read: Its values.
+        parameter: The parameter.
+        modules: The modules that have it.
+        read: The recipe of its values.
 
     Raises:
-        MetaTensorError: Something holds it, so that it could be given no memory later. It is as it was.
+        MetaTensorError: A reference to the parameter would forbid to give it memory later. It is unchanged.
     """
     view = read.view
     empty = torch.empty_strided(view.size, view.stride, dtype=view.dtype, device="meta")
@@ -313,15 +314,15 @@ def let_wait(parameter: nn.Parameter, modules: Collection[nn.Module], read: Read
 def fill_before_load(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
 ) -> None:
-    """The load_state_dict pre-hook of a module that has parameters on meta, into which torch would copy nothing.
+    """The load_state_dict pre-hook of a module with waiting parameters. torch cannot copy into tensors on meta.
 
-    They get memory where torch has a value to copy, and what their constructor made where it has none.
+    A parameter gets memory if the state dict has a value for it, and the values of its constructor if not.
     """
     for name, parameter in module._parameters.items():
         if type(parameter) is WaitingParameter:
             value = state_dict.get(f"{prefix}{name}")
             if isinstance(value, (WaitingParameter, WaitingAlias)):
-                value.follow()  # Perhaps its own values: what state_dict() of the same module gave.
+                value.follow()  # The value may come from state_dict() of the same module.
             if not isinstance(parameter, WaitingParameter):
                 continue
             if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
@@ -331,9 +332,9 @@ def fill_before_load(
 
 
 def remove_load_hooks(root: nn.Module) -> None:
-    """Removes the hooks of modules in which nothing waits. A copy of a module has no handles to remove them with."""
+    """Removes the hooks from modules without waiting parameters. A copied module has no handles for that."""
     for module in root.modules():
-        hooks = module._load_state_dict_pre_hooks  # torch (2.13) has no public name for them.
+        hooks = module._load_state_dict_pre_hooks  # torch (2.13) has no public name for this dict.
         ours = [key for key, hook in hooks.items() if _is_ours(hook)]
         if ours and not any(type(parameter) is WaitingParameter for parameter in module._parameters.values()):
             for key in ours:
@@ -346,18 +347,18 @@ def follow_recipes(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Gives parameters that wait the values that their constructors made, one after the other.
+    """Gives waiting parameters the values that their constructors made, one parameter after the other.
 
     Args:
-        root: A module.
-        names: Which of its parameters. ``None``: all.
-        device: Where to. ``None``: where the constructor made each.
-        dtype: Type for floating-point parameters, ``None`` for their own.
+        root: The module.
+        names: Names of the parameters. ``None``: all parameters.
+        device: Device of the values. ``None``: the device on which the constructor made each parameter.
+        dtype: Type of floating-point parameters. ``None``: their present type.
 
     Raises:
-        MetaTensorError: Something forbids to give a parameter memory.
+        MetaTensorError: A parameter cannot get memory, since a reference to it forbids that.
 
-    Peak memory: the values, and one parameter twice if device, type or strides are others.
+    Peak memory: the values, and one parameter twice if device, type or strides differ from those of its recipe.
     """
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if type(parameter) is WaitingParameter and (names is None or name in names):
@@ -369,7 +370,7 @@ def follow_recipes(
 
 
 def names_of_data(root: nn.Module) -> list[str]:
-    """Names of the parameters that wait for data which their constructors loaded, not for initialisation alone."""
+    """Names of the waiting parameters whose recipe contains data that a constructor loaded, not only initialisers."""
     return [
         name
         for name, parameter in root.named_parameters(remove_duplicate=False)
@@ -378,4 +379,4 @@ def names_of_data(root: nn.Module) -> list[str]:
 
 
 def _is_ours(hook: Any) -> bool:
-    return getattr(hook, "hook", hook) is fill_before_load  # torch wraps it.
+    return getattr(hook, "hook", hook) is fill_before_load  # torch wraps each pre-hook.

@@ -1,19 +1,18 @@
-"""Initialisation that waits: while a module is built, memory is made as always, but nobody writes to it.
+"""Deferred initialisation: while a module is built, its memory is allocated, but operations on it are only recorded.
 
-A large allocation of untouched memory costs addresses, not memory. So every tensor is the ordinary one, with its
-device, its views and its address, while :class:`Recorder` takes down what was done to its contents instead of doing it.
-Whatever needs values (a number, an array, an address, an operation whose result cannot wait) makes them *at that
-moment*, and from then on that memory is ordinary. What the recorder does not know is never taken down: it happens.
+A large allocation of untouched memory costs addresses, not memory. So every tensor is an ordinary one, with its device,
+its views and its address, while :class:`Recorder` records the operations on its contents instead of running them. If a
+value is needed (a number, an array, an address, an operation that cannot be recorded), the recorded operations run *at
+that moment*, and the memory is ordinary from then on. An operation that the recorder does not know runs at once.
 
-Two modes of torch see the calls (:mod:`watching`): one below autograd sees every operation of the dispatcher, the other
-one what reads memory past the dispatcher. Other threads, and extensions that take a tensor's address without either
-(``torch.utils.dlpack.to_dlpack``, not ``torch.from_dlpack``), are not seen.
+Two modes of torch see the calls (:mod:`watching`). One is below autograd and sees every operation of the dispatcher.
+The other sees the calls that read memory without the dispatcher. Not seen: other threads, and extensions that take a
+tensor's address in another way (``torch.utils.dlpack.to_dlpack``; ``torch.from_dlpack`` is seen).
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import random
 import sys
 import threading
@@ -37,9 +36,9 @@ from lightning_memload.restore.operations import (
     tensors_in,
     written_in,
 )
+from lightning_memload.restore.pending_memory import PendingMemory
 from lightning_memload.restore.storages import (
     Pending,
-    Realised,
     count_alone,
     fill_uninitialized,
     is_all_of,
@@ -49,23 +48,21 @@ from lightning_memload.restore.storages import (
     unfilled,
     use_count,
 )
-from lightning_memload.restore.tape import Contents, Made, Read, Source, Step, in_order, sources_of
+from lightning_memload.restore.tape import Contents, Read, Source, Step, sources_of
 from lightning_memload.storage.pages import file_under
 
 __all__ = ["Recorder", "claim", "set_active", "unrecorded"]
 
-# A source of this size is copied at once: that is cheaper than to watch over it.
+# A source of at most this size is copied at once. That is cheaper than watching it for changes.
 _COPIED_BYTES = 64 << 10
-# Of a longer chain the steps are taken.
+# A chain of more steps is not recorded further: its steps run.
 _MOST_STEPS = 100
-# What has been made so often is kept until the construction ends: a model must not initialise itself for every value.
-_MOST_MADE = 4
-# A source that lies in memory much larger than itself would keep all of that.
+# A source in a storage more than this many times its own size is refused, since it would keep the whole storage alive.
 _MOST_AROUND = 4
 
 
 class _Active(threading.local):
-    """The recorder that is at work in this thread."""
+    """The active recorder of this thread."""
 
     def __init__(self) -> None:
         self.recorder: Recorder | None = None
@@ -75,20 +72,24 @@ _ACTIVE = _Active()
 
 
 def set_active(recorder: Recorder | None) -> None:
-    """Says which recorder is at work in this thread."""
+    """Sets the active recorder of this thread; ``None`` for none."""
     _ACTIVE.recorder = recorder
 
 
 @contextlib.contextmanager
 def unrecorded() -> Iterator[None]:
-    """Lets this package's own operations happen, within ``meta_init`` too."""
+    """Runs this package's own operations unrecorded, also within ``meta_init``."""
     recorder = _ACTIVE.recorder
     with contextlib.nullcontext() if recorder is None else recorder.paused():
         yield
 
 
 def claim(tensors: Iterable[torch.Tensor]) -> None:
-    """Says that code which is not seen is going to write every value of tensors: they are data from now on."""
+    """Marks tensors whose values are about to be overwritten by code that is not recorded: they are data from now on.
+
+    Args:
+        tensors: The tensors. Every value of each of them is going to be written.
+    """
     recorder = _ACTIVE.recorder
     if recorder is not None:
         with recorder.paused():
@@ -96,92 +97,18 @@ def claim(tensors: Iterable[torch.Tensor]) -> None:
                 recorder.expose(tensor, overwritten=True)
 
 
-class Recorder:
-    """What is known about the memory of tensors while modules are built in this thread."""
+class Recorder(PendingMemory):
+    """Records what happens to the memory of tensors while modules are built in this thread."""
 
     def __init__(self) -> None:
-        self.realised: list[Realised] = []
-        self._pending: dict[int, Pending] = {}
-        # Memory that operations made within, so that nothing but tensors refers to it.
+        super().__init__()
+        # Memory that operations allocated during the construction. Only tensors refer to it.
         self._known: dict[int, StorageWeakRef] = {}
         self._sources: dict[int, list[weakref.ref[Source]]] = {}
         self._seeds: random.Random | None = None
-        self.is_paused = False
-
-    def give_up(self, reason: str) -> None:
-        """Makes all memory ordinary, and takes nothing down any more."""
-        self.is_paused = True
-        for pending in self.alive():
-            self.realise(pending, reason)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Takes nothing down for a while."""
-        before, self.is_paused = self.is_paused, True
-        try:
-            yield
-        finally:
-            self.is_paused = before
-
-    def find(self, tensor: torch.Tensor) -> Pending | None:
-        """What waits in the memory of a tensor."""
-        storage = storage_of(tensor)
-        return None if storage is None else self._pending.get(storage._cdata)
-
-    def alive(self) -> list[Pending]:
-        """All memory with contents that wait and that somebody refers to."""
-        return [pending for pending in self._pending.values() if not pending.storage.expired()]
-
-    def realise(self, pending: Pending, reason: str | None = None) -> None:
-        """Gives memory its contents. It is ordinary from now on.
-
-        Args:
-            pending: The memory.
-            reason: What needs them; ``None`` if that is nothing to tell a user.
-        """
-        self.forget(pending)
-        storage = pending.get()
-        if storage is None:
-            return
-        if pending.owner is not None and reason is not None:
-            self.realised.append(Realised(pending.owner, reason, storage.nbytes(), pending.storage))
-        known, others = self._on_the_way(pending)
-        pending.contents.write_to(storage, others, known)
-
-    def _on_the_way(self, root: Pending) -> tuple[Made, Made]:
-        """The memory that has contents already from which others are made, and the memory that gets its own as well.
-
-        The latter is what a model computes while it runs: all layers so far would be run again for every value.
-        Parameters that have been made several times lend their memory: they still move to meta in the end.
-        """
-        known: Made = {}
-        own = root.get()
-        if root.made is not None and own is not None:
-            known[root.made.key] = own
-        others: Made = {}
-        if not root.contents.needs():
-            return known, others
-        needed = {item.key for item in in_order(root.contents)}
-        for pending in list(self._pending.values()):
-            key, made = pending.contents.key, pending.made
-            storage = pending.get() if key in needed or (made is not None and made.key in needed) else None
-            if storage is None:
-                continue
-            if made is not None and made.key in needed:
-                known[made.key] = storage
-            if key not in needed or key in known:
-                continue
-            pending.num_made += 1
-            if pending.owner is None and pending.is_derived:
-                self.forget(pending)
-                others[key] = storage
-            elif pending.owner is not None and made is None and pending.num_made >= _MOST_MADE:
-                pending.made = pending.contents
-                others[key] = storage
-        return known, others
 
     def expose(self, tensor: torch.Tensor, reason: str | None = None, *, overwritten: bool = False) -> None:
-        """Makes the memory of a tensor ordinary, since code that is not seen is going to read or write it.
+        """Makes the memory of a tensor ordinary, before code that is not recorded reads or writes it.
 
         Args:
             tensor: The tensor.
@@ -200,15 +127,8 @@ class Recorder:
         self._known.pop(storage._cdata, None)
         self._keep_sources(storage)
 
-    def kept(self) -> list[Realised]:
-        """Of what was realised, what is still there."""
-        if any(not item.storage.expired() for item in self.realised):
-            gc.collect()  # torch.save (2.6) leaves what it has saved in a circle of references.
-        self.realised = [item for item in self.realised if not item.storage.expired()]
-        return self.realised
-
     def own_sources(self, contents: Iterable[Contents]) -> None:
-        """Copies what others could still change of what contents depend on, when the construction ends."""
+        """Copies, at the end of the construction, the sources of contents that other code can still change."""
         sources = {id(source): source for item in contents for source in sources_of(item)}
         mine: dict[int, list[Source]] = {}
         for source in sources.values():
@@ -218,17 +138,6 @@ class Recorder:
                 for source in group:
                     source.keep()
 
-    def forget(self, pending: Pending) -> None:
-        """Takes nothing down any more for memory that is overwritten, or that a recipe stands for."""
-        self._pending.pop(pending.storage.cdata, None)
-
-    def _adopt(self, tensor: torch.Tensor, *, is_derived: bool = False) -> Pending | None:
-        storage = storage_of(tensor)
-        if storage is None or not storage.nbytes():
-            return None
-        pending = self._pending[storage._cdata] = Pending(storage, is_derived=is_derived)
-        return pending
-
     def _keep_sources(self, storage: torch.UntypedStorage) -> None:
         for reference in self._sources.pop(storage._cdata, ()):
             source = reference()
@@ -236,7 +145,7 @@ class Recorder:
                 source.keep()
 
     def on_operation(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Takes an operation down, or lets it happen."""
+        """Records an operation, or runs it, and returns its result."""
         kind = kind_of_call(operator, args, kwargs)
         if kind is Kind.VIEW:
             result = operator(*args, **kwargs)
@@ -274,10 +183,14 @@ class Recorder:
         return self._happen(operator, kind, args, kwargs)
 
     def on_initialiser(self, tensor: torch.Tensor, frame: Any) -> bool:
-        """Takes down the function of ``torch.nn.init`` that asks, on its first line, whether there is anything to do.
+        """Records a whole function of ``torch.nn.init``, which asks on its first line whether there is anything to do.
+
+        Args:
+            tensor: The tensor that it initialises.
+            frame: The frame of the function.
 
         Returns:
-            Whether it shall be told that there is nothing.
+            Whether it was recorded. If so, the answer to the function must be that there is nothing to do.
         """
         code = frame.f_code
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
@@ -300,13 +213,13 @@ class Recorder:
         if pending is None or not is_plain(target) or draws_from_user(kwargs):
             return False
         if name_of(operator) == "eye" and tuple(target.shape) != (args[0], args[-1]):
-            return False  # It would resize it.
+            return False  # eye() would resize its output.
         overwriting = overwrites(operator) and is_all_of(target, target.untyped_storage())
         rest = tensors_in((args[1:], kwargs))
-        others = [self.find(tensor) for tensor in rest if tensor is not kwargs.get("out")]  # Others, or itself.
+        others = [self.find(tensor) for tensor in rest if tensor is not kwargs.get("out")]  # may contain the target
         terms = self._terms((args, kwargs), pending) if rest else ((own_view(target), *args[1:]), kwargs)
         if terms is None:
-            # Data that may change: copied now, as always. What it replaces need not be made before.
+            # The arguments may change later, so the operation runs now. Overwritten contents need not be made first.
             if overwriting and pending not in others:
                 self.forget(pending)
             else:
@@ -366,7 +279,7 @@ class Recorder:
         return result
 
     def _note_loaded(self, args: tuple[Any, ...]) -> None:
-        """A tensor got a storage. If torch.load has just read it, nothing but tensors refers to it."""
+        """Notes a storage that ``set_`` gave to a tensor, if ``torch.load`` read it: only tensors refer to it."""
         if len(args) < 2 or not isinstance(args[1], (torch.UntypedStorage, torch.Tensor)):
             return
         storage = args[1] if isinstance(args[1], torch.UntypedStorage) else args[1].untyped_storage()
@@ -394,7 +307,7 @@ class Recorder:
         pending.num_steps = 1 if overwriting else pending.num_steps + 1
 
     def _terms(self, value: Any, target: Pending | None) -> Any:
-        """Arguments with what stands for their tensors; ``None`` if one may change behind torch's back."""
+        """Arguments with a term for each tensor; ``None`` if a tensor may change without a call that is seen."""
         if isinstance(value, torch.Tensor):
             if not is_plain(value):
                 return None
@@ -428,7 +341,7 @@ class Recorder:
         return source
 
     def _seed(self) -> int:
-        """A seed for one step, of a generator that is seeded by the user's."""
+        """A seed for one step, from a generator that is seeded from torch's default generator."""
         if self._seeds is None:
             self._seeds = random.Random(int(torch.empty((), dtype=torch.int64, device="cpu").random_().item()))
         return self._seeds.getrandbits(63)

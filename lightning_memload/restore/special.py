@@ -1,7 +1,7 @@
-"""Tensors that torch cannot copy into a plain parameter: quantised ones, sparse ones, those of some subclasses.
+"""Assigns tensors that torch cannot copy into a plain parameter: quantised, sparse, and those of some subclasses.
 
-``load_state_dict(assign=True)`` puts them in the place of the parameter. So does this, for them alone, and only where
-torch's copy fails: everything else is copied as always.
+They replace the parameter, as with ``load_state_dict(assign=True)``, but only if torch's copy fails. All other tensors
+are copied as always.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ __all__ = ["assign_special"]
 
 
 def assign_special(module: nn.Module, state_dict: dict[str, Any]) -> list[str]:
-    """Puts values that cannot be copied in the place of plain parameters and buffers of a module.
+    """Replaces plain parameters and buffers of a module by values that cannot be copied into them.
+
+    Parameters that are one object stay one object.
 
     Args:
-        module: The module. Modules with a ``_load_from_state_dict`` of their own are left to it.
-        state_dict: Its new values. Those that were put in place are taken out.
+        module: The module. Submodules with their own ``_load_from_state_dict`` are skipped.
+        state_dict: The new values. Values that were assigned are removed from it.
 
     Returns:
-        The names of what was put in place. Parameters that are one object stay one.
+        The names of the parameters and buffers that were replaced.
 
     Peak memory: one tensor, on the CPU.
     """
@@ -64,13 +66,13 @@ def _can_be_copied(value: torch.Tensor, target: torch.Tensor) -> bool:
     try:
         with torch.no_grad():
             torch.empty(target.shape, dtype=target.dtype, device="cpu").copy_(value)
-    except Exception:  # a subclass may fail in any way
+    except Exception:  # a subclass can raise any exception
         return False
     return True
 
 
 def _as_target(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The value as ``load_state_dict(assign=True)`` would put it there."""
+    """The value in the form in which ``load_state_dict(assign=True)`` would assign it."""
     if not isinstance(target, nn.Parameter):
         return value
     differentiable = value.is_floating_point() or value.is_complex()

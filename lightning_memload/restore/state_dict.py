@@ -1,7 +1,7 @@
-"""The state dict within a loaded checkpoint: where it is, under which names, and which of them are wanted.
+"""Finds the state dict in a loaded checkpoint, renames its keys, and filters them.
 
-All of it is about names: the values stay where they are, so no byte of a tensor is read. Of modules it is known only
-that their versions (``_metadata``) are keyed by their paths, and that a pickled one has a state dict.
+Only names are handled. The values stay where they are, so no byte of a tensor is read. Of modules, this file knows only
+that their versions (``_metadata``) are keyed by their paths, and that a pickled module has a state dict.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ __all__ = [
     "suggest_renaming",
 ]
 
-# Where training scripts put the weights of a checkpoint that holds more than weights.
+# The usual keys of the weights in a checkpoint that holds more than weights.
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module", "params", "weights")
-# What else a checkpoint keeps by name, with tensors in it.
+# Names of other parts of a checkpoint that may hold tensors by name.
 _OTHER_PARTS = re.compile("optim|sched|callback|loop|hyper_param|hparam|rng|scaler", re.IGNORECASE)
 _MAX_DEPTH = 6
 _MAX_ITEMS = 16
-# torch.compile wraps a module in one that has it under this name.
+# torch.compile wraps a module in another one, which holds it under this name.
 _COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod\.")
 _FEW = 3
 _SAMPLE = 64
 
 
 def find_state_dict(loaded: Any, path: str | os.PathLike[str], key: str | None = None) -> Mapping[str, Any]:
-    """The state dict in a loaded checkpoint.
+    """Finds the state dict in a loaded checkpoint.
 
-    A pickled module, as ``weights_only=False`` loads it, stands for its state dict.
+    A pickled module, as ``weights_only=False`` loads it, counts as its state dict.
 
     Args:
         loaded: The checkpoint.
-        path: What to call it in messages.
-        key: Keys from the root to the state dict, joined by dots. ``None``: what the checkpoint has under one of the
-            usual keys, else itself if it holds tensors by name, else the only state dict anywhere in it that is not
-            an optimizer's.
+        path: Name of the checkpoint in messages.
+        key: Keys from the root to the state dict, joined by dots. ``None``: the state dict under one of the usual keys;
+            else the checkpoint itself if it holds tensors by name; else the only state dict anywhere in it that does
+            not belong to an optimizer or another such part.
 
     Raises:
-        CheckpointFormatError: There is none there, or there are several.
+        CheckpointFormatError: No state dict is found, or several.
     """
     if key is not None:
         return _state_dict_at(loaded, path, key)
-    # Tensors beside it (the best accuracy) make no state dict of the checkpoint.
+    # The usual keys come first: a tensor beside them (the best accuracy) does not make the checkpoint a state dict.
     candidates = [loaded[name] for name in _STATE_DICT_KEYS if name in loaded] if isinstance(loaded, Mapping) else []
     for candidate in (*candidates, loaded):
         weights = _as_state_dict(candidate)
@@ -69,7 +69,7 @@ def find_state_dict(loaded: Any, path: str | os.PathLike[str], key: str | None =
     if found:
         several = [f"key={name!r} ({len(weights)} entries)" for name, weights in found.items()]
         raise CheckpointFormatError(
-            f"{os.fspath(path)} holds {len(found)} state dicts, so which one is meant cannot be told. Choose one: "
+            f"{os.fspath(path)} holds {len(found)} state dicts, so the choice is ambiguous. Choose one: "
             f"{listed(several)}.",
             path=os.fspath(path),
         )
@@ -85,7 +85,7 @@ def _state_dict_at(loaded: Any, path: str | os.PathLike[str], key: str) -> Mappi
                 break
             found, rest = found[int(first)], after
             continue
-        # The longest first, for keys that have dots of their own.
+        # The longest part first, since a key may contain dots.
         name = next((part for part in _prefixes(rest) if part in found), None) if isinstance(found, Mapping) else None
         if name is None:
             break
@@ -104,7 +104,7 @@ def _as_state_dict(value: Any) -> Mapping[str, Any] | None:
 
 
 def _search(loaded: Any) -> dict[str, Mapping[str, Any]]:
-    """Every state dict within nested containers, by the key that names it, without those of other parts."""
+    """Every state dict in nested containers by its key, except those of optimizers and other parts."""
     found: dict[str, Mapping[str, Any]] = {}
     stack: list[tuple[tuple[str, ...], Any]] = [((), loaded)]
     while stack:
@@ -125,7 +125,7 @@ def _search(loaded: Any) -> dict[str, Mapping[str, Any]]:
 def _not_found(what: str, loaded: Any, path: str | os.PathLike[str]) -> CheckpointFormatError:
     has = listed(map(repr, loaded)) or "nothing" if isinstance(loaded, Mapping) else f"a {type(loaded).__name__}"
     found = _search(loaded)
-    advice = "Say with key= where the names and tensors are."
+    advice = "Pass key= with the place of the state dict."
     if found:
         advice = f"Choose one of {listed(f'key={name!r}' for name in found)}."
     return CheckpointFormatError(
@@ -136,20 +136,20 @@ def _not_found(what: str, loaded: Any, path: str | os.PathLike[str]) -> Checkpoi
 def rename_keys(
     state_dict: Mapping[str, Any], strip_prefix: str = "", rename: Mapping[str, str] | None = None
 ) -> OrderedDict[str, Any]:
-    """A state dict under other names, with the versions of its modules (``_metadata``) under theirs.
+    """Returns a state dict with renamed keys. The versions of its modules (``_metadata``) are renamed too.
 
     Args:
         state_dict: The state dict.
-        strip_prefix: Taken off the keys that start with it.
-        rename: Regular expressions and what to put for them, applied in their order.
+        strip_prefix: Prefix that is removed from the keys that start with it.
+        rename: Regular expressions and their replacements, applied in this order.
 
     Raises:
-        ValueError: Two keys get the same name, or a regular expression is none.
+        ValueError: Two keys get the same name, or a regular expression is invalid.
     """
     try:
         pairs = [(re.compile(pattern), replacement) for pattern, replacement in (rename or {}).items()]
         for pattern, replacement in pairs:
-            re.compile(f"{pattern.pattern}|").sub(replacement, "")  # a replacement may be wrong as well
+            re.compile(f"{pattern.pattern}|").sub(replacement, "")  # raises if the replacement is invalid
     except re.error as error:
         raise ValueError(f"rename: {error.pattern!r} is no regular expression: {error}.") from error
 
@@ -168,21 +168,21 @@ def rename_keys(
         renamed[name], origin[name] = value, old
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is not None:
-        # Keyed by the paths of modules, which are keys without their last part.
+        # The keys of _metadata are the paths of modules: keys of the state dict without their last part.
         paths = {path: rename_one(f"{path}.").removesuffix(".") if path else "" for path in metadata}
         renamed._metadata = {new: metadata[path] for path, new in paths.items()}  # type: ignore[attr-defined]
     return renamed
 
 
 def match_compiled(given: Collection[str], expected: Collection[str]) -> dict[str, str]:
-    """New names for those that differ from a module's only by what ``torch.compile`` puts into them.
+    """Finds the names that differ from a module's names only by the ``_orig_mod.`` of ``torch.compile``.
 
     Args:
         given: Names of a state dict.
         expected: Names of the module.
 
     Returns:
-        For each such name the module's. A name that the module has, or that could be two of its names, is left alone.
+        The module's name for each such name. Not included: names that the module has, and ambiguous names.
     """
     if not any("_orig_mod." in name for name in given) and not any("_orig_mod." in name for name in expected):
         return {}
@@ -202,7 +202,7 @@ def match_compiled(given: Collection[str], expected: Collection[str]) -> dict[st
 
 
 def rename_compiled(state_dict: dict[str, Any], expected: Collection[str]) -> None:
-    """Gives a state dict, in place, the names of a module that differ only by :func:`match_compiled`."""
+    """Renames the keys of a state dict in place to the names of a module, as :func:`match_compiled` finds them."""
     renamed = match_compiled(state_dict, expected)
     if renamed:
         items = [(renamed.get(name, name), value) for name, value in state_dict.items()]
@@ -211,7 +211,7 @@ def rename_compiled(state_dict: dict[str, Any], expected: Collection[str]) -> No
 
 
 def add_compiled_versions(state_dict: Any, module_paths: Collection[str]) -> None:
-    """Gives the versions of modules in a state dict (``_metadata``) to the same modules under compiled names too."""
+    """Copies the versions of modules in a state dict (``_metadata``) to the compiled names of the same modules."""
     metadata = getattr(state_dict, "_metadata", None)
     if not isinstance(metadata, dict):
         return
@@ -222,7 +222,7 @@ def add_compiled_versions(state_dict: Any, module_paths: Collection[str]) -> Non
 
 
 def suggest_renaming(given: Collection[str], expected: Collection[str]) -> str | None:
-    """The arguments that give most names of a state dict the module's, where one prefix more or less does."""
+    """Suggests arguments for names that differ from a module's names by one prefix; ``None`` if none helps."""
     expected, given = set(expected), set(given)
     before = len(given & expected)
     best: tuple[int, str] = (before, "")
@@ -231,7 +231,7 @@ def suggest_renaming(given: Collection[str], expected: Collection[str]) -> str |
     for prefix, _ in more.most_common(3):
         count = len({name.removeprefix(prefix) for name in given if name.startswith(prefix)} & expected)
         words = f"strip_prefix={prefix!r}"
-        # What stands beside the module, such as the counter of an AveragedModel.
+        # Entries beside the module, such as the counter of an AveragedModel.
         others = sorted(name for name in given if not name.startswith(prefix) and name not in expected)
         if 0 < len(others) <= _FEW:
             words += f", exclude={[f'^{re.escape(name)}$' for name in others]}"
@@ -252,14 +252,14 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
 
 
 def key_filter(include: str | Sequence[str], exclude: str | Sequence[str]) -> Callable[[str], bool]:
-    """Whether a key is wanted, as regular expressions say.
+    """Makes a function that tells whether a key is wanted.
 
     Args:
-        include: Any key in which one of these is found. Empty: every key.
-        exclude: But none in which one of these is found.
+        include: Regular expressions. A key is wanted if one of them is found in it. Empty: every key is wanted.
+        exclude: Regular expressions. A key is not wanted if one of them is found in it.
 
     Raises:
-        ValueError: A regular expression is none.
+        ValueError: A regular expression is invalid.
     """
     included, excluded = _compiled("include", include), _compiled("exclude", exclude)
 

@@ -1,4 +1,4 @@
-"""What lies in the memory of a tensor: how much of it, whether other tensors lie there too, and what waits there."""
+"""Questions about the memory of a tensor: its size, other tensors in it, and its deferred contents."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ __all__ = [
 
 
 class Pending:
-    """A stretch of memory whose contents wait.
+    """A block of memory with deferred contents.
 
     Attributes:
-        storage: The memory. A storage that is referred to weakly keeps its identity for itself.
-        contents: What it is to contain.
-        owner: The module class and the name of the parameter that it belongs to, ``None`` if none is known.
-        is_derived: Whether a parameter's values went into it, or it is one.
-        made: The contents that its memory has already, ``None`` if it has never been written.
-        num_made: How often its contents were made for others.
-        num_steps: How many steps its contents are away from memory that nobody has written.
+        storage: A weak reference to the memory. While it exists, no other storage gets the same address.
+        contents: The deferred contents.
+        owner: Module class and name of the parameter in this memory; ``None`` if unknown.
+        is_derived: Whether the memory belongs to a parameter, or its contents were computed from one.
+        made: The contents that the memory already has; ``None`` if it has never been written.
+        num_made: How often the contents were made for other memory.
+        num_steps: Number of steps since the memory was last overwritten as a whole, or was allocated.
     """
 
     __slots__ = ("contents", "is_derived", "made", "num_made", "num_steps", "owner", "storage")
@@ -55,20 +55,20 @@ class Pending:
         self.num_steps = 0
 
     def get(self) -> torch.UntypedStorage | None:
-        """The memory, ``None`` if nobody refers to it any more."""
+        """The memory; ``None`` if no tensor refers to it any more."""
         # As torch.multiprocessing.reductions.storage_from_cache does (torch 2.6 to 2.14).
         return torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
 
 
 @dataclass(frozen=True, slots=True)
 class Realised:
-    """A parameter that got its values while it was built.
+    """A parameter that got its values during the construction.
 
     Attributes:
-        owner: The module class and the name.
-        reason: What needed them.
-        nbytes: What it takes.
-        storage: The memory.
+        owner: Module class and name of the parameter.
+        reason: Why the values were needed.
+        nbytes: Size of the memory in bytes.
+        storage: A weak reference to the memory.
     """
 
     owner: tuple[type[nn.Module], str]
@@ -78,21 +78,21 @@ class Realised:
 
 
 def own_view(tensor: torch.Tensor) -> Own:
-    """Where a tensor lies in its memory."""
+    """The view of its memory that a tensor is."""
     return Own(tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is what its type, shape and strides say of its memory."""
+    """Whether type, shape and strides fully describe how a tensor reads its memory."""
     return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_conj() and not tensor.is_neg()
 
 
 def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
-    """The memory of a tensor that has one of its own."""
+    """The memory of a tensor; ``None`` if it has none, or is a wrapper around other tensors."""
     if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_meta:
         return None
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        return None  # A wrapper around others.
+        return None  # a wrapper around other tensors
     try:
         return tensor.untyped_storage()
     except (RuntimeError, NotImplementedError):
@@ -100,7 +100,7 @@ def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
 
 
 def is_all_of(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
-    """Whether the memory holds nothing but the tensor's values, each once."""
+    """Whether the memory holds only the tensor's values, each once."""
     if tensor.numel() * tensor.element_size() != storage.nbytes():
         return False
     if tensor.is_contiguous():
@@ -114,32 +114,32 @@ def is_all_of(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
 
 
 def is_alone(tensor: torch.Tensor) -> bool:
-    """Whether no other tensor lies in the same memory."""
+    """Whether no other tensor uses the same memory."""
     return use_count(tensor) <= count_alone()
 
 
-# torch has no public way to ask (2.6 to 2.14).
+# torch has no public function for this (2.6 to 2.14).
 _COUNT: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
 @functools.cache
 def count_alone() -> int:
-    """The :func:`use_count` of a tensor that is alone in its memory."""
-    # Without an answer nothing counts as alone, and everything is built in memory.
+    """The :func:`use_count` of a tensor that shares its memory with no other one."""
+    # If torch has no such function, no tensor counts as alone, and everything is built in memory.
     return -1 if _COUNT is None else use_count(torch.empty(1, device="cpu"))
 
 
 def use_count(tensor: torch.Tensor) -> int:
-    """How many tensors lie in the memory of one, and something constant."""
+    """The number of tensors in the memory of a tensor, plus a constant."""
     return 0 if _COUNT is None else _COUNT(tensor.untyped_storage()._cdata)
 
 
 @contextlib.contextmanager
 def unfilled() -> Iterator[bool]:
-    """Makes memory without writing to it, also where torch is told to fill it for the sake of determinism.
+    """Prevents torch from filling new memory within the block, as it does with deterministic algorithms.
 
     Yields:
-        Whether torch is told so.
+        Whether torch would fill new memory.
     """
     setting: Any = torch.utils.deterministic
     if not (torch.are_deterministic_algorithms_enabled() and setting.fill_uninitialized_memory):
@@ -153,5 +153,5 @@ def unfilled() -> Iterator[bool]:
 
 
 def fill_uninitialized(tensor: torch.Tensor) -> None:
-    """Fills a tensor as torch fills uninitialised memory if its algorithms are to be deterministic."""
+    """Fills a tensor as torch fills uninitialised memory with deterministic algorithms."""
     tensor.copy_(torch.empty_like(tensor))

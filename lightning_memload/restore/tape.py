@@ -1,9 +1,9 @@
-"""What made the contents of a stretch of memory, as a chain of steps that can be taken again at any time.
+"""The recorded operations that make the contents of a block of memory, as a chain of steps that can be replayed.
 
-A step is one operation of torch on one stretch of memory: an initialiser, an arithmetic operation, a copy from a
-:class:`Source`. Steps refer to other memory by the step that was its last at that time, so the chain of one parameter
-holds what it depends on and nothing else, and the end of a chain gives the same values whenever it is replayed: a step
-that draws random numbers has a seed of its own. Nothing here knows modules.
+A step is one operation of torch on one block of memory: an initialiser, an arithmetic operation, a copy from a
+:class:`Source`. A step refers to other memory by the last step of that memory at that time. So the chain of a parameter
+holds only what the parameter depends on. Every replay of a chain gives the same values: a step that draws random
+numbers has its own seed. This file knows nothing of modules.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from lightning_memload.storage.pages import MappedFile
 
 __all__ = ["Contents", "Made", "Own", "Read", "Source", "Step", "holds_data", "in_order", "sources_of", "view_of"]
 
-# Memory with the contents that steps read, by what identifies these contents.
+# Memory with contents that steps read, by the key of these contents.
 Made = dict[int, torch.UntypedStorage]
 
 
 class Source:
-    """A real tensor that a step copies or computes from. Its values do not change as long as a step refers to it.
+    """A real tensor that a step reads. Its values do not change as long as a step refers to it.
 
-    Copies of a module share their sources, so a deep copy of one is itself.
+    Copies of a module share their sources, so the deep copy of a source is the source itself.
 
     Attributes:
         tensor: The values.
-        file: The file whose pages they are, ``None`` for other memory.
+        file: The file that is mapped into the tensor's memory; ``None`` for other memory.
     """
 
     __slots__ = ("__weakref__", "file", "tensor")
@@ -43,10 +43,10 @@ class Source:
         self.file = file
 
     def read(self) -> torch.Tensor:
-        """The values, as they were.
+        """The values, as they were when the step was recorded.
 
         Raises:
-            MetaTensorError: Their file has been written to in place.
+            MetaTensorError: The file has been written to in place.
         """
         if self.file is not None and self.file.has_changed:
             raise MetaTensorError(
@@ -58,7 +58,7 @@ class Source:
         return self.tensor
 
     def keep(self) -> None:
-        """Copies the values, before somebody else changes them."""
+        """Copies the values, before other code changes them."""
         self.tensor, self.file = self.read().clone(), None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Source:
@@ -80,12 +80,12 @@ class Own:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The contents that a stretch of memory has after a step.
+    """The contents of a block of memory after a step.
 
     Attributes:
-        nbytes: Its length.
-        device: Where it is.
-        last: The step, ``None`` for memory that has not been written.
+        nbytes: Size of the memory in bytes.
+        device: Device of the memory.
+        last: The step; ``None`` for memory that has not been written.
     """
 
     nbytes: int
@@ -97,32 +97,33 @@ class Contents:
 
     @property
     def key(self) -> int:
-        """What contents have in common that are the same."""
+        """An identity: equal contents have the same key."""
         return id(self) if self.last is None else id(self.last)
 
     def make(self) -> torch.UntypedStorage:
-        """New memory with these contents.
+        """Allocates memory and writes these contents to it.
 
-        Peak memory: itself, and what steps read that are not taken yet.
+        Peak memory: the contents, and the memory that remaining steps read.
         """
         storage = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device).untyped_storage()
         self.write_to(storage)
         return storage
 
     def write_to(self, storage: torch.UntypedStorage, others: Made | None = None, known: Made | None = None) -> None:
-        """Gives memory of the same length and device these contents.
+        """Writes these contents to memory of the same size and device.
 
         Args:
             storage: The memory.
-            others: Other memory that gets its contents on the way, by their keys.
-            known: Memory that has contents already, likewise. It is read only, but may be ``storage``.
+            others: Other memory that gets its contents in the same replay, by the keys of the contents.
+            known: Memory that already has its contents, by the keys of the contents. It is only read, except if it is
+                ``storage``.
         """
         if self.last is not None:
             with _undisturbed():
                 _replay(self, storage, others or {}, known or {})
 
     def needs(self) -> list[Contents]:
-        """The contents from which the last step makes these."""
+        """The contents that the last step reads."""
         step = self.last
         if step is None:
             return []
@@ -141,22 +142,22 @@ class Read:
         return self
 
     def make(self) -> torch.Tensor:
-        """A tensor with memory of its own, with these values, strides, dtype and device."""
+        """Makes a tensor in new memory with these values, strides, dtype and device."""
         return view_of(self.contents.make(), self.view)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """One operation on one stretch of memory.
+    """One operation on one block of memory.
 
     Attributes:
         call: A function, or the name of an operator of torch (operators cannot be pickled).
-        args: Its arguments, with an :class:`Own`, :class:`Read` or :class:`Source` in place of each tensor.
-        kwargs: Likewise.
-        previous: The step before on the same memory, ``None`` if this one overwrites all of it, or is the first.
-        target: Where the result goes; ``None`` if the operation writes in place.
-        index: Which of several results.
-        seed: For the device's random numbers; ``None`` if it draws none.
+        args: Positional arguments, with an :class:`Own`, :class:`Read` or :class:`Source` in place of each tensor.
+        kwargs: Keyword arguments, likewise.
+        previous: The previous step on the same memory; ``None`` if this step overwrites all of it, or is the first.
+        target: The view to which the result is copied; ``None`` if the operation writes in place.
+        index: Index of the result, if the operation has several.
+        seed: Seed of the device's random numbers; ``None`` if the operation draws none.
     """
 
     call: str | Callable[..., Any]
@@ -168,7 +169,7 @@ class Step:
     seed: int | None = None
 
     def run(self, storage: torch.UntypedStorage, device: torch.device, made: Made) -> None:
-        """Takes the step on memory that has the contents before it."""
+        """Runs the operation on memory that has the contents of the previous step."""
         args, kwargs = _filled(self.args, storage, made), _filled(self.kwargs, storage, made)
         call = _operator(self.call) if isinstance(self.call, str) else self.call
         with _seeded(self.seed, device):
@@ -179,12 +180,12 @@ class Step:
 
 
 def view_of(storage: torch.UntypedStorage, view: Own) -> torch.Tensor:
-    """A tensor on a storage."""
+    """Makes a tensor in a storage."""
     return torch.empty(0, dtype=view.dtype, device=storage.device).set_(storage, view.offset, view.size, view.stride)
 
 
 def sources_of(contents: Contents) -> Iterator[Source]:
-    """Everything real that contents depend on, each once."""
+    """All sources that contents depend on, each once."""
     seen: set[int] = set()
     left: list[Any] = [contents]
     while left:
@@ -206,16 +207,16 @@ def sources_of(contents: Contents) -> Iterator[Source]:
 
 
 def holds_data(contents: Contents) -> bool:
-    """Whether contents depend on more than initialisers and numbers that stand in the code."""
+    """Whether contents depend on a source, and not only on initialisers and numbers in the code."""
     return next(sources_of(contents), None) is not None
 
 
 def in_order(contents: Contents, known: Collection[int] = ()) -> list[Contents]:
-    """Everything that is made on the way to contents, each once, after what it needs. They are the last.
+    """All contents that must be made for the given contents, each once and after the contents that it needs.
 
     Args:
-        contents: The contents.
-        known: Keys of what need not be made.
+        contents: The contents. They are the last entry of the result.
+        known: Keys of contents that exist already.
     """
     order: list[Contents] = []
     seen: set[int] = set(known)
@@ -232,14 +233,14 @@ def in_order(contents: Contents, known: Collection[int] = ()) -> list[Contents]:
 
 
 def _replay(contents: Contents, storage: torch.UntypedStorage, others: Made, known: Made) -> None:
-    """Takes every step on the way to contents once, and lets go of memory when no further step reads it."""
+    """Runs every step that contents need once, and frees memory that no remaining step reads."""
     order = in_order(contents, known)
     uses = Counter(need.key for item in order for need in item.needs())
     trunk = _first_step(contents)
     made = dict(known)
     for key, memory in known.items():
         if memory._cdata == storage._cdata and uses[key] > 1:
-            made[key] = memory.clone()  # Steps begin to write to it before others read what is in it.
+            made[key] = memory.clone()  # A step may write to the storage before another step reads its old contents.
     for item in order:
         step = item.last
         if step is not None and step.previous is not None:
@@ -247,7 +248,7 @@ def _replay(contents: Contents, storage: torch.UntypedStorage, others: Made, kno
             memory = made[before]
             if before in known and memory._cdata != storage._cdata:
                 memory = memory.clone()
-            elif uses[before] > 1:  # Others read it as it was.
+            elif uses[before] > 1:  # Other steps read the contents from before this step.
                 made[before] = memory.clone()
         elif step is trunk and all(memory._cdata != storage._cdata for memory in made.values()):
             memory = storage
@@ -285,7 +286,7 @@ def _reads_in(value: Any) -> Iterator[Read]:
 
 
 def _filled(value: Any, storage: torch.UntypedStorage, made: Made) -> Any:
-    """Arguments with tensors."""
+    """Replaces the terms in arguments by tensors."""
     if isinstance(value, Own):
         return view_of(storage, value)
     if isinstance(value, Source):
@@ -307,7 +308,7 @@ def _operator(name: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Takes steps as they were taken down, whatever the caller is in the middle of."""
+    """Runs steps as they were recorded, without the caller's autograd, inference and autocast modes."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.inference_mode(False))
@@ -319,7 +320,7 @@ def _undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draws random numbers of the device from a seed, and leaves its generator as it was."""
+    """Seeds the device's random number generator within the block, and restores its state at the end."""
     if seed is None:
         yield
         return

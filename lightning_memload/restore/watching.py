@@ -1,4 +1,4 @@
-"""The two modes of torch through which a :class:`Recorder` sees what happens in a thread."""
+"""The two modes of torch that pass the calls of a thread to a :class:`Recorder`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_memload.restore.recording import Recorder, set_active
 
 __all__ = ["Watch"]
 
-# What reads memory past the dispatcher; after some of them somebody else may keep the address.
+# Methods that read memory without the dispatcher. After those in _EXPOSING, other code may keep the address.
 _EXPOSING = {
     getattr(torch.Tensor, name)
     for name in (
@@ -35,9 +35,9 @@ _ASKING = ("_no_grad_trunc_normal_", "orthogonal_")
 
 
 class Watch:
-    """Lets a recorder see every operation of this thread, as a context.
+    """A context that passes every operation of this thread to a recorder.
 
-    torch (2.6 to 2.14) names the base class of such modes in a private module, and has no public one.
+    The base class of such modes is in a private module of torch (2.6 to 2.14). There is no public one.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -57,10 +57,10 @@ class Watch:
         self._all.__exit__(*exception)
 
     def give_up(self, reason: str) -> None:
-        """Makes all memory ordinary, and lets everything happen from now on: the last resort.
+        """Makes all memory ordinary and stops recording. This is the last resort.
 
         Args:
-            reason: What a user is told of it.
+            reason: The reason for the warning to the user.
         """
         self._recorder.give_up(reason)
         if _get_current_dispatch_mode() is self._operations:
@@ -70,7 +70,7 @@ class Watch:
 class _Operations(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # torch (2.6 to 2.14) else imports all of torch._dynamo, and sympy, at the first call: 2 s.
+        # Otherwise torch (2.6 to 2.14) imports all of torch._dynamo, and sympy, at the first call: 2 s.
         return False
 
     def __init__(self, recorder: Recorder) -> None:
@@ -109,8 +109,8 @@ class _Questions(TorchFunctionMode):
                 for tensor in tensors_in(args[:1]):
                     recorder.expose(tensor, f"{name}() reads its memory")
         elif func in (_IS_META, _NUMEL):
-            # Initialisers that draw again until all is well, or decompose, would need values. Each asks first whether
-            # there is anything to do: is_meta (torch 2.13), numel() (orthogonal_, since torch 1.0).
+            # Initialisers that draw until all values are valid, or decompose a matrix, need values. Each first asks
+            # whether there is anything to do: is_meta (torch 2.13), numel() (orthogonal_, since torch 1.0).
             frame = sys._getframe(1)
             if frame.f_globals is nn.init.__dict__ and frame.f_code.co_name in (
                 "_no_grad_trunc_normal_",
@@ -121,6 +121,6 @@ class _Questions(TorchFunctionMode):
                 if is_recorded:
                     return True if func == _IS_META else 0
         if torch._C._get_tracing_state() is not None:
-            # torch.jit.trace takes down what happens itself, and fails beneath modes of the dispatcher (torch 2.13).
+            # torch.jit.trace records operations itself, and fails under modes of the dispatcher (torch 2.13).
             self._watch.give_up("torch.jit.trace() is used")
         return func(*args, **kwargs)
