@@ -1,7 +1,8 @@
-"""Moves bytes from a source into tensors: the plan, the staging ring with its hard budget, and the threads."""
+"""Moves bytes between files and tensors: the plan, the staging ring with its hard budget, and the threads."""
 
 from lightning_memload.transfer.compare import compare_records
-from lightning_memload.transfer.engine import Record, TensorCopy, TransferStats, transfer
+from lightning_memload.transfer.copies import Record, TensorCopy, TransferStats
+from lightning_memload.transfer.engine import transfer
 from lightning_memload.transfer.staging import (
     MIN_BUDGET_BYTES,
     LazyRing,

@@ -1,7 +1,7 @@
-"""CRC-32s of records whose bytes several threads bring in any order.
+"""CRC-32s of records whose bytes are read by several threads, in any order.
 
-Each thread takes the checksum of what it has just read, while that is still in its cache; the last one puts the parts
-of a record together.
+Each thread computes the checksum of the bytes that it has just read, while they are still in its cache. The thread that
+reads the last part of a record combines the checksums of all parts.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ __all__ = ["PartialChecksums"]
 
 
 class PartialChecksums:
-    """Collects the parts of records until they are whole.
+    """Collects the checksums of parts until each record is complete.
 
     Args:
-        nbytes: The length of every record, none of them 0.
+        nbytes: Length of each record in bytes, none of them 0.
     """
 
     def __init__(self, nbytes: Sequence[int]) -> None:
         self._nbytes = nbytes
         self._lock = threading.Lock()
-        # For each record that has begun: bytes still to come, and start, length and CRC-32 of each part.
+        # For each incomplete record: start, length and CRC-32 of each part, and the number of missing bytes.
         self._parts: dict[int, list[tuple[int, int, int]]] = {}
         self._missing: dict[int, int] = {}
 
     def update(self, record: int, start: int, parts: Sequence[memoryview]) -> int | None:
-        """Takes in bytes of a record. Every byte must come once.
+        """Adds bytes of a record. Every byte must be added exactly once.
 
         Args:
-            record: Position of the record.
-            start: Where in the record the bytes begin.
-            parts: The bytes, one after the other.
+            record: Position of the record in ``nbytes``.
+            start: Offset of the bytes in the record.
+            parts: The bytes, as consecutive buffers.
 
         Returns:
-            The record's CRC-32 when these were the last of its bytes, else ``None``.
+            The CRC-32 of the record if it is now complete, else ``None``.
         """
         crc = nbytes = 0
         for part in parts:

@@ -1,6 +1,6 @@
-"""Comparing the checksums of records whose bytes are wanted nowhere: those of pages that become a module's memory.
+"""Compares the checksums of records without loading them: records of pages that become a module's memory.
 
-The pages stay in the page cache, from which whoever uses the module gets them. Nothing is loaded.
+The pages stay in the page cache, and later accesses to the module's memory use them from there.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from lightning_memload.errors import ChecksumError
 from lightning_memload.storage import ByteSource, read_fully
 from lightning_memload.transfer.checksums import PartialChecksums
-from lightning_memload.transfer.engine import Record, TransferStats, checksum_error
+from lightning_memload.transfer.copies import Record, TransferStats, checksum_error
 from lightning_memload.transfer.plan import Range, Read, plan_reads
 from lightning_memload.transfer.threads import run_threads
 
 __all__ = ["compare_records"]
 
-# Each thread has one buffer of this size. The checksum is taken from what is still in the core's cache.
+# Each thread has one buffer of this size. It is small enough to be in the core's cache for the checksum.
 _BLOCK_BYTES = 1 << 20
 
 
@@ -33,21 +33,21 @@ def compare_records(
     """Reads records and compares their checksums.
 
     Args:
-        source: Where the bytes are.
-        records: The records.
-        num_threads: The most threads to read with.
-        on_progress: Called after every read with its length in bytes, from the threads, one at a time.
-        on_damage: Called with a record that does not have its checksum, and the error, instead of raising it. From the
-            threads, one at a time.
+        source: The source of the bytes.
+        records: The records. Empty records are skipped.
+        num_threads: Maximum number of threads that read.
+        on_progress: Called after every read with its length in bytes, from the threads, one call at a time.
+        on_damage: Called with a record that does not have its checksum, and with the error, which is then not raised.
+            Called from the threads, one call at a time.
 
     Returns:
-        Counters.
+        The counters.
 
     Raises:
-        CheckpointReadError: A read failed or met the end of the file.
-        ChecksumError: The bytes of a record do not have their checksum.
+        CheckpointReadError: A read failed or reached the end of the file.
+        ChecksumError: The bytes of a record do not have the recorded checksum, and ``on_damage`` is ``None``.
 
-    Peak memory: 1 MiB for each thread.
+    Peak memory: 1 MiB per thread.
     """
     records = [record for record in records if record.nbytes]
     if not records:

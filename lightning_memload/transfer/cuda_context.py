@@ -1,8 +1,8 @@
-"""Which GPU, and which of its streams, a thread works on.
+"""Selects the GPU and the stream of a thread.
 
-Every new thread starts on the first GPU, whatever the thread that made it uses, and whatever it then asks of the CUDA
-runtime gives that GPU a context: some 500 MiB for each process of a host that trains on another one. So threads say
-where they work before anything else. Without a GPU to work on nothing is asked, and CUDA stays as it is.
+A new thread starts on the first GPU, even if the thread that starts it uses another one. Its first CUDA call then
+creates a context on the first GPU: about 500 MiB for each process of the host that trains on another GPU. So a thread
+selects its GPU before any other CUDA call. Without a GPU, nothing is called and CUDA is not initialised.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["on_device", "on_stream"]
 
 @contextlib.contextmanager
 def on_device(device: torch.device | None) -> Iterator[None]:
-    """Within, the current GPU of this thread is ``device``. Nothing changes for ``None`` and for other devices."""
+    """Makes ``device`` the current GPU of this thread. Does nothing for ``None`` and for devices that are not CUDA."""
     if device is None or device.type != "cuda":
         yield
         return
@@ -27,11 +27,11 @@ def on_device(device: torch.device | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Within, this thread queues its work on ``stream`` and its GPU. Nothing changes for ``None``."""
+    """Makes ``stream`` and its GPU current in this thread. Does nothing for ``None``."""
     if stream is None:
-        # torch.cuda.stream(None) would initialise CUDA (torch 2.13), which forbids a later fork, or fails in one.
+        # torch.cuda.stream(None) initialises CUDA (torch 2.13). This rules out a later fork, and fails in a fork.
         yield
         return
-    # The GPU first: leaving a stream makes the GPU that was current before it current again, and gives it a context.
+    # First the GPU: on exit, torch.cuda.stream selects the previous GPU again, which creates a context on it.
     with on_device(stream.device), torch.cuda.stream(stream):
         yield

@@ -1,10 +1,10 @@
 """The engine: threads that carry out a plan, from a byte source into tensors.
 
-Each thread takes the next read in file order. Into CPU memory it reads straight, or converts what it has read; for
-other devices the bytes go into a staging buffer, and from there the calling thread has them copied while the others
-read on. It alone talks to the device: when every thread does, each waits for the others there (a quarter slower on an
-H100). A buffer is used again only after its last copy has ended. Checksums are taken from the bytes on their way. What
-the engine does not know: modules, optimizers, file formats.
+Each thread takes the next read in file order. For CPU memory, a thread reads directly into the destination, or
+converts the values itself. For other devices, it reads into a staging buffer, and the calling thread copies the buffer
+to the device. Only the calling thread uses the device: threads that share it block each other (25% slower on an H100).
+A buffer is reused only after its last copy has ended. Checksums are computed from the bytes as they are read. The
+engine does not know modules, optimizers or file formats.
 """
 
 from __future__ import annotations
@@ -17,79 +17,22 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from lightning_memload.checkpoint import span_elements
-from lightning_memload.errors import ChecksumError
 from lightning_memload.storage import ByteSource, read_fully
 from lightning_memload.transfer.checksums import PartialChecksums
+from lightning_memload.transfer.copies import Record, TensorCopy, TransferStats, checksum_error
 from lightning_memload.transfer.cuda_context import on_stream
 from lightning_memload.transfer.plan import Check, Piece, Range, Read, Segment, plan_checks, plan_reads, split_strided
 from lightning_memload.transfer.staging import StagingRing
 from lightning_memload.transfer.threads import run_threads
 
-__all__ = ["Record", "TensorCopy", "TransferStats", "checksum_error", "transfer"]
+__all__ = ["transfer"]
 
-# Into CPU memory a checksum is taken from what is still in the core's cache: 2 times the speed of 16 MiB.
+# For CPU memory: the checksum finds a block of 1 MiB still in the core's cache, twice as fast as with 16 MiB.
 _DIRECT_BLOCK_BYTES = 1 << 20
-
-
-class TensorCopy(NamedTuple):
-    """One tensor to bring from the file to its destination.
-
-    Attributes:
-        name: What to call it in messages.
-        offset: File position of its first element.
-        dtype: Element type in the file.
-        stride: Strides in the file, in elements. The shape is the destination's.
-        destination: Where the values go; any device, dtype and strides. Values are converted as ``Tensor.copy_`` does.
-    """
-
-    name: str
-    offset: int
-    dtype: torch.dtype
-    stride: tuple[int, ...]
-    destination: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """Bytes of the file with a known CRC-32."""
-
-    name: str
-    offset: int
-    nbytes: int
-    crc32: int
-
-
-@dataclass(frozen=True, slots=True)
-class TransferStats:
-    """What a transfer did.
-
-    Attributes:
-        bytes_read: Bytes that were read from the source.
-        bytes_verified: Bytes of the records whose checksum was compared.
-        seconds: Wall time from the first read to the end of the last copy.
-        num_threads: Threads that ran.
-        staging_bytes: Host memory of the staging ring, 0 when no byte went through it.
-    """
-
-    bytes_read: int = 0
-    bytes_verified: int = 0
-    seconds: float = 0.0
-    num_threads: int = 0
-    staging_bytes: int = 0
-
-    def __add__(self, other: TransferStats) -> TransferStats:
-        return TransferStats(
-            self.bytes_read + other.bytes_read,
-            self.bytes_verified + other.bytes_verified,
-            self.seconds + other.seconds,
-            max(self.num_threads, other.num_threads),
-            max(self.staging_bytes, other.staging_bytes),
-        )
 
 
 def transfer(
@@ -102,37 +45,35 @@ def transfer(
     records: Sequence[Record] = (),
     on_progress: Callable[[int], None] | None = None,
 ) -> TransferStats:
-    """Brings every tensor from the source to its destination.
+    """Copies every tensor from the source to its destination.
 
-    Returns when all values have arrived, on every device. On failure some destinations are filled, others are not; all
-    threads have ended and no copy is under way.
+    After a failure, some destinations are filled and others are not. All threads have ended and no copy is in progress.
 
     Args:
-        source: Where the bytes are.
-        copies: The tensors. Destinations must not overlap. Empty tensors are passed over.
-        ring: Gives the staging ring when it is needed: for destinations that are not in CPU memory, and for values
-            that must be converted on their way.
-        num_threads: Threads to read with.
-        block_bytes: The longest read; at most the ring's block.
-        records: Checksums to compare. A record is compared when the copies need all of its bytes.
-        on_progress: Called after every read with its length in bytes, from the threads, one at a time.
+        source: The source of the bytes.
+        copies: The tensors. Destinations must not overlap. Empty tensors are skipped.
+        ring: Returns the staging ring. Called only if a destination is not in CPU memory or values must be converted.
+        num_threads: Number of threads that read.
+        block_bytes: Maximum length of one read, at most the ring's block.
+        records: Checksums to compare. A record is compared only if the copies need all of its bytes.
+        on_progress: Called after every read with its length in bytes, from the threads, one call at a time.
 
     Returns:
-        Counters.
+        The counters, when all values have arrived on every device.
 
     Raises:
-        ValueError: The ring has fewer threads, or smaller blocks, than asked for.
-        CheckpointReadError: A read failed or met the end of the file.
-        ChecksumError: A record's bytes do not have their checksum.
+        ValueError: The ring has fewer threads, or smaller blocks, than the arguments demand.
+        CheckpointReadError: A read failed or reached the end of the file.
+        ChecksumError: The bytes of a record do not have the recorded checksum.
 
-    Peak memory: the ring, and on the device one block for each buffer of the ring while values are converted there.
+    Peak memory: the ring. If values are converted on the device, also one block per buffer of the ring there.
     """
     by_device: dict[torch.device, list[TensorCopy]] = {}
     for copy in copies:
         if copy.destination.numel():
             by_device.setdefault(copy.destination.device, []).append(copy)
     if len(by_device) > 1:
-        # What stays on the CPU lies between what goes to the device (an optimizer's steps): one pass for both.
+        # Tensors for the CPU lie between those for the device (an optimizer's steps), so one pass reads both.
         on_cpu = by_device.pop(torch.device("cpu"), [])
         next(iter(by_device.values())).extend(on_cpu)
     stats = TransferStats()
@@ -143,7 +84,7 @@ def transfer(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One read and what becomes of it: either raw segments, or one piece of a tensor that must be rearranged."""
+    """One read and its use: either raw segments, or one piece of a tensor that must be rearranged."""
 
     read: Read
     checks: tuple[Check, ...] = ()
@@ -165,7 +106,7 @@ class _Transfer:
         self._copies = copies
         self._records = sorted(records, key=lambda record: record.offset)
         self._on_progress = on_progress
-        # At most one besides the CPU.
+        # At most one device besides the CPU.
         self._device = next((c.destination.device for c in copies if c.destination.device.type != "cpu"), None)
         on_cuda = self._device is not None and self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if on_cuda else None
@@ -182,11 +123,11 @@ class _Transfer:
         self._bytes: list[torch.Tensor | int | None] = [
             _bytes_of(copy.destination) if raw else None for copy, raw in zip(copies, self._is_raw, strict=True)
         ]
-        # Buffers to read into; ``None`` wakes a thread that waits for one in vain.
+        # Queue of free buffers. ``None`` is the stop sentinel.
         self._empty: queue.SimpleQueue[_Buffer | None] = queue.SimpleQueue()
         for view, tensor in zip(self._ring.views, self._ring.tensors, strict=True) if self._ring else ():
             self._empty.put(_Buffer(view, tensor, self._stream))
-        # Buffers to copy from; ``None`` for each thread that has ended.
+        # Queue of filled buffers. Each thread puts ``None`` when it ends.
         self._full: queue.SimpleQueue[tuple[_Job, _Buffer] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._stopped = False
@@ -217,11 +158,11 @@ class _Transfer:
     def run(self) -> TransferStats:
         started = time.perf_counter()
         if self._stream is not None:
-            # The destinations' memory may still be in use by work that was queued before they were allocated.
+            # Work that was queued before the destinations were allocated may still use their memory.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
             if self._device is None and self._num_jobs == 1:
-                self._read_all()  # Thousands of modules may be filled one by one: a thread for each takes longer.
+                self._read_all()  # Thousands of modules may be filled one by one; a thread for each is slower.
             else:
                 run_threads(
                     self._read_all, self._num_threads, self._stop, meanwhile=self._copy_all, alone=self._read_and_copy
@@ -247,14 +188,14 @@ class _Transfer:
             return None if self._stopped else next(self._jobs, None)
 
     def _read_and_copy(self) -> None:
-        """Reads and copies by turns, in the calling thread, where no thread can be started."""
+        """Reads and copies in turn, in the calling thread. Used if no thread can be started."""
         with on_stream(self._stream):
             self._read_all(copies=True)
 
     def _read_all(self, *, copies: bool = False) -> None:
-        """Reads, in each of the threads. What stays on the CPU they convert as well, and with ``copies`` all else."""
+        """Reads, in each thread. The thread also copies if all destinations are on the CPU, or with ``copies``."""
         try:
-            # Both are properties of a thread.
+            # Both modes belong to a thread.
             with torch.inference_mode(self._inference_mode), torch.no_grad():
                 while (job := self._next_job()) is not None:
                     if self._device is None and job.piece is None:
@@ -276,7 +217,7 @@ class _Transfer:
             self._full.put(None)
 
     def _copy_all(self, running: int) -> None:
-        """Copies from the staging buffers to the device, in the calling thread, until all threads have ended."""
+        """Copies from the staging buffers to the destinations, in the calling thread, until all threads have ended."""
         under_way: deque[_Buffer] = deque()
         with torch.no_grad(), on_stream(self._stream):
             while running:
@@ -311,12 +252,10 @@ class _Transfer:
             raise checksum_error(self._source, record, actual)
 
     def _read(self, job: _Job, parts: Sequence[tuple[int, memoryview]]) -> None:
-        """Reads into consecutive parts of memory, and compares the checksums while the bytes are in the cache."""
+        """Reads into consecutive parts of memory and compares the checksums while the bytes are in the cache."""
         read_fully(self._source, [part for _, part in parts], job.read.offset, name_at=self._name_at)
         for check in job.checks:
             self._verify(check, _cut(parts, check.start, check.nbytes))
-
-    # Straight into CPU memory ---------------------------------------------------------------------------------------
 
     def _read_directly(self, job: _Job) -> None:
         parts: list[tuple[int, memoryview]] = []
@@ -335,7 +274,7 @@ class _Transfer:
                 position = end
         self._read(job, parts)
         for segment in again:
-            # Bytes that an earlier target of this read has too: a tie or a view.
+            # An earlier target of this read has the same bytes: a tie or a view.
             target_start = 0
             for part in _cut(parts, segment.start, segment.nbytes):
                 destination = self._cpu_bytes(segment, target_start, len(part))
@@ -343,14 +282,12 @@ class _Transfer:
                 target_start += len(part)
 
     def _cpu_bytes(self, segment: Segment, skip: int, nbytes: int | None = None) -> memoryview:
-        """Writable memory of a segment's target, without its first ``skip`` bytes."""
+        """Returns the writable memory of a segment's target, without its first ``skip`` bytes."""
         start = self._bytes[segment.target]
         assert isinstance(start, int)
         length = segment.nbytes - skip if nbytes is None else nbytes
         address = start + segment.target_start + skip
         return memoryview((ctypes.c_char * length).from_address(address)).cast("B")
-
-    # Through the staging ring ---------------------------------------------------------------------------------------
 
     def _copy(self, job: _Job, buffer: _Buffer) -> None:
         read = job.read
@@ -361,7 +298,7 @@ class _Transfer:
             target = self._bytes[segment.target]
             assert target is not None
             if isinstance(target, int):
-                # An optimizer's steps: a call into torch for each of thousands of scalars would take longer.
+                # An optimizer's steps: for thousands of scalars, a torch call for each is slower.
                 ctypes.memmove(target + segment.target_start, buffer.address + segment.start, segment.nbytes)
                 continue
             target[segment.target_start : segment.target_start + segment.nbytes].copy_(
@@ -377,7 +314,7 @@ class _Transfer:
 
 
 class _Buffer:
-    """One staging buffer, with the event that ends its last copy."""
+    """One staging buffer, with the event that marks the end of its last copy."""
 
     def __init__(self, view: memoryview, tensor: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
         self.view = view
@@ -392,17 +329,17 @@ class _Buffer:
         return self._event is None or self._event.query()
 
     def wait(self) -> None:
-        """Returns when the buffer may be overwritten."""
+        """Blocks until the buffer may be overwritten."""
         if self._event is not None:
             self._event.synchronize()
 
     def mark(self) -> None:
-        """Says that the buffer is in use until all copies so far have ended."""
+        """Marks the buffer as in use until all copies that are queued so far have ended."""
         if self._event is not None:
             self._event.record(self._stream)
 
     def rearrange(self, copy: TensorCopy, piece: Piece, nbytes: int) -> None:
-        """Copies one piece with conversion, which happens on the destination's device."""
+        """Copies one piece and converts it on the destination's device."""
         device = copy.destination.device
         values = self.tensor[:nbytes]
         if device.type != "cpu":
@@ -414,22 +351,8 @@ class _Buffer:
         copy.destination[index].copy_(piece_values)
 
 
-def checksum_error(source: ByteSource, record: Record, actual: int) -> ChecksumError:
-    """The error that says that the bytes of a record have another CRC-32 than the file records."""
-    path, position = source.place(record.offset)
-    return ChecksumError(
-        f"{path} is damaged: the {record.nbytes} bytes of {record.name} at byte {position} have CRC-32 "
-        f"{actual:#010x}, but the file records {record.crc32:#010x}. Resume from another checkpoint.",
-        path=path,
-        key=record.name,
-        offset=position,
-        expected=record.crc32,
-        actual=actual,
-    )
-
-
 def _is_raw(copy: TensorCopy) -> bool:
-    """Whether the destination's memory is, byte for byte, what the file holds."""
+    """Whether the destination's memory holds the same bytes in the same order as the file."""
     destination = copy.destination
     if destination.dtype != copy.dtype or destination.is_conj() or destination.is_neg():
         return False
@@ -440,7 +363,7 @@ def _is_raw(copy: TensorCopy) -> bool:
         for size, in_file, in_memory in zip(destination.shape, copy.stride, destination.stride(), strict=True)
         if size > 1
     )
-    # Dense: no holes between the elements and none of them shared.
+    # Dense: no gaps between the elements, and no shared elements.
     expected = 1
     for in_memory, in_file, size in axes:
         if in_memory != expected or in_file != expected:
@@ -450,7 +373,7 @@ def _is_raw(copy: TensorCopy) -> bool:
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor | int:
-    """The bytes of a dense tensor: their address in CPU memory, or a flat tensor on a device."""
+    """Returns the bytes of a dense tensor: their address in CPU memory, or a flat tensor on a device."""
     if tensor.is_cpu:
         return tensor.data_ptr()
     start = tensor.storage_offset() * tensor.element_size()
@@ -460,8 +383,8 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor | int:
 
 
 def _cut(parts: Sequence[tuple[int, memoryview]], start: int, nbytes: int) -> list[memoryview]:
-    """The part of consecutive buffers that holds bytes ``[start, start + nbytes)`` of a read."""
-    # By halving: a block may hold a hundred thousand small tensors, and each asks.
+    """Returns the parts of consecutive buffers that hold bytes ``[start, start + nbytes)`` of a read."""
+    # Binary search: a block may hold a hundred thousand small tensors, with one call for each.
     number = bisect_right(parts, start, key=lambda item: item[0]) - 1
     found = []
     while number < len(parts) and parts[number][0] < start + nbytes:

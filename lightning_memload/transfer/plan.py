@@ -1,10 +1,10 @@
 """The plan of a transfer: which reads, in which order, and where their bytes go. Pure functions on integers.
 
-Reads are in file order and never longer than a block. Tensors that lie close together share a read, a tensor longer
-than a block is cut, and several targets may want the same bytes of one read (ties, views). Every byte of every target
-is covered exactly once. Nothing here knows of devices, files or torch.
+Reads are in file order and never longer than a block. Tensors that lie close together share a read. A tensor longer
+than a block is split. Several targets may use the same bytes of one read (ties, views). Every byte of every target is
+covered exactly once. This module does not know devices, files or torch.
 
-What there is one of for each tensor is a named tuple: to make one takes 0.4 us, a frozen dataclass 1.5.
+Objects that exist once per tensor are named tuples: creating one takes 0.4 us, a frozen dataclass takes 1.5 us.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from lightning_memload.checkpoint import span_elements
 
 __all__ = ["Check", "Piece", "Range", "Read", "Segment", "plan_checks", "plan_reads", "split_strided"]
 
-# Records are aligned to 64 bytes behind headers of some 100: reading over such gaps is cheaper than a second read.
+# Records are aligned to 64 bytes after headers of about 100 bytes. Reading such a gap is cheaper than a second read.
 MAX_GAP_BYTES = 4096
 
 
 class Range(NamedTuple):
-    """What one target wants: ``nbytes`` of the file from ``offset`` on."""
+    """The bytes of one target: ``nbytes`` of the file from ``offset`` on."""
 
     target: int
     offset: int
@@ -30,7 +30,7 @@ class Range(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Part of a read that belongs to a target: read bytes ``[start, start + nbytes)`` go to ``target_start`` on."""
+    """Part of a read for one target: bytes ``[start, start + nbytes)`` go to the target at ``target_start``."""
 
     start: int
     nbytes: int
@@ -40,7 +40,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One read of ``nbytes`` from file position ``offset``, and where its parts go, ordered by their start."""
+    """One read of ``nbytes`` from file position ``offset``, and its segments, ordered by their start."""
 
     offset: int
     nbytes: int
@@ -48,7 +48,7 @@ class Read:
 
 
 class Check(NamedTuple):
-    """Part of a read whose checksum counts: ``nbytes`` from ``start`` on are the record's from ``record_start`` on."""
+    """Part of a read that belongs to a record: ``nbytes`` from ``start`` on, at ``record_start`` in the record."""
 
     start: int
     nbytes: int
@@ -58,13 +58,13 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a strided tensor that spans at most a block.
+    """A part of a strided tensor that spans at most one block.
 
     Attributes:
         starts: Index of its first element, per dimension.
-        shape: Its sizes.
-        offset: Its first element, in elements from the tensor's first.
-        span: Elements from its first to one past its last, holes included.
+        shape: Sizes of the piece.
+        offset: Distance from the tensor's first element to the piece's first element, in elements.
+        span: Number of elements from the first to the last, both and all gaps included.
     """
 
     starts: tuple[int, ...]
@@ -77,9 +77,9 @@ def plan_reads(ranges: Iterable[Range], *, block_bytes: int, max_gap_bytes: int 
     """Plans the reads that fill all ranges.
 
     Args:
-        ranges: What the targets want, in any order, overlapping or not. Empty ranges are passed over.
-        block_bytes: The longest read.
-        max_gap_bytes: Unwanted bytes between two ranges up to this length are read along rather than skipped.
+        ranges: The ranges of the targets, in any order. They may overlap. Empty ranges are skipped.
+        block_bytes: Maximum length of one read.
+        max_gap_bytes: A gap between two ranges of up to this length is read too, rather than skipped.
 
     Returns:
         Reads in file order. Their file ranges do not overlap.
@@ -95,7 +95,7 @@ def plan_reads(ranges: Iterable[Range], *, block_bytes: int, max_gap_bytes: int 
     reads: list[Read] = []
     first = 0
     while first < len(wanted):
-        # A run: ranges that touch, overlap, or are a small gap apart.
+        # A run: ranges that touch, overlap, or have only small gaps between them.
         run_start, run_end = wanted[first].offset, wanted[first].offset + wanted[first].nbytes
         last = first + 1
         while last < len(wanted) and wanted[last].offset <= run_end + max_gap_bytes:
@@ -107,7 +107,7 @@ def plan_reads(ranges: Iterable[Range], *, block_bytes: int, max_gap_bytes: int 
 
 
 def _cut_run(ranges: Sequence[Range], run_start: int, run_end: int, block_bytes: int) -> Iterable[Read]:
-    """Cuts one run into reads. ``ranges`` are sorted by offset."""
+    """Splits one run into reads. ``ranges`` are sorted by offset."""
     active: list[Range] = []
     upcoming = 0
     for start in range(run_start, run_end, block_bytes):
@@ -122,7 +122,7 @@ def _cut_run(ranges: Sequence[Range], run_start: int, run_end: int, block_bytes:
         segments.sort(key=lambda segment: (segment.start, segment.target))
         active = [r for r in active if r.offset + r.nbytes > end]
         if segments:
-            # A gap at either end of a block need not be read.
+            # A gap at the start or end of a block is not read.
             low = segments[0].start
             high = max(segment.start + segment.nbytes for segment in segments)
             if low:
@@ -131,16 +131,16 @@ def _cut_run(ranges: Sequence[Range], run_start: int, run_end: int, block_bytes:
 
 
 def plan_checks(reads: Sequence[Read], records: Sequence[tuple[int, int]]) -> tuple[list[tuple[Check, ...]], list[int]]:
-    """Tells which bytes of which read count for the checksum of which record.
+    """Assigns the bytes of the reads to the records whose checksums they are part of.
 
-    Only records that the reads cover completely can be checked. A byte that two reads bring counts once.
+    Only records that the reads cover completely can be checked. A byte that is in two reads counts once.
 
     Args:
         reads: The reads, in file order.
         records: File offset and length of every record, in file order, not overlapping.
 
     Returns:
-        The checks of every read, and the positions of the records that are checked.
+        The checks of each read, and the positions of the records that are checked.
     """
     checks: list[list[Check]] = [[] for _ in reads]
     checked: list[int] = []
@@ -169,14 +169,14 @@ def plan_checks(reads: Sequence[Read], records: Sequence[tuple[int, int]]) -> tu
 
 
 def split_strided(shape: Sequence[int], stride: Sequence[int], *, max_span: int) -> list[Piece]:
-    """Cuts a strided tensor into pieces whose elements lie close enough together to be read in one block.
+    """Splits a strided tensor into pieces that each fit into one block.
 
-    Cuts along the dimension with the largest stride first, so that pieces follow the file.
+    Splits along the dimension with the largest stride first, so that the pieces are in file order.
 
     Args:
         shape: Sizes of the tensor.
-        stride: Its strides in elements, none negative.
-        max_span: The most elements a piece may span, at least 1.
+        stride: Strides of the tensor in elements, none negative.
+        max_span: Maximum span of a piece in elements, at least 1.
 
     Returns:
         Pieces that cover every index exactly once, ordered by their first element. Empty for an empty tensor.

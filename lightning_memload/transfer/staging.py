@@ -1,7 +1,7 @@
-"""The staging ring: the only host memory a transfer allocates, and its hard budget.
+"""The staging ring: the only host memory that a transfer allocates, with a hard budget.
 
-All buffers are cut from one anonymous mapping that is made once, pinned for CUDA, and given back to the kernel when the
-ring is closed. Torch's own pinned allocations would be rounded up to powers of two and stay cached in the process.
+All buffers are parts of one anonymous mapping. It is created once, pinned for CUDA, and returned to the kernel when the
+ring is closed. Pinned allocations of torch are not used: torch rounds them up to powers of two and keeps them cached.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ __all__ = [
     "start_ring",
 ]
 
-# Beyond 16 MiB a block nothing is gained; below 4 MiB the interpreter's lock limits the transfer
+# Blocks of more than 16 MiB are not faster. With blocks below 4 MiB, the interpreter's lock limits the transfer
 # (examples/benchmarks/streaming.py, one H100 with 16 cores).
 _MAX_BLOCK_BYTES = 16 << 20
-# With less for each thread there are fewer of them, rather than smaller blocks.
+# If a thread would get less than this, the number of threads is reduced, not the size of the blocks.
 _THREAD_BUDGET_BYTES = 2 << 20
 MIN_BUDGET_BYTES = 512 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class RingLayout:
-    """How a budget is divided.
+    """The division of a budget into threads and buffers.
 
     Attributes:
-        num_threads: Threads that read into the ring.
-        num_buffers: Buffers that they share, at least one for each.
-        block_bytes: Size of a buffer, and so of the longest read.
+        num_threads: Number of threads that read into the ring.
+        num_buffers: Number of buffers that the threads share, at least one per thread.
+        block_bytes: Size of one buffer, and so the maximum length of one read.
     """
 
     num_threads: int
@@ -51,16 +51,16 @@ class RingLayout:
 
     @property
     def nbytes(self) -> int:
-        """Host memory of the whole ring in bytes, never more than the budget it was chosen for."""
+        """Host memory of the whole ring in bytes, at most the budget that the layout was chosen for."""
         return self.num_buffers * self.block_bytes
 
 
 def check_host_budget(host_budget_mib: int) -> None:
-    """Refuses a budget that is none, where a user gives it.
+    """Validates the argument ``host_budget_mib`` of a user.
 
     Raises:
-        TypeError: It is no number.
-        ValueError: It is less than 1 MiB.
+        TypeError: The argument is not an integer.
+        ValueError: The argument is less than 1 MiB.
     """
     check_whole("host_budget_mib", host_budget_mib, "a whole number of MiB such as 128")
     if host_budget_mib < 1:
@@ -68,26 +68,26 @@ def check_host_budget(host_budget_mib: int) -> None:
 
 
 def choose_layout(budget_bytes: int, num_threads: int) -> RingLayout:
-    """Divides a budget between threads, with fewer threads when their buffers would become too small.
+    """Divides a budget between threads. Uses fewer threads if their buffers would become too small.
 
     Args:
-        budget_bytes: The most host memory that the ring may take.
-        num_threads: Threads that are wanted, at least 1.
+        budget_bytes: Maximum host memory of the ring.
+        num_threads: Desired number of threads, at least 1.
 
     Returns:
         The layout.
 
     Raises:
-        ValueError: The budget is below ``MIN_BUDGET_BYTES`` (512 KiB), or there is no thread.
+        ValueError: The budget is below ``MIN_BUDGET_BYTES`` (512 KiB), or ``num_threads`` is less than 1.
     """
     if budget_bytes < MIN_BUDGET_BYTES:
         raise ValueError(f"The host budget is {budget_bytes} bytes; at least {MIN_BUDGET_BYTES} bytes are needed.")
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got {num_threads}.")
     num_threads = max(1, min(num_threads, budget_bytes // _THREAD_BUDGET_BYTES))
-    # One to read into, and one that waits for its copy or is on its way.
+    # Per thread: one buffer to read into, and one whose copy is queued or in progress.
     num_buffers = 2 * num_threads
-    # Whole pages, so that reads of neighbouring blocks do not share one.
+    # Whole pages, so that adjacent buffers do not share a page.
     block_bytes = min(budget_bytes // num_buffers, _MAX_BLOCK_BYTES) // mmap.PAGESIZE * mmap.PAGESIZE
     return RingLayout(num_threads, num_buffers, block_bytes)
 
@@ -96,18 +96,19 @@ class StagingRing:
     """Buffers between file and device.
 
     Args:
-        layout: Number and size of the buffers. Memory is taken at once when it is pinned, otherwise as it is touched.
-        pinned: Page-lock the buffers for CUDA, so that copies to a device are asynchronous. Needs CUDA. When the
-            driver refuses, the ring works unpinned, slower, and a warning says so.
-        device: The GPU that page-locks them, for copies to and from any. ``None``: the current one of this thread.
+        layout: Number and size of the buffers. Pinned memory is allocated at once, other memory when it is touched.
+        pinned: Page-lock the buffers for CUDA, so that copies to a device are asynchronous. Requires CUDA. If the
+            driver refuses, the ring is not pinned, transfers are slower, and a warning is given.
+        device: The GPU that page-locks the buffers. Copies to and from any GPU can use them. ``None`` means the
+            current GPU of this thread.
 
-    Use as a context manager, or call :meth:`close`. A ring may serve several transfers, one at a time.
+    Use the ring as a context manager, or call :meth:`close`. Several transfers may use a ring, one at a time.
     """
 
     def __init__(self, layout: RingLayout, *, pinned: bool, device: torch.device | None = None) -> None:
         self.layout = layout
         self._memory = mmap.mmap(-1, layout.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # Tensors that are made in inference mode can be written to by no thread that is not in it.
+        # A tensor created in inference mode can only be written by threads that are in inference mode too.
         with torch.inference_mode(False):
             whole = torch.frombuffer(memoryview(self._memory), dtype=torch.uint8)
         self._address = whole.data_ptr()
@@ -126,13 +127,13 @@ class StagingRing:
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes of the ring that are page-locked now."""
+        """Bytes of the ring that are currently page-locked."""
         return self.nbytes if self.pinned else 0
 
     def close(self) -> None:
-        """Unpins and frees the buffers. Copies from them must have ended. Closing twice is fine."""
+        """Unpins and frees the buffers. All copies from them must have ended. May be called twice."""
         if self.pinned:
-            # Before the memory goes: a region that is unmapped while registered poisons later pinning in this process.
+            # Before the unmapping: a region that is unmapped while registered breaks later pinning in this process.
             with on_device(self._device):
                 torch.cuda.cudart().cudaHostUnregister(self._address)
             self.pinned = False
@@ -143,11 +144,11 @@ class StagingRing:
         try:
             self._memory.close()
         except BufferError:
-            # Somebody (a traceback) still holds a buffer. The kernel takes the pages now, the addresses go later.
+            # Another reference (a traceback) still holds a buffer. This frees the pages now, the addresses later.
             self._memory.madvise(mmap.MADV_DONTNEED)
 
     def _pin(self) -> bool:
-        # CUDA keeps an error for the thread in which it happened, and torch's next kernel there would fail with it.
+        # CUDA keeps an error per thread, and torch's next kernel in that thread fails with it. So a new thread is used.
         statuses: list[Any] = []
         run_threads(lambda: statuses.append(self._register()), 1, lambda: None)
         (status,) = statuses
@@ -155,8 +156,8 @@ class StagingRing:
             return True
         reason = torch.cuda.cudart().cudaGetErrorString(status)
         warnings.warn(
-            f"Could not page-lock {self.layout.nbytes >> 20} MiB of host memory ({reason}); the checkpoint is moved "
-            "through ordinary memory, which is slower.",
+            f"Could not page-lock {self.layout.nbytes >> 20} MiB of host memory ({reason}). The checkpoint is copied "
+            "through memory that is not page-locked, which is slower.",
             stacklevel=4,
         )
         return False
@@ -173,12 +174,13 @@ class StagingRing:
 
 
 class LazyRing:
-    """A staging ring that is made when it is first needed, or before that in the background.
+    """A staging ring that is created when it is first needed, or earlier in the background.
 
     Args:
         layout: See :class:`StagingRing`.
-        pinned: Likewise.
-        device: Likewise; ``None`` means that of the thread that makes the ring, in the background the first GPU.
+        pinned: See :class:`StagingRing`.
+        device: See :class:`StagingRing`. ``None`` means the current GPU of the thread that creates the ring. In the
+            background, this is the first GPU.
     """
 
     def __init__(self, layout: RingLayout, *, pinned: bool, device: torch.device | None = None) -> None:
@@ -190,16 +192,16 @@ class LazyRing:
         self._maker: threading.Thread | None = None
 
     def prepare(self) -> None:
-        """Begins to make the ring and returns. Page-locking 128 MiB takes 70 to 100 ms."""
+        """Starts to create the ring in the background. Page-locking 128 MiB takes 70 to 100 ms."""
         if self._ring is None and self._maker is None:
-            # Without a thread it is made when it is needed.
+            # If no thread can be started, the ring is created when it is needed.
             self._maker = start_thread(self._make, "memload-pin")
 
     def get(self) -> StagingRing:
-        """The ring, always the same until it is closed.
+        """Returns the ring, always the same one until it is closed.
 
         Raises:
-            OSError: There is no memory for it.
+            OSError: There is not enough memory for the ring.
         """
         self._wait()
         if self._ring is None:
@@ -212,12 +214,12 @@ class LazyRing:
 
     @property
     def missing_bytes(self) -> int:
-        """Host memory that it is still going to take: none once it is made. Waits while it is being made."""
+        """Host memory in bytes that is not allocated yet: 0 after the creation. Waits for a creation in progress."""
         self._wait()
         return self.layout.nbytes if self._ring is None else 0
 
     def close(self) -> None:
-        """Frees the ring if there is one. Closing twice is fine."""
+        """Frees the ring if it was created. May be called twice."""
         self._wait()
         if self._ring is not None:
             self._ring.close()
@@ -238,12 +240,12 @@ class LazyRing:
 def start_ring(
     device: torch.device, budget_bytes: int, num_threads: int | None = None, num_processes: int = 1
 ) -> LazyRing:
-    """The staging ring for tensors on a device, which for CUDA is made and pinned from now on, beside the caller.
+    """Returns a staging ring for tensors on a device. For CUDA, its creation and pinning start in the background.
 
     Args:
-        device: Where the tensors go.
-        budget_bytes: The most host memory for it.
-        num_threads: Threads to read with. ``None``: :func:`default_threads`.
+        device: Device of the tensors.
+        budget_bytes: Maximum host memory of the ring.
+        num_threads: Number of threads that read. ``None`` means :func:`default_threads`.
         num_processes: See :func:`default_threads`.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Threads that share one piece of work: how many, and that they end together.
+"""Threads that share one piece of work: their number, their start and their end.
 
-Each takes what comes next until nothing is left. When one fails, or the caller is interrupted, the others end after
-what they are at, and none outlives the call. Where no thread can be started, the calling thread does the work: an
-interpreter that shuts down refuses new threads (Python 3.12 and newer; executors refuse work in every version), and a
-machine may have no more of them.
+Each thread takes the next item until no item is left. If one thread fails, or the caller is interrupted, the others
+end after their current item. No thread outlives the call. If no thread can be started, the calling thread does the
+work: an interpreter that shuts down refuses new threads (Python 3.12 and newer; executors refuse work in every
+version), and the machine may have reached its limit of threads.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ __all__ = [
     "start_thread",
 ]
 
-# Measured on one H100 with 16 cores (examples/benchmarks/streaming.py). Into CPU memory more than 4 gain nothing.
+# Measured on one H100 with 16 cores (examples/benchmarks/streaming.py). For CPU memory, more than 4 are not faster.
 _MAX_THREADS_DEVICE = 12
 _MAX_THREADS_CPU = 4
 
 
 def available_cpus() -> int:
-    """CPUs that this process may run on."""
+    """Returns the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_threads(device: torch.device, num_processes: int = 1) -> int:
-    """How many threads to read with.
+    """Returns the default number of threads that read.
 
     Args:
-        device: Where the tensors go.
-        num_processes: Processes of this host that do the same, and share its CPUs.
+        device: Device of the tensors.
+        num_processes: Number of processes on this host that do the same at the same time and share its CPUs.
     """
     most = _MAX_THREADS_CPU if device.type == "cpu" else _MAX_THREADS_DEVICE
     return max(1, min(most, available_cpus() // max(1, num_processes)))
 
 
 def check_num_threads(num_threads: int | None) -> None:
-    """Refuses a number of threads that is none, where a user gives it.
+    """Validates the argument ``num_threads`` of a user. ``None`` is valid.
 
     Raises:
-        TypeError: It is no number, and not ``None``.
-        ValueError: It is less than 1, and not ``None``.
+        TypeError: The argument is not an integer.
+        ValueError: The argument is less than 1.
     """
     if num_threads is not None:
         check_whole("num_threads", num_threads, "a whole number, or None to choose")
@@ -61,9 +61,10 @@ def check_num_threads(num_threads: int | None) -> None:
 
 
 class Latch:
-    """Something that happens once. Waiting for it is safe in a signal handler that interrupts a wait for the same.
+    """A flag that is set once. A signal handler may wait for it, even if it interrupts a wait for the same flag.
 
-    ``threading.Event`` takes a lock to wait, and a handler that waits meanwhile in the same thread takes it in vain.
+    ``threading.Event`` is not safe for this: its ``wait`` takes a lock, and a handler in the same thread that waits for
+    the same event blocks forever on that lock.
     """
 
     def __init__(self) -> None:
@@ -72,38 +73,44 @@ class Latch:
         self._lock.acquire()
 
     def is_set(self) -> bool:
-        """Whether it has happened."""
+        """Whether the flag is set."""
         return self._is_set
 
     def set(self) -> None:
-        """Lets all waiting threads go on. To be called by one thread; twice is fine."""
+        """Sets the flag and wakes all waiting threads. Only one thread may call this. It may do so twice."""
         if not self._is_set:
             self._is_set = True
             self._lock.release()
 
     def wait(self) -> None:
-        """Returns when it has happened."""
-        # The lock can be had only when it has happened: a handler that finds it taken then need not wait for it.
+        """Blocks until the flag is set."""
+        # The lock is free only after the flag is set. If the interrupted thread holds the lock, the handler sees that
+        # the flag is set and does not wait for the lock.
         while not self._is_set:
             with self._lock:
                 pass
 
 
 def start_thread(work: Callable[[], None], name: str) -> threading.Thread | None:
-    """Starts a thread, which the end of the process waits for.
+    """Starts a thread that is not a daemon: the process ends only after the thread.
 
     Returns:
-        The thread; ``None`` if none can be started. The caller then has to do the work.
+        The thread, or ``None`` if no thread can be started. The caller must then do the work.
     """
     thread = threading.Thread(target=work, name=name)
     return thread if _start(thread) else None
 
 
 def check_whole(name: str, value: object, words: str) -> None:
-    """Refuses what is no whole number, such as the text of one.
+    """Refuses a value that is not an integer, such as the string "4".
+
+    Args:
+        name: Name of the argument, for the message.
+        value: Value of the argument.
+        words: Description of a valid value, for the message.
 
     Raises:
-        TypeError: ``value`` is none.
+        TypeError: ``value`` is not an integer.
     """
     try:
         operator.index(value)  # type: ignore[arg-type]
@@ -119,18 +126,19 @@ def run_threads(
     meanwhile: Callable[[int], None] | None = None,
     alone: Callable[[], None] | None = None,
 ) -> None:
-    """Does the same work in several threads and returns when all of them have ended, however often it is interrupted.
+    """Does the same work in several threads. Returns only after all of them have ended, even if it is interrupted.
 
     Args:
-        work: Is called once in each thread, and ends at once if ``stop`` was called before.
-        num_threads: How many, or fewer where so many cannot be started.
-        stop: Makes ``work`` end soon, wherever it is. Called when a thread has failed, by that thread, and at the end,
-            perhaps several times. Must take no lock: an interruption may end it anywhere.
-        meanwhile: Is called in this thread, with the number of threads, while they work. Must end when they do.
-        alone: Does everything in this thread where no thread can be started. ``None``: ``work`` does.
+        work: Called once in each thread. Must return at once if ``stop`` was called before.
+        num_threads: Number of threads. Fewer are used if so many cannot be started.
+        stop: Makes ``work`` return soon, at any point. A thread that fails calls it, and this function calls it at the
+            end, possibly several times. It must not take a lock: an interruption may end it anywhere.
+        meanwhile: Called in the calling thread while the threads work, with the number of threads. Must return when
+            the threads have ended.
+        alone: Called in the calling thread if no thread can be started. It does all the work. ``None`` means ``work``.
 
     Raises:
-        BaseException: What ``meanwhile`` or ``alone`` raised, or the first of the failed threads.
+        BaseException: The exception of ``meanwhile`` or ``alone``, or of the first thread that failed.
     """
     errors: list[BaseException] = []
 
@@ -141,7 +149,7 @@ def run_threads(
             errors.append(error)
             stop()
 
-    # Not an executor: its locks stay taken when it is interrupted while it starts a thread.
+    # Not an executor: its locks stay locked if it is interrupted while it starts a thread.
     threads = [threading.Thread(target=work_or_stop, name=f"memload_{number}") for number in range(num_threads)]
     try:
         started = next((number for number, thread in enumerate(threads) if not _start(thread)), num_threads)
@@ -156,7 +164,7 @@ def run_threads(
         try:
             raise errors[0]
         finally:
-            errors.clear()  # or what failed would keep itself alive
+            errors.clear()  # else the exception and its traceback keep each other alive
 
 
 def _start(thread: threading.Thread) -> bool:
@@ -182,6 +190,6 @@ def _stop_and_join(threads: Sequence[threading.Thread], stop: Callable[[], objec
 
 def _join(threads: Sequence[threading.Thread]) -> None:
     for thread in threads:
-        # One that was not started cannot be joined. One whose start was interrupted finds that it is to stop.
+        # A thread that was not started cannot be joined. A thread whose start was interrupted sees the stop flag.
         with contextlib.suppress(RuntimeError):
             thread.join()

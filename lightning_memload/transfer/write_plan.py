@@ -1,4 +1,4 @@
-"""The plan of writes: which bytes of which records are written together. Pure functions on integers."""
+"""The plan of writes: the bytes of records that each write contains. Pure functions on integers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every checksum of a checkpoint, all damage in it, and the intact checkpoint beside a damaged one."""
+"""Verifies every checksum of a checkpoint, reports all damage, and finds an intact checkpoint beside a damaged one."""
 
 from lightning_memload.verify.siblings import (
     Siblings,

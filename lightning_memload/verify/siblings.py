@@ -1,7 +1,7 @@
-"""Which other checkpoint to take when one is damaged: the newest in the same directory that is not.
+"""Finds a replacement for a damaged checkpoint: the newest intact checkpoint in the same directory.
 
-Only checkpoints of a training are looked at, those with a ``state_dict``: weights alone that lie beside them are no
-replacement. Each is read completely and verified before it is named.
+Only checkpoints of a training are candidates, that is, those with a ``state_dict``. Files that hold only weights are
+not. Each candidate is read completely and verified before it is returned.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _STEP = re.compile(r"step=?(\d+)")
 
 
 class _Late(Exception):
-    """The time is over."""
+    """The timeout has expired."""
 
 
 @dataclass(frozen=True, slots=True)
 class Siblings:
-    """The other checkpoints in the directory of one.
+    """The other checkpoints in the directory of a checkpoint.
 
     Attributes:
-        intact: The newest in which nothing is wrong, ``None`` if there is none or the time was over.
-        damaged: Those that are newer, but damaged.
-        unknown: Those that could not be looked at in time, newest first.
+        intact: The newest checkpoint without damage. ``None`` if there is none, or if the timeout expired.
+        damaged: The damaged checkpoints that are newer than ``intact``, or all that were found if it is ``None``.
+        unknown: The files and directories that were not examined before the timeout, newest first.
     """
 
     intact: str | None
@@ -55,11 +55,12 @@ class Siblings:
 def find_siblings(path: str, *, timeout_seconds: float | None = None) -> Siblings:
     """Verifies the other checkpoints in the directory of a checkpoint, newest first, until one is intact.
 
-    The newest is the one that was modified last; of two at the same time, the one with the larger step in its name.
+    The newest checkpoint is the one that was modified last. If two have the same time, it is the one with the larger
+    step in its name.
 
     Args:
-        path: A local checkpoint, damaged or not. What is the same file under another name is no sibling.
-        timeout_seconds: How long to look. ``None``: as long as it takes, at most one read of each.
+        path: A local checkpoint, damaged or not. The same file under another name is not a sibling.
+        timeout_seconds: Maximum time of the search. ``None`` means no limit; each checkpoint is read at most once.
 
     Raises:
         OSError: The directory cannot be listed.
@@ -88,7 +89,7 @@ def find_siblings(path: str, *, timeout_seconds: float | None = None) -> Sibling
 
 
 def is_training_checkpoint(candidate: str) -> bool:
-    """Whether something has an index in which there are weights under ``state_dict``. No tensor is read."""
+    """Whether the index of a file or directory has tensors under ``state_dict``. No tensor is read."""
     try:
         return any(tensor.path[0] == "state_dict" for tensor in open_checkpoint(candidate) if tensor.path)
     except (MemloadError, OSError):
@@ -99,11 +100,12 @@ def judge_sibling(candidate: str, *, progress: Callable[[int, int], None]) -> Ve
     """Verifies a checkpoint of a training.
 
     Args:
-        candidate: What lies beside a checkpoint.
-        progress: As for ``verify_checkpoint``; what it raises ends this.
+        candidate: A file or directory beside a checkpoint.
+        progress: As for ``verify_checkpoint``. An exception that it raises ends the verification.
 
     Returns:
-        ``"other"`` is what is no checkpoint of a training at all, or one that is damaged beyond an index.
+        ``"intact"``, ``"damaged"`` or ``"other"``. ``"other"`` means that the candidate is not a checkpoint of a
+        training, or that its index cannot be read.
 
     Peak memory: as for ``verify_checkpoint``.
     """
@@ -116,12 +118,12 @@ def judge_sibling(candidate: str, *, progress: Callable[[int, int], None]) -> Ve
 
 
 def fingerprint(path: str) -> str | None:
-    """What two copies of an intact checkpoint have in common, and no two different checkpoints do.
+    """Returns a fingerprint: equal for copies of an intact checkpoint, different for different checkpoints.
 
-    It is made of the checksums that the checkpoint records, so no tensor data is read.
+    It is computed from the checksums that the checkpoint records. No tensor data is read.
 
     Returns:
-        ``None`` if the checkpoint has bytes without a checksum, or cannot be read.
+        The fingerprint. ``None`` if the checkpoint has bytes without a checksum, or cannot be read.
     """
     try:
         sections = find_format(path).take_inventory(path).sections
@@ -134,7 +136,9 @@ def fingerprint(path: str) -> str | None:
 
 
 def list_siblings(path: str) -> list[str]:
-    """Everything beside a checkpoint, newest first, each file once. What is hidden is left out, as files of a save are.
+    """Lists the files and directories beside a checkpoint, newest first, each file once.
+
+    Hidden names are ignored: files of a save in progress have hidden names.
 
     Raises:
         OSError: The directory cannot be listed.
@@ -145,13 +149,13 @@ def list_siblings(path: str) -> list[str]:
         status = os.stat(path)
         seen.add((status.st_dev, status.st_ino))
     found: list[tuple[int, int, str]] = []
-    # Links last, so that of a link and its target the target is named.
+    # Links last: if a link and its target are both here, the target is listed.
     for name in sorted(os.listdir(folder), key=lambda name: (os.path.islink(os.path.join(folder, name)), name)):
         candidate = os.path.join(os.path.dirname(path), name)
         try:
             status = os.stat(candidate)
         except OSError:
-            continue  # a link to nowhere, or gone meanwhile
+            continue  # a broken link, or deleted since listdir
         identity = (status.st_dev, status.st_ino)
         if name.startswith(".") or identity in seen:
             continue

@@ -1,9 +1,9 @@
-"""Verifying a checkpoint: every byte is read once, every checksum compared, and all damage told together.
+"""Verifies a checkpoint: reads every byte once, compares every checksum, and reports all damage together.
 
-Nothing is loaded and no code from the file is run, so a file need not be trusted. What a checkpoint has no checksum for
-is read too, since a disk may fail to give it, and is counted apart: no report calls it verified. What is not covered by
-a checksum of its own (the headers of a zip, the manifest of a directory) is compared with what the file says elsewhere;
-the bytes that no reader looks at, such as padding, are not.
+Nothing is loaded and no code from the file is run, so the file need not be trusted. Bytes without a checksum are read
+too, because a disk may fail to read them. They are counted separately and never reported as verified. Structures
+without a checksum of their own (the headers of a zip, the manifest of a directory) are compared with the other contents
+of the file. Bytes that no reader uses, such as padding, are not compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lightning_memload.units import counted, format_bytes
 
 __all__ = ["VerifyReport", "verify_checkpoint"]
 
-# Each thread has one buffer of this size. The checksum is taken from what is still in the core's cache.
+# Each thread has one buffer of this size. It is small enough to be in the core's cache for the checksum.
 _BLOCK_BYTES = 1 << 20
 _MAX_THREADS = 8
 _MAX_LISTED = 20
@@ -37,17 +37,17 @@ _MAX_TRIES = 5
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What a verification found.
+    """The result of a verification.
 
     Attributes:
-        path: The checkpoint.
+        path: Path of the checkpoint.
         format: Name of its format.
-        damage: Everything that is wrong, in the order of the files. Empty for a checkpoint in which nothing is.
+        damage: All damage, in the order of the files. Empty if no damage was found.
         bytes_verified: Bytes that have the checksum that the checkpoint records for them.
-        bytes_without_checksum: Bytes that could be read, but may hold anything: nothing is recorded for them.
-        num_verified: Records whose checksum was compared and is right.
-        seconds: Wall time.
-        num_threads: Threads that read.
+        bytes_without_checksum: Bytes that could be read, but not verified: the checkpoint records no checksum for them.
+        num_verified: Number of records whose checksum was compared and is correct.
+        seconds: Wall time in seconds.
+        num_threads: Number of threads that read.
     """
 
     path: str
@@ -61,12 +61,15 @@ class VerifyReport:
 
     @property
     def is_damaged(self) -> bool:
-        """Whether anything is wrong."""
+        """Whether damage was found."""
         return bool(self.damage)
 
     @property
     def is_verified(self) -> bool:
-        """Whether nothing is wrong and every byte has a checksum. Neither this nor damaged: nobody can know."""
+        """Whether no damage was found and every byte has a checksum.
+
+        If this and ``is_damaged`` are both false, the bytes without a checksum may be damaged or intact.
+        """
         return not self.damage and self.bytes_without_checksum == 0
 
     def __str__(self) -> str:
@@ -90,28 +93,29 @@ def verify_checkpoint(
     num_threads: int | None = None,
     progress: bool | Callable[[int, int], None] = False,
 ) -> VerifyReport:
-    """Reads all of a checkpoint and compares every checksum in it.
+    """Reads a whole checkpoint and compares every checksum in it.
 
     Args:
         path: A checkpoint of any known format, as for ``open_checkpoint``.
-        num_threads: Threads that read. ``None``: one for each CPU, 8 at most.
-        progress: ``True`` shows a bar. A function is called after every read with the bytes read so far and in all,
-            from any thread, one at a time; what it raises ends the verification. Both begin again when another
-            checkpoint took the place of this one.
+        num_threads: Number of threads that read. ``None`` means one per CPU, at most 8.
+        progress: ``True`` shows a progress bar. A function is called after every read with the bytes read so far and
+            the total bytes, from any thread, one call at a time. An exception that it raises ends the verification.
+            The bar and the counts start again if another checkpoint has replaced this one.
 
     Returns:
-        The report. Damage raises nothing: it is in the report, all of it. A file or directory that is replaced
-        meanwhile is none: the report is that of the old one, or of the new one.
+        The report. Damage raises no exception: the report lists all of it. A file or directory that is replaced during
+        the verification does not count as damaged: the report describes either the old or the new one.
 
     Raises:
         ValueError: ``num_threads`` is not positive.
-        TypeError: ``path`` is no path.
-        FileNotFoundError: There is nothing at this path.
-        CheckpointFormatError: It is no checkpoint of a known format, or a compressed one (``UnmappableCheckpoint``).
-        OSError: The directory of the file could not be read. Errors that come later count as damage.
+        TypeError: ``path`` is not a path.
+        FileNotFoundError: Nothing exists at this path.
+        CheckpointFormatError: The path is not a checkpoint of a known format, or the checkpoint is compressed
+            (``UnmappableCheckpoint``).
+        OSError: The directory of the file could not be read. Later errors count as damage.
 
-    Peak memory: 1 MiB for each thread, and the index: some hundred bytes for every tensor and every MiB that is being
-    read, plus the pickled objects beside the tensors.
+    Peak memory: 1 MiB per thread, plus the index (about 2 KiB for every tensor), a few hundred bytes for every MiB of
+    the records that are being read, and the pickled objects beside the tensors.
     """
     check_num_threads(num_threads)
     started = time.perf_counter()
@@ -124,7 +128,7 @@ def verify_checkpoint(
                 if is_there():
                     raise
                 continue
-            # Else its description may be of one checkpoint and its bytes of another.
+            # Otherwise the inventory may be of one checkpoint and the bytes of another.
             if not run.damage or is_there():
                 break
     else:
@@ -158,18 +162,21 @@ def _verify(name: str, num_threads: int | None, progress: bool | Callable[[int, 
 
 @contextlib.contextmanager
 def _held(name: str) -> Iterator[Callable[[], bool]]:
-    """Whether what has this name now has it still. Held open meanwhile, so that its number is given to nobody else."""
+    """Yields a function that tells whether the name still refers to the same file or directory.
+
+    The file stays open until the end of the block, so that the kernel does not reuse its inode number.
+    """
     before = os.stat(name)
     descriptor = -1
     if stat.S_ISREG(before.st_mode) or stat.S_ISDIR(before.st_mode):
-        with contextlib.suppress(OSError):  # no permission, or no such thing as an open directory
+        with contextlib.suppress(OSError):  # no permission, or the system cannot open directories
             descriptor = os.open(name, os.O_RDONLY)
 
     def is_there() -> bool:
         try:
             return os.path.samestat(before, os.stat(name))
         except FileNotFoundError:
-            return True  # It is gone, and nothing has taken its place.
+            return True  # It was deleted and not replaced.
 
     try:
         yield is_there
@@ -179,7 +186,7 @@ def _held(name: str) -> Iterator[Callable[[], bool]]:
 
 
 class _Verification:
-    """The reading and counting of one verification."""
+    """Reads and counts the bytes of one verification."""
 
     def __init__(self, inventory: Inventory, num_threads: int) -> None:
         self.format = inventory.format
@@ -198,7 +205,7 @@ class _Verification:
         self._progress: Callable[[int, int], None] | None = None
 
     def _apart(self, sections: Sequence[Section]) -> list[Section]:
-        """The sections in file order, without those that overlap an earlier one: they would be read again and again."""
+        """Returns the sections in file order, without those that overlap an earlier one: no byte is read twice."""
         kept: list[Section] = []
         end = 0
         for section in sorted(sections, key=lambda section: (section.offset, section.nbytes)):
@@ -219,7 +226,7 @@ class _Verification:
         source = FileSet([span.path for span in self._inventory.files])
         try:
             if source.spans != self._inventory.files:
-                problem = f"{self._inventory.path} changed while it was read: verify it again."
+                problem = f"{self._inventory.path} changed while it was read. Verify it again."
                 self.damage.append(Damage(self._inventory.path, problem))
                 return
             if self.num_threads == 1:
@@ -284,7 +291,7 @@ class _Verification:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Bytes of one section: ``nbytes`` from ``start`` on, at ``offset`` in the run of all files."""
+    """Part of one section: ``nbytes`` from ``start`` on, at ``offset`` in the run of all files."""
 
     section: int
     start: int
@@ -293,9 +300,10 @@ class _Part:
 
 
 def _cut_into_reads(sections: Sequence[Section]) -> Iterator[list[_Part]]:
-    """Cuts sections, in file order, into reads of at most a block: small neighbours share one, large ones are cut.
+    """Divides sections, in file order, into reads of at most one block.
 
-    One read at a time, so that the plan of a large checkpoint takes no memory.
+    Small adjacent sections share a read. A large section is split. The reads are generated one at a time, so that the
+    plan of a large checkpoint takes no memory.
     """
     together: list[_Part] = []
     for number, section in enumerate(sections):
@@ -312,7 +320,7 @@ def _cut_into_reads(sections: Sequence[Section]) -> Iterator[list[_Part]]:
 
 
 def _fill(source: FileSet, buffer: memoryview, offset: int) -> str | None:
-    """Reads a buffer full. Returns what went wrong, in words, or ``None``."""
+    """Fills a buffer. Returns a description of the error, or ``None``."""
     while buffer:
         try:
             count = source.readv([buffer], offset)

@@ -199,7 +199,7 @@ class TestDtypes:
     @pytest.mark.parametrize("name", ["", "f32", "U" * 1000, "a\nb"])
     def test_what_is_no_name_of_a_dtype(self, path: Path, name: str) -> None:
         path.write_bytes(with_header({"layer.weight": entry(name, [4], 0, 3)}, b"xyz"))
-        assert "which is no name of one" in refusals(path)
+        assert "which is not a dtype name" in refusals(path)
 
     @pytest.mark.parametrize(("begin", "end"), [(0, 4), (1, 3), (2, 1)])
     def test_unknown_dtypes_do_not_hide_wrong_places(self, path: Path, begin: int, end: int) -> None:
@@ -270,10 +270,10 @@ class TestLyingHeaders:
         "number for a dtype": ({"a": entry(8, [8], 0, 8)}, "must have a dtype"),
         "null": ({"a": None}, "but is None"),
         "text": ({"a": "U8"}, "but is 'U8'"),
-        "metadata of numbers": ({"__metadata__": {"n": 1}, "a": entry("U8", [8], 0, 8)}, "texts to texts"),
-        "metadata of text": ({"__metadata__": "pt", "a": entry("U8", [8], 0, 8)}, "texts to texts"),
-        "metadata for a list": ({"__metadata__": [], "a": entry("U8", [8], 0, 8)}, "texts to texts"),
-        "metadata for a tensor": ({"__metadata__": entry("U8", [8], 0, 8)}, "texts to texts"),
+        "metadata of numbers": ({"__metadata__": {"n": 1}, "a": entry("U8", [8], 0, 8)}, "strings to strings"),
+        "metadata of text": ({"__metadata__": "pt", "a": entry("U8", [8], 0, 8)}, "strings to strings"),
+        "metadata for a list": ({"__metadata__": [], "a": entry("U8", [8], 0, 8)}, "strings to strings"),
+        "metadata for a tensor": ({"__metadata__": entry("U8", [8], 0, 8)}, "strings to strings"),
         "twice": (b'{"a":%b,"a":%b}' % ((json.dumps(entry("U8", [8], 0, 8)).encode(),) * 2), "the key 'a' twice"),
         "shape twice": (b'{"a":{"dtype":"U8","shape":[9],"shape":[8],"data_offsets":[0,8]}}', "the key 'shape' twice"),
         "trailing words": (b"{} {}", "Extra data"),
@@ -287,7 +287,7 @@ class TestLyingHeaders:
         "deep dicts": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "recursion|overflow"),
         "rather deep shape": ({"a": entry("U8", json.loads("[" * 500 + "]" * 500), 0, 8)}, "integers from 0"),
         "long name": ({"n" * 1_000_000: entry("U8", [9], 0, 8)}, r"'nnn.*\.\.\..*nnn'"),
-        "long dtype": ({"a": entry("U" * 1_000_000, [9], 0, 8)}, "which is no name of one"),
+        "long dtype": ({"a": entry("U" * 1_000_000, [9], 0, 8)}, "which is not a dtype name"),
         "long shape": ({"a": entry("U8", [1] * 100_000, 0, 8)}, r"takes 1 bytes with shape \(1, 1, .* \.\.\.\)"),
         "huge long shape": ({"a": entry("U8", [1 << 62] * 100_000, 0, 8)}, r"no tensor has 2\*\*63 bytes"),
     }  # fmt: skip
@@ -309,7 +309,7 @@ class TestLyingLengths:
     @pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 1 << 32, 1 << 60, (1 << 64) - 1])
     def test_beyond_the_formats_limit(self, path: Path, length: int) -> None:
         path.write_bytes(struct.pack("<Q", length) + b"{}" + bytes(100))
-        assert f"announce a header of {length} bytes, but the format allows {MAX_HEADER_BYTES}" in refusals(path)
+        assert f"declare a header of {length} bytes, but the format allows {MAX_HEADER_BYTES}" in refusals(path)
 
     def test_beyond_the_file(self, path: Path) -> None:
         path.write_bytes(struct.pack("<Q", MAX_HEADER_BYTES) + b"{}")
@@ -343,7 +343,7 @@ except CheckpointFormatError as error:
             file.write(struct.pack("<Q", 1 << 60) + b"{}")
             file.truncate(1 << 40)
         message, grown_mib = run_fresh(program, path=path).result
-        assert "announce a header" in message
+        assert "declare a header" in message
         assert grown_mib < 10
 
 
@@ -609,7 +609,7 @@ class TestShards:
         torch.save({"a0": torch.ones(1)}, folder / "a.safetensors")
         message = refusals(folder)
         assert "a.safetensors (" in message
-        assert "does not start as a safetensors file does" in message
+        assert "does not start like a safetensors file" in message
 
     def test_an_index_of_nothing(self, tmp_path: Path) -> None:
         folder = sharded(tmp_path, {}, {})
@@ -683,7 +683,7 @@ class TestShards:
 def test_the_other_byte_order(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(SMALL, path)
     monkeypatch.setattr("sys.byteorder", "big")
-    with pytest.raises(UnmappableCheckpoint, match="other byte order"):
+    with pytest.raises(UnmappableCheckpoint, match="little-endian, but this machine is big-endian"):
         Safetensors().read_index(str(path))
 
 

@@ -1,8 +1,9 @@
-"""The header of one safetensors file: which of its bytes are which tensor.
+"""The header of one safetensors file, which lists the tensors and their positions.
 
-A file is a length of eight bytes, a JSON header, and the tensors' bytes, all of them and nothing else. The header is
-parsed here because the index needs positions, which the safetensors package does not tell. Whatever it says is held
-against the size of the file before anybody relies on it, by the rules of that package, and no tensor byte is read.
+A file consists of a length of eight bytes, a JSON header, and the bytes of the tensors, with nothing before, between or
+after them. This module parses the header itself because the index needs positions, which the safetensors package does
+not provide. Every value is checked against the size of the file before use, by the rules of that package. No tensor
+data is read.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lightning_memload.storage.local import LocalFile
 __all__ = ["PREFIX_BYTES", "SAFETENSORS_DTYPES", "Header", "read_header", "starts_like_header"]
 
 _LENGTH = struct.Struct("<Q")
-# The length, and the brace that follows it.
+# The length and the opening brace after it.
 PREFIX_BYTES = _LENGTH.size + 1
 _DTYPE_NAME = re.compile(r"[A-Z][A-Za-z0-9_]{0,19}")
 # torch counts elements and bytes in signed 64-bit integers.
@@ -35,26 +36,26 @@ _DTYPE_NAMES = {
     "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    # Since torch 2.7 and 2.8.
+    # These exist since torch 2.7 and 2.8.
     "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
 }  # fmt: skip
 _DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, attribute) for name, attribute in _DTYPE_NAMES.items() if hasattr(torch, attribute)
 }
-# The other way round, but for the type that packs two elements into one of torch's.
+# The inverse mapping, without the type that packs two elements into one element of torch.
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in _DTYPES.items() if name != "F4"}
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a header says, all of it held against the file.
+    """The contents of a header, checked against the size of the file.
 
     Attributes:
-        tensors: Every tensor, in the order of the header.
-        special: Those of a dtype that torch lacks, which nobody can load.
-        ranges: Of every tensor, by its key, the first byte and one past the last, from the start of the file.
-        metadata: ``__metadata__``.
-        nbytes: Length of the header, with the eight bytes before it.
+        tensors: The tensors that can be loaded, in the order of the header.
+        special: The tensors of a dtype that torch does not have. They cannot be loaded.
+        ranges: The byte range of every tensor, by key: the first byte and one past the last, relative to the file.
+        metadata: The contents of ``__metadata__``.
+        nbytes: Length of the header in bytes, including the eight bytes of the length.
     """
 
     tensors: tuple[TensorInfo, ...]
@@ -65,7 +66,7 @@ class Header:
 
 
 def starts_like_header(start: bytes) -> bool:
-    """Whether the first ``PREFIX_BYTES`` of a file are those of a header and its length."""
+    """Whether the first ``PREFIX_BYTES`` bytes of a file are a length and the start of a header."""
     return start[_LENGTH.size :] == b"{"
 
 
@@ -74,7 +75,7 @@ def read_header(file: LocalFile, start: int) -> Header:
 
     Args:
         file: The file.
-        start: Offset of its first byte in the run of all files.
+        start: Offset of the file in the run of all files.
 
     Raises:
         CheckpointFormatError: The header contradicts itself or the size of the file.
@@ -83,14 +84,14 @@ def read_header(file: LocalFile, start: int) -> Header:
     prefix = file.pread(PREFIX_BYTES, 0)
     if not starts_like_header(prefix):
         raise CheckpointFormatError(
-            f"{path} ({size} bytes) does not start as a safetensors file does, with eight bytes of length and a '{{', "
-            f"but with {prefix!r}. It is truncated or no such file: copy or download it again.",
+            f"{path} ({size} bytes) does not start like a safetensors file, with eight bytes of length and a '{{', "
+            f"but with {prefix!r}. It is truncated or not a safetensors file. Copy or download it again.",
             path=path,
         )
     (length,) = _LENGTH.unpack_from(prefix)
     if length > MAX_HEADER_BYTES:
         raise CheckpointFormatError(
-            f"{path}: the first eight bytes announce a header of {length} bytes, but the format allows "
+            f"{path}: the first eight bytes declare a header of {length} bytes, but the format allows "
             f"{MAX_HEADER_BYTES}. {COPY_AGAIN}",
             path=path,
         )
@@ -106,7 +107,7 @@ def read_header(file: LocalFile, start: int) -> Header:
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(word, str) for word in metadata.values()):
         raise CheckpointFormatError(
-            f"{path}: __metadata__ must map texts to texts, but is {short(metadata)}. {COPY_AGAIN}", path=path
+            f"{path}: __metadata__ must map strings to strings, but is {short(metadata)}. {COPY_AGAIN}", path=path
         )
     tensors: list[TensorInfo] = []
     special: list[SpecialTensor] = []
@@ -130,12 +131,12 @@ def read_header(file: LocalFile, start: int) -> Header:
 
 
 def _parse_entry(path: str, key: str, entry: object) -> tuple[torch.dtype | str, tuple[int, ...], int, int]:
-    """Data type, shape, and first and last byte of a tensor, relative to the end of the header.
+    """Returns the dtype, the shape, the first byte and one past the last, relative to the end of the header.
 
-    The data type is a text where torch has none.
+    The dtype is a string if torch does not have it.
 
     Raises:
-        CheckpointFormatError: The entry is malformed, or the range has not the tensor's size.
+        CheckpointFormatError: The entry is malformed, or the length of the range is not the size of the tensor.
     """
     match entry:
         case {"dtype": str(dtype_name), "shape": [*sizes], "data_offsets": [begin, end]}:
@@ -144,7 +145,7 @@ def _parse_entry(path: str, key: str, entry: object) -> tuple[torch.dtype | str,
             what = f"must have a dtype, a shape and two data_offsets, but is {short(entry)}. {COPY_AGAIN}"
             raise _entry_error(path, key, what)
     numbers = (*sizes, begin, end)
-    # bool is a kind of int, and true is no size.
+    # bool is a subclass of int, but true is not a valid size.
     if {*map(type, numbers)} != {int} or min(numbers) < 0 or max(numbers) >= _LIMIT:
         what = f"has shape {short(sizes)} and data_offsets {short([begin, end])}, but these must be integers"
         raise _entry_error(path, key, f"{what} from 0 to 2**63 - 1. {COPY_AGAIN}")
@@ -152,17 +153,17 @@ def _parse_entry(path: str, key: str, entry: object) -> tuple[torch.dtype | str,
     shape = tuple(sizes)
     if dtype is None:
         if not _DTYPE_NAME.fullmatch(dtype_name):
-            raise _entry_error(path, key, f"has dtype {short(dtype_name)}, which is no name of one. {COPY_AGAIN}")
+            raise _entry_error(path, key, f"has dtype {short(dtype_name)}, which is not a dtype name. {COPY_AGAIN}")
         if end < begin:
             what = f"has data_offsets [{begin}, {end}], which are {end - begin} bytes apart. {COPY_AGAIN}"
             raise _entry_error(path, key, what)
         return f"dtype {dtype_name}", shape, begin, end
     if dtype_name == "F4":
-        # Two elements in a byte; torch counts bytes, as safetensors does when it loads.
+        # Two elements per byte. torch counts bytes, and safetensors does the same when it loads.
         if not shape or shape[-1] % 2:
             return "dtype F4 of an odd last size", shape, begin, end
         shape = (*shape[:-1], shape[-1] // 2)
-    # Zeros aside: torch multiplies the other sizes for the strides of an empty tensor too.
+    # Zeros are skipped: even for an empty tensor, torch multiplies the other sizes to compute the strides.
     nbytes = dtype.itemsize
     for number in shape:
         nbytes *= number or 1
@@ -181,14 +182,14 @@ def _entry_error(path: str, key: str, what: str) -> CheckpointFormatError:
 
 
 def _require_full_cover(path: str, size: int, data_start: int, ranges: Mapping[str, tuple[int, int]]) -> None:
-    """Makes sure that every byte after the header belongs to exactly one tensor.
+    """Requires that every byte after the header belongs to exactly one tensor.
 
     Raises:
-        CheckpointFormatError: Tensors overlap, or bytes are left over: some tensor is missing from the header.
+        CheckpointFormatError: Tensors overlap, or bytes belong to no tensor: the header may lack a tensor.
     """
     position = data_start
     before: str | None = None
-    # Empty tensors first: they may stand wherever another one begins.
+    # Empty tensors come first: they may begin where another tensor begins.
     for key, (begin, end) in sorted(ranges.items(), key=lambda item: item[1]):
         if begin != position:
             what = (

@@ -1,7 +1,7 @@
 """The safetensors format: one file, or the shards of a Hugging Face directory.
 
-Which files there are, whether index and shards agree, and the tensors of all of them as one checkpoint. The format
-knows neither views nor ties nor nesting, and has no checksums: a flipped bit in the values goes unnoticed.
+The reader finds the files, checks that index and shards agree, and presents the tensors of all files as one checkpoint.
+The format has no views, ties or nesting, and no checksums: a flipped bit in the values is not detected.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _SUFFIX = ".safetensors"
 
 
 class Safetensors:
-    """A ``.safetensors`` file, a directory of such files, or the ``.safetensors.index.json`` that lists them."""
+    """A ``.safetensors`` file, a directory of such files, or the ``.safetensors.index.json`` that lists the files."""
 
     name = "safetensors"
 
     def recognizes(self, path: str) -> bool:
-        """Whether the file starts with a header or is an index of shards, or the directory has such files."""
+        """Whether the path is a file with a safetensors header, an index of shards, or a directory with such files."""
         if os.path.isdir(path):
             return any(name.endswith((_SUFFIX, _SUFFIX + INDEX_SUFFIX)) for name in visible_names(path))
         if not os.path.isfile(path):
@@ -53,12 +53,12 @@ class Safetensors:
     def read_index(self, path: str) -> Checkpoint:
         """Indexes the file or all shards.
 
-        Reads the headers only: some hundred bytes per tensor. Peak memory is the index and one parsed header, which
-        for a hostile one is up to some thirty times its length (measured: 26).
+        Reads only the headers: about a hundred bytes per tensor. Peak memory is the index and one parsed header. A
+        hostile header takes up to about thirty times its length (measured: 26).
 
         Raises:
-            CheckpointFormatError: It is truncated or damaged, or shards are missing.
-            UnmappableCheckpoint: This machine has the other byte order.
+            CheckpointFormatError: A file is truncated or damaged, or shards are missing.
+            UnmappableCheckpoint: This machine is big-endian.
         """
         source = FileSet(_find_files(path))
         try:
@@ -69,14 +69,14 @@ class Safetensors:
     def load(
         self, path: str, *, weights_only: bool | None, erases: bool = False
     ) -> tuple[dict[str, torch.Tensor], MappedCheckpoint]:
-        """Loads a flat dict of tensors that lie in the files; ``weights_only`` has nothing to forbid here.
+        """Loads a flat dict of tensors whose bytes stay in the files. ``weights_only`` has no effect on this format.
 
-        Tensors of a dtype that torch lacks are ignored, with a warning. A tensor may begin at any byte, as the header's
-        length has it; torch computes on such tensors all the same.
+        Tensors of a dtype that torch does not have are ignored, with a warning. The length of the header may put a
+        tensor at any byte. torch can compute on such unaligned tensors.
 
         Raises:
-            CheckpointFormatError: As :meth:`read_index`.
-            UnmappableCheckpoint: This machine has the other byte order.
+            CheckpointFormatError: As for :meth:`read_index`.
+            UnmappableCheckpoint: This machine is big-endian.
         """
         source = FileSet(_find_files(path))
         try:
@@ -89,14 +89,14 @@ class Safetensors:
             lacking = [f"{short(item.name)} ({item.kind})" for item in index.special]
             warnings.warn(
                 f"{path} holds {len(lacking)} tensors that torch {torch.__version__} has no dtype for. They are "
-                f"ignored: {listed(lacking)}. Convert them, or use another torch.",
+                f"ignored: {listed(lacking)}. Convert them, or use another version of torch.",
                 stacklevel=2,
             )
         state = {info.storage.key: _mapped_tensor(info, mapping) for info in index}
         return state, MappedCheckpoint(index, source, mapping)
 
     def take_inventory(self, path: str) -> Inventory:
-        """The tensors and the headers, none of which has a checksum, see :class:`CheckpointFormat`."""
+        """Returns the tensors and the headers, all without a checksum. See :class:`CheckpointFormat`."""
         sections: list[Section] = []
         damage: list[Damage] = []
         try:
@@ -119,7 +119,7 @@ class Safetensors:
                 try:
                     _read_index(path, source)
                 except UnmappableCheckpoint:
-                    pass  # Nobody asks here whether the tensors can be used as they lie.
+                    pass  # An inventory does not need tensors that can be mapped.
                 except CheckpointFormatError as error:
                     damage.append(Damage(path, str(error)))
         finally:
@@ -143,10 +143,10 @@ def _first_bytes(path: str) -> bytes:
 
 
 def _find_files(path: str) -> list[str]:
-    """The files of a checkpoint in the order of their names.
+    """Returns the files of a checkpoint in the order of their names.
 
     Raises:
-        CheckpointFormatError: There are several indexes, the one there is damaged, or it names files that are missing.
+        CheckpointFormatError: There are several indexes, the index is damaged, or files that it lists are missing.
     """
     files = find_shards(path, _SUFFIX, WHOLE_SAFETENSORS)
     if files is None:
@@ -167,7 +167,7 @@ def _find_files(path: str) -> list[str]:
 def _read_index(path: str, source: FileSet) -> Checkpoint:
     if sys.byteorder != "little":
         raise UnmappableCheckpoint(
-            f"{path} is of the other byte order than this machine; its tensors must be byte-swapped to be used.",
+            f"{path} is little-endian, but this machine is big-endian. Its tensors must be byte-swapped before use.",
             path=path,
         )
     found: list[tuple[str, tuple[TensorInfo, ...]]] = []

@@ -1,7 +1,7 @@
-"""State dicts of ``torch.save`` in a directory: ``pytorch_model.bin``, or shards that an index lists.
+"""The older format of Hugging Face: a directory with ``pytorch_model.bin``, or with shards that an index lists.
 
-The older format of Hugging Face. Each shard is a whole torch zip file with a state dict, and all of them together are
-one. The rules of a single torch file hold for each.
+Each shard is a complete torch zip file that holds a state dict. All shards together are one checkpoint. The rules for a
+single torch file apply to each shard.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _SUFFIX = ".bin"
 
 
 class TorchShards:
-    """A directory with ``pytorch_model.bin`` or with shards of it, or the ``.bin.index.json`` that lists them."""
+    """A directory with ``pytorch_model.bin`` or its shards, or the ``.bin.index.json`` that lists the shards."""
 
     name = "torch_shards"
 
     def recognizes(self, path: str) -> bool:
-        """Whether the directory has such files, or the file is an index of shards that are no safetensors files."""
+        """Whether the path is a directory with such files, or the index of shards that are not safetensors files."""
         if os.path.isdir(path):
             return holds_torch_shards(path)
         return os.path.isfile(path) and is_torch_index(path)
 
     def read_index(self, path: str) -> Checkpoint:
-        """Indexes all shards, see :class:`TorchZip`."""
+        """Indexes all shards. See :class:`TorchZip`."""
         source = FileSet(_find_files(path))
         try:
             return _join(path, source, _read_shards(source))
@@ -52,12 +52,12 @@ class TorchShards:
             source.close()
 
     def load(self, path: str, *, weights_only: bool | None, erases: bool = False) -> tuple[Any, MappedCheckpoint]:
-        """Loads one dict of all tensors; they stay in the files.
+        """Loads one dict with all tensors. Their bytes stay in the files.
 
         Raises:
-            CheckpointFormatError: A shard holds no dict.
+            CheckpointFormatError: A shard does not hold a dict.
             UnmappableCheckpoint: A shard cannot be mapped.
-            UnsafeGlobalsError: ``weights_only`` forbids what a shard holds.
+            UnsafeGlobalsError: A shard holds globals that ``weights_only`` forbids.
         """
         source = FileSet(_find_files(path))
         try:
@@ -86,7 +86,7 @@ class TorchShards:
         return state, MappedCheckpoint(index, source, mapping, refusal)
 
     def take_inventory(self, path: str) -> Inventory:
-        """The inventories of all shards, see :class:`TorchZip`."""
+        """Returns one inventory of all shards. See :class:`TorchZip`."""
         try:
             files = _find_files(path)
         except CheckpointFormatError as error:
@@ -109,22 +109,22 @@ class TorchShards:
 
 def _find_files(path: str) -> list[str]:
     files = find_shards(path, _SUFFIX, WHOLE_TORCH)
-    assert files is not None  # the directory was recognised
+    assert files is not None  # recognizes() accepted the path
     for file in files:
         if not is_zip(file) and os.path.isfile(file):
             with open(file, "rb") as opened:
                 start = opened.read(2)
             kind = UnmappableCheckpoint if start.startswith(b"\x80") else CheckpointFormatError
             raise kind(
-                f"{file}, a shard of {path}, is not what torch.save writes since torch 1.6. Download it again, or load "
-                "it with torch.load and save it again.",
+                f"{file}, a shard of {path}, does not have the format that torch.save writes since torch 1.6. "
+                "Download it again, or load it with torch.load and save it again.",
                 path=path,
             )
     return files
 
 
 def _read_shards(source: FileSet) -> list[Checkpoint]:
-    """The index of each shard, with its storages where they lie in the run of all files."""
+    """Returns the index of each shard. The offsets of its storages are those in the run of all files."""
     return [_shift(read_index(file), span) for file, span in zip(source.files, source.spans, strict=True)]
 
 
@@ -139,7 +139,7 @@ def _shift(index: Checkpoint, span: FileSpan) -> Checkpoint:
 
 
 def _join(path: str, source: FileSet, shards: list[Checkpoint]) -> Checkpoint:
-    """One index of all shards. Of tensors that two shards have, the last one's."""
+    """Returns one index of all shards. If several shards hold a tensor, the last shard is used."""
     holders = keep_last(
         path, ((tensor.name, file.name) for file, shard in zip(source.files, shards, strict=True) for tensor in shard)
     )
