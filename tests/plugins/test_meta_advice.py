@@ -134,11 +134,11 @@ def test_a_parameter_that_the_file_lacks(tmp_path: Path) -> None:
 
 
 def test_a_buffer_without_values(tmp_path: Path) -> None:
-    """ "Build the module under meta_init(), ... or give what is missing values first." """
+    """ "Build the module under meta_init(), ... or give these tensors values before loading." """
     path = tmp_path / "weights.pt"
     expected = WithBuffer()
     torch.save(expected.state_dict(), path)
-    with pytest.raises(MetaTensorError, match=r"Build the module under meta_init\(\), .* or give what is missing"):
+    with pytest.raises(MetaTensorError, match=r"Build the module under meta_init\(\), .* or give these tensors values"):
         load_weights(on_meta(WithBuffer), path)
     given = on_meta(WithBuffer)
     given.register_buffer("secret", torch.ones(3), persistent=False)
