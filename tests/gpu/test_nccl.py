@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.fresh_process import run_program
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,7 +22,6 @@ PROGRAM = """
 import json
 import os
 import pathlib
-import sys
 import warnings
 
 warnings.simplefilter("ignore")
@@ -32,7 +30,7 @@ import torch
 from lightning_memload import MemoryEfficientRestore, meta_init
 from tests.plugins.harness import TRUSTED, TinyModule, adamw, make_trainer
 
-FOLDER = pathlib.Path(sys.argv[1])
+FOLDER = pathlib.Path(os.environ["MEMLOAD_TEST_FOLDER"])
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -78,14 +76,7 @@ def test_ranks_train_as_stock(tmp_path: Path) -> None:
     path.rename(tmp_path / "last.ckpt")
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    done = subprocess.run(
-        [sys.executable, str(program), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = run_program(program, timeout_seconds=240, MEMLOAD_TEST_FOLDER=str(tmp_path))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
     def results(name: str) -> list[dict[str, Any]]:
