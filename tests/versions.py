@@ -104,7 +104,7 @@ def run_tests(combination: Combination, python: Path, name: str, tests: list[str
     command = [str(python), "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
-    # All of it: the environment is gone when somebody reads it.
+    # Print everything: the environment is removed before anyone can look into it.
     found = re.search(r"^=+ (?:FAILURES|ERRORS) =+$.*", done.stdout, re.MULTILINE | re.DOTALL)
     if found is not None:
         print(found[0], flush=True)

@@ -267,7 +267,7 @@ def test_no_prefix_and_no_flipped_byte_does_harm(tmp_path: Path) -> None:
 
 
 def test_tuples_of_tuples_take_no_time() -> None:
-    """Some hundred bytes make a tuple that holds another one 2**200 times. Nobody looks into each."""
+    """A pickle of some hundred bytes holds a tuple 2**200 times. It is not searched once for each."""
     doubled = b"".join(b"q%bh%b\x86" % (bytes((number,)), bytes((number,))) for number in range(200))
     root = build_plain(b"\x80\x02)" + doubled + b"\x85.", empty).root
     depth = 0

@@ -36,7 +36,7 @@ class WithBuffer(TinyModule):
 
 
 class Copying(nn.Linear):
-    """Loads by copying into its parameters, whatever these are."""
+    """Loads by copying into its parameters, and does not ask whether they have memory."""
 
     def load_state_dict(self, state_dict: Any, *_: Any, **__: Any) -> Any:
         for name, parameter in self.named_parameters():
