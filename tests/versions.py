@@ -5,7 +5,7 @@
 A combination is ``python:torch:lightning``. Each takes an environment of up to 8 GB, since plain torch wheels are built
 for CUDA; it is removed when its tests have run. What follows ``--`` goes to pip: an index with CPU wheels, say.
 Interpreters are looked for on the PATH (with pyenv: ``PYENV_VERSION=3.10.13:3.13.0 make test-versions``).
-The first name runs all rooms that meet torch or Lightning, the others a tenth of the cases of tests/plugins.
+The first name runs the tests of all rooms, the others a tenth of the cases of tests/plugins.
 Exits with 1 if a test failed or an environment could not be made.
 """
 
@@ -27,8 +27,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # The oldest with the oldest and the newest with the newest that the project knows.
 COMBINATIONS = ("3.10:2.6.0:2.5.0", "3.13:2.14.1:2.6.6")
 NAMES = ("lightning.pytorch", "pytorch_lightning")
-# What meets torch and Lightning. Peaks are another matter: they depend on what a version imports.
-ROOMS = ("checkpoint", "cli", "distributed", "plugins", "report", "restore", "save", "transfer")
+# Every folder of tests but these, and no peaks: what a process takes depends on what a version imports.
+LEFT_OUT = ("endurance", "examples", "gpu", "memory")
+ROOMS = sorted({test.parent.name for test in REPOSITORY.glob("tests/*/test_*.py")} - {*LEFT_OUT})
 TESTS = (*(f"tests/{room}" for room in ROOMS), "-m", "not memory")
 # The other name changes which package is imported, and nothing else: every tenth case, as `make test-names`.
 OTHER_NAME = ("tests/plugins", "--ignore=tests/plugins/test_packages.py", "--every", "10", "-m", "not memory")
