@@ -33,7 +33,6 @@ ROOMS = sorted({test.parent.name for test in REPOSITORY.glob("tests/*/test_*.py"
 TESTS = (*(f"tests/{room}" for room in ROOMS), "-m", "not memory")
 # The other name changes which package is imported, and nothing else: every tenth case, as `make test-names`.
 OTHER_NAME = ("tests/plugins", "--ignore=tests/plugins/test_packages.py", "--every", "10", "-m", "not memory")
-NEEDED = ("hypothesis", "jsonargparse[signatures]", "pytest", "pytest-timeout", "tensorboard")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +93,7 @@ def install(combination: Combination, folder: Path, pip_arguments: list[str]) ->
         f"torch=={combination.torch}",
         *packages,
     ]
-    subprocess.run([*command, *NEEDED, "-e", str(REPOSITORY), *pip_arguments], check=True)
+    subprocess.run([*command, "-e", f"{REPOSITORY}[dev]", *pip_arguments], check=True)
     return python
 
 
