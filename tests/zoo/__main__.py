@@ -3,6 +3,7 @@
     python -m tests.zoo                     # timm, torchvision, diffusers, transformers, peft: what is installed
     python -m tests.zoo timm --most 50      # the first 50 models of one library
     python -m tests.zoo transformers --heads --only Bert
+    python -m tests.zoo --jobs 16           # 16 models at a time
 
 Nothing is downloaded: the processes that build have no network. What is not compared is counted, with why.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import multiprocessing
 import os
 import re
@@ -22,6 +24,8 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,6 +37,10 @@ from tests.zoo import Comparison, NotBuiltError, TooLargeError, compare
 from tests.zoo.libraries import LIBRARIES, Ways, models_of
 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "MemoryError", "ENOMEM")
+
+
+# The models of a library, for the processes that are forked from this one.
+_models: list[Ways] = []
 
 
 @dataclass
@@ -53,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--heads", action="store_true", help="every class of transformers, not the plain models alone")
     parser.add_argument("--seconds", type=float, default=60, help="how long one model may take")
     parser.add_argument("--gib", type=float, default=1, help="models whose parameters are larger are skipped")
+    parser.add_argument("--jobs", type=int, default=1, help="how many models to compare at a time")
     parser.add_argument("--verbose", action="store_true", help="name every model, also those that are right")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -67,9 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
         except ImportError as error:
             print(f"{library}: not installed, skipped ({error})", flush=True)
             continue
+        taken = found[:: options.every][: options.most]
         verdicts = []
-        for name, ways in found[:: options.every][: options.most]:
-            verdict = _judge(ways, options.seconds, options.gib)
+        for (name, _), verdict in zip(taken, _judge_all(taken, options), strict=True):
             verdicts.append(verdict)
             if verdict.status != "right" or options.verbose:
                 print(f"{library} {name}: {verdict.status}. {'; '.join(verdict.why[:5])}", flush=True)
@@ -95,6 +104,18 @@ def _summary(library: str, known: int, verdicts: list[Verdict], seconds: float) 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def _judge_all(models: list[tuple[str, Ways]], options: argparse.Namespace) -> Iterator[Verdict]:
+    """Yields a verdict on each model, in order. The processes inherit the models, which cannot be pickled."""
+    _models[:] = [ways for _, ways in models]
+    judge = functools.partial(_judge_one, seconds=options.seconds, gib=options.gib)
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(judge, range(len(models)))
+
+
+def _judge_one(number: int, *, seconds: float, gib: float) -> Verdict:
+    return _judge(_models[number], seconds, gib)
 
 
 def _judge(ways: Ways, seconds: float, gib: float, *, ordinary: bool = False) -> Verdict:
