@@ -114,6 +114,9 @@ def compare(
     tell("was restored and compared, built under meta_init")
     drawn = {name for name, value in theirs.items() if name not in other or not same_values(value, other[name])}
     alike = {name for name in drawn if name in other and _drawn_alike(theirs[name], other[name])}
+    # Their shapes are chance too, such as those of clusters of random values: there is nothing to compare.
+    unsized = {name for name in drawn if name in other and theirs[name].shape != other[name].shape}
+    theirs = _without(theirs, unsized)
     del other
     found.computed = [name for name in theirs if name not in drawn]
 
@@ -125,7 +128,7 @@ def compare(
         if _is_loaded_as_always(build, path, strict=True):
             raise
         raise NotBuiltError("it cannot be loaded from its own state dict") from None
-    found.wrong += _wrong(theirs, tensors_of(actual), drawn - state.keys(), alike, "")
+    found.wrong += _wrong(theirs, _without(tensors_of(actual), unsized), drawn - state.keys(), alike, "")
     del actual
     gc.collect()
 
@@ -139,7 +142,7 @@ def compare(
     else:
         follow_recipes(actual)  # A file that has nothing of a module is refused.
         from_file = set()
-    ours, where = tensors_of(actual), " (in no file)"
+    ours, where = _without(tensors_of(actual), unsized), " (in no file)"
     wrong = _wrong(theirs, ours, drawn - from_file, alike, where)
     if wrong:  # What is drawn may have come out alike twice.
         third = tensors_of(_built(build, 5)[0])
@@ -263,6 +266,10 @@ def _drawn_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
         abs(float(second.std()) - deviation) <= _TOLERANCE * deviation
         and abs(float(second.mean()) - float(first.mean())) <= _TOLERANCE * deviation
     )
+
+
+def _without(tensors: dict[str, torch.Tensor], names: set[str]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
 def _half_of(tensors: dict[str, torch.Tensor], names: set[str]) -> set[str]:
