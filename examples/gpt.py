@@ -40,7 +40,7 @@ SIZES = {
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and the tokens before it."""
+    """Multi-head attention where each token attends to itself and to the tokens before it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
