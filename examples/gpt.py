@@ -137,7 +137,7 @@ class GPT(L.LightningModule):
 
 
 def _initialize(module: nn.Module) -> None:
-    """Initialize a module's own parameters as GPT-2 does."""
+    """Initialise a module's own parameters as GPT-2 does."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:

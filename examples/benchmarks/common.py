@@ -50,8 +50,8 @@ def run_fresh(work: Callable[..., None], *arguments: Any, timeout_seconds: float
     Raises:
         ProcessFailed: The process ended without a result, or delivered none in time and was killed.
     """
-    # Without this, a module that asks for a GPU while it is imported initializes CUDA, and forked processes cannot
-    # use CUDA any more. With it, torch asks NVML, which does not initialize CUDA.
+    # Without this, a module that asks for a GPU while it is imported initialises CUDA, and forked processes cannot
+    # use CUDA any more. With it, torch asks NVML, which does not initialise CUDA.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(IMPORTED)
@@ -157,7 +157,7 @@ def digest_of(weights: dict[str, Any], optimizer_states: Sequence[dict[str, Any]
 
 
 def synchronize() -> None:
-    """Wait until the GPU has finished. Does nothing if CUDA is not initialized."""
+    """Wait until the GPU has finished. Does nothing if CUDA is not initialised."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
