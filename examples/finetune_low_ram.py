@@ -1,17 +1,20 @@
-"""Finetune a model that is larger than the memory the process may use.
+"""Finetune a model that is larger than the memory that the process may use.
 
-A first process trains the GPT of the other example for a few steps and exports its weights as the Hugging Face Hub has
-them: sharded safetensors with an index. Finetuning gives this body a new head, which learns by heart which files of
-Python's standard library a few pieces of text are from, while the body stays frozen. Two ways to load it:
+A first process trains the GPT of ``gpt.py`` for a few steps and exports its weights in the layout of the Hugging Face
+Hub: sharded safetensors with an index. The finetuning puts a new head on this GPT (the body), which stays frozen. The
+head learns to tell which file of Python's standard library a piece of text is from. There are two ways to load the
+weights:
 
-- stock: build the model, read the shards, ``load_state_dict``;
-- with the callback: build under ``meta_init``, ``MemoryEfficientRestore(weights_from=WeightsSource(...))``. On a GPU
-  the weights stream there through 128 MiB of host memory. On a CPU the frozen body *is* the file's pages, which the
-  kernel drops and reads again as it likes (``mode="assign"``).
+- stock: build the model, read the shards, call ``load_state_dict``;
+- with the callback: build the model under ``meta_init``, and let
+  ``MemoryEfficientRestore(weights_from=WeightsSource(...))`` load the weights. On a GPU they are streamed to the device
+  through a buffer of 128 MiB in host memory. On a CPU the parameters of the frozen body are mapped pages of the file
+  (``mode="assign"``), which the kernel can drop and read again.
 
-Both run in fresh processes, first as they are, which tells what they need, then in a control group that gives them the
-memory that the callback needs and little more. The exit status is 0 only if both ways trained alike, the body is the
-pretrained one bit for bit, and under the limit (if one can be set) stock was killed and the callback trained the same.
+Both ways run in fresh processes, first without a limit, which measures what they need. Then they run in a control group
+whose limit is slightly above what the callback needs. The exit status is 0 only if the losses of both ways are equal,
+the body is the pretrained one bit for bit, and, where a limit can be set, the kernel kills stock under the limit while
+the run with the callback gives the same losses.
 
     python examples/finetune_low_ram.py
     python examples/finetune_low_ram.py --size gpt2-xl --accelerator gpu
@@ -57,21 +60,21 @@ FIGURES_IN_MIB = (
 )
 FIGURES = ("seconds", "required_bytes", *FIGURES_IN_MIB)
 
-PREFIX = "transformer."  # What the names of an exported body begin with, as those of a GPT-2 on the Hub do.
+PREFIX = "transformer."  # The names of an exported body begin with it, as the names of a GPT-2 on the Hub do.
 NUM_SHARDS = 4
 NUM_CLASSES = 4
 SEQUENCE_LENGTH = 32
-SPEED_BYTES = 128 << 20
+SPEED_BYTES = 128 << 20  # Memory above the need, as far as the limit allows: with less, a process runs slowly.
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a process leaves for the comparison.
+    """The result of one process, for the comparison.
 
     Attributes:
-        weight_bytes: All parameters of the model.
-        losses: Of each training step.
-        body: Name -> data type, shape and SHA-256 of every parameter of the body, as it is after the training.
+        weight_bytes: The bytes of all parameters of the model.
+        losses: The loss of each training step.
+        body: Name -> data type, shape and SHA-256 of every parameter of the body after the training.
         cost: ``FIGURES`` from before the model is built until the training has ended; ``None`` where unknown.
     """
 
@@ -82,7 +85,7 @@ class Outcome:
 
 
 class Finetuning(L.LightningModule):
-    """A frozen GPT under a new linear layer that says which file a piece of text is from.
+    """A frozen GPT (the body) and a new linear layer (the head) that tells which file a piece of text is from.
 
     Args:
         size: A key of ``SIZES``.
@@ -94,37 +97,40 @@ class Finetuning(L.LightningModule):
         self.head = Head(self.body.config.width, NUM_CLASSES)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the cross entropy of the classes."""
+        """Return the cross entropy of the classes. ``batch`` is (int64 tokens (batch, length), int64 labels)."""
         tokens, labels = batch
         return F.cross_entropy(self.head(self.body.features(tokens).mean(1)), labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW, for the head only."""
+        """Return AdamW for the parameters of the head only."""
         return torch.optim.AdamW(self.head.parameters(), lr=0.001)
 
     def cpu(self) -> Finetuning:
-        """Stay there: at the end of a fit Lightning (2.6) moves all of the model into the host's memory."""
+        """Return the model without moving it.
+
+        Lightning 2.6 calls this at the end of ``fit`` and would otherwise move the whole model into host memory.
+        """
         return self
 
 
 class Head(nn.Linear):
-    """A linear layer that begins at zero, so that it begins alike however many random numbers were drawn before."""
+    """A linear layer that starts at zero, so its first values do not depend on the random numbers drawn before."""
 
     def reset_parameters(self) -> None:
-        """Fill with zeros. The callback calls this, since the pretrained weights have no values for the head."""
+        """Fill with zeros. The callback calls this, because the pretrained weights contain no values for the head."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
 
 def pieces_of_largest_files() -> list[tuple[Tensor, int]]:
-    """Return one piece of each of the largest files of the standard library, and the number of its file."""
+    """Return one piece of each of the largest files of the standard library, as (int64 tokens, number of the file)."""
     by_size = sorted(Path(os.__file__).parent.glob("*.py"), key=lambda path: path.stat().st_size)
     files = [Sequences(path.read_bytes(), SEQUENCE_LENGTH) for path in by_size[-NUM_CLASSES:]]
     return [(file[len(file) // 2][:SEQUENCE_LENGTH], label) for label, file in enumerate(files)]
 
 
 def main() -> int:
-    """Run one task in this process if told so, otherwise all of them in fresh ones; return the exit status."""
+    """Run the task of ``--task`` in this process, or without it all tasks in fresh ones; return the exit status."""
     args = parse_arguments()
     if args.task:
         for message in HARMLESS_WARNINGS:
@@ -138,11 +144,16 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     summary, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(description=summary)
-    parser.add_argument("--size", choices=SIZES, default="gpt2-medium", help="of the model (default: %(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="gpt2-medium", help="size of the model (default: %(default)s)")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu", help="default: %(default)s")
     parser.add_argument("--pretraining-steps", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=6, help="of the finetuning (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/finetune_low_ram"), help="default: ./%(default)s")
+    parser.add_argument("--steps", type=int, default=6, help="steps of the finetuning (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/finetune_low_ram"),
+        help="folder for the weights and the results (default: ./%(default)s)",
+    )
     parser.add_argument("--keep", action="store_true", help="keep the exported weights")
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -160,11 +171,11 @@ def outcome_path(args: argparse.Namespace, task: str) -> Path:
 
 
 def pretrain(args: argparse.Namespace) -> Outcome:
-    """Train a GPT from scratch and export it."""
+    """Train a GPT from scratch and export its weights."""
     L.seed_everything(1, verbose=False)
     losses = Losses()
     trainer = build_trainer(args, [losses], args.pretraining_steps)
-    with trainer.init_module():  # On the device at once: there all the random numbers take no time.
+    with trainer.init_module():  # Directly on the device: a GPU draws the random numbers fast.
         model = GPT(args.size)
     trainer.fit(model, datamodule=StandardLibrary(sequence_length=SEQUENCE_LENGTH, batch_size=1))
     export(model, weights_folder(args))
@@ -172,7 +183,7 @@ def pretrain(args: argparse.Namespace) -> Outcome:
 
 
 def export(model: GPT, folder: Path) -> None:
-    """Write the weights as sharded safetensors with an index. The head is the token embedding, and is left out."""
+    """Write the weights as sharded safetensors with an index, without the head: it is tied to the token embedding."""
     folder.mkdir(parents=True)
     state = {PREFIX + name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
     total_bytes = sum(tensor.nbytes for tensor in state.values())
@@ -191,7 +202,7 @@ def export(model: GPT, folder: Path) -> None:
 
 
 def finetune(args: argparse.Namespace) -> Outcome:
-    """Train a new head on the pretrained body, which comes there stock or with the callback."""
+    """Train a new head on the pretrained body, which stock code or the callback loads, as ``args.task`` says."""
     losses = Losses()
     callbacks: list[L.Callback] = [losses]
     if args.task == "callback":
@@ -199,7 +210,7 @@ def finetune(args: argparse.Namespace) -> Outcome:
         mode = "assign" if args.accelerator == "cpu" else "copy"
         callbacks.append(MemoryEfficientRestore(mode, weights_from=source))
     trainer = build_trainer(args, callbacks, args.steps)
-    torch.zeros(1, device=trainer.strategy.root_device)  # What the device's own context takes is no part of the cost.
+    torch.zeros(1, device=trainer.strategy.root_device)  # Creates the device's context, which is not part of the cost.
     with MemoryMonitor(trainer.strategy.root_device) as monitor:
         with meta_init(args.task == "callback"):
             model = Finetuning(args.size)
@@ -211,7 +222,7 @@ def finetune(args: argparse.Namespace) -> Outcome:
 
 
 def load_stock(body: GPT, folder: Path) -> None:
-    """Load the shards with safetensors' own function, which maps them, one after the other."""
+    """Load the shards one after the other with ``load_file`` of safetensors, which maps them."""
     found = set()
     for shard in sorted(folder.glob("*.safetensors")):
         state = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(shard).items()}
@@ -221,7 +232,7 @@ def load_stock(body: GPT, folder: Path) -> None:
 
 
 def digests(body: GPT) -> dict[str, str]:
-    """Return what every parameter is, without a copy of a whole one in host memory."""
+    """Return name -> data type, shape and SHA-256 of every parameter. A GPU's are copied to the host in small parts."""
     found = {}
     for name, parameter in body.named_parameters():
         sha = hashlib.sha256()
@@ -244,7 +255,7 @@ def build_trainer(args: argparse.Namespace, callbacks: list[L.Callback], max_ste
             enable_model_summary=False,
             deterministic=True,
         )
-    # With deterministic algorithms torch also fills whatever it allocates, which no ordinary run pays for.
+    # deterministic=True also makes torch fill the memory that it allocates. An ordinary run does not pay for this.
     torch.utils.deterministic.fill_uninitialized_memory = False
     return trainer
 
@@ -253,7 +264,7 @@ def build_trainer(args: argparse.Namespace, callbacks: list[L.Callback], max_ste
 
 
 def compare_ways(args: argparse.Namespace) -> bool:
-    """Run every task in a fresh process, print what each took, and return whether all is as promised."""
+    """Run every task in a fresh process, print the cost of each, and return whether all promises are kept."""
     began = time.monotonic()
     args.out = args.out / time.strftime("%Y%m%d-%H%M%S")
     args.out.mkdir(parents=True)
@@ -264,13 +275,13 @@ def compare_ways(args: argparse.Namespace) -> bool:
     if limit_bytes is not None:
         limited = {way: run_under_limit(way, args, limit_bytes) for way in WAYS}
 
-    print(f"\nGPT {args.size!r} under a new head, {args.steps} steps on the {args.accelerator}.", end=" ")
+    print(f"\nGPT {args.size!r} with a new head, {args.steps} steps on the {args.accelerator}.", end=" ")
     print(f"Pretrained weights: {mib(pretrained.weight_bytes)} MiB, in {NUM_SHARDS} shards of safetensors.")
-    print("Peaks of host memory in MiB, from before the model is built until the training has ended. Its anonymous")
-    print("part has to be there; file-backed pages the kernel can drop, and read from the disk again.\n")
+    print("Peaks of memory in MiB, from before the model is built until the training has ended. The machine must have")
+    print("anonymous memory. File-backed pages can be dropped by the kernel and read from the disk again.\n")
     print(cost_table(unlimited, limited, limit_bytes) + "\n")
     if limit_bytes is None:
-        print(f"No memory limit is set, so all of it is only measured: {obstacle}.\n")
+        print(f"No memory limit is set, and both ways are only measured. The reason: {obstacle}.\n")
     else:
         print(f"The limit is {limit_bytes / pretrained.weight_bytes:.0%} of the weights alone.\n")
     promises = check_promises(pretrained, unlimited, limited)
@@ -279,24 +290,24 @@ def compare_ways(args: argparse.Namespace) -> bool:
     all_kept = all(promises.values())
     if all_kept and not args.keep:
         shutil.rmtree(weights_folder(args))
-    print(f"\nAll of it took {time.monotonic() - began:.0f} s.")
+    print(f"\nTotal time: {time.monotonic() - began:.0f} s.")
     return all_kept
 
 
 def run_in_fresh_process(task: str, args: argparse.Namespace) -> Outcome:
-    """Run ``task`` in a new Python, so that its memory is nobody else's, and return what it wrote down."""
+    """Run ``task`` in a new Python process and return its outcome. Its memory holds nothing of other tasks."""
     print(f"\n{TASKS[task]}:", flush=True)
     return read_outcome(task, args, subprocess.run(command_of(task, args)).returncode)
 
 
 def run_under_limit(task: str, args: argparse.Namespace, limit_bytes: int) -> Outcome | None:
-    """Run ``task`` with no more memory than that, and return what it wrote down, ``None`` if it was killed."""
+    """Run ``task`` with at most ``limit_bytes`` of memory. Return its outcome, or ``None`` if the kernel killed it."""
     print(f"\n{TASKS[task]}, with {mib(limit_bytes)} MiB of memory:", flush=True)
-    # Pages that are in memory already would be nobody's in there, and the limit none.
+    # Pages that are already in the page cache would not count in the new control group, and the limit would be void.
     drop_pages(weights_folder(args))
     status = memory_limit.run_limited(command_of(task, args), limit_bytes)
     if status == -signal.SIGKILL:
-        print("killed by the kernel, out of memory")
+        print("killed by the kernel: out of memory")
         return None
     return read_outcome(task, args, status)
 
@@ -308,26 +319,27 @@ def command_of(task: str, args: argparse.Namespace) -> list[str]:
 
 def read_outcome(task: str, args: argparse.Namespace, status: int) -> Outcome:
     if status != 0:
-        sys.exit(f"{TASKS[task]}: ended with exit status {status}. Its files: {args.out}")
+        sys.exit(f"The task {TASKS[task]!r} failed with exit status {status}. Its files are in {args.out}")
     outcome = Outcome(**json.loads(outcome_path(args, task).read_text()))
     print(f"losses {' '.join(f'{loss:.4f}' for loss in outcome.losses)}")
     return outcome
 
 
 def choose_limit(unlimited: Mapping[str, Outcome]) -> tuple[int | None, str | None]:
-    """Return a limit between what the two ways need, or why there is none.
+    """Return a memory limit between the needs of the two ways, or ``None`` and the reason why there is none.
 
-    It is what the callback needs and an eighth of the difference; where that is little, as much as the first half of
-    the difference allows, since a process with only just enough memory waits for the pages of its own code. Of stock
-    the anonymous memory counts only: everything else the kernel may be able to take away before it kills.
+    The limit is the need of the callback and an eighth of the difference to stock. Where an eighth is less than
+    ``SPEED_BYTES``, it is that much instead, but at most half of the difference: a process with barely enough memory
+    waits for the pages of its own code. For stock only anonymous memory counts, because the kernel may take back
+    everything else before it kills.
     """
     ours, stock = unlimited["callback"].cost["required_bytes"], unlimited["stock"].cost["anonymous_peak_bytes"]
     obstacle = memory_limit.obstacle()
     if obstacle is not None or ours is None or stock is None:
-        return None, obstacle or "this system does not tell what a process needs"
+        return None, obstacle or "this system does not report the memory of a process"
     difference = stock - ours
     if difference <= 0:
-        return None, "a model of this size is too small to tell what it takes from what Python takes"
+        return None, "the model is too small: its memory cannot be distinguished from the memory of Python itself"
     return ours + max(difference // 8, min(difference // 2, SPEED_BYTES)), None
 
 
@@ -342,7 +354,7 @@ def drop_pages(folder: Path) -> None:
 def check_promises(
     pretrained: Outcome, unlimited: Mapping[str, Outcome], limited: Mapping[str, Outcome | None]
 ) -> dict[str, bool]:
-    """Return what was promised, and whether it was kept."""
+    """Return each promise of this example, and whether it is kept."""
     finished = [outcome for outcome in (*unlimited.values(), *limited.values()) if outcome is not None]
     losses = finished[0].losses
     promises = {
@@ -357,7 +369,7 @@ def check_promises(
 
 
 def cost_table(unlimited: Mapping[str, Outcome], limited: Mapping[str, Outcome | None], limit_bytes: int | None) -> str:
-    """Return one line for each process, under a line with the names of the columns."""
+    """Return a table with one line for each process. A column without any known figure is omitted."""
     rows = [("", "limit", "ended", "seconds", "anonymous", "file-backed", "from disk", "GPU")]
     for outcomes, limit in ((unlimited, None), (limited, limit_bytes)):
         for way, outcome in outcomes.items():

@@ -1,7 +1,8 @@
-"""A GPT-2 in plain PyTorch as a LightningModule, and a text that every machine has: Python's own standard library.
+"""A GPT-2 in plain PyTorch as a LightningModule, with a text that every machine has: Python's own standard library.
 
-The examples and benchmarks share it. Nothing in here knows of ``lightning_memload``: it is what a user has anyway.
-Tokens are bytes. The GPT-2 sizes keep GPT-2's vocabulary and context, so that their checkpoints have its size too.
+The examples and benchmarks share this module. It does not use ``lightning_memload``: it is an ordinary user's model.
+Tokens are bytes. The GPT-2 sizes keep the vocabulary and the context of GPT-2, so their checkpoints are as large as
+those of GPT-2.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 @dataclass(frozen=True, slots=True)
 class GPTConfig:
-    """The five numbers that make a GPT-2."""
+    """The five numbers that define a GPT-2."""
 
     num_layers: int
     num_heads: int
@@ -39,7 +40,7 @@ SIZES = {
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and what came before."""
+    """Multi-head attention where each token attends to itself and to the tokens before it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a two-layer perceptron, each behind a LayerNorm and beside a residual."""
+    """Attention and a two-layer perceptron, each with a LayerNorm before it and a residual connection around it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -81,8 +82,8 @@ class GPT(L.LightningModule):
 
     Args:
         size: A key of ``SIZES``.
-        learning_rate: Of AdamW, where the cosine begins.
-        max_steps: Steps in which the cosine reaches zero.
+        learning_rate: The learning rate of AdamW at the start of the cosine schedule.
+        max_steps: The number of steps after which the schedule reaches zero.
     """
 
     def __init__(self, size: str = "demo", learning_rate: float = 3e-4, max_steps: int = 1000) -> None:
@@ -92,7 +93,7 @@ class GPT(L.LightningModule):
         self.build()
 
     def build(self) -> None:
-        """Make the layers. A class that builds in ``configure_model`` overrides ``__init__``'s call of it."""
+        """Create the layers. ``__init__`` calls this; a subclass that builds in ``configure_model`` overrides it."""
         config = self.config
         self.token_embedding = nn.Embedding(config.vocabulary_size, config.width)
         self.position_embedding = nn.Embedding(config.context_length, config.width)
@@ -107,7 +108,7 @@ class GPT(L.LightningModule):
         return self.head(self.features(tokens))
 
     def features(self, tokens: Tensor) -> Tensor:
-        """Map int64 tokens (batch, length) to what the head sees of them (batch, length, width)."""
+        """Map int64 tokens (batch, length) to the input of the head (batch, length, width)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         for block in self.blocks:
@@ -115,17 +116,17 @@ class GPT(L.LightningModule):
         return self.norm(x)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Return the cross entropy of every next token."""
+        """Return the mean cross entropy of the next tokens."""
         loss = self._loss(batch)
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Log the mean cross entropy of every next token."""
+        """Log the mean cross entropy of the next tokens."""
         self.log("val_loss", self._loss(batch), batch_size=len(batch))
 
     def configure_optimizers(self) -> Any:
-        """AdamW; one step of the schedule for every step of the optimizer."""
+        """Return AdamW and its schedule, which takes one step after each step of the optimizer."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams["learning_rate"], weight_decay=0.1)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.hparams["max_steps"])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -136,7 +137,7 @@ class GPT(L.LightningModule):
 
 
 def _initialize(module: nn.Module) -> None:
-    """Draw a module's own parameters as GPT-2 does."""
+    """Initialise a module's own parameters as GPT-2 does."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
@@ -144,12 +145,12 @@ def _initialize(module: nn.Module) -> None:
 
 
 class StandardLibrary(L.LightningDataModule):
-    """The sources of the running Python's standard library, as bytes; the last tenth is for validation.
+    """The source files of the running Python's standard library, as bytes. The last tenth is for validation.
 
     Args:
-        max_bytes: How much of it to read, from its first file in alphabetical order.
-        sequence_length: Tokens that a sample predicts.
-        batch_size: Samples in a batch.
+        max_bytes: The number of bytes to read. Reading starts at the first file in alphabetical order.
+        sequence_length: The number of tokens that each sample predicts.
+        batch_size: The number of samples in a batch.
     """
 
     def __init__(self, max_bytes: int = 1 << 20, sequence_length: int = 128, batch_size: int = 4) -> None:
@@ -159,23 +160,26 @@ class StandardLibrary(L.LightningDataModule):
         self.batch_size = batch_size
 
     def setup(self, stage: str) -> None:
-        """Read the text and divide it."""
+        """Read the text and split it into training and validation."""
         text = standard_library_text(self.max_bytes)
         boundary = len(text) * 9 // 10
         self.train_text = Sequences(text[:boundary], self.sequence_length)
         self.val_text = Sequences(text[boundary:], self.sequence_length)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Shuffled by torch's global generator: a restore that drew from it would be seen in the next loss."""
+        """Return the training data, shuffled with torch's global generator.
+
+        A restore that takes random numbers from this generator therefore changes the next loss.
+        """
         return DataLoader(self.train_text, self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        """In the order of the text."""
+        """Return the validation data, in the order of the text."""
         return DataLoader(self.val_text, self.batch_size)
 
 
 class Sequences(Dataset[Tensor]):
-    """A text cut into pieces; each is an int64 tensor of ``sequence_length + 1`` tokens, the last one only a target."""
+    """A text cut into samples: int64 tensors of ``sequence_length + 1`` tokens, of which the last is a target only."""
 
     def __init__(self, text: bytes, sequence_length: int) -> None:
         self.tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -190,15 +194,17 @@ class Sequences(Dataset[Tensor]):
 
 
 def standard_library_text(max_bytes: int) -> bytes:
-    """Return the first ``max_bytes`` of the standard library's top-level sources, in alphabetical order.
+    """Return the first ``max_bytes`` bytes of the standard library's top-level source files, in alphabetical order.
 
     Raises:
-        FileNotFoundError: This Python has no sources beside it (a zipped or frozen standard library).
+        FileNotFoundError: The standard library of this Python is zipped or frozen and has no source files.
     """
     library = Path(os.__file__).parent
     sources = sorted(library.glob("*.py"))
     if not sources:
-        raise FileNotFoundError(f"{library} holds no *.py; run this with a Python that has its sources beside it.")
+        raise FileNotFoundError(
+            f"{library} contains no *.py files. Use a Python whose standard library is installed as source files."
+        )
     text = bytearray()
     for source in sources:
         if len(text) >= max_bytes:

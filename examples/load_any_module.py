@@ -1,4 +1,4 @@
-"""Load a file of weights into any ``nn.Module``, without building it in memory first, and say what that cost."""
+"""Load a file of weights into any ``nn.Module`` that was built without memory, and print the time and the memory."""
 
 from pathlib import Path
 

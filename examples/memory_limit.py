@@ -1,6 +1,7 @@
-"""Run a command under a real memory limit: a control group of its own (v1 or v2, swap included), where that is allowed.
+"""Runs a command under a real memory limit: in a new control group (version 1 or 2), with swap included in the limit.
 
-Resource limits (``ulimit -v``) are no substitute: they count addresses, and refuse the mapping of a large file itself.
+This needs permission to create control groups. Resource limits (``ulimit -v``) cannot replace it: they count address
+space, so they already refuse to map a large file.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ V2 = Path("/sys/fs/cgroup")
 
 
 def obstacle() -> str | None:
-    """Say why no limit can be set here, ``None`` if one can. Makes a control group and removes it again."""
+    """Return the reason why no limit can be set here, ``None`` if one can be set.
+
+    To find out, it creates a control group and removes it again.
+    """
     try:
         with control_group(1 << 40):
             return None
@@ -26,39 +30,39 @@ def obstacle() -> str | None:
 
 
 def run_limited(command: Sequence[str], limit_bytes: int) -> int:
-    """Run a command that gets no more than ``limit_bytes`` of memory, swap included.
+    """Run a command with at most ``limit_bytes`` of memory, including swap.
 
     Returns:
-        Its exit status, -9 if the kernel killed it at the limit.
+        The exit status of the command, -9 if the kernel killed it at the limit.
 
     Raises:
         OSError: No limit can be set here.
     """
     with control_group(limit_bytes) as group:
-        # The shell enters the group before it becomes the command, so that every page counts.
+        # The shell enters the group before exec replaces it by the command, so that every page of the command counts.
         enter = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
         return subprocess.run(["/bin/sh", "-c", enter, str(group), *command]).returncode
 
 
 @contextlib.contextmanager
 def control_group(limit_bytes: int) -> Iterator[Path]:
-    """Make a control group with a memory limit, and remove it at the end.
+    """Create a control group with a memory limit, yield its directory, and remove it at the end.
 
     Raises:
-        OSError: There is no memory controller, or it may not be used.
+        OSError: There is no memory controller, or this process may not use it.
     """
     is_v1 = (V1 / "memory.limit_in_bytes").exists()
     if not is_v1 and "memory" not in (V2 / "cgroup.subtree_control").read_text().split():
-        raise OSError(f"{V2 / 'cgroup.subtree_control'} does not name 'memory'")
+        raise OSError(f"{V2 / 'cgroup.subtree_control'} does not list the controller 'memory'")
     group = (V1 if is_v1 else V2) / f"memload-example-{os.getpid()}"
     group.mkdir()
     try:
-        # Of v1's two limits the one with swap may never be the lower one, so it comes second.
+        # In version 1 the limit with swap must never be below the limit without, so it is written second.
         memory, swap = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes")
         if not is_v1:
             memory, swap = ("memory.max", "memory.swap.max")
         (group / memory).write_text(str(limit_bytes))
-        if (group / swap).exists():  # A kernel without accounting of swap has no such file.
+        if (group / swap).exists():  # A kernel that does not account for swap has no such file.
             (group / swap).write_text(str(limit_bytes if is_v1 else 0))
         yield group
     finally:
@@ -66,7 +70,11 @@ def control_group(limit_bytes: int) -> Iterator[Path]:
 
 
 def remove(group: Path, timeout_seconds: float = 10) -> None:
-    """Remove a control group as soon as the kernel has torn down what was killed in it."""
+    """Remove a control group. Waits until the kernel has cleaned up the processes that were killed in it.
+
+    Raises:
+        OSError: The group still cannot be removed after ``timeout_seconds``.
+    """
     deadline = time.monotonic() + timeout_seconds
     while True:
         try:

@@ -1,10 +1,11 @@
-"""Continue the pretraining of a GPT from a checkpoint, as Lightning does it and with one line more, and compare.
+"""Resume the pretraining of a GPT with stock Lightning and with one more callback, and compare the two.
 
-A first process trains on the sources of Python's standard library and saves an ordinary checkpoint with Lightning's own
-``ModelCheckpoint``. Fresh processes then resume it (``trainer.fit(ckpt_path=...)``) and evaluate it
-(``trainer.validate(ckpt_path=...)``), each once stock and once with ``MemoryEfficientRestore`` among the callbacks, the
-only difference. Every process writes down what it took until its first batch, its losses, and a digest of everything
-that Lightning would save next. The exit status is 0 only if both ways gave the same, bit for bit.
+A first process trains on the source files of Python's standard library and saves an ordinary checkpoint with
+Lightning's own ``ModelCheckpoint``. Fresh processes then resume it (``trainer.fit(ckpt_path=...)``) and evaluate it
+(``trainer.validate(ckpt_path=...)``), each once with stock Lightning and once with ``MemoryEfficientRestore`` among the
+callbacks. There is no other difference. Every process records its time and memory until the first batch, its losses,
+and a digest of everything that Lightning would save next. The exit status is 0 only if both ways give the same losses
+and state, bit for bit.
 
     python examples/resume_pretraining.py
     python examples/resume_pretraining.py --size gpt2-xl --accelerator gpu
@@ -59,7 +60,7 @@ FIGURES = (
 UNKNOWN = "-"
 
 HARMLESS_WARNINGS = (
-    r"Checkpoint directory .* exists and is not empty",  # It holds what the run resumes from.
+    r"Checkpoint directory .* exists and is not empty",  # It contains the checkpoint that the run resumes from.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.13.
     r"The '\w+_dataloader' does not have many workers",
 )
@@ -67,13 +68,13 @@ HARMLESS_WARNINGS = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a process leaves for the comparison: small enough for JSON, exact to the bit.
+    """The result of one process: small enough for JSON, and exact to the bit.
 
     Attributes:
-        weight_bytes: All parameters of the model, tied ones once.
-        losses: Of each training step, or the one of the evaluation.
+        weight_bytes: The bytes of all parameters of the model; tied parameters count once.
+        losses: The loss of each training step, or the one loss of the evaluation.
         state: Key path -> data type, shape and SHA-256 of a tensor, or the ``repr`` of any other value.
-        cost: ``FIGURES`` of the time until the first batch; ``None`` where the platform has no such figure.
+        cost: ``FIGURES`` from the start until the first batch; ``None`` where the platform does not report the figure.
     """
 
     weight_bytes: int
@@ -83,7 +84,7 @@ class Outcome:
 
 
 def main() -> int:
-    """Run one task in this process if told so, otherwise all of them in fresh ones; return the exit status."""
+    """Run the task of ``--task`` in this process, or without it all tasks in fresh ones; return the exit status."""
     args = parse_arguments()
     if args.task:
         for message in HARMLESS_WARNINGS:
@@ -97,12 +98,17 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     summary, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(description=summary)
-    parser.add_argument("--size", choices=SIZES, default="demo", help="of the model (default: %(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="demo", help="size of the model (default: %(default)s)")
     parser.add_argument("--accelerator", choices=("cpu", "gpu", "auto"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--precision", default="32-true", help="as the Trainer takes it (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="to train after the resume (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/resume_pretraining"), help="default: ./%(default)s")
-    parser.add_argument("--keep", action="store_true", help="keep the checkpoint; it stays anyway if anything differs")
+    parser.add_argument("--precision", default="32-true", help="precision of the Trainer (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="training steps after the resume (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/resume_pretraining"),
+        help="folder for checkpoint and logs (default: ./%(default)s)",
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoint; without this it is kept on a failure")
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -119,17 +125,17 @@ def outcome_path(args: argparse.Namespace) -> Path:
 
 
 def run_task(args: argparse.Namespace) -> Outcome:
-    """Train and save, resume, or evaluate, as ``args.task`` says."""
+    """Run the task that ``args.task`` names: train and save, resume, or evaluate."""
     if args.task == "train":
         return fit(args, seed=1, max_steps=args.steps + 1, checkpoint=None)
-    # Another seed gives other initial weights and other batches: what is equal afterwards came from the file.
+    # Another seed gives other initial weights and other batches. So values that are equal afterwards are from the file.
     if args.task.startswith("fit"):
         return fit(args, seed=2, max_steps=args.steps + 1 + args.steps, checkpoint=checkpoint_path(args))
     return validate(args, seed=2, checkpoint=checkpoint_path(args))
 
 
 def fit(args: argparse.Namespace, seed: int, max_steps: int, checkpoint: Path | None) -> Outcome:
-    """Train until ``max_steps`` are done, from ``checkpoint`` if there is one."""
+    """Train until ``max_steps`` are done. Resume from ``checkpoint``, or start anew if it is ``None``."""
     L.seed_everything(seed, verbose=False)
     model, losses, cost = GPT(args.size), Losses(), CostOfStart()
     trainer = build_trainer(args, [losses, cost], max_steps)
@@ -149,10 +155,10 @@ def validate(args: argparse.Namespace, seed: int, checkpoint: Path) -> Outcome:
 
 
 def build_trainer(args: argparse.Namespace, callbacks: list[L.Callback], max_steps: int = -1) -> L.Trainer:
-    """Return the Trainer of a task. Stock and ours differ in one callback."""
+    """Return the Trainer of a task. The tasks of the two ways differ in one callback."""
     if args.task.endswith("callback"):
         callbacks = [MemoryEfficientRestore(), *callbacks]
-    # An epoch ends with a save, and a resumed run one step before the second.
+    # Each epoch ends with a save. A resumed run ends one step before the second save, so it saves nothing.
     epoch_steps, path = args.steps + 1, checkpoint_path(args)
     callbacks = [*callbacks, ModelCheckpoint(path.parent, path.stem, every_n_train_steps=epoch_steps)]
     with quiet_construction():
@@ -170,13 +176,13 @@ def build_trainer(args: argparse.Namespace, callbacks: list[L.Callback], max_ste
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-    # With deterministic algorithms torch also fills whatever it allocates, which no ordinary run pays for.
+    # deterministic=True also makes torch fill the memory that it allocates. An ordinary run does not pay for this.
     torch.utils.deterministic.fill_uninitialized_memory = False
     return trainer
 
 
 def open_loggers(args: argparse.Namespace) -> list[CSVLogger | TensorBoardLogger]:
-    """Return the loggers of a task, already open: what TensorBoard imports is no part of what a restore takes."""
+    """Return the loggers of a task, already open: the imports of TensorBoard are not part of the cost of a restore."""
     loggers: list[CSVLogger | TensorBoardLogger] = [CSVLogger(args.out, name="logs", version=args.task)]
     if importlib.util.find_spec("tensorboard"):
         loggers.append(TensorBoardLogger(args.out, name="logs", version=args.task))
@@ -186,10 +192,10 @@ def open_loggers(args: argparse.Namespace) -> list[CSVLogger | TensorBoardLogger
 
 
 class CostOfStart(L.Callback):
-    """Measures until the first batch. Until the end of ``fit`` would be too long: that moves the model once more."""
+    """Measures the cost until the first batch. The end of ``fit`` would be too late, because it moves the model."""
 
     def begin(self, device: torch.device) -> None:
-        """Measure from now on; what the device's own context takes is there before."""
+        """Start to measure. The context of the device exists before, so its memory is not counted."""
         torch.zeros(1, device=device)
         self.monitor = MemoryMonitor(device)
         self.monitor.start()
@@ -203,12 +209,12 @@ class CostOfStart(L.Callback):
         self.monitor.stop()
 
     def figures(self) -> dict[str, Any]:
-        """Return ``FIGURES``."""
+        """Return the measured value of each name in ``FIGURES``."""
         return {figure: getattr(self.monitor.peaks, figure) for figure in FIGURES}
 
 
 class Losses(L.Callback):
-    """Keeps the loss of every step."""
+    """Records the loss of every training step."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -216,30 +222,30 @@ class Losses(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep this one."""
+        """Record the loss of this step."""
         self.values.append(outputs["loss"].item())
 
 
 class DigestIO(TorchCheckpointIO):
-    """Takes the checkpoint that Lightning would save, and keeps its digests instead of its bytes."""
+    """A CheckpointIO that computes the digests of a checkpoint instead of writing it."""
 
     def __init__(self) -> None:
         self.state: dict[str, str] = {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write nothing to ``path``."""
+        """Compute the digests. Nothing is written to ``path``."""
         self.state = dict(digest(checkpoint))
 
 
 def digest_of_next_checkpoint(trainer: L.Trainer) -> dict[str, str]:
-    """Return the digests of weights, optimizers, schedulers, loops, callbacks: all that Lightning would save now."""
+    """Return the digests of everything that Lightning would save now: weights, optimizers, schedulers, loops ..."""
     trainer.strategy.checkpoint_io = digests = DigestIO()
     trainer.save_checkpoint("nowhere.ckpt")
     return digests.state
 
 
 def digest(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield key path and digest of everything in ``value``, one tensor after the other."""
+    """Yield the key path and the digest of every tensor in ``value``, and the ``repr`` of every other value."""
     if isinstance(value, torch.Tensor):
         raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         yield key, f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(raw).hexdigest()}"
@@ -259,7 +265,7 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 @contextmanager
 def quiet_construction() -> Iterator[None]:
-    """Keep the Trainer's list of devices and its product tips off the screen, but no warning."""
+    """Hide the Trainer's list of devices and its product tips. Warnings still appear."""
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     log.setLevel(logging.WARNING)
@@ -273,7 +279,7 @@ def quiet_construction() -> Iterator[None]:
 
 
 def compare_ways(args: argparse.Namespace) -> bool:
-    """Run every task in a fresh process, print what each cost, and return whether both ways gave the same."""
+    """Run every task in a fresh process, print the cost of each, and return whether the two ways agree."""
     began = time.monotonic()
     args.out = args.out / time.strftime("%Y%m%d-%H%M%S")
     args.out.mkdir(parents=True)
@@ -281,31 +287,38 @@ def compare_ways(args: argparse.Namespace) -> bool:
 
     checkpoint = checkpoint_path(args)
     print(f"\nGPT {args.size!r}, {args.precision}, on the standard library of Python {platform.python_version()}")
-    print(f"Weights W: {mib(outcomes['train'].weight_bytes)} MiB. Checkpoint: {mib(checkpoint.stat().st_size)} MiB.")
-    print("Anonymous host memory in MiB, from the call into the Trainer (the model is built) until the first batch.")
-    print("On the CPU AdamW's states, 2 W, stay after a resume. What only the restore needed is on top.\n")
+    print(f"Weights: {mib(outcomes['train'].weight_bytes)} MiB. Checkpoint: {mib(checkpoint.stat().st_size)} MiB.")
+    print("Memory in MiB, from the call of the Trainer (the model is built) to the first batch. Anonymous host memory:")
+    print("  start, peak   at the call, and at its highest")
+    print("  above start   peak - start")
+    print("  stays         in use at the first batch - start. On the CPU: the states of AdamW, twice the weights.")
+    print("  on top        the part of the peak that only the restore needs")
+    print("Beside it: the peaks of file-backed pages, which the kernel can take back, pinned memory and GPU memory.\n")
     print(cost_table({task: outcomes[task].cost for task in TASKS if task != "train"}))
-    print("\nStock and with the callback, bit for bit:\n")
+    print("\nStock compared with the callback, bit for bit:\n")
     same = [report_equality(way, outcomes[f"{way}-stock"], outcomes[f"{way}-callback"]) for way in ("fit", "validate")]
     if all(same) and not args.keep:
         checkpoint.unlink()
-    print(f"\nLogs: {args.out / 'logs'}. All of it took {time.monotonic() - began:.0f} s.")
+    print(f"\nLogs: {args.out / 'logs'}. Total time: {time.monotonic() - began:.0f} s.")
     return all(same)
 
 
 def run_in_fresh_process(task: str, args: argparse.Namespace) -> Outcome:
-    """Run ``task`` in a new Python, so that its memory is nobody else's, and return what it wrote down."""
+    """Run ``task`` in a new Python process and return its outcome. Its memory holds nothing of other tasks."""
     print(f"\n{TASKS[task]}:", flush=True)
     args = argparse.Namespace(**{**vars(args), "task": task})
     options = [f"--{name}={value}" for name, value in vars(args).items() if name != "keep"]
     status = subprocess.run([sys.executable, __file__, *options]).returncode
     if status != 0:
-        sys.exit(f"{TASKS[task]}: ended with exit status {status} (-9: killed, out of memory). Its files: {args.out}")
+        sys.exit(
+            f"The task {TASKS[task]!r} failed with exit status {status} (-9: killed, probably out of memory). "
+            f"Its files are in {args.out}"
+        )
     return Outcome(**json.loads(outcome_path(args).read_text()))
 
 
 def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return one line for each process, side by side; a column that is unknown in all of them is left out."""
+    """Return a table with one line for each process. A column without any known figure is omitted."""
     rows = [{"": f"{TASKS[task]:<28}", **cost_cells(cost)} for task, cost in costs.items()]
     names = [name for name in rows[0] if any(row[name] != UNKNOWN for row in rows)]
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
@@ -314,10 +327,10 @@ def cost_table(costs: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def cost_cells(cost: Mapping[str, Any]) -> dict[str, str]:
-    """Return the cells of one process by their column.
+    """Return the cells of one process by the name of their column.
 
-    "stays" is what the first batch finds above the start; it is negative where the model has left for a GPU. "on top"
-    is what only the restore needed: the peak above both what was there before it and what was there after it.
+    "stays" is the level at the first batch minus the level at the start. It is negative where the model has moved to a
+    GPU. "on top" is the memory that only the restore needs: the peak minus the larger of the levels before and after.
     """
     start, peak, end = (cost[f"anonymous_{level}_bytes"] for level in ("start", "peak", "end"))
     return {
@@ -334,7 +347,7 @@ def cost_cells(cost: Mapping[str, Any]) -> dict[str, str]:
 
 
 def report_equality(way: str, stock: Outcome, ours: Outcome) -> bool:
-    """Print whether the losses and the state of the two ways are the same, and where not."""
+    """Print whether the losses and the states of the two ways are the same, and the differences. Return the answer."""
     different = [key for key in {**stock.state, **ours.state} if stock.state.get(key) != ours.state.get(key)]
     same_losses = stock.losses == ours.losses
     losses = " ".join(f"{loss:.4f}" for loss in stock.losses)
@@ -342,7 +355,7 @@ def report_equality(way: str, stock: Outcome, ours: Outcome) -> bool:
     print(f"  {way:<8}  {verdict(same_losses)}  losses  {losses}")
     print(f"  {way:<8}  {verdict(not different)}  state   {entries}")
     if not same_losses:
-        print(f"            with the callback the losses are {ours.losses}, stock {stock.losses}")
+        print(f"            losses: stock {stock.losses}, with the callback {ours.losses}")
     for key in different[:10]:
         print(f"            {key}: stock {stock.state.get(key)}, with the callback {ours.state.get(key)}")
     return same_losses and not different

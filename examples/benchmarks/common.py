@@ -1,4 +1,4 @@
-"""What the benchmarks share: fresh processes, the page cache, digests, figures as text, and where they come from."""
+"""The functions that the benchmarks share: fresh processes, the page cache, digests, figures as text, and machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_memload.storage import LocalFile
 
 MIB = 1 << 20
 GIB = 1 << 30
-# What takes long to import, and a fresh process finds there already.
+# Modules that take long to import. A fresh process is forked from one that has imported them.
 IMPORTED = ["lightning", "safetensors.torch", "lightning_memload"]
 
 # Fresh processes ------------------------------------------------------------------------------------------------------
@@ -33,19 +33,25 @@ Deliver = Callable[[Any], None]
 
 
 class ProcessFailed(Exception):
-    """A process ended without a result, or did not end in time."""
+    """A process has ended without a result, or has exceeded its time limit."""
 
 
 def run_fresh(work: Callable[..., None], *arguments: Any, timeout_seconds: float | None = None) -> Any:
     """Call ``work(deliver, *arguments)`` in a fresh process and return what it delivers.
 
-    The process is forked from one that has imported torch and Lightning and done nothing else: to import them takes
-    longer than most of what is measured.
+    The process is forked from one that has imported torch and Lightning and has done nothing else, because these
+    imports take longer than most of the measured work.
+
+    Args:
+        work: A function of a module. Its first argument sends the result.
+        arguments: Further arguments of ``work``.
+        timeout_seconds: The longest time to wait for the result. ``None``: no limit.
 
     Raises:
-        ProcessFailed: It ended without a result, or did not deliver one in time and was killed.
+        ProcessFailed: The process ended without a result, or delivered none in time and was killed.
     """
-    # Asking the driver in the ordinary way, while something is imported, would spoil CUDA for what is forked later.
+    # Without this, a module that asks for a GPU while it is imported initialises CUDA, and forked processes cannot
+    # use CUDA any more. With it, torch asks NVML, which does not initialise CUDA.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(IMPORTED)
@@ -55,11 +61,11 @@ def run_fresh(work: Callable[..., None], *arguments: Any, timeout_seconds: float
     sender.close()
     try:
         if not receiver.poll(timeout_seconds):
-            raise ProcessFailed(f"took longer than {timeout_seconds} s")
+            raise ProcessFailed(f"The process took longer than {timeout_seconds} s")
         result = receiver.recv()
     except EOFError:
         process.join()
-        raise ProcessFailed(f"ended with exit status {process.exitcode}") from None
+        raise ProcessFailed(f"The process ended with exit status {process.exitcode}") from None
     except BaseException:
         process.kill()
         raise
@@ -72,11 +78,14 @@ def _deliver_result(sender: Connection, work: Callable[..., None], arguments: It
     work(sender.send, *arguments)
 
 
-# Files and what is in them --------------------------------------------------------------------------------------------
+# Files and their content ----------------------------------------------------------------------------------------------
 
 
 def read_all(path: Path, threads: int, block_bytes: int, *, drop: bool = False) -> float:
-    """Read the whole file once, block by block, into one buffer per thread. Returns seconds."""
+    """Read the whole file once, block by block, into one buffer per thread, and return the seconds.
+
+    ``drop``: whether each part is dropped from the page cache once it has been read.
+    """
     with LocalFile(path, drop_behind=drop) as file:
         starts = iter(range(0, file.size_bytes, block_bytes))
 
@@ -91,19 +100,19 @@ def read_all(path: Path, threads: int, block_bytes: int, *, drop: bool = False) 
 
 
 def in_threads(work: Callable[[], None], threads: int) -> None:
-    """Run the same work in several threads."""
+    """Call ``work`` once in each of several threads, and wait for all of them."""
     with ThreadPoolExecutor(threads) as pool:
         for future in [pool.submit(work) for _ in range(threads)]:
             future.result()
 
 
 def warm(path: Path) -> None:
-    """Bring the whole file into the page cache."""
+    """Read the whole file, so that it is in the page cache."""
     read_all(path, 4, 8 * MIB)
 
 
 def flush(path: Path) -> None:
-    """Bring the whole file to the disk, so that nothing does while something is measured."""
+    """Write the file's cached pages to the disk, so that the kernel does not write them during a measurement."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
@@ -116,12 +125,21 @@ def evict(path: Path) -> None:
 
 
 def digest(module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> str:
-    """Sum every weight and optimizer state, weighted by position, on its device: equal digests for equal bits."""
+    """Return the digest of a module's weights and its optimizers' states, computed on their devices.
+
+    Equal bits give equal digests. See :func:`digest_of`.
+    """
     return digest_of(module.state_dict(), [optimizer.state_dict() for optimizer in optimizers])
 
 
 def digest_of(weights: dict[str, Any], optimizer_states: Sequence[dict[str, Any]], device: str | None = None) -> str:
-    """Sum what a checkpoint holds in the same way: on a device, or where each tensor is."""
+    """Return the digest of the weights and optimizer states of a checkpoint: sums that are weighted by position.
+
+    Args:
+        weights: The state dict of the module.
+        optimizer_states: The state dict of each optimizer.
+        device: The device that computes the sums. ``None``: the device of each tensor.
+    """
     tensors = [*weights.values()]
     for optimizer_state in optimizer_states:
         for state in optimizer_state["state"].values():
@@ -139,7 +157,7 @@ def digest_of(weights: dict[str, Any], optimizer_states: Sequence[dict[str, Any]
 
 
 def synchronize() -> None:
-    """Wait for the GPU, if there is one in use."""
+    """Wait until the GPU has finished. Does nothing if CUDA is not initialised."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
@@ -148,30 +166,30 @@ def synchronize() -> None:
 
 
 def time_of(work: Callable[[], object]) -> float:
-    """Seconds that the work takes."""
+    """Call ``work`` and return the seconds that it takes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def median(values: Sequence[float | None]) -> float | None:
-    """The median of what is known."""
+    """Return the median of the known values, ``None`` if no value is known."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
 
 def above(start: int | None, peak: int | None) -> int | None:
-    """How far a level rose."""
+    """Return how far the peak is above the start, at least 0; ``None`` if one of them is unknown."""
     return None if start is None or peak is None else max(0, peak - start)
 
 
 def number(value: float | None, unit: int) -> str:
-    """Format a figure in a unit, a dash for an unknown one."""
+    """Format a figure as a multiple of ``unit``. An unknown figure is a dash."""
     return "-" if value is None else f"{value / unit:.2f}"
 
 
 def rounded(value: Any) -> Any:
-    """Round floats, inside containers too."""
+    """Round floats to two decimals, also inside dicts and lists."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -180,7 +198,7 @@ def rounded(value: Any) -> Any:
 
 
 def aligned(rows: Sequence[Sequence[str]], num_labels: int) -> list[str]:
-    """Format rows as lines: the labels to the left, the figures behind them to the right."""
+    """Format rows as lines. The first ``num_labels`` columns are aligned to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(
@@ -191,12 +209,12 @@ def aligned(rows: Sequence[Sequence[str]], num_labels: int) -> list[str]:
     ]
 
 
-# Where they come from -------------------------------------------------------------------------------------------------
+# Command, machine, versions -------------------------------------------------------------------------------------------
 
 
 def header(benchmark: str, arguments: Sequence[str] | None) -> dict[str, Any]:
-    """Tell what was measured, how, where, and with what: the first entries of every result."""
-    # What is named in an absolute way is a matter of this machine alone.
+    """Return the first entries of every result: benchmark, command, machine and versions."""
+    # An absolute path has a meaning on this machine only, so the command shows the name of the file.
     given = arguments or sys.argv[1:]
     shown = [Path(argument).name if Path(argument).is_absolute() else argument for argument in given]
     return {
@@ -208,7 +226,7 @@ def header(benchmark: str, arguments: Sequence[str] | None) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Describe the machine."""
+    """Return the name of the GPU, the number of CPUs, the memory in bytes, and the operating system."""
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpus": os.cpu_count(),
@@ -218,7 +236,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Name what was measured with; packages as far as they are installed."""
+    """Return the versions of Python, torch, this project and the given packages. Skips packages not installed."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in packages:
         try:
@@ -229,7 +247,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def positive(text: str) -> int:
-    """Read a number of repetitions."""
+    """Parse an integer of the command line that must be at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")

@@ -1,8 +1,8 @@
-"""Measure the saves of a finetuning whose body is frozen: what is written each time, and what all of it takes on disk.
+"""Measure the saves of a finetuning with a frozen body: the time and the bytes of each save, and the space on the disk.
 
-A GPT gets a low-rank adapter at every attention (LoRA, Hu et al. 2021); only the adapters are trained. A checkpoint is
-saved after every step, under a name of its own, as somebody does who keeps them all. Times are those of
-``trainer.save_checkpoint``. At the end the last checkpoint is read back and compared with the model.
+Every attention of a GPT gets a low-rank adapter (LoRA, Hu et al. 2021). Only the adapters are trained. A checkpoint is
+saved after every step under a new name, and all checkpoints are kept. The time is that of ``trainer.save_checkpoint``.
+At the end the last checkpoint is read back and compared with the model.
 
     python examples/benchmarks/frozen.py --size gpt2-small --device cpu --output frozen.json
 """
@@ -49,7 +49,7 @@ COLUMNS = {
 
 
 class LowRank(nn.Module):
-    """A linear layer that is not trained, and beside it one of low rank that is."""
+    """A frozen linear layer with a trained adapter of low rank beside it. The result is the sum of both."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -58,15 +58,15 @@ class LowRank(nn.Module):
         self.up = nn.Linear(RANK, layer.out_features, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map as the layer does, and a little differently."""
+        """Map (..., in_features) to (..., out_features)."""
         return self.layer(x) + self.up(self.down(x))
 
 
 class AdaptedGPT(GPT):
-    """The GPT, of which only the adapters are trained."""
+    """The GPT with adapters. Only the adapters are trained."""
 
     def configure_model(self) -> None:
-        """Build and freeze, once."""
+        """Build the layers, freeze them and add the adapters, at the first call only."""
         if hasattr(self, "blocks"):
             return
         super().configure_model()
@@ -75,19 +75,19 @@ class AdaptedGPT(GPT):
             block.attention.query_key_value = LowRank(block.attention.query_key_value)
 
     def configure_optimizers(self) -> Any:
-        """AdamW for what is trained."""
+        """Return AdamW for the parameters that are trained."""
         return torch.optim.AdamW([weight for weight in self.parameters() if weight.requires_grad], lr=1e-4)
 
 
 class SaveAll(L.Callback):
-    """Saves after every step, and notes how long that took."""
+    """Saves after every step under a new name, and records the seconds of each save."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.seconds: list[float] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Save under a new name."""
+        """Save a checkpoint. ``os.sync`` first, so that the disk has no other work."""
         os.sync()
         started = time.perf_counter()
         trainer.save_checkpoint(self.folder / f"{len(self.seconds):03}.ckpt")
@@ -95,7 +95,7 @@ class SaveAll(L.Callback):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train and save each way, print a table, and write the JSON."""
+    """Train and save with each way, print a table, write the JSON, and return the exit status: 1 if a file is wrong."""
     options = parse(arguments)
     report: dict[str, Any] = {**header("frozen", arguments), "size": options.size, "device": options.device}
     report |= {"saves": options.saves, "load_average": os.getloadavg()[0], "ways": {}}
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train once, saving one way."""
+    """Train once, save with one way, and return its figures."""
     folder = options.data / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -134,27 +134,29 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def blocks_of(*checkpoints: Path) -> dict[int, int]:
-    """The bytes of every file in some checkpoints, by the number of its inode: a file with two names counts once."""
+    """Return inode number -> bytes of every file in the checkpoints. So a file with several names counts once."""
     files = [file for path in checkpoints for file in (path, *path.rglob("*")) if file.is_file()]
     return {file.stat().st_ino: file.stat().st_size for file in files}
 
 
 def cells(result: dict[str, Any], name: str) -> list[str]:
-    """One row of the table."""
+    """Return one row of the table: label, figures, and whether the checkpoint is right."""
     way = result["ways"][name]
     figures = [number(way[figure], unit) for figure, unit in COLUMNS.values()]
     return [WAYS[name][0], *figures, "yes" if way["right"] else "NO"]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="gpt2-small")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--saves", type=positive, default=5, help="how many checkpoints to keep")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--data", type=Path, default=Path("runs/benchmark"), help="where the checkpoints are written")
-    parser.add_argument("--output", type=Path, help="write everything to this JSON file")
+    parser.add_argument("--size", choices=SIZES, default="gpt2-small", help="size of the model (default: %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    parser.add_argument("--saves", type=positive, default=5, help="number of saves (default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
+    parser.add_argument(
+        "--data", type=Path, default=Path("runs/benchmark"), help="folder for the checkpoints (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help="write all results to this JSON file")
     options = parser.parse_args(arguments)
     options.accelerator = "gpu" if options.device == "cuda" else "cpu"
     return options

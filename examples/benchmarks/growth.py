@@ -1,12 +1,12 @@
-"""Measure how the time of loads and saves grows with the number of modules and of tensors, beside stock's.
+"""Measure how the time of loads and saves grows with the number of modules and of tensors, compared with stock.
 
-Every tensor is tiny, so what is measured is the work for each of them, not the bytes. Stock and this project take
-turns; the best of all turns counts. What has no stock counterpart (``verify``, ``inspect``) stands beside
-``torch.load``.
+Every tensor is tiny, so the time is the work for each tensor, not for its bytes. Stock and this project take turns, and
+the shortest time of each counts. ``verify`` and ``inspect`` have no stock counterpart and are compared with
+``torch.load``. This command writes the published figures:
 
     python examples/benchmarks/growth.py --output examples/benchmarks/results/growth-cpu.json
 
-writes the published figures, completely: the highest load average of the run, and a remark if others had the cores.
+They include the highest load average of the run, and a remark if other programs used the cores.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TENSORS_PER_MODULE = 200
 
 
 class OwnLoad(nn.Linear):
-    """Loads in a way of its own, as frozen batch norms and quantised layers do."""
+    """A linear layer that overrides ``_load_from_state_dict``, as frozen batch norms and quantised layers do."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)
@@ -57,27 +57,36 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 
 
 class Stack(L.LightningModule):
-    """Many small modules of one kind."""
+    """A model of many small modules of one kind.
+
+    Args:
+        number: The number of modules.
+        make: Creates one module.
+    """
 
     def __init__(self, number: int, make: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(make() for _ in range(number))
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        """One loss that every layer has a part in, so that the optimizer has a state for each."""
+        """Return a loss that depends on every layer, so that the optimizer has a state for each parameter."""
         total: torch.Tensor = sum(layer(batch).square().mean() for layer in self.layers)  # type: ignore[assignment]
         return total
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-        """Nothing: the load is what is measured."""
+        """Do nothing. The benchmark measures the load before the first step."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Two states and a step for each parameter."""
+        """Return AdamW, which has two state tensors and a step count for each parameter."""
         return torch.optim.AdamW(self.parameters(), foreach=True)
 
 
 class Bag(nn.Module):
-    """Many small parameters."""
+    """A module with many small parameters.
+
+    Args:
+        number: The number of parameters. Each has the shape (3,) and the dtype float32.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -86,7 +95,7 @@ class Bag(nn.Module):
 
 
 def make_trainer(callbacks: Sequence[L.Callback] = (), **options: Any) -> L.Trainer:
-    """A Trainer that says nothing."""
+    """Return a Trainer for the CPU that prints nothing."""
     return L.Trainer(
         accelerator="cpu",
         devices=1,
@@ -100,12 +109,12 @@ def make_trainer(callbacks: Sequence[L.Callback] = (), **options: Any) -> L.Trai
 
 
 def data() -> DataLoader[torch.Tensor]:
-    """One batch."""
+    """Return a data loader of one batch."""
     return DataLoader(torch.ones(2, WIDTH), batch_size=2)
 
 
 def module_rows(number: int, folder: Path) -> Iterator[tuple[str, int, Work, Work]]:
-    """What is measured over the number of modules: what, how many, stock, ours."""
+    """Yield the measurements for a number of modules, each as (label, number, work of stock, work of this project)."""
     for kind, make in MODULES.items():
         path = folder / "modules.ckpt"
         trainer = make_trainer(max_steps=1)
@@ -125,7 +134,7 @@ def module_rows(number: int, folder: Path) -> Iterator[tuple[str, int, Work, Wor
 
 
 def tensor_rows(number: int, folder: Path) -> Iterator[tuple[str, int, Work, Work]]:
-    """What is measured over the number of tensors."""
+    """Yield the measurements for a number of tensors, each as (label, number, work of stock, work of this project)."""
     model = nn.ModuleList(Bag(TENSORS_PER_MODULE) for _ in range(number // TENSORS_PER_MODULE))
     state = {name: value.detach() for name, value in model.state_dict().items()}
     path, tensors = folder / "weights.pt", folder / "weights.safetensors"
@@ -159,7 +168,7 @@ def tensor_rows(number: int, folder: Path) -> Iterator[tuple[str, int, Work, Wor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print a table, and write the JSON."""
+    """Measure, print a table, write the JSON, and return the exit status."""
     options = parse(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -178,14 +187,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def note_load(report: dict[str, Any]) -> None:
-    """Keep the highest load average so far, and say so where it is more than this program makes by itself."""
+    """Keep the highest load average so far. Add a remark where it exceeds the number of cores: others used them too."""
     report["load_average"] = max(os.getloadavg()[0], report.get("load_average", 0.0))
     if report["load_average"] > (os.cpu_count() or 1):
-        report["remark"] = "Other programs had the cores meanwhile: single figures are off by up to a half, either way."
+        report["remark"] = (
+            "Other programs used the cores during the run. A single figure can be too high or too low by up to a half."
+        )
 
 
 def measure(rows: Iterator[tuple[str, int, Work, Work]], options: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Let stock and this project take turns at each row."""
+    """Measure each row, with stock and this project in turn, and add the shortest times to the report."""
     for what, number, stock, ours in rows:
         seconds: dict[str, list[float]] = {"stock": [], "ours": []}
         for _ in range(options.repeats):
@@ -202,7 +213,7 @@ def measure(rows: Iterator[tuple[str, int, Work, Work]], options: argparse.Names
 
 
 def table(result: dict[str, Any]) -> list[list[str]]:
-    """The rows of the table, those of one kind together."""
+    """Return the rows of the table, with the rows of one label together."""
     kinds = list(dict.fromkeys(row["what"] for row in result["rows"]))
     rows = sorted(result["rows"], key=lambda row: (kinds.index(row["what"]), row["number"]))
     return [
@@ -218,13 +229,15 @@ def table(result: dict[str, Any]) -> list[list[str]]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modules", type=positive, nargs="*", default=[500, 1000, 2000], help="numbers of modules")
     parser.add_argument("--tensors", type=positive, nargs="*", default=[10000, 20000, 40000], help="numbers of tensors")
-    parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--data", type=Path, default=Path("runs/growth"), help="where the checkpoints are written")
-    parser.add_argument("--output", type=Path, help="write everything to this JSON file")
+    parser.add_argument("--repeats", type=positive, default=3, help="turns of each row (default: %(default)s)")
+    parser.add_argument(
+        "--data", type=Path, default=Path("runs/growth"), help="folder for the checkpoints (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help="write all results to this JSON file")
     return parser.parse_args(arguments)
 
 

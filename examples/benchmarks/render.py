@@ -1,7 +1,7 @@
-"""Render the measured results into the documentation: the figures there are never typed.
+"""Write the measured results into the documentation, so that no figure there is typed by hand.
 
-Reads every JSON file in ``results/`` and replaces what stands between the two marks: all tables in
-``docs/benchmarks.md``, and a summary of four rows in the README.
+Reads every JSON file in ``results/`` and replaces the text between two marks: all tables in ``docs/benchmarks.md``, and
+a summary of four rows in ``README.md``.
 
     python examples/benchmarks/render.py
 """
@@ -23,10 +23,10 @@ from resume import VARIANTS
 ROOT = Path(__file__).resolve().parent.parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 RESULTS = Path(__file__).resolve().parent / "results"
-# What a weight loading table names of its versions.
+# The packages whose versions a table of weight loading names.
 SOFTWARE = ("torch", *weight_loading.PACKAGES)
 START, END = "<!-- results: examples/benchmarks/render.py -->", "<!-- end of results -->"
-# What readers who have not run the demo would not know.
+# Names for readers. "demo" is a size of ``gpt.py``.
 MODELS = {"demo": "a small GPT"}
 TITLES = {
     "resume": "Resuming a training",
@@ -38,16 +38,16 @@ TITLES = {
 
 
 def main() -> int:
-    """Write the tables."""
+    """Write the tables into the files, and return the exit status."""
     for file, text in rendered().items():
         file.write_text(text)
     return 0
 
 
 def rendered() -> dict[Path, str]:
-    """Return the text that each file shall have."""
+    """Return the new text of each file."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    # What needs a GPU first.
+    # Results on a GPU come first.
     results.sort(key=lambda result: (not result["machine"]["gpu"], [*TITLES].index(result["benchmark"])))
     sections = [f"## {title(result)}\n\n{render(result)}" for result in results]
     texts = {README: summary(results), PAGE: "\n\n".join(sections)}
@@ -55,19 +55,19 @@ def rendered() -> dict[Path, str]:
 
 
 def between_marks(page: str, text: str) -> str:
-    """Return a page with a text between its two marks."""
+    """Return ``page`` with the part between its two marks replaced by ``text``."""
     before, _, rest = page.partition(START)
     _, _, after = rest.partition(END)
     return "\n\n".join([before + START, text, END + after])
 
 
 def title(result: dict[str, Any]) -> str:
-    """Name a result."""
+    """Return the heading of a result."""
     return f"{TITLES[result['benchmark']]} on {'a GPU' if result['machine']['gpu'] else 'a CPU'}"
 
 
 def summary(results: list[dict[str, Any]]) -> str:
-    """Return a table of four rows: stock against this project, resuming and saving, on a GPU and on a CPU."""
+    """Return a table that compares stock and this project: resuming and saving, on a GPU and on a CPU."""
     lines = [
         "| | stock Lightning, s | this project, s | stock Lightning, host GiB | this project, host GiB |",
         "|---|---:|---:|---:|---:|",
@@ -88,7 +88,11 @@ def summary(results: list[dict[str, Any]]) -> str:
         ]
         device = result["machine"]["gpu"] or "CPU"
         lines.append(f"| {name} with AdamW, {size / 1e9:.2f} GB, {device} | {' | '.join(rows)} |")
-    lines += ["", "Seconds until training goes on; host memory above the start. A resume reads from a warm page cache."]
+    lines += [
+        "",
+        "Seconds: from the call until training can continue. Host memory: the rise above the level before the call.",
+        "Each resume reads a file that is in the page cache.",
+    ]
     return "\n".join(lines)
 
 
@@ -102,18 +106,18 @@ def render(result: dict[str, Any]) -> str:
         "weight-loading": render_weight_loading,
     }
     table = renderers[result["benchmark"]](result)
-    # What else the reader of these figures must know.
+    # A remark tells what a reader must know to interpret the figures.
     return f"{table}\n\n{result['remark']}" if "remark" in result else table
 
 
 def render_growth(result: dict[str, Any]) -> str:
-    """Return a table of how times grow with numbers."""
+    """Return the table of times for growing numbers of modules and tensors."""
     versions = result["versions"]
     rows = [f"| {' | '.join(row)} |" for row in growth.table(result)]
     return "\n".join(
         [
             f"**Many small modules and tensors, on the CPU.** {place(result)}, load average "
-            f"{result['load_average']:.1f}, torch {versions['torch']}, Lightning {versions['lightning']}; best of "
+            f"{result['load_average']:.1f}, torch {versions['torch']}, Lightning {versions['lightning']}; shortest of "
             f"{result['repeats']}.",
             "",
             "| | number | stock, s | this project, s | times stock |",
@@ -126,17 +130,17 @@ def render_growth(result: dict[str, Any]) -> str:
 
 
 def render_resume(result: dict[str, Any]) -> str:
-    """Return a table of what resuming cost."""
+    """Return the table of the costs of a resume."""
     versions = result["versions"]
     stock = result["variants"]["stock"]
     size = f"{result['checkpoint_bytes'] / 1e9:.2f} GB"
     repetitions = str(stock["repetitions"])
     if any(variant.endswith("-cold") for variant in result["variants"]):
-        repetitions += ", once with a cold one"
+        repetitions += ", one run with a cold page cache"
     software = f"torch {versions['torch']}, Lightning {versions['lightning']}"
     lines = [
         f"**{result['size']} with AdamW, a checkpoint of {size} in a warm page cache.** "
-        f"{place(result)}, {software}; median of {repetitions}. All ways gave the same bits: "
+        f"{place(result)}, {software}; median of {repetitions}. All rows gave the same bits: "
         f"{'yes' if result['equal'] else 'no'}.",
         "",
         "| | `fit()` to training, s | times faster | host memory above start, GiB | GPU peak, GiB | streaming, GB/s |",
@@ -147,19 +151,19 @@ def render_resume(result: dict[str, Any]) -> str:
         cells = [
             VARIANTS[variant],
             number(row["seconds"], 1),
-            # The stock way was measured with a warm cache only.
+            # Stock was measured with a warm cache only.
             "-" if variant.endswith("-cold") else f"{stock['seconds'] / row['seconds']:.1f}",
             number(row["host_above_start_bytes"], GIB),
             number(row["cuda_allocated_peak_bytes"], GIB),
             number(row["streaming_gb_per_second"], 1),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines.extend(["", f"This machine at its best, GB/s: {at_best(result['ceilings'])}.", "", f"`{result['command']}`"])
+    lines.extend(["", f"Limits of this machine, GB/s: {at_best(result['ceilings'])}.", "", f"`{result['command']}`"])
     return "\n".join(lines)
 
 
 def at_best(ceilings: dict[str, Any]) -> str:
-    """Say what the machine can do at best."""
+    """Return the measured limits of the machine as text."""
     threads, rate = max(ceilings["pread_warm_gb_per_second"].items(), key=lambda item: item[1])
     found = [f"reading the page cache with {threads} threads {rate:.1f}"]
     if "pinned_copy_gb_per_second" in ceilings:
@@ -170,17 +174,17 @@ def at_best(ceilings: dict[str, Any]) -> str:
 
 
 def render_save(result: dict[str, Any]) -> str:
-    """Return a table of what saving cost."""
+    """Return the table of the costs of a save."""
     versions, step, ways = result["versions"], result["step"], result["ways"]
     software = f"torch {versions['torch']}, Lightning {versions['lightning']}"
-    # Not the largest: Lightning's asynchronous way saves tied weights twice.
+    # The smallest size, because Lightning's asynchronous save writes tied weights twice.
     size, repetitions = min(way["bytes"] for way in ways.values()), max(way["repetitions"] for way in ways.values())
     lines = [
         f"**Saving {result['size']} with AdamW, {size / 1e9:.2f} GB, in a training on {on(result)}.** {place(result)}, "
         f"load average {result['load_average']:.1f}, {software}; median of {repetitions}. "
         f"{save.at_best(result)} A step without a save takes {step['next_step_seconds']:.2f} s and "
-        f"{number(step['host_above_start_bytes'], GIB)} GiB of host memory, which the asynchronous "
-        "ways include. The end of the next step is counted from the call.",
+        f"{number(step['host_above_start_bytes'], GIB)} GiB of host memory. The figures of the asynchronous saves "
+        'include this step. "Next step ends" counts from the call of the save.',
         "",
         f"| | fsync | {' | '.join(save.COLUMNS)} | right |",
         f"|---|---|{'---:|' * len(save.COLUMNS)}---|",
@@ -192,7 +196,7 @@ def render_save(result: dict[str, Any]) -> str:
 
 
 def render_frozen(result: dict[str, Any]) -> str:
-    """Return a table of what saving a finetuning with a frozen body cost."""
+    """Return the table of the costs of saves in a finetuning with a frozen body."""
     versions, ways = result["versions"], result["ways"]
     size = max(way["bytes"] for way in ways.values())
     return "\n".join(
@@ -211,7 +215,7 @@ def render_frozen(result: dict[str, Any]) -> str:
 
 
 def render_weight_loading(result: dict[str, Any]) -> str:
-    """Return a table of what loading weights cost, and how this project compares with the fastest peer."""
+    """Return the table of the costs of loading weights, with a comparison to the fastest other package."""
     software = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if name in SOFTWARE)
     size = f"{result['weights_bytes'] / 1e9:.2f} GB"
     repetitions = max(row["repetitions"] for row in result["rows"].values())
@@ -219,8 +223,8 @@ def render_weight_loading(result: dict[str, Any]) -> str:
     lines = [
         f"**Weights of {result['size']} with an untied head, {size} in a {result['page_cache']} page cache, onto "
         f"{on(result)}.** {place(result)}, load average "
-        f"{result['load_average']:.1f}, {software}; median of {repetitions}. Memory above the start, until every "
-        "weight has been read once.",
+        f"{result['load_average']:.1f}, {software}; median of {repetitions}. Memory: the rise above the start, until "
+        "every weight has been read once.",
         "",
         f"| | reads | {' | '.join(columns)} | right |",
         f"|---|---|{'---:|' * len(columns)}---|",
@@ -232,9 +236,9 @@ def render_weight_loading(result: dict[str, Any]) -> str:
         host = "host_anonymous_peak_bytes", "host_rss_peak_bytes"
         anonymous, rss = (f"{number(ours[name], GIB)} against {number(peer[name], GIB)} GiB" for name in host)
         lines.append(
-            f"From safetensors until the weights are read once, {against['ours']} is {against['times_as_fast']:.2f} "
-            f"times as fast as the fastest peer, {against['fastest_peer']}, with {anonymous} of anonymous memory and "
-            f"{rss} of RSS."
+            f"From safetensors until every weight has been read once, {label(against['ours'])} is "
+            f"{against['times_as_fast']:.2f} times as fast as the fastest other package "
+            f"({label(against['fastest_peer'])}). Anonymous memory: {anonymous}. RSS: {rss}."
         )
     if result["not_run"]:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in result["not_run"].items())
@@ -243,13 +247,18 @@ def render_weight_loading(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def label(row: str) -> str:
+    """Return the label of a row of weight loading."""
+    return weight_loading.ROWS[row].label
+
+
 def on(result: dict[str, Any]) -> str:
-    """Name the device."""
+    """Return the device of a result as text."""
     return "the CPU" if result["device"] == "cpu" else "the GPU"
 
 
 def place(result: dict[str, Any]) -> str:
-    """Describe where a result comes from."""
+    """Return the machine of a result as text."""
     machine = result["machine"]
     return (
         f"{machine['gpu'] or 'CPU only'}, {machine['cpus']} cores, {number(machine['memory_bytes'], GIB)} GiB of memory"

@@ -1,9 +1,9 @@
-"""Measure a whole resume: ``trainer.fit(ckpt_path=...)`` until training starts, stock and with the callback.
+"""Measure a whole resume with stock Lightning and with the callback: from ``trainer.fit(ckpt_path=...)`` to training.
 
-Every variant runs in fresh processes, several times, on the same checkpoint of a GPT with AdamW. The machine's own
-ceilings are measured in the same run: reading the file from the page cache with several threads, copying from
-page-locked memory to the GPU, and reading the file from a cold disk. Medians are printed as a table and written as
-JSON.
+Every variant runs several times, each time in a fresh process, on the same checkpoint of a GPT with AdamW. The limits
+of the machine are measured in the same run: reading the file from the page cache with several threads, copying from
+page-locked memory to the GPU, and, with ``--cold``, reading the file from the disk. The medians are printed as a table
+and written as JSON.
 
     python examples/benchmarks/resume.py --size gpt2-xl --accelerator gpu --output resume.json
 """
@@ -57,34 +57,41 @@ VARIANTS = {
     "callback": "MemoryEfficientRestore",
     "callback-configure-model": "MemoryEfficientRestore, built in configure_model",
     "callback-meta-init": "MemoryEfficientRestore, built under meta_init",
-    "callback-meta-init-unverified": "the same with verify=False",
-    "callback-meta-init-cold": "the same with a cold page cache",
+    "callback-meta-init-unverified": "MemoryEfficientRestore, built under meta_init, verify=False",
+    "callback-meta-init-cold": "MemoryEfficientRestore, built under meta_init, cold page cache",
 }
 COLD_THREADS = 12
 
 
 class ConfiguredGPT(GPT):
-    """The same GPT, built where Lightning asks for it: directly on the device."""
+    """The same GPT, built in ``configure_model``. Lightning calls this where new tensors are on the device."""
 
     def build(self) -> None:
-        """Build later."""
+        """Do nothing. ``configure_model`` builds the layers."""
 
     def configure_model(self) -> None:
-        """Build now, once."""
+        """Build the layers at the first call. Lightning may call this again."""
         if not hasattr(self, "blocks"):
             super().build()
 
 
 class SaveToFile(TorchCheckpointIO):
-    """Saves as Lightning does, but straight to the file: what is measured here is the resume."""
+    """Saves with ``torch.save`` directly to the file. Lightning's own way needs a second copy in host memory."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write with torch alone."""
+        """Write the checkpoint with ``torch.save``."""
         torch.save(checkpoint, path)
 
 
 class StopAtTrainingStart(L.Callback):
-    """Delivers what the resume cost and ends the process: nothing after the resume is of interest."""
+    """Delivers the cost of the resume when training starts, and ends the process.
+
+    Args:
+        deliver: Sends the result to the main process.
+        monitor: The running meter of memory.
+        result: The figures so far. The callback adds the others.
+        restore: The callback that is measured, ``None`` for stock.
+    """
 
     def __init__(
         self, deliver: Deliver, monitor: MemoryMonitor, result: dict[str, Any], restore: MemoryEfficientRestore | None
@@ -96,7 +103,7 @@ class StopAtTrainingStart(L.Callback):
         self.started = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Everything is restored."""
+        """Stop the measurement, deliver the result, and exit: everything is restored now."""
         synchronize()
         self.result["seconds"] = time.perf_counter() - self.started
         self.monitor.stop()
@@ -112,7 +119,7 @@ class StopAtTrainingStart(L.Callback):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark."""
+    """Run the benchmark, print the table, write the JSON, and return the exit status: 1 if the digests differ."""
     options = parse(arguments)
     options.data.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(options)
@@ -123,12 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for repetition in range(options.repetitions):
         for variant in options.variants:
             if repetition and variant.endswith("-cold"):
-                continue  # Once: it takes as long as the disk does.
+                continue  # Only once, because it takes as long as the disk.
             (evict if variant.endswith("-cold") else warm)(path)
             run = run_fresh(resume, options, variant)
             results.setdefault(variant, []).append(run)
             print(f"  {variant} #{repetition + 1}: {run['seconds']:.2f} s", file=sys.stderr, flush=True)
-            # After every run, so that a run that is cut short leaves what it has measured.
+            # The report is written after every run, so that an interrupted benchmark keeps its results.
             report = {
                 **header("resume", arguments),
                 "size": options.size,
@@ -155,10 +162,10 @@ def save(deliver: Deliver, options: argparse.Namespace) -> None:
 
 
 def resume(deliver: Deliver, options: argparse.Namespace, variant: str) -> None:
-    """Resume one variant until training starts."""
+    """Resume with one variant until training starts. ``StopAtTrainingStart`` delivers the result."""
     torch.set_num_threads(min(16, os.cpu_count() or 1))
     if options.accelerator == "gpu":
-        torch.zeros(1, device="cuda")  # the CUDA context is no part of a resume
+        torch.zeros(1, device="cuda")  # Creates the CUDA context, which is not part of a resume.
     result: dict[str, Any] = {}
     started = time.perf_counter()
     with meta_init("meta-init" in variant), drawn_as_zeros(options.skip_init):
@@ -178,7 +185,11 @@ def resume(deliver: Deliver, options: argparse.Namespace, variant: str) -> None:
 
 @contextlib.contextmanager
 def drawn_as_zeros(enabled: bool) -> Iterator[None]:
-    """Within, layers draw no random numbers. They have their memory, which a restore fills with other values."""
+    """Fill new weights with zeros in place of random numbers within the block, to save time.
+
+    The memory of the weights is allocated and written as usual, and the restore overwrites it. Does nothing where
+    ``enabled`` is ``False``.
+    """
 
     def zero(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return torch.nn.init.zeros_(tensor)
@@ -191,7 +202,7 @@ def drawn_as_zeros(enabled: bool) -> Iterator[None]:
 
 
 def make_trainer(options: argparse.Namespace, callbacks: list[L.Callback], **arguments: Any) -> L.Trainer:
-    """Build a Trainer without anything that is not needed."""
+    """Return a Trainer without logger, progress bar, summary and checkpoint callback."""
     return L.Trainer(
         accelerator=options.accelerator,
         devices=1,
@@ -205,7 +216,7 @@ def make_trainer(options: argparse.Namespace, callbacks: list[L.Callback], **arg
 
 
 def batches() -> DataLoader[Any]:
-    """Return a little data; none of it is looked at."""
+    """Return a little data. The values do not matter."""
     return DataLoader(torch.zeros(64, 17, dtype=torch.int64), batch_size=1)
 
 
@@ -213,7 +224,7 @@ def batches() -> DataLoader[Any]:
 
 
 def ceilings(deliver: Deliver, options: argparse.Namespace) -> None:
-    """Measure what the machine can do at best, and what the engine does, on the same file in the same process."""
+    """Measure the speeds of the machine and of the transfer engine, on the same file in the same process."""
     path = checkpoint_path(options)
     layout = choose_layout(128 * MIB, default_threads(torch.device("cuda")))
     found: dict[str, Any] = {"pread_warm_gb_per_second": {}, "engine_gb_per_second": {}}
@@ -239,7 +250,7 @@ def ceilings(deliver: Deliver, options: argparse.Namespace) -> None:
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the repetitions."""
+    """Return the medians over the repetitions of one variant."""
 
     def middle(pick: Callable[[dict[str, Any]], float | None]) -> float | None:
         return median([pick(run) for run in runs])
@@ -263,7 +274,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def phases(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Medians of each phase of a restore: how long it took, and for how much of that the bytes were on their way."""
+    """Return for each phase of a restore the medians of its wall time and of the time of its streaming, in seconds."""
     found: dict[str, dict[str, list[float]]] = {}
     for run in runs:
         for phase in run.get("report", {}).get("phases", []):
@@ -277,11 +288,11 @@ def phases(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Format the medians for people."""
+    """Return the medians as a table with the machine's limits below."""
     lines = [
         f"{report['size']}, checkpoint {report['checkpoint_bytes'] / 1e9:.2f} GB, {report['machine']['gpu'] or 'CPU'}",
-        f"{'':52}{'fit() to':>10}{'host above':>12}{'GPU':>8}{'stream':>8}{'build':>8}",
-        f"{'':52}{'start, s':>10}{'start, GiB':>12}{'GiB':>8}{'GB/s':>8}{'s':>8}",
+        f"{'':62}{'fit() to':>13}{'host above':>12}{'GPU':>8}{'stream':>8}{'build':>8}",
+        f"{'':62}{'training, s':>13}{'start, GiB':>12}{'GiB':>8}{'GB/s':>8}{'s':>8}",
     ]
     for variant, row in report["variants"].items():
         cells = [
@@ -291,29 +302,41 @@ def table(report: dict[str, Any]) -> str:
             number(row["streaming_gb_per_second"], 1),
             number(row["build_seconds"], 1),
         ]
-        lines.append(f"{VARIANTS[variant]:52}{cells[0]:>10}{cells[1]:>12}{cells[2]:>8}{cells[3]:>8}{cells[4]:>8}")
+        lines.append(f"{VARIANTS[variant]:62}{cells[0]:>13}{cells[1]:>12}{cells[2]:>8}{cells[3]:>8}{cells[4]:>8}")
     lines.extend(f"{variant}: {json.dumps(rounded(row['phases']))}" for variant, row in report["variants"].items())
-    lines.append(f"all variants equal bit for bit: {report['equal']}")
+    lines.append(f"all variants are equal bit for bit: {'yes' if report['equal'] else 'NO'}")
     lines.extend(f"{name}: {json.dumps(rounded(value))}" for name, value in report["ceilings"].items())
     return "\n".join(lines)
 
 
 def checkpoint_path(options: argparse.Namespace) -> Path:
-    """Where the checkpoint of this size lies."""
+    """Return the path of the checkpoint for the chosen size."""
     return Path(options.data) / f"{options.size}.ckpt"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="demo")
-    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--repetitions", type=positive, default=3)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[v for v in VARIANTS if "cold" not in v])
-    parser.add_argument("--data", type=Path, default=Path("runs/benchmark"), help="where the checkpoint is kept")
-    parser.add_argument("--cold", type=int, default=0, help="how often to measure with a cold page cache too")
-    parser.add_argument("--skip-init", action="store_true", help="draw no weights that the restore overwrites anyway")
-    parser.add_argument("--output", type=Path, help="write everything to this JSON file")
+    parser.add_argument("--size", choices=SIZES, default="demo", help="size of the model (default: %(default)s)")
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--repetitions", type=positive, default=3, help="default: %(default)s")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=[v for v in VARIANTS if "cold" not in v],
+        help="default: all without a cold page cache",
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("runs/benchmark"), help="folder for the checkpoint (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cold", type=int, default=0, help="how often to read the file from the disk for the limits (default: never)"
+    )
+    parser.add_argument(
+        "--skip-init", action="store_true", help="start from zeros, not random weights: the restore overwrites them"
+    )
+    parser.add_argument("--output", type=Path, help="write all results to this JSON file")
     return parser.parse_args(arguments)
 
 

@@ -1,17 +1,19 @@
-"""Measure saves in the middle of a training: stock Lightning's, ``torch.save``'s, and this project's.
+"""Measure saves in the middle of a training: with stock Lightning, with ``torch.save``, and with this project.
 
-One Trainer trains a GPT with AdamW. After a step it saves with ``trainer.save_checkpoint``, through the CheckpointIO of
-one way, and then takes the next step, which a save in the background may hold up. The ways take turns, so that a disk
-or a neighbour that changes its mind meets them all; one turn is a step without a save. Training waits while the call
-lasts, and again if the optimizer of the next step takes longer than without a save. What else slows that step shows in
-the time from the call to its end. Memory is counted above its level before the save, until the call returns, or until
-the save has ended where it goes on in the background. Every file is read back and compared with the state at the call,
-outside the figures. What the machine can do at best is measured in the same process: one core's checksum, writing to
-the page cache, the disk, and copying from the GPU.
+One Trainer trains a GPT with AdamW. After a step it saves with ``trainer.save_checkpoint`` through the CheckpointIO of
+one way, and then takes the next step, which a save in the background may delay. The ways take turns, so that a change
+in the speed of the disk affects all of them. One turn in each round is a step without a save.
+
+Training waits while the call lasts, and again if the optimizer of the next step takes longer than without a save. Other
+delays of that step are visible in the time from the call to its end. Memory is the rise above the level before the
+save, until the call returns or, for a save in the background, until the save has ended. After the measurement every
+file is read back and compared with the state at the call. The limits of the machine are measured in the same process:
+the checksum on one core, writing to the page cache, writing to the disk, and copying from the GPU.
 
     python examples/benchmarks/save.py --size gpt2-xl --device cuda --repetitions 2 --output save.json
 
-The disk holds one checkpoint at a time, and with Lightning's own ways another one in the folder for temporary files.
+The disk needs space for one checkpoint. Lightning's own ways need the space of a second one in the folder for temporary
+files.
 """
 
 from __future__ import annotations
@@ -58,33 +60,33 @@ from lightning_memload.memory import MemoryMonitor
 from lightning_memload.save import save_torch
 from lightning_memload.transfer import StagingRing, choose_layout
 
-# Of a step: few, so that it takes little memory and hides little of a save in the background.
+# Tokens of one step. They are few, so that a step takes little memory and hides little of a save in the background.
 NUM_TOKENS = 128
 
 
 class GPT(ConfiguredGPT):
-    """The GPT with an optimizer that takes no memory beside its states, so that what is seen is the save's."""
+    """The GPT with an optimizer that needs no memory besides its states, so that the measured rise is the save's."""
 
     def configure_optimizers(self) -> Any:
-        """AdamW, fused."""
+        """Return fused AdamW."""
         return torch.optim.AdamW(self.parameters(), lr=1e-4, fused=True)
 
 
 class SaveToDisk(SaveToFile):
-    """Saves with torch alone, and waits for the disk."""
+    """Saves with ``torch.save`` and waits for the disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write, and sync."""
+        """Write the file and call ``fsync``."""
         super().save_checkpoint(checkpoint, path)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
 
 
 class NotDurable(StreamingCheckpointIO):
-    """Saves as it always does, but does not wait for the disk: to be compared with those that do not."""
+    """``StreamingCheckpointIO`` without its fsync, to compare it with ways that do not wait for the disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write only."""
+        """Write the file without ``fsync``."""
         self.last_save = save_torch(checkpoint, path, durable=False)
 
 
@@ -96,11 +98,12 @@ class Way:
     """One way to save.
 
     Attributes:
-        label: What it is, for the table.
-        make: Makes the CheckpointIO of one save. ``None``: take the one that the callback has installed.
-        fsync: Whether a save has ended only when the disk has it.
-        in_background: Whether training goes on meanwhile.
-        by_lightning: Whether a ``ModelCheckpoint`` saves, which alone may be late, instead of this benchmark.
+        label: Its name in the table.
+        make: Creates the CheckpointIO of one save. ``None``: use the one that the callback has installed.
+        fsync: Whether the save ends only when the file is on the disk.
+        in_background: Whether training continues during the save.
+        by_lightning: Whether a ``ModelCheckpoint`` saves instead of this benchmark. ``"until_step"`` delays only the
+            saves of a ``ModelCheckpoint``.
     """
 
     label: str
@@ -127,7 +130,7 @@ WAYS = {
         partial(StreamingCheckpointIO, format="safetensors+state"),
         fsync=True,
     ),
-    # With "until_step" too, what others than a ModelCheckpoint save is written at once.
+    # The callback has asynchronous_save="until_step". It writes other saves than a ModelCheckpoint's as with True.
     "ours-async": Way("`MemoryEfficientRestore(asynchronous_save=True)`", None, fsync=True, in_background=True),
     "ours-async-until-step": Way(
         '`MemoryEfficientRestore(asynchronous_save="until_step")`',
@@ -141,12 +144,12 @@ NO_SAVE = "step"
 
 
 class Saves(L.Callback):
-    """Saves after every step, each time another way, and notes what that cost until the next step has ended.
+    """Saves after every step with the next way, and records the cost until the following step has ended.
 
     Args:
         options: The command line.
-        path: Where to save.
-        on_run: Called with all that has been measured, after each turn.
+        path: The path of each checkpoint.
+        on_run: Called after each turn with the results of all turns so far.
     """
 
     def __init__(self, options: argparse.Namespace, path: Path, on_run: Callable[[list[dict[str, Any]]], None]) -> None:
@@ -158,11 +161,11 @@ class Saves(L.Callback):
         self.turns: Iterator[None] = iter(())
         self.backward_ended = 0.0
         self.next_batch_started = 0.0
-        # Saves in its turns only.
+        # save_top_k=0 saves nothing. It is 1 during the turns of this ModelCheckpoint.
         self.saver = ModelCheckpoint(path.parent, filename=path.stem, every_n_train_steps=1, save_top_k=0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prepare, and bring in what a process needs only once."""
+        """Save a tiny checkpoint with every way, so that one-time costs are not measured, and prepare the turns."""
         installed = trainer.strategy.checkpoint_io
         ios = {name: WAYS[name].make or (lambda: installed) for name in self.options.ways}
         for make in ios.values():
@@ -173,12 +176,12 @@ class Saves(L.Callback):
         self.turns = self.take_turns(trainer, pl_module, ios)
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """What a ModelCheckpoint saves at the end of a batch is saved."""
+        """Note the time: a ModelCheckpoint has saved at the end of the batch before."""
         self.next_batch_started = time.perf_counter()
         self.saver.save_top_k = 0
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        """Forward and backward have run."""
+        """Note the time when forward and backward have ended."""
         synchronize()
         self.backward_ended = time.perf_counter()
 
@@ -189,13 +192,13 @@ class Saves(L.Callback):
     def take_turns(
         self, trainer: L.Trainer, module: L.LightningModule, ios: dict[str, Callable[[], CheckpointIO]]
     ) -> Iterator[None]:
-        """Measure one turn after the other. Training takes a step at every ``yield``."""
+        """Measure all turns, one after the other. Training takes one step at every ``yield``."""
         for turn, name in enumerate(self.names):
             run: dict[str, Any] = {"way": name, "load_average": os.getloadavg()[0]}
             expected = digest(module, trainer.optimizers)
             by_lightning = name != NO_SAVE and WAYS[name].by_lightning
             if by_lightning:
-                # Late is only what has a checkpoint before it.
+                # "until_step" delays a save only if an earlier checkpoint exists, so this writes a small one.
                 io = trainer.strategy.checkpoint_io = ios[name]()
                 io.save_checkpoint({"small": 1}, self.path.with_name("before.ckpt"))
                 io.teardown()
@@ -221,8 +224,8 @@ class Saves(L.Callback):
                 run["call_seconds"] = self.next_batch_started - started
                 remove(self.path.with_name("before.ckpt"))
             if name != NO_SAVE:
-                # In the background a save has ended when the disk has the file, which our own figures tell; Lightning's
-                # does not wait for it, and has ended when the file gets its name, which changes its ctime.
+                # A save of this project reports its own end: the file is on the disk. Lightning's asynchronous save
+                # ends when the file gets its name. Its time is the ctime of the file.
                 stats = getattr(io, "last_save", None)
                 ended = stats.seconds if stats else self.path.stat().st_ctime - started_at
                 run["seconds"] = max(run["seconds"], ended)
@@ -234,7 +237,7 @@ class Saves(L.Callback):
             print(f"  {name} {turn + 1}/{len(self.names)}: {json.dumps(run)}", file=sys.stderr, flush=True)
 
     def read_back(self, expected: str) -> dict[str, Any]:
-        """Load the file, and compare it with what was to be saved."""
+        """Load the checkpoint and return its size in bytes, and whether its digest is the expected one."""
         files = [path for path in (self.path, *self.path.rglob("*")) if path.is_file()]
         if self.path.is_dir():
             loaded = StreamingCheckpointIO().load_checkpoint(self.path, weights_only=False)
@@ -245,28 +248,28 @@ class Saves(L.Callback):
 
 
 def settle() -> None:
-    """Leave no garbage, no free memory in the process, and nothing for the disk to do."""
+    """Collect garbage, return free memory to the system, and write all cached pages to the disk."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     os.sync()
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint, if there is one."""
+    """Delete a checkpoint, a file or a directory, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
 
 
 def phases(io: CheckpointIO) -> dict[str, float]:
-    """What this project's saves know of themselves."""
+    """Return the seconds of each phase of the last save. Empty for a CheckpointIO that does not report them."""
     stats = getattr(io, "last_save", None)
     names = ("pickle_seconds", "write_seconds", "commit_seconds") if stats else ()
     return {name: getattr(stats, name) for name in names}
 
 
 def memory(monitor: MemoryMonitor) -> dict[str, Any]:
-    """What a turn took."""
+    """Return the memory figures of a turn, in bytes."""
     peaks = monitor.peaks
     return {
         "host_above_start_bytes": peaks.host_above_start_bytes,
@@ -279,7 +282,7 @@ def memory(monitor: MemoryMonitor) -> dict[str, Any]:
 
 
 def ceilings(options: argparse.Namespace) -> dict[str, float]:
-    """What this machine can do at best, in GB/s."""
+    """Return the measured limits of this machine, in GB/s."""
     data = torch.randint(0, 256, (GIB,), dtype=torch.uint8)
     view = memoryview(data.numpy())
     blocks = [view[start : start + MIB] for start in range(0, GIB, MIB)]
@@ -300,7 +303,7 @@ def ceilings(options: argparse.Namespace) -> dict[str, float]:
 
 
 def write(path: Path, blocks: list[memoryview], *, durable: bool) -> None:
-    """Write blocks to a new file, one after the other."""
+    """Write blocks to a new file, one after the other. ``durable``: also wait for the disk."""
     path.unlink(missing_ok=True)
     with open(path, "wb", buffering=0) as file:
         for block in blocks:
@@ -310,14 +313,14 @@ def write(path: Path, blocks: list[memoryview], *, durable: bool) -> None:
 
 
 def copy(source: torch.Tensor, target: torch.Tensor, count: int) -> None:
-    """Copy so many times, and wait."""
+    """Copy ``source`` to ``target`` ``count`` times, and wait for the end."""
     for _ in range(count):
         target.copy_(source, non_blocking=True)
     torch.cuda.synchronize()
 
 
 def rate(work: Callable[[], None]) -> float:
-    """The GB/s of work on one GiB, the best of three."""
+    """Return the speed of work on one GiB in GB/s, the best of three."""
     return GIB / min(time_of(work) for _ in range(3)) / 1e9
 
 
@@ -336,7 +339,7 @@ PHASES = {f"{phase}, s": (f"{phase}_seconds", 1) for phase in ("pickle", "write"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train and save, print a table, and write the JSON."""
+    """Train and save, print a table, write the JSON, and return the exit status: 1 if a file is wrong."""
     options = parse(arguments)
     options.data.mkdir(parents=True, exist_ok=True)
     first = {
@@ -348,15 +351,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {}
 
     def on_run(runs: list[dict[str, Any]]) -> None:
-        # After every turn, so that a run that is cut short leaves what it has measured.
+        # The report is written after every turn, so that an interrupted benchmark keeps its results.
         report.update(first, **summarize(runs), runs=runs)
         if options.output:
             options.output.write_text(json.dumps(report, indent=1) + "\n")
 
-    # Its own figures are off, since measuring them costs some time. At the end nothing is moved to host memory.
+    # log=False: the callback measures nothing, since this takes time. keep_on_device=True: the end moves nothing.
     restore = MemoryEfficientRestore(asynchronous_save="until_step", keep_on_device=True, log=False)
     saves = Saves(options, (options.data / "save.ckpt").resolve(), on_run)
-    # The first step makes the optimizer's states.
+    # The first step creates the optimizer's states.
     trainer = make_trainer(
         options, [restore, saves, saves.saver], max_epochs=-1, max_steps=1 + len(saves.names), enable_checkpointing=True
     )
@@ -366,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the turns of each way, and of a step without a save."""
+    """Return the medians over the turns of each way, and over the steps without a save."""
     turns = {name: [run for run in runs if run["way"] == name] for name in (NO_SAVE, *WAYS)}
     step = medians(turns.pop(NO_SAVE))
     ways = {}
@@ -376,7 +379,7 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
             way["bytes_per_second"] = way["bytes"] / way["seconds"]
             way["blocked_seconds"] = way["call_seconds"] + max(0, way["update_seconds"] - step["update_seconds"])
     return {
-        # Of the last minute, this benchmark itself included: well above 2, others were using the machine too.
+        # Load of the last minute, including this benchmark. Well above 2, other programs used the machine too.
         "load_average": median([run["load_average"] for run in runs]),
         "step": step,
         "ways": ways,
@@ -385,41 +388,59 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The median of every figure."""
+    """Return the median of every figure."""
     names = {name: None for run in runs for name in run if name.endswith(("seconds", "bytes"))}
     return {name: median([run.get(name) for run in runs]) for name in names}
 
 
 def cells(report: dict[str, Any], name: str, columns: dict[str, tuple[str, int]] = COLUMNS) -> list[str]:
-    """One row of the table: its label, whether it waits for the disk, its figures, and whether the file is right."""
+    """Return one row of the table: label, whether it waits for the disk, figures, and whether the file is right."""
     way = report["ways"][name]
     figures = [number(way.get(figure), unit) for figure, unit in columns.values()]
     return [WAYS[name].label, "yes" if WAYS[name].fsync else "no", *figures, "yes" if way["right"] else "**no**"]
 
 
 def table(report: dict[str, Any]) -> str:
-    """Format the medians for people."""
+    """Return the medians as a table with the machine's limits below."""
     columns = COLUMNS | PHASES
     rows = [["", "fsync", *columns, "right"], *(cells(report, name, columns) for name in report["ways"])]
     return "\n".join([f"{report['size']} on {report['device']}", *aligned(rows, 2), at_best(report)])
 
 
 def at_best(report: dict[str, Any]) -> str:
-    """The machine's own limits."""
-    return "At best, GB/s: " + ", ".join(f"{name} {value:.1f}" for name, value in report["ceilings"].items()) + "."
+    """Return the machine's limits as a sentence."""
+    return (
+        "Limits of this machine, GB/s: "
+        + ", ".join(f"{name} {value:.1f}" for name, value in report["ceilings"].items())
+        + "."
+    )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="demo")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repetitions", type=positive, default=3)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
-    parser.add_argument("--data", type=Path, default=Path("runs/save"), help="where it is saved")
-    parser.add_argument("--output", type=Path, help="write everything to this JSON file")
+    parser.add_argument("--size", choices=SIZES, default="demo", help="size of the model (default: %(default)s)")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda if available, else cpu",
+    )
+    parser.add_argument("--repetitions", type=positive, default=3, help="default: %(default)s")
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        default=list(WAYS),
+        metavar="WAY",
+        help=f"default: all. The ways: {', '.join(WAYS)}",
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("runs/save"), help="folder for the checkpoints (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help="write all results to this JSON file")
     options = parser.parse_args(arguments)
-    options.accelerator = options.device  # as Lightning calls it
+    options.accelerator = options.device  # Lightning's word for the device.
     return options
 
 

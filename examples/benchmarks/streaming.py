@@ -1,9 +1,10 @@
-"""Measure the engine alone: a file from the page cache onto a device, with other threads, buffers and block sizes.
+"""Measure the transfer engine alone: the speed from the page cache to a device, for several layouts of its buffers.
 
-For each layout of the staging ring: GB/s with and without checksums, and what the threads are at meanwhile, in percent
-of their time. Those that read: reading, taking checksums; the rest is waiting for a buffer. The one that has buffers
-copied: submitting copies, recording the event that ends them, waiting for that event; the rest is waiting for a
-buffer too. Each of these includes getting back the interpreter's lock. Beside that stand the machine's own limits:
+A layout of the staging ring is a number of threads, a number of buffers and the size of a block. For each layout the
+table shows GB/s with and without checksums, and how the threads spend their time, in percent. The reading threads
+read and compute checksums; in the rest of their time they wait for a buffer. The calling thread submits copies,
+records the event that marks the end of a copy, and waits for that event; in the rest of its time it waits for a
+buffer. Each share includes the time to get Python's global lock back. The limits of the machine are measured as well:
 reading with several threads, and copying from page-locked memory.
 
     python examples/benchmarks/streaming.py --device cuda
@@ -33,7 +34,8 @@ from lightning_memload.save import save_torch
 from lightning_memload.storage import LocalFile
 from lightning_memload.transfer import Record, RingLayout, StagingRing, TensorCopy, checksums, engine, transfer
 
-# Threads x buffers x MiB of a block. The first are 128 MiB; a smaller ring may stay in the processor's cache.
+# Threads x buffers x MiB of a block. Most rings are 128 MiB. The last two of "cuda" are smaller, because a smaller ring
+# may fit into the processor's cache.
 LAYOUTS = {
     "cuda": (
         "8x16x8",
@@ -50,9 +52,9 @@ LAYOUTS = {
     ),
     "cpu": ("1x2x16", "2x4x16", "4x8x16"),
 }
-# Of the file: those of a transformer layer, in MiB.
+# The sizes of the file's tensors, in MiB. They are those of a transformer layer, repeated.
 TENSORS = (30, 40, 40, 10, 0.006, 0.03)
-# What each reading thread does, and what the calling thread does.
+# The measured shares of time. The first two belong to the reading threads, the others to the calling thread.
 SHARES = ("read", "checksum", "copy", "record", "wait")
 READING = SHARES[:2]
 
@@ -60,7 +62,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark in this process, print a table, and write the JSON."""
+    """Run the benchmark in this process, print a table, write the JSON, and return the exit status."""
     options = parse(arguments)
     sys.setswitchinterval(options.switch_interval)
     options.data.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def save(path: Path, options: argparse.Namespace) -> None:
-    """Write a file of random weights."""
+    """Write a file of random bytes, as uint8 tensors."""
     weights: dict[str, torch.Tensor] = {}
     missing = options.size_mib * MIB
     while missing > 0:
@@ -97,7 +99,7 @@ def save(path: Path, options: argparse.Namespace) -> None:
 
 
 def measure(path: Path, layout: RingLayout, options: argparse.Namespace) -> dict[str, Any]:
-    """Stream with one layout."""
+    """Return the speeds and the shares of time with one layout."""
     rates = {
         verify: median([stream(path, layout, verify, options.device) for _ in range(options.repetitions)])
         for verify in (True, False)
@@ -113,7 +115,7 @@ def measure(path: Path, layout: RingLayout, options: argparse.Namespace) -> dict
 
 
 def stream(path: Path, layout: RingLayout, verify: bool, device: str = "cuda") -> float:
-    """Stream every storage of a checkpoint onto a device. Returns GB/s, without the time to make the ring."""
+    """Stream every storage of a checkpoint onto a device and return GB/s. The creation of the ring is not timed."""
     storages = [storage for storage in open_checkpoint(path).storages if storage.nbytes]
     copies = [
         TensorCopy(s.key, s.offset, torch.uint8, (1,), torch.empty(s.nbytes, dtype=torch.uint8, device=device))
@@ -130,9 +132,13 @@ def stream(path: Path, layout: RingLayout, verify: bool, device: str = "cuda") -
 
 @contextlib.contextmanager
 def timed() -> Iterator[Counter[str]]:
-    """Take the time of what the engine's threads call: seconds of all threads together, and of the whole transfer."""
+    """Time the calls of the engine's threads within the block.
+
+    Yields a counter. After the block it contains the seconds of each share, added over all threads, and the seconds of
+    the whole transfer as ``"whole"``.
+    """
     found: Counter[str] = Counter()
-    taken: list[tuple[str, float]] = []  # Whose append is atomic.
+    taken: list[tuple[str, float]] = []  # A list, because several threads append to it, and append is atomic.
 
     def take(name: str, function: Function) -> Function:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -159,7 +165,7 @@ def timed() -> Iterator[Counter[str]]:
 
 
 def pinned_copy() -> float:
-    """Copy from page-locked memory to the GPU as fast as it goes. Returns GB/s."""
+    """Return the speed of copies from page-locked memory to the GPU, in GB/s."""
     host = torch.empty(128 * MIB, dtype=torch.uint8, pin_memory=True)
     device = torch.empty_like(host, device="cuda")
 
@@ -173,42 +179,49 @@ def pinned_copy() -> float:
 
 
 def layout_of(name: str) -> RingLayout:
-    """The layout that is named by its threads, its buffers, and the MiB of each."""
+    """Return the layout for a name such as ``"8x16x8"``: threads, buffers, and MiB of each buffer."""
     threads, buffers, mib = name.split("x")
     return RingLayout(int(threads), int(buffers), int(float(mib) * MIB) // 4096 * 4096)
 
 
 def layout_name(text: str) -> str:
-    """Read a layout's name."""
+    """Check the name of a layout from the command line and return it."""
     layout_of(text)
     return text
 
 
 def table(report: dict[str, Any]) -> str:
-    """Format the figures for people."""
+    """Return the figures as a table with the machine's limits below."""
     rows = [["threads x buffers x MiB", "GB/s", "unverified", *(f"{share}, %" for share in SHARES)]]
     for name, row in report["layouts"].items():
         figures = [row["gb_per_second"], row["unverified_gb_per_second"], *row["percent"].values()]
         rows.append([name, *(f"{figure:.1f}" for figure in figures)])
     limits = ", ".join(f"{threads}: {rate:.1f}" for threads, rate in report["pread_gb_per_second"].items())
-    lines = [*aligned(rows, 1), f"Reading alone, GB/s with so many threads: {limits}"]
+    lines = [*aligned(rows, 1), f"Reading alone, GB/s for each number of threads: {limits}"]
     if "pinned_copy_gb_per_second" in report:
         lines.append(f"Copying from page-locked memory: {report['pinned_copy_gb_per_second']:.1f} GB/s")
     return "\n".join(lines)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=sorted(LAYOUTS), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size-mib", type=positive, default=8192, help="of the file (default: %(default)s)")
+    parser.add_argument("--size-mib", type=positive, default=8192, help="size of the file (default: %(default)s)")
     parser.add_argument(
-        "--layouts", nargs="+", type=layout_name, metavar="THREADSxBUFFERSxMIB", help="of the staging ring"
+        "--layouts", nargs="+", type=layout_name, metavar="THREADSxBUFFERSxMIB", help="layouts of the staging ring"
     )
-    parser.add_argument("--repetitions", type=positive, default=3)
-    parser.add_argument("--switch-interval", type=float, default=sys.getswitchinterval(), help="of Python, in seconds")
-    parser.add_argument("--data", type=Path, default=Path("runs/streaming"), help="where the file is kept")
-    parser.add_argument("--output", type=Path, help="write everything to this JSON file")
+    parser.add_argument("--repetitions", type=positive, default=3, help="default: %(default)s")
+    parser.add_argument(
+        "--switch-interval",
+        type=float,
+        default=sys.getswitchinterval(),
+        help="thread switch interval of Python, in seconds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("runs/streaming"), help="folder for the file (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help="write all results to this JSON file")
     return parser.parse_args(arguments)
 
 

@@ -1,15 +1,15 @@
-"""Measure how weights get from a file into a model: the usual ways, this project's, and what else is installed.
+"""Compare ways to load weights from a file into a model: the usual ways, this project's, and other packages.
 
 Every row is one short function that builds a GPT-2 with an untied head, loads it, and returns it on the device. Every
-row runs in fresh processes, interleaved over the repetitions, on files that hold the same weights. Outside the figures
-are: imports, the CUDA context, and whatever else happens only once, because every row first loads a tiny model; and
-starting the process. Inside are: building the model, loading it, and then reading every weight once, so that a file
-that is only mapped is paid for too. Memory is counted above its level before the row.
+row runs once in each repetition, in a fresh process. All rows read files with the same weights. Each process first
+loads a tiny model, so imports, the CUDA context and other one-time costs are not measured. Measured are: building the
+model, loading it, and then reading every weight once, which includes the cost of a file that is only mapped. Memory is
+the rise above the level before the row.
 
     python examples/benchmarks/weight_loading.py --size gpt2-xl --device cuda --output weight-loading.json
 
 The first five rows are the methods of the notebook "Memory-efficient model weight loading" (S. Raschka, LLMs from
-scratch, chapter 5). Where the notebook builds a model on the CPU and moves it, these build it where it belongs.
+scratch, chapter 5). Where the notebook builds a model on the CPU and moves it, these rows build it on its device.
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ import gpt
 from lightning_memload import load_weights, meta_init
 from lightning_memload.memory import MemoryMonitor
 
-# A size for tests, and for the load before the clock that brings in everything that a process needs only once.
+# "tiny" is for tests, and for the load before the measurement, which takes the one-time costs of a process.
 SIZES = {
     "tiny": gpt.GPTConfig(num_layers=2, num_heads=2, width=64, vocabulary_size=256, context_length=64),
     **gpt.SIZES,
 }
 PACKAGES = ("safetensors", "accelerate", "fastsafetensors", "runai-model-streamer", "tensorizer", "instanttensor")
 ROW_TIMEOUT_SECONDS = 300
-LEAST_COMPARED_BYTES = 16 << 20
+LEAST_COMPARED_BYTES = 16 << 20  # A ratio to less memory than this would be noise.
 
 
 class GPT2(nn.Module):
-    """GPT-2 whose head has weights of its own, drawn as torch draws them."""
+    """GPT-2 with an untied head, which has its own weights. All weights have torch's default initial values."""
 
     def __init__(self, config: gpt.GPTConfig) -> None:
         super().__init__()
@@ -81,13 +81,13 @@ class GPT2(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Where the same weights lie in every form."""
+    """The paths of the files that hold the same weights in different formats."""
 
     folder: Path
 
     @property
     def pt(self) -> Path:
-        """What ``torch.save`` made of the state dict."""
+        """The state dict, written by ``torch.save``."""
         return self.folder / "model.pt"
 
     @property
@@ -102,12 +102,12 @@ class Files:
 
     @property
     def tensorizer(self) -> Path:
-        """The module in tensorizer's own format; only where that is installed."""
+        """The module in tensorizer's own format. Exists only where tensorizer is installed."""
         return self.folder / "model.tensors"
 
     @property
     def digest(self) -> Path:
-        """The checksum of the weights. Written last: where it is, the other files are whole."""
+        """The digest of the weights. It is written last: if it exists, the other files are complete."""
         return self.folder / "digest"
 
 
@@ -121,12 +121,12 @@ class Row:
     """One way to load.
 
     Attributes:
-        label: What it does, for the table.
-        reads: The attribute of ``Files`` that it reads.
-        group: Whose way it is: ``"usual"``, ``"ours"`` or ``"peer"``.
-        load: Builds and loads.
+        label: Its name in the table.
+        reads: The attribute of ``Files`` that names its file.
+        group: ``"usual"`` (torch alone), ``"ours"`` (this project) or ``"peer"`` (another package).
+        load: Builds the model, loads it, and returns it.
         requires: The module that must be installed.
-        only: The one type of device that it is for. ``None``: every type.
+        only: The only type of device that it supports. ``None``: every type.
     """
 
     label: str
@@ -141,7 +141,7 @@ ROWS: dict[str, Row] = {}
 
 
 def row(label: str, *, reads: str, group: str = "usual", **limits: str) -> Callable[[Load], Load]:
-    """Enter a function into the table; its name is the row's."""
+    """Return a decorator that adds a function to ``ROWS``. The name of the function is the name of the row."""
 
     def enter(load: Load) -> Load:
         ROWS[load.__name__.replace("_", "-")] = Row(label, reads, group, load, **limits)
@@ -152,7 +152,7 @@ def row(label: str, *, reads: str, group: str = "usual", **limits: str) -> Calla
 
 @row("baseline: `torch.load` onto the device, `load_state_dict`", reads="pt")
 def baseline(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
-    """Two full sets of weights are on the device at once."""
+    """Holds two full sets of weights on the device at once."""
     with device:
         model = GPT2(config)
     model.load_state_dict(torch.load(files.pt, map_location=device, weights_only=True))
@@ -161,7 +161,7 @@ def baseline(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Mo
 
 @row("sequential: `torch.load` on the CPU, copy one by one", reads="pt")
 def sequential(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
-    """One set is on the device, another one in host memory."""
+    """Holds one set of weights on the device and another one in host memory."""
     with device:
         model = GPT2(config)
     state_dict = torch.load(files.pt, map_location="cpu", weights_only=True)
@@ -172,7 +172,7 @@ def sequential(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.
 
 @row("meta device, `to_empty`, `torch.load` onto the device, copy", reads="pt")
 def meta_direct(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
-    """Initialises nothing and leaves the host alone, but has two sets on the device again."""
+    """Initialises no weights and needs no host memory, but holds two sets of weights on the device."""
     with torch.device("meta"):
         model = GPT2(config)
     model.to_empty(device=device)
@@ -184,7 +184,7 @@ def meta_direct(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn
 
 @row("meta device, `mmap=True`, `assign=True`", reads="pt")
 def mmap_assign(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
-    """The weights are the file's pages, which are read when they are first touched: by ``to``, or by the first use."""
+    """The weights are mapped pages of the file, which are read when they are first used: by ``to``, or by the model."""
     with torch.device("meta"):
         model = GPT2(config)
     state_dict = torch.load(files.pt, map_location="cpu", mmap=True, weights_only=True)
@@ -194,7 +194,7 @@ def mmap_assign(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn
 
 @row("one file per tensor", reads="tensors")
 def per_tensor(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
-    """Only one tensor at a time is in host memory."""
+    """Holds only one tensor at a time in host memory."""
     with torch.device("meta"):
         model = GPT2(config)
     model.to_empty(device=device)
@@ -205,7 +205,7 @@ def per_tensor(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.
 
 @row("**lightning_memload**", reads="pt", group="ours")
 def ours_pt(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
-    """Every tensor gets its memory on the device once, filled straight from the file; checksums are compared."""
+    """Allocates every tensor once, on the device, fills it from the file, and compares checksums."""
     with meta_init():
         model = GPT2(config)
     load_weights(model, files.pt, device=device)
@@ -214,7 +214,7 @@ def ours_pt(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Mod
 
 @row("**lightning_memload**", reads="safetensors", group="ours")
 def ours_safetensors(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
-    """The same from safetensors, which holds no checksums."""
+    """Does the same as ``ours_pt`` with safetensors, which contain no checksums."""
     with meta_init():
         model = GPT2(config)
     load_weights(model, files.safetensors, device=device)
@@ -223,7 +223,7 @@ def ours_safetensors(config: gpt.GPTConfig, files: Files, device: torch.device) 
 
 @row("**lightning_memload**, `host_budget_mib=8`", reads="safetensors", group="ours", only="cuda")
 def ours_safetensors_8_mib(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
-    """The budget is a hard bound, and may be small."""
+    """Does the same with a small budget, which is a hard limit of the host memory."""
     with meta_init():
         model = GPT2(config)
     load_weights(model, files.safetensors, device=device, host_budget_mib=8)
@@ -271,7 +271,7 @@ def safetensors_copy(config: gpt.GPTConfig, files: Files, device: torch.device) 
 
 @row("accelerate: `load_checkpoint_and_dispatch`", reads="safetensors", group="peer", requires="accelerate")
 def accelerate(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
-    """All layers on one device."""
+    """Loads all layers onto one device."""
     from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 
     with init_empty_weights():
@@ -281,7 +281,7 @@ def accelerate(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.
 
 @row("fastsafetensors: `fastsafe_open`", reads="safetensors", group="peer", requires="fastsafetensors")
 def fastsafetensors(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
-    """All weights are parts of one buffer. Without GPUDirect Storage, which few machines are set up for."""
+    """All weights are parts of one buffer. GPUDirect Storage is off, because few machines are set up for it."""
     from fastsafetensors import fastsafe_open
 
     with torch.device("meta"):
@@ -293,7 +293,7 @@ def fastsafetensors(config: gpt.GPTConfig, files: Files, device: torch.device) -
 
 @row("Run:ai Model Streamer", reads="safetensors", group="peer", requires="runai_model_streamer")
 def runai(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
-    """Its tensors belong to the caller."""
+    """The streamer's tensors belong to the caller, so no copy is needed."""
     from runai_model_streamer import SafetensorsStreamer
 
     with torch.device("meta"):
@@ -306,7 +306,7 @@ def runai(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Modul
 
 @row("tensorizer, its own format", reads="tensorizer", group="peer", requires="tensorizer")
 def tensorizer(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
-    """Puts the parameters in place by itself."""
+    """The deserializer puts the parameters into the module itself."""
     from tensorizer import TensorDeserializer
 
     with torch.device("meta"):
@@ -318,7 +318,7 @@ def tensorizer(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.
 
 @row("InstantTensor", reads="safetensors", group="peer", requires="instanttensor", only="cuda")
 def instanttensor(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
-    """Its tensors are clones that belong to the caller."""
+    """The package's tensors are clones that belong to the caller, so no further copy is needed."""
     from instanttensor import safe_open as instant_open
 
     with torch.device("meta"):
@@ -332,7 +332,10 @@ def instanttensor(config: gpt.GPTConfig, files: Files, device: torch.device) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark."""
+    """Run the benchmark, print the table, write the JSON, and return the exit status.
+
+    The status is 1 if weights are wrong, or if a row fails that is not another package's.
+    """
     options = parse(arguments)
     files = Files(options.data / options.size)
     skipped = unavailable(options)
@@ -354,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 results.setdefault(name, []).append(run)
                 print(f"  {name} #{repetition + 1}: {run['seconds']:.2f} s", file=sys.stderr, flush=True)
-            # After every run, so that one that is cut short leaves what it has measured.
+            # The report is written after every run, so that an interrupted benchmark keeps its results.
             report = summarize(options, arguments, files, results, skipped)
             if options.output:
                 options.output.write_text(json.dumps(report, indent=1) + "\n")
@@ -364,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def attempt(deliver: Deliver, options: argparse.Namespace, name: str) -> None:
-    """Measure one row; a failure is a result too."""
+    """Measure one row and deliver its figures, or its error."""
     try:
         deliver(measure(options, name))
     except Exception as error:
@@ -374,7 +377,7 @@ def attempt(deliver: Deliver, options: argparse.Namespace, name: str) -> None:
 
 
 def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Load one row's model, after a tiny one, and tell what that took."""
+    """Load a tiny model and then one row's model, and return the figures of the second load."""
     load = ROWS[name].load
     device = torch.device(options.device)
     if device.type == "cuda":
@@ -400,7 +403,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
         "read_once_seconds": ended - started,
         "gpu_peak_bytes": above(peaks.cuda_allocated_start_bytes, peaks.cuda_allocated_peak_bytes),
         "gpu_reserved_peak_bytes": above(peaks.cuda_reserved_start_bytes, peaks.cuda_reserved_peak_bytes),
-        # As the driver sees it, at the end: what a peer allocates beside torch's allocator is in here only.
+        # From the driver, at the end. Only this figure includes memory that a package allocates without torch.
         "gpu_driver_end_bytes": free_bytes and free_bytes - torch.cuda.mem_get_info(device)[0],
         "host_anonymous_peak_bytes": peaks.host_above_start_bytes,
         "host_file_backed_peak_bytes": above(file_start_bytes, peaks.file_backed_peak_bytes),
@@ -413,7 +416,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def read_once(model: nn.Module) -> None:
-    """Read every weight on its device, as the first use would."""
+    """Read every weight on its device, as the first use of the model does."""
     for parameter in model.parameters():
         parameter.sum()
     synchronize()
@@ -423,14 +426,14 @@ def read_once(model: nn.Module) -> None:
 
 
 def save(deliver: Deliver, options: argparse.Namespace) -> None:
-    """Write the weights of both sizes."""
+    """Write the files of both sizes: the tiny model and the model of the command line."""
     for size in {"tiny", options.size}:
         save_model(SIZES[size], Files(options.data / size), torch.device(options.device))
     deliver(None)
 
 
 def save_model(config: gpt.GPTConfig, files: Files, device: torch.device) -> None:
-    """Write the same weights in every form. They are made on the device, where that takes no time."""
+    """Write the same weights in every format. They are created on the device, because a GPU does this faster."""
     files.tensors.mkdir(parents=True, exist_ok=True)
     files.digest.unlink(missing_ok=True)
     torch.manual_seed(0)
@@ -438,7 +441,7 @@ def save_model(config: gpt.GPTConfig, files: Files, device: torch.device) -> Non
         model = GPT2(config)
     state_dict = model.state_dict()
     torch.save(state_dict, files.pt)
-    save_file(state_dict, files.safetensors, metadata={"format": "pt"})  # as transformers says it, and accelerate asks
+    save_file(state_dict, files.safetensors, metadata={"format": "pt"})  # transformers writes it, accelerate needs it
     for name, tensor in state_dict.items():
         torch.save(tensor, files.tensors / f"{name}.pt")
     try:
@@ -456,12 +459,12 @@ def save_model(config: gpt.GPTConfig, files: Files, device: torch.device) -> Non
 
 
 def is_saved(files: Files, names: Sequence[str]) -> bool:
-    """Whether the files that the rows read are there and whole."""
+    """Return whether the files that the rows read exist and are complete."""
     return files.digest.exists() and all(getattr(files, ROWS[name].reads).exists() for name in names)
 
 
 def parts(path: Path) -> list[Path]:
-    """The files of a source: itself, or what is in the folder."""
+    """Return the files at a path: the file itself, or the files in the folder. Empty if nothing exists."""
     return sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
 
 
@@ -469,7 +472,7 @@ def parts(path: Path) -> list[Path]:
 
 
 def unavailable(options: argparse.Namespace) -> dict[str, str]:
-    """The rows that cannot run here, and why."""
+    """Return the chosen rows that cannot run here, each with the reason."""
     reasons = {}
     for name in options.rows:
         if ROWS[name].only not in (None, torch.device(options.device).type):
@@ -480,7 +483,7 @@ def unavailable(options: argparse.Namespace) -> dict[str, str]:
 
 
 def run_row(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Run one row in a fresh process and return what it found, or why it failed."""
+    """Run one row in a fresh process and return its figures, or ``{"error": reason}``."""
     try:
         return dict(run_fresh(attempt, options, name, timeout_seconds=ROW_TIMEOUT_SECONDS))
     except ProcessFailed as error:
@@ -494,7 +497,7 @@ def summarize(
     results: dict[str, list[dict[str, Any]]],
     skipped: dict[str, str],
 ) -> dict[str, Any]:
-    """Everything that was measured, medians over the repetitions first."""
+    """Return the report: medians over the repetitions, the rows that did not run, and all single runs."""
     saved = files.digest.read_text()
     figures = [name for name in next(iter(results.values()), [{}])[0] if name.endswith(("_bytes", "seconds"))]
     rows: dict[str, dict[str, Any]] = {}
@@ -509,7 +512,7 @@ def summarize(
         "size": options.size,
         "device": options.device,
         "page_cache": "cold" if options.cold else "warm",
-        # Of the last minute, this benchmark itself included: well above 1, others were using the machine too.
+        # Load of the last minute, including this benchmark. Well above 1, other programs used the machine too.
         "load_average": statistics.median([run["load_average"] for runs in results.values() for run in runs] or [0]),
         "weights_bytes": files.safetensors.stat().st_size,
         "rows": rows,
@@ -521,7 +524,10 @@ def summarize(
 
 
 def against_peer(rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """This project's fastest way from safetensors against the fastest of all peers, until the weights are read once."""
+    """Compare this project's fastest row from safetensors with the fastest row of another package.
+
+    The time is that until every weight has been read once. Returns ``None`` if one of the two rows is missing.
+    """
 
     def fastest(names: list[str]) -> str | None:
         return min(names, key=lambda name: rows[name]["read_once_seconds"], default=None)
@@ -541,7 +547,7 @@ def against_peer(rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def ratio(ours: dict[str, Any], peer: dict[str, Any], figure: str) -> float | None:
-    """Ours by theirs; ``None`` where the peer's is unknown, or next to nothing."""
+    """Return our figure divided by the peer's; ``None`` if the peer's is unknown or below ``LEAST_COMPARED_BYTES``."""
     return ours[figure] / peer[figure] if (peer[figure] or 0) >= LEAST_COMPARED_BYTES else None
 
 
@@ -556,7 +562,7 @@ COLUMNS = {
 
 
 def cells(report: dict[str, Any], name: str) -> list[str]:
-    """One row of the table: its label, what it reads, its figures, and whether the weights are right."""
+    """Return one row of the table: label, file that it reads, figures, and whether the weights are right."""
     entry = report["rows"][name]
     figures = [number(entry[figure], unit) for figure, unit in COLUMNS.values()]
     reads = {"tensors": "a folder", "tensorizer": "its own"}.get(ROWS[name].reads, f"`.{ROWS[name].reads}`")
@@ -564,7 +570,7 @@ def cells(report: dict[str, Any], name: str) -> list[str]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Format the medians for people."""
+    """Return the medians as a table, with the rows that did not run below."""
     lines = [f"{report['size']} on {report['device']}, {report['page_cache']} page cache, medians"]
     rows = [["", "reads", *COLUMNS, "right"], *(cells(report, name) for name in report["rows"])]
     lines.extend(aligned(rows, 2))
@@ -574,15 +580,26 @@ def table(report: dict[str, Any]) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="gpt2-small")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repetitions", type=positive, default=3)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--data", type=Path, default=Path("runs/weight-loading"), help="where the files are kept")
+    parser.add_argument("--size", choices=SIZES, default="gpt2-small", help="size of the model (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if available, else cpu"
+    )
+    parser.add_argument("--repetitions", type=positive, default=3, help="default: %(default)s")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        default=list(ROWS),
+        metavar="ROW",
+        help=f"default: all. The rows: {', '.join(ROWS)}",
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("runs/weight-loading"), help="folder for the files (default: %(default)s)"
+    )
     parser.add_argument("--cold", action="store_true", help="drop the file from the page cache before every row")
-    parser.add_argument("--output", type=Path, help="write everything to this JSON file")
+    parser.add_argument("--output", type=Path, help="write all results to this JSON file")
     return parser.parse_args(arguments)
 
 

@@ -47,11 +47,11 @@ class KeyValueStore(Protocol):
         ...
 
     def get(self, key: str, /) -> bytes:
-        """The value of a key that is set."""
+        """Returns the value of a key that is set."""
         ...
 
     def check(self, keys: list[str], /) -> bool:
-        """Whether all keys are set. Returns at once."""
+        """Returns whether all keys are set, without waiting."""
         ...
 
 
@@ -113,7 +113,7 @@ class Companions:
 
     @property
     def can_agree(self) -> bool:
-        """Whether every rank of the run takes part in agreements. Equal on all ranks unless a rank fails."""
+        """Whether every rank of the run takes part in agreements. The same on all ranks, unless a rank fails."""
         return self._everyone_agrees and self._slot is not None
 
     def agree(self, message: Any) -> dict[int, Any]:
@@ -142,7 +142,7 @@ class Companions:
         return told
 
     def claim(self, name: str) -> bool:
-        """Whether this process is the first of all ranks to claim a piece of work since the last agreement.
+        """Claims a piece of work. Returns whether this process is the first of all ranks since the last agreement.
 
         Raises:
             LostCompanion: The store is gone.
@@ -236,7 +236,7 @@ class Companions:
 
 
 def default_store() -> KeyValueStore:
-    """The store of the default process group.
+    """Returns the store of the default process group.
 
     torch (2.6 to 2.14) has no public name for it. A separate store would need an address that all ranks know.
     """

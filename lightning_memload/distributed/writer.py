@@ -56,7 +56,7 @@ class Writer:
                 self._store.add(_PRESENT, -1)
 
     def knows_all_ranks(self) -> bool:
-        """Whether every rank takes part. ``False`` if this cannot be determined."""
+        """Returns whether every rank takes part. ``False`` if this cannot be determined."""
         if self._world_size == 1:
             return True
         with contextlib.suppress(Exception):
@@ -95,7 +95,7 @@ class Writer:
 
 
 def _store() -> KeyValueStore | None:
-    """The store that all ranks share. ``None`` if there is none."""
+    """Returns the store that all ranks share, ``None`` if there is none."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
     with contextlib.suppress(Exception):  # MPI has no store

@@ -1,8 +1,8 @@
 """Measures the memory that a part of a program takes, and the memory that is still free.
 
 Anonymous memory (the machine must have it) and file-backed memory (the kernel takes it back under pressure) are
-reported separately, in bytes. A figure is ``None`` where the platform does not report it. Nothing here knows
-checkpoints.
+reported separately, in bytes. A figure is ``None`` where the platform does not report it. This package does not depend
+on checkpoints.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class CgroupMemory:
         return self._limit_bytes(self._in_force())
 
     def usage_bytes(self) -> int | None:
-        """Return the usage of the group whose limit is in force, in bytes. Without any limit: of the own group.
+        """Return the usage of the group whose limit is in force, in bytes. Without any limit it is the process's group.
 
         Usage includes the page cache, so a group that read a large file looks full. See
         :meth:`reclaimable_file_bytes`.

@@ -1,9 +1,9 @@
 """Host memory of this process as the kernel counts it, and the host memory that is available.
 
 The idea: the machine must have the anonymous memory, while the kernel can take file-backed pages back. RSS is the sum
-of the two, so it never replaces one of them: a figure that the platform does not have is ``None``, never 0 and never
-RSS. Not included: swapped-out pages. Linux keeps the counters per CPU or per thread, so the figures of kernels before
-6.16 may lag by some pages for each core (2 MiB in total on 16 cores, more on very large hosts).
+of the two, so it never replaces one of them. A figure that the platform does not report is ``None``, never 0 and never
+RSS. Swapped-out pages are not included. Linux keeps the counters per CPU or per thread, so in kernels before 6.16 the
+figures may lag by some pages for each core (2 MiB in total on 16 cores, more on very large hosts).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The idea: the kernel keeps an exact and resettable peak for RSS only, and RSS includes mapped files. Anonymous memory,
 the main figure, has no such mark. It is sampled every few milliseconds and where the measured code calls
 :meth:`MemoryMonitor.tick`. An upper bound from the exact RSS peak limits the error of sampling. Peaks belong to the
-process, not to a thread: memory of other threads is included. Not included: child processes, and swapped-out pages.
+process, not to a thread: memory of other threads is included. Child processes and swapped-out pages are not included.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class MemoryMonitor:
 
     A start resets two marks that the whole process can read: the kernel's VmHWM and, where ``device`` is a CUDA
     device, torch's peak statistics of it (``torch.cuda.max_memory_allocated`` and similar functions count from then
-    on). Monitors that are already running keep the peaks reached before the reset. Other code that resets these marks
-    inside a window removes the time before from the RSS or CUDA peak of that window.
+    on). Monitors that are already running keep the peaks reached before the reset. If other code resets these marks
+    inside a window, the RSS or CUDA peak of that window no longer covers the time before the reset.
 
     In a forked child, a monitor that was running in the parent is stopped and has no thread: ``tick`` and ``stop`` do
     nothing, and ``peaks`` are the figures up to the fork. The monitor can be started again.
@@ -87,7 +87,7 @@ class MemoryMonitor:
         self._window = window
 
     def stop(self) -> MemoryPeaks:
-        """End the window and return its peaks. On a stopped monitor: return them again.
+        """End the window and return its peaks. A monitor that is stopped returns them again.
 
         Raises:
             RuntimeError: The monitor was never started.

@@ -1,6 +1,6 @@
 """The figures of one measurement: levels at its start and end, and the peaks between them.
 
-``None`` means that the platform does not tell a figure. It never means zero.
+``None`` means that the platform does not report a figure. It never means zero.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class MemoryPeaks:
         anonymous_end_bytes: The same at the end.
         anonymous_peak_bytes: The main figure: the highest sample. A spike shorter than ``longest_gap_seconds`` can lie
             between two samples, but it cannot exceed ``anonymous_upper_bound_bytes``.
-        anonymous_upper_bound_bytes: RSS peak minus the lowest sampled number of file and shmem pages. Far above the
-            sampled peak where files are mapped. Equal to it, except for spikes, where no files are mapped.
+        anonymous_upper_bound_bytes: RSS peak minus the lowest sampled number of file and shmem pages. The true peak is
+            never above it. It is far above the sampled peak if the measured code maps files.
         rss_start_bytes: Resident memory of every kind.
         rss_peak_bytes: Its peak. It includes mapped file pages, which the kernel takes back under pressure.
         rss_peak_is_exact: ``True``: the peak is the kernel's own mark. ``False``: the peak is the highest sample,
@@ -47,8 +47,8 @@ class MemoryPeaks:
         cuda_reserved_start_bytes: Held by torch's caching allocator on that device, live tensors included.
         cuda_reserved_peak_bytes: Its peak.
         cuda_reserved_end_bytes: The same at the end.
-        storage_read_bytes: Bytes that this process fetched from storage, by reads and page faults. 0 when the page
-            cache held everything.
+        storage_read_bytes: Bytes that this process fetched from storage, by reads and page faults. 0 when everything
+            was in the page cache.
         major_faults: Page faults that waited for storage. Many of them are slow, and usually mean too little memory.
         cgroup_limit_bytes: The tightest memory limit of the control groups of the process.
         cgroup_peak_bytes: The highest usage of the group with that limit (without a limit: its own group). Includes

@@ -140,7 +140,7 @@ class Window:
 
 
 def larger(one: int | None, other: int | None) -> int | None:
-    """Return the larger of two figures. If only one is known: that one."""
+    """Return the larger of two figures, or the known one if the other is ``None``."""
     if one is None or other is None:
         return other if one is None else one
     return max(one, other)

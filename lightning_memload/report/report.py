@@ -75,10 +75,10 @@ class RestoreReport:
         device: The device of the module.
         global_step: The restored step, ``None`` if the checkpoint has none.
         phases: The phases, in their order in time.
-        total: The time from the request to load the checkpoint to the start of training or evaluation.
+        total: The whole restore: from the request to load the checkpoint to the start of training or evaluation.
         bytes_verified: Bytes whose CRC-32 was compared with the one recorded in the file.
         bytes_assigned: Bytes of parameters whose memory now is pages of the file.
-        bytes_copied_ordinarily: Bytes that torch copied, since they were no longer in the file unchanged.
+        bytes_copied_ordinarily: Bytes that torch copied: tensors that are not in the mapped file, such as a hook's.
         match: How the names of the checkpoint's weights match those of the module. ``None`` if all match.
         bytes_kept: Bytes of the checkpoint that other objects still refer to after the restore.
         staging_bytes: Host memory of the staging ring.

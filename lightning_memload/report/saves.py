@@ -21,8 +21,8 @@ class SaveReport:
         stats: Bytes and times of the save.
         peaks: Memory of the process from the beginning of the save to its end. For a save in the background this
             includes memory that training allocates in the meantime.
-        blocked_seconds: How long training waited: for the whole save or, in the background, until everything was
-            written. ``None`` if it is unknown, since a thread of Lightning made the save.
+        blocked_seconds: The time that training waited: for the whole save or, in the background, until everything was
+            written. ``None`` if it is unknown, because a thread of Lightning saved.
         global_step: The step of the saved state, ``None`` if it has none.
     """
 
