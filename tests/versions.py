@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(own)
     rows: list[Row] = []
     for combination in options.combinations:
-        with tempfile.TemporaryDirectory(prefix="memload-versions-") as folder:
+        with tempfile.TemporaryDirectory(prefix="versions-") as folder:
             try:
                 python = install(combination, Path(folder), pip_arguments)
             except (OSError, subprocess.CalledProcessError) as error:
