@@ -14,8 +14,9 @@ import torch
 
 from lightning_memload.checkpoint import ChunkedTensor, MappedCheckpoint
 from lightning_memload.restore.session import Move, RestoreSession
+from lightning_memload.restore.storages import is_alone
 
-__all__ = ["Settlement", "mapped_bytes", "plan_settlements", "tensors_by_storage"]
+__all__ = ["Settlement", "mapped_bytes", "plan_settlements", "settle_alone", "tensors_by_storage"]
 
 
 class Settlement:
@@ -26,14 +27,15 @@ class Settlement:
         tensors: All tensors that lie in it. At least one.
 
     Attributes:
+        tensors: All tensors that lie in it.
         nbytes: Bytes that it takes.
     """
 
-    __slots__ = ("_fresh", "_is_simple", "_name", "_storage", "_tensors", "nbytes")
+    __slots__ = ("_fresh", "_is_simple", "_name", "_storage", "nbytes", "tensors")
 
     def __init__(self, name: str, tensors: list[torch.Tensor]) -> None:
         self._name = name
-        self._tensors = tensors
+        self.tensors = tensors
         self._storage = tensors[0].untyped_storage()
         self._fresh: torch.Tensor | None = None
         self.nbytes: int = self._storage.nbytes()
@@ -42,7 +44,7 @@ class Settlement:
 
     def allocate(self) -> Move:
         """The move of its bytes, into memory that is allocated now."""
-        first = self._tensors[0]
+        first = self.tensors[0]
         if self._is_simple:
             self._fresh = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device="cpu")
             return Move(self._name, first, self._fresh)
@@ -53,12 +55,27 @@ class Settlement:
         """Gives the tensors their new memory, which is filled."""
         assert self._fresh is not None
         if self._is_simple:
-            self._tensors[0].data = self._fresh
+            self.tensors[0].data = self._fresh
             return
         storage = self._fresh.untyped_storage()
-        for tensor in self._tensors:
+        for tensor in self.tensors:
             placed = torch.empty(0, dtype=tensor.dtype, device="cpu")
             tensor.data = placed.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def settle_alone(kept: Mapping[str, torch.Tensor]) -> list[Settlement]:
+    """One settlement for every tensor that shares its memory with no other one: nearly all states do not.
+
+    Args:
+        kept: The tensors, by what to call them in messages.
+    """
+    settlements = []
+    seen: set[int] = set()
+    for name, tensor in kept.items():
+        if id(tensor) not in seen and is_alone(tensor) and _is_movable(tensor):
+            settlements.append(Settlement(name, [tensor]))
+        seen.add(id(tensor))
+    return settlements
 
 
 def plan_settlements(kept: Mapping[str, torch.Tensor], *owners: Mapping[int, list[torch.Tensor]]) -> list[Settlement]:
