@@ -92,7 +92,8 @@ class WeightsRestore:
     Attributes:
         match: What the module got, after its ``load_state_dict``; ``None`` where every name has its counterpart.
 
-    Peak memory: the destinations and the session's staging ring. No copy of the checkpoint.
+    Peak memory: the destinations and the session's staging ring. No copy of the checkpoint, unless it is small, has
+    many tensors, and fits into the size of the ring.
     """
 
     is_of_restore = True  # tells is_of_restore() whose the hooks are, also in copies
@@ -128,6 +129,8 @@ class WeightsRestore:
         # What torch copies by itself, by its id, and whether one of these has not its checksum.
         self._left: dict[int, tuple[torch.Tensor, ChecksumError | None]] = {}
         self._is_damaged = False
+        # Whether torch copies all values, out of a checkpoint that is in memory as a whole.
+        self._is_torchs = False
         # ScriptModules refuse hooks. A parent's hook finds their parameters; one that is loaded by itself is torch's.
         hookable = [child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule)]
         self._handles = [_first_hook(child, self._before_load) for child in hookable]
@@ -166,7 +169,8 @@ class WeightsRestore:
             rename_compiled(state_dict, module_keys(module))
         if module is root:
             self._given = list(state_dict)
-        elif self._are_left(state_dict):
+            self._is_torchs = self._may_leave_all(session, root) and session.read_whole()
+        if self._is_torchs or (module is not root and self._are_left(state_dict)):
             return  # torch copies all of them.
         tensors: list[tuple[str, torch.Tensor | None]] = [*module._parameters.items(), *module._buffers.items()]
         own = [(f"{prefix}{name}", tensor) for name, tensor in tensors if tensor is not None]
@@ -187,6 +191,16 @@ class WeightsRestore:
             if key in self._values and state_dict.get(key) is tensor:
                 # torch copies it onto itself now.
                 self._versions[id(tensor)] = self._versions.get(id(tensor), 0) + 1
+
+    def _may_leave_all(self, session: RestoreSession, root: nn.Module) -> bool:
+        """Whether all tensors of the module are in CPU memory, where torch can copy values to them, and stay there."""
+        if session.device.type != "cpu" or (self._assign and not self._keep_memory):
+            return False
+        return all(
+            tensor is None or tensor.is_cpu
+            for module in root.modules()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+        )
 
     def _leave(self, session: RestoreSession, root: nn.Module, state_dict: dict[str, Any]) -> None:
         """Leaves small tensors of modules that load in their own way to torch, which copies them into their memory."""

@@ -196,6 +196,27 @@ class FileMapping:
             weakref.finalize(self, os.close, self._pagemap[1])
         return self._pagemap[1]
 
+    def read_in(self) -> memoryview | None:
+        """Reads all files into ordinary memory, at the same addresses. Pages that were written keep what was written.
+
+        The tensors then depend on no file. :meth:`are_pristine` is ``False`` for all ranges from now on.
+
+        Returns:
+            The bytes of all files. ``None`` if the mapping has released the files already.
+
+        Raises:
+            CheckpointReadError: Reading failed. The unread bytes are zero.
+
+        Peak memory: the size of the files, plus at most 32 MiB.
+        """
+        with self._lock:
+            if self._bytes is None or not self._attached or self._is_detaching:
+                return None
+            _, failure = self._unmap_file([(0, self.nbytes)], beside_others=False)
+            if failure is not None:
+                raise failure
+            return self._bytes
+
     def detach(self, *, beside_others: bool = False) -> int:
         """Releases the file: bytes under live storages become ordinary memory, at the same addresses.
 
