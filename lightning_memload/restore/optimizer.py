@@ -1,8 +1,8 @@
 """Streaming into optimizers, behind torch's own ``load_state_dict``.
 
-A pre-hook allocates every state tensor where, and as what, torch would put it afterwards, streams into it and hands it
-back. Torch's conversion is then a no-op, so each state exists once, on its device, and never in host memory. A state
-that torch takes as it is stays the object that it is, and gets ordinary memory in place of the file's.
+A pre-hook allocates every state tensor on the device and with the dtype that torch would convert it to, streams the
+values into it, and returns it. torch then converts nothing, so each state exists once, on its device. A state that
+torch does not convert stays the same object, and moves from the file to ordinary memory.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ _WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
 class OptimizerRestore:
     """Makes the ``load_state_dict`` of optimizers stream from the mapped checkpoint while it is installed.
 
-    A wrapper need not have hooks of its own: the torch optimizers within it are found through its attributes, and their
-    states are streamed when the wrapper loads them. What the wrapper does with other tensors it does with the mapped
-    ones, as with any others.
+    A wrapper needs no hooks of its own: the torch optimizers in its attributes are found, and their states are streamed
+    when the wrapper loads them. All other tensors that the wrapper gets are the mapped ones.
 
     Args:
         optimizers: Any objects with a ``load_state_dict``.

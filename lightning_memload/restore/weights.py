@@ -1,9 +1,9 @@
 """Streaming into modules, behind torch's own ``load_state_dict``.
 
-A pre-hook brings every value to where it belongs and then puts the module's *own tensor* into the state dict, so that
-torch copies a tensor onto itself, which does nothing, and keeps its checks, messages and results. The hook sits on
-every submodule: a module that renames keys in a hook of its own, or is loaded by itself, is met when its turn comes.
-What the hook does not recognise stays in the state dict as it is and is copied by torch.
+A pre-hook fills the module's tensors and then puts these *same tensors* into the state dict. torch then copies each
+tensor onto itself, which does nothing, and still makes its checks, messages and results. Every submodule has the hook:
+a module that renames keys in its own hook, or that is loaded by itself, is filled when torch loads it. torch copies
+every value that the hook does not recognise.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class _Plan:
 class WeightsRestore:
     """Makes a module's ``load_state_dict`` stream from the mapped checkpoint while it is installed.
 
-    Values go to the session's device: in place where a parameter is there already, else into new memory that replaces
-    the parameter's old one when all values have arrived. A failure before that leaves such parameters as they were.
-    Every ``Parameter`` object stays the same object.
+    Values go to the session's device. A parameter on this device is filled in place. Any other parameter gets new
+    memory when all values have arrived; if the load fails earlier, it keeps its old memory. Every ``Parameter`` object
+    stays the same object.
 
     Args:
         module: The module.
@@ -83,8 +83,8 @@ class WeightsRestore:
             no copy in the old type is made. ``None``: each parameter's own.
         assign: Make CPU parameters the file's own pages instead of copying. A parameter whose memory other parameters
             or buffers share is copied all the same, and so is one with other strides than in the file.
-        keep_memory: Assign only to parameters on meta. Those that have memory are filled in place, so that whatever
-            else refers to that memory sees the values.
+        keep_memory: Assign only to parameters on meta. Parameters that have memory are filled in place, so that other
+            references to this memory see the values.
         strict: Whether torch will refuse missing keys. If not, meta parameters that the checkpoint lacks get
             what ``meta_init`` knows that their constructor made, else what their modules' ``reset_parameters`` makes.
         later_bytes: What the restore will need later, per device, for the check before the first byte.
@@ -116,22 +116,22 @@ class WeightsRestore:
         self._keep_memory = keep_memory
         self._strict = strict
         self._later_bytes = later_bytes
-        # Both are asked once: to look at the whole module or optimizer for each submodule takes the square of the time.
+        # Both are computed once. To look at the whole module for each submodule takes quadratic time.
         self._needed_later: dict[torch.device, int] | None = None
         self._unchecked_bytes = 0
         self._sharing: Sharing | None = None
         self.match: WeightsMatch | None = None
         self._given: list[str] = []
-        # What each key had in the file, and the versions of the tensors since: whether somebody changed them meanwhile.
+        # The value that each key had in the file, and the versions of the filled tensors: they tell of later changes.
         self._values: dict[str, torch.Tensor] = {}
         self._versions: dict[int, int] = {}
         self._disturbed: set[int] = set()
-        # What torch copies by itself, by its id, and whether one of these has not its checksum.
+        # The values that torch copies, by their id, and whether one of them is damaged.
         self._left: dict[int, tuple[torch.Tensor, ChecksumError | None]] = {}
         self._is_damaged = False
         # Whether torch copies all values, out of a checkpoint that is in memory as a whole.
         self._is_torchs = False
-        # ScriptModules refuse hooks. A parent's hook finds their parameters; one that is loaded by itself is torch's.
+        # ScriptModules refuse hooks. A parent's hook fills their parameters. torch loads a ScriptModule without parent.
         hookable = [child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule)]
         self._handles = [_first_hook(child, self._before_load) for child in hookable]
         if hookable and hookable[0] is module:
@@ -144,7 +144,7 @@ class WeightsRestore:
         self._handles.clear()
         if self._root is not None:
             remove_load_hooks(self._root)
-        # A copy of the module may keep this object: nothing of the restore, or of the Trainer, may hang on it.
+        # A copy of the module may keep this object. It must not keep the restore or the Trainer alive.
         self._session = self._root = None
         self._later_bytes = dict
         self._sharing = None
@@ -181,7 +181,7 @@ class WeightsRestore:
                 if key in self._values and value is tensor and self._is_disturbed(tensor):
                     state_dict[key] = self._values[key]
                 elif not overrides and is_alias(value, tensor):
-                    # It has these values: torch would copy them onto themselves, byte by byte.
+                    # The tensor has these values already. torch would copy each byte onto itself.
                     state_dict[key] = tensor
             if module._modules or any(state_dict.get(key) is not tensor for key, tensor in own):
                 self._stream(session, root, module, state_dict, prefix)
@@ -212,9 +212,6 @@ class WeightsRestore:
     def _are_left(self, state_dict: dict[str, Any]) -> bool:
         return not self._is_damaged and all(id(value) in self._left for value in state_dict.values())
 
-    def _are_left(self, state_dict: dict[str, Any]) -> bool:
-        return not self._is_damaged and all(id(value) in self._left for value in state_dict.values())
-
     def _is_left(self, value: torch.Tensor) -> bool:
         _, error = self._left.get(id(value), (None, None))
         if error is not None:
@@ -222,9 +219,9 @@ class WeightsRestore:
         return id(value) in self._left
 
     def _is_disturbed(self, tensor: torch.Tensor) -> bool:
-        """Whether code that ran since it was filled has changed it. Then torch's order counts, and it is filled again.
+        """Whether other code changed a tensor after it was filled. It is then filled again, as torch would do it.
 
-        A module's ``set_extra_state``, a post-hook, or a ``_load_from_state_dict`` may do so to modules after it.
+        ``set_extra_state``, a post-hook, or ``_load_from_state_dict`` of one module may change later modules.
         """
         if _version_of(tensor) != self._versions[id(tensor)]:
             self._disturbed.add(id(tensor))
@@ -307,7 +304,7 @@ class WeightsRestore:
             self._versions[id(target.tensor)] = _version_of(target.tensor)
 
     def _require(self, session: RestoreSession, fresh_bytes: int) -> None:
-        """Stops what cannot fit. Many small modules together are looked at once for every few MiB."""
+        """Refuses what cannot fit. Of many small modules, it is checked once for every few MiB."""
         self._unchecked_bytes += fresh_bytes
         if self._needed_later is None:
             self._needed_later = self._later_bytes()
