@@ -1,7 +1,7 @@
-"""Giving parameters and buffers other memory, while each stays the object that it is.
+"""Gives parameters and buffers new memory. Each stays the same object.
 
-Ties, references that a user or an optimizer holds, hooks and attributes stay right, since what is exchanged is the
-contents of an object. The values come from elsewhere: a checkpoint, or the module's own ``reset_parameters``.
+Only the contents of an object are exchanged, so ties, references of users and optimizers, hooks and attributes stay
+valid. The values come from a checkpoint, or from the module's own ``reset_parameters``.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ __all__ = ["SharedMemory", "empty_on", "materialize", "meta_names", "replace_dat
 
 
 class SharedMemory:
-    """Memory that a parameter on meta and its aliases will have in common, once there is any.
+    """The memory that a parameter on meta and its aliases share as soon as it is allocated.
 
     Attributes:
-        parameter: The parameter, which makes its values by ``follow``. ``None`` if it has got other memory, or there is
-            none.
+        parameter: The parameter. Its ``follow`` makes the values. ``None`` if there is none, or if it has other memory.
         read: The values, if there is no parameter.
-        values: The tensor in this memory when there is one.
+        values: The tensor in this memory. ``None`` before the allocation.
     """
 
     __slots__ = ("parameter", "read", "values")
@@ -47,7 +46,7 @@ class SharedMemory:
 
 
 def replace_data(tensor: torch.Tensor, new: torch.Tensor, *, name: str) -> torch.Tensor:
-    """Gives a parameter or buffer other memory and keeps the object, so that ties and references to it stay right.
+    """Gives a parameter or buffer other memory and keeps the object, so that ties and references stay valid.
 
     Args:
         tensor: The parameter or buffer. Attributes set on it are kept.
@@ -73,10 +72,10 @@ def _replace(tensor: torch.Tensor, new: torch.Tensor, name: str) -> torch.Tensor
     # Between meta and a real device ``.data`` cannot be set; swap_tensors exchanges the contents of two objects.
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-    # All but what a parameter on meta waits for (recipes.py): it gets its values here.
+    # Not the recipe of a parameter on meta (recipes.py): it gets its values here.
     memory = tensor.__dict__.get("memory")
     new.__dict__.update({key: value for key, value in tensor.__dict__.items() if key not in ("waits_for", "memory")})
-    # The very dicts, so that the handles that a user has can still remove a hook. They have no public names.
+    # The same dict objects, so that the handles of a user can still remove a hook. They have no public names.
     hooks = {key: getattr(tensor, key) for key in ("_backward_hooks", "_post_accumulate_grad_hooks")}
     try:
         torch.utils.swap_tensors(tensor, new)
@@ -94,10 +93,10 @@ def _replace(tensor: torch.Tensor, new: torch.Tensor, name: str) -> torch.Tensor
 
 @contextlib.contextmanager
 def without_weak_references(root: nn.Module) -> Iterator[None]:
-    """Lets recurrent layers that are on meta forget the weak references to their weights, and make them anew.
+    """Removes the weak references that recurrent layers on meta have to their weights, and makes new ones afterwards.
 
-    They keep such references to find out whether somebody put other weights in place (torch 2.13). What makes them has
-    no public name; torch's own ``_apply`` does the same.
+    The layers use them to detect replaced weights (torch 2.13). The method that makes them has no public name. torch's
+    own ``_apply`` calls it too.
     """
     layers = [module for module in root.modules() if isinstance(module, nn.RNNBase)]
     layers = [layer for layer in layers if any(parameter.is_meta for parameter in layer.parameters())]
@@ -119,13 +118,13 @@ def meta_names(module: nn.Module) -> tuple[list[str], list[str]]:
 
 
 def materialize(root: nn.Module, keys: Iterable[str], device: torch.device, dtype: torch.dtype | None) -> None:
-    """Gives meta parameters that no checkpoint supplied memory, and initial values from their own modules.
+    """Gives meta parameters that the checkpoint lacks memory, and initial values from their own modules.
 
-    A module that supplies ``reset_parameters`` initialises what is missing; its other parameters keep their values.
+    The module's ``reset_parameters`` initialises them. The other parameters of the module keep their values.
 
     Args:
         root: The module that the keys belong to.
-        keys: Names of parameters and persistent buffers, those that are not on meta are passed over.
+        keys: Names of parameters and persistent buffers, those that are not on meta are skipped.
         device: Where to allocate.
         dtype: Floating-point type to allocate with, ``None`` for each tensor's own.
 

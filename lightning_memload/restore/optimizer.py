@@ -1,8 +1,8 @@
 """Streaming into optimizers, behind torch's own ``load_state_dict``.
 
-A pre-hook allocates every state tensor where, and as what, torch would put it afterwards, streams into it and hands it
-back. Torch's conversion is then a no-op, so each state exists once, on its device, and never in host memory. A state
-that torch takes as it is stays the object that it is, and gets ordinary memory in place of the file's.
+A pre-hook allocates every state tensor on the device and with the dtype that torch would convert it to, streams the
+values into it, and returns it. torch then converts nothing, so each state exists once, on its device. A state that
+torch does not convert stays the same object, and moves from the file to ordinary memory.
 """
 
 from __future__ import annotations
@@ -19,10 +19,17 @@ from torch.optim import Optimizer
 from lightning_memload.checkpoint import ChunkedTensor
 from lightning_memload.errors import OptimizerMismatchError, listed
 from lightning_memload.restore.session import Move, RestoreSession
-from lightning_memload.restore.settling import Settlement, mapped_bytes, plan_settlements, tensors_by_storage
+from lightning_memload.restore.settling import (
+    Settlement,
+    mapped_bytes,
+    plan_settlements,
+    settle_alone,
+    tensors_by_storage,
+)
 
 __all__ = ["OptimizerRestore"]
 
+_CPU = torch.device("cpu")
 # What torch.compile and activation checkpointing put into the names of a module, and no strategy saves.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
 
@@ -30,9 +37,8 @@ _WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
 class OptimizerRestore:
     """Makes the ``load_state_dict`` of optimizers stream from the mapped checkpoint while it is installed.
 
-    A wrapper need not have hooks of its own: the torch optimizers within it are found through its attributes, and their
-    states are streamed when the wrapper loads them. What the wrapper does with other tensors it does with the mapped
-    ones, as with any others.
+    A wrapper needs no hooks of its own: the torch optimizers in its attributes are found, and their states are streamed
+    when the wrapper loads them. All other tensors that the wrapper gets are the mapped ones.
 
     Args:
         optimizers: Any objects with a ``load_state_dict``.
@@ -116,7 +122,7 @@ class OptimizerRestore:
             for number, value in state_dict.get("state", {}).items()
         }
         settlements = self._settle(session, placement.kept, state_dict)
-        needed = Counter({torch.device("cpu"): sum(settlement.nbytes for settlement in settlements)})
+        needed = Counter({_CPU: sum(settlement.nbytes for settlement in settlements)})
         for plan in placement.planned.values():
             needed[plan.device] += plan.nbytes
         session.require(needed)
@@ -124,6 +130,8 @@ class OptimizerRestore:
         session.move([*moves.values(), *(settlement.allocate() for settlement in settlements)])
         for settlement in settlements:
             settlement.end()
+        if not moves:
+            return state_dict  # All states are still the objects that they were.
         filled = {number: move.destination for number, move in moves.items()}
         return {**state_dict, "state": {number: _fill(value, filled) for number, value in state.items()}}
 
@@ -136,13 +144,16 @@ class OptimizerRestore:
         self, session: RestoreSession, kept: Mapping[str, torch.Tensor], state_dict: dict[str, Any]
     ) -> list[Settlement]:
         """Plans ordinary memory for all states that torch takes as they are."""
-        if not kept:
-            return []
+        alone = settle_alone(kept)
+        settled = {id(tensor) for settlement in alone for tensor in settlement.tensors}
+        shared = {name: tensor for name, tensor in kept.items() if id(tensor) not in settled}
+        if not shared:
+            return alone
         if self._owners is None:
             self._owners = tensors_by_storage(self._loaded, session.checkpoint)
             self._known = {id(tensor) for tensors in self._owners.values() for tensor in tensors}
         others = tensors_by_storage(state_dict, session.checkpoint, self._known)
-        return plan_settlements(kept, self._owners, others)
+        return [*alone, *plan_settlements(shared, self._owners, others)]
 
 
 def _optimizers_with_hooks(optimizer: Any) -> Iterator[Optimizer]:
@@ -258,7 +269,7 @@ class _Placement:
             if not self._checkpoint.holds(value):
                 return value
             device, dtype = _torch_policy(value, key, parameter, group)
-            stays = device.type == "cpu" and dtype == value.dtype
+            stays = device == _CPU and dtype == value.dtype
             if stays and not isinstance(value, ChunkedTensor):
                 self.kept[name] = value
                 return value
@@ -295,9 +306,9 @@ def _torch_policy(
     floating-point one. States that belong to no parameter stay as they are.
     """
     if parameter is None:
-        return torch.device("cpu"), value.dtype
+        return _CPU, value.dtype
     if key == "step":
         if group.get("capturable", False) or group.get("fused", False):
             return parameter.device, torch.float32
-        return torch.device("cpu"), value.dtype
+        return _CPU, value.dtype
     return parameter.device, parameter.dtype if parameter.is_floating_point() else value.dtype

@@ -1,4 +1,4 @@
-"""Which tensors of a module lie in the same memory. Questions only: nothing is read or written."""
+"""Finds tensors of a module that share memory. Nothing is read or written."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ PLAIN_TYPES = (torch.Tensor, nn.Parameter, WaitingParameter)
 
 
 class Sharing:
-    """Which of a module's tensors lie in the same memory without being one object.
+    """The tensors of a module that share memory without being the same object.
 
-    Memory that a tensor has left counts as its own still, so the answer may be yes for too many, never for too few.
+    Memory that a tensor had before still counts as its own. So the answer may be a wrong "yes", but never a wrong "no".
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -36,7 +36,7 @@ class Sharing:
         self.note(module)
 
     def note(self, module: nn.Module) -> None:
-        """Takes in where the tensors of a module, or of a part of it, are now."""
+        """Notes the present memory of the tensors of a module, or of a part of it."""
         for tensor in (*module.parameters(), *module.buffers()):
             if has_memory(tensor):
                 self._owners.setdefault(memory_of(tensor), set()).add(id(tensor))
@@ -47,7 +47,7 @@ class Sharing:
 
 
 def overlapping_ids(tensors: Iterable[torch.Tensor]) -> set[int]:
-    """The ids of the tensors whose filling writes to memory of another one of them too."""
+    """The ids of the tensors that overlap with another one of them in memory."""
     by_device: dict[torch.device, list[tuple[int, int, int]]] = {}
     for tensor in tensors:
         if has_memory(tensor):
@@ -70,7 +70,7 @@ def has_memory(tensor: Any) -> TypeGuard[torch.Tensor]:
 
 
 def is_alias(value: Any, tensor: torch.Tensor) -> bool:
-    """Whether a value is another object with the very memory of a tensor, read in the same way."""
+    """Whether a value is another object with the same memory, dtype, shape and strides as a tensor."""
     return (
         value is not tensor
         and has_memory(value)
@@ -83,7 +83,7 @@ def is_alias(value: Any, tensor: torch.Tensor) -> bool:
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether several elements of a tensor have one place, as in an expanded one."""
+    """Whether several elements of a tensor share one place in memory, as in an expanded tensor."""
     if tensor.is_contiguous():
         return False
     return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

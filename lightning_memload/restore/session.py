@@ -8,19 +8,20 @@ mapped or open.
 from __future__ import annotations
 
 import errno
-import os
-import threading
+import functools
 import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from lightning_memload.checkpoint import Checkpoint, MappedCheckpoint, span_bytes
 from lightning_memload.errors import ChecksumError, DetachedError, InsufficientMemoryError
 from lightning_memload.memory import free_device_bytes
+from lightning_memload.restore.freeing import free_in_background
 from lightning_memload.restore.recording import claim
+from lightning_memload.restore.whole import WholeCheckpoint, is_worth_reading
 from lightning_memload.storage import FileMapping, FileWatch
 from lightning_memload.transfer import (
     LazyRing,
@@ -101,10 +102,11 @@ class RestoreSession:
         self._watch: FileWatch | None = None
         self._has_no_pages = False
         self._given: list[tuple[int, int]] = []
-        self._records = _records_of(checkpoint.index) if verify else []
+        # Set when the checkpoint is read into memory as a whole.
+        self._whole: WholeCheckpoint | None = None
+        self._verifies = verify
         self._verifies_pages = verify_pages
         self._compared: set[int] = set()
-        self._record_offsets = [record.offset for record in self._records]
 
     def keep_cached(self) -> None:
         """Leaves what is read from now on in the page cache: what becomes a module's memory is used again."""
@@ -119,6 +121,9 @@ class RestoreSession:
         """
         # Within meta_init: the threads that read write to memory that its recorder does not see.
         claim(item.destination for item in moves)
+        if self._whole is not None:
+            self._whole.copy((item.value, item.destination) for item in moves)
+            return
         copies = []
         ordinary = []
         located = self.checkpoint.locate_all([item.value for item in moves])
@@ -142,6 +147,31 @@ class RestoreSession:
             for item in ordinary:
                 item.destination.copy_(item.value)
                 self.bytes_copied_ordinarily += item.value.nbytes
+
+    def read_whole(self) -> bool:
+        """Reads a small checkpoint of many tensors into memory as a whole, so that torch can copy them itself.
+
+        Returns:
+            Whether all of the checkpoint is in memory, without damage.
+
+        Raises:
+            CheckpointReadError: Reading failed.
+        """
+        if self._whole is None and is_worth_reading(self.checkpoint, self._ring.layout.nbytes):
+            self._whole = WholeCheckpoint.read(self.checkpoint, verify=self._verifies)
+            if self._whole is not None:
+                self.stats += self._whole.stats
+                if self._on_progress is not None:
+                    self._on_progress(self._whole.stats.bytes_read)
+        return self._whole is not None and not self._whole.damaged
+
+    @functools.cached_property
+    def _records(self) -> list[Record]:
+        return _records_of(self.checkpoint.index) if self._verifies else []
+
+    @functools.cached_property
+    def _record_offsets(self) -> list[int]:
+        return [record.offset for record in self._records]
 
     def _records_at(self, offsets: Sequence[int]) -> list[Record]:
         """The records in which the tensors at some offsets lie. To go through all of them for a few tensors takes long.
@@ -341,9 +371,8 @@ class RestoreSession:
         elif self._watch is not None:
             self._watch.end()
         self._pages = self._watch = None
-        if self._to_free:
-            tensors, self._to_free = self._to_free, []
-            _Freeing(tensors).start()
+        tensors, self._to_free = self._to_free, []
+        free_in_background(tensors)
         self._tell_pinned(0)
         return self.checkpoint.detach() if detach else 0
 
@@ -366,35 +395,3 @@ def _records_of(index: Checkpoint) -> list[Record]:
             names.setdefault(storage.key, tensor.name)
     checked.sort(key=lambda storage: storage.offset)
     return [Record(names.get(s.key, s.key), s.offset, s.nbytes, s.crc32) for s in checked if s.crc32 is not None]
-
-
-class _Freeing(threading.Thread):
-    """Frees tensors. A fork waits for the end: the child would keep the memory for as long as it lives."""
-
-    _running: ClassVar[set[_Freeing]] = set()
-
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
-        super().__init__(name="memload-free")
-        self._tensors = tensors
-        self._running.add(self)
-
-    def run(self) -> None:
-        try:
-            # A property of the thread. Within, tensors of inference mode can be changed as well as all others.
-            with torch.inference_mode():
-                while self._tensors:
-                    # Unlike the end of a Python object, a torch call gives the interpreter's lock away while the
-                    # kernel works.
-                    self._tensors.pop().set_()  # type: ignore[call-overload]
-        finally:
-            self._running.discard(self)
-
-    @classmethod
-    def join_all(cls) -> None:
-        for thread in list(cls._running):
-            if thread.ident is not None and thread is not threading.current_thread():
-                thread.join()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_Freeing.join_all)

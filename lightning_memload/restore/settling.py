@@ -1,8 +1,8 @@
-"""Giving tensors that stay in use ordinary memory in place of the file's, while each stays the object that it is.
+"""Moves tensors from the file to ordinary memory. Each tensor stays the same object.
 
-What shares memory in the loaded checkpoint shares it afterwards: the storage moves as a whole, and every tensor of the
-checkpoint that lies in it moves along. So whatever an optimizer or a wrapper does with such tensors, by value or by
-reference, comes out as if the checkpoint had been loaded into memory.
+Tensors that share memory in the loaded checkpoint share it afterwards: a storage moves as a whole, with all tensors of
+the checkpoint in it. So an optimizer or a wrapper can use such tensors by value or by reference, as if the checkpoint
+had been loaded into memory.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 
 from lightning_memload.checkpoint import ChunkedTensor, MappedCheckpoint
 from lightning_memload.restore.session import Move, RestoreSession
+from lightning_memload.restore.storages import is_alone
 
-__all__ = ["Settlement", "mapped_bytes", "plan_settlements", "tensors_by_storage"]
+__all__ = ["Settlement", "mapped_bytes", "plan_settlements", "settle_alone", "tensors_by_storage"]
 
 
 class Settlement:
@@ -26,14 +27,15 @@ class Settlement:
         tensors: All tensors that lie in it. At least one.
 
     Attributes:
+        tensors: All tensors that lie in it.
         nbytes: Bytes that it takes.
     """
 
-    __slots__ = ("_fresh", "_is_simple", "_name", "_storage", "_tensors", "nbytes")
+    __slots__ = ("_fresh", "_is_simple", "_name", "_storage", "nbytes", "tensors")
 
     def __init__(self, name: str, tensors: list[torch.Tensor]) -> None:
         self._name = name
-        self._tensors = tensors
+        self.tensors = tensors
         self._storage = tensors[0].untyped_storage()
         self._fresh: torch.Tensor | None = None
         self.nbytes: int = self._storage.nbytes()
@@ -42,7 +44,7 @@ class Settlement:
 
     def allocate(self) -> Move:
         """The move of its bytes, into memory that is allocated now."""
-        first = self._tensors[0]
+        first = self.tensors[0]
         if self._is_simple:
             self._fresh = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device="cpu")
             return Move(self._name, first, self._fresh)
@@ -50,22 +52,37 @@ class Settlement:
         return Move(self._name, _whole(self._storage), self._fresh)
 
     def end(self) -> None:
-        """Gives the tensors their new memory, which is filled."""
+        """Gives the tensors their new memory. It must be filled."""
         assert self._fresh is not None
         if self._is_simple:
-            self._tensors[0].data = self._fresh
+            self.tensors[0].data = self._fresh
             return
         storage = self._fresh.untyped_storage()
-        for tensor in self._tensors:
+        for tensor in self.tensors:
             placed = torch.empty(0, dtype=tensor.dtype, device="cpu")
             tensor.data = placed.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def settle_alone(kept: Mapping[str, torch.Tensor]) -> list[Settlement]:
+    """One settlement for every tensor that shares its memory with no other one: nearly all states do not.
+
+    Args:
+        kept: The tensors, by what to call them in messages.
+    """
+    settlements = []
+    seen: set[int] = set()
+    for name, tensor in kept.items():
+        if id(tensor) not in seen and is_alone(tensor) and _is_movable(tensor):
+            settlements.append(Settlement(name, [tensor]))
+        seen.add(id(tensor))
+    return settlements
 
 
 def plan_settlements(kept: Mapping[str, torch.Tensor], *owners: Mapping[int, list[torch.Tensor]]) -> list[Settlement]:
     """One settlement for every storage under some tensors.
 
-    A storage with a tensor whose bytes are not its values (conjugate views, subclasses) is passed over: it stays in the
-    file until the session lets go of it.
+    A storage with a tensor whose bytes are not its values (conjugate views, subclasses) is skipped. It stays in the
+    file until the session releases the file.
 
     Args:
         kept: The tensors, by what to call them in messages.
@@ -77,7 +94,7 @@ def plan_settlements(kept: Mapping[str, torch.Tensor], *owners: Mapping[int, lis
         candidates = [tensor for found in owners for tensor in found.get(key, ())]
         if len(candidates) > 1:
             candidates = list({id(tensor): tensor for tensor in candidates}.values())
-        # What was found earlier may have moved since, and the identity of its old storage be another one's now.
+        # A tensor that was found earlier may have moved since. Another storage may then have the id of its old one.
         tensors = [tensor for tensor in candidates if tensor.untyped_storage()._cdata == key]
         if tensors and all(map(_is_movable, tensors)):
             settlements.append(Settlement(name, tensors))
@@ -89,7 +106,7 @@ def tensors_by_storage(
 ) -> dict[int, list[torch.Tensor]]:
     """The tensors in a nested structure that lie in the checkpoint's file, by the identity of their storages.
 
-    Tensors in several parts have no storage and are passed over, and so are those whose ``id`` is known already.
+    Skips tensors in several parts, which have no storage, and tensors whose ``id`` is in ``known``.
     """
     found: dict[int, list[torch.Tensor]] = {}
     for tensor in _tensors(value):

@@ -1,15 +1,16 @@
 """Streaming into modules, behind torch's own ``load_state_dict``.
 
-A pre-hook brings every value to where it belongs and then puts the module's *own tensor* into the state dict, so that
-torch copies a tensor onto itself, which does nothing, and keeps its checks, messages and results. The hook sits on
-every submodule: a module that renames keys in a hook of its own, or is loaded by itself, is met when its turn comes.
-What the hook does not recognise stays in the state dict as it is and is copied by torch.
+A pre-hook fills the module's tensors and then puts these *same tensors* into the state dict. torch then copies each
+tensor onto itself, which does nothing, and still makes its checks, messages and results. Every submodule has the hook:
+a module that renames keys in its own hook, or that is loaded by itself, is filled when torch loads it. torch copies
+every value that the hook does not recognise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,14 +19,11 @@ from torch.utils.hooks import RemovableHandle
 from lightning_memload.checkpoint import ChunkedTensor
 from lightning_memload.errors import ChecksumError
 from lightning_memload.restore.allocation import empty_on, materialize, replace_data, without_weak_references
-from lightning_memload.restore.matching import WeightsMatch, is_of_restore, match_weights, module_keys, walk_apart
+from lightning_memload.restore.matching import WeightsMatch, match_weights, module_keys
 from lightning_memload.restore.overlaps import (
     PLAIN_TYPES,
     Sharing,
-    has_memory,
     is_alias,
-    is_plain_tensor,
-    memory_of,
     overlapping_ids,
     overlaps_itself,
 )
@@ -37,6 +35,7 @@ from lightning_memload.restore.recipes import (
 from lightning_memload.restore.recording import unrecorded
 from lightning_memload.restore.session import Move, RestoreSession
 from lightning_memload.restore.state_dict import rename_compiled
+from lightning_memload.restore.targets import Target, find_targets, overrides_load
 
 __all__ = ["WeightsRestore"]
 
@@ -46,20 +45,36 @@ _HOLDS_HALF = (torch.float32, torch.float64)
 _CHECK_BYTES = 4 << 20
 
 
-class _Target(NamedTuple):
-    """A parameter or persistent buffer that ``load_state_dict`` is about to fill."""
+@dataclass(slots=True)
+class _Plan:
+    """How the tensors of one module get their values. Each step of a load fills its part.
 
-    key: str
-    tensor: torch.Tensor
-    value: torch.Tensor
+    Attributes:
+        targets: All targets by the ``id`` of their tensor, in torch's order. Of a tensor with several keys, torch
+            copies one value after the other: the last one stays.
+        streamed: Targets whose values are read from the file.
+        fresh: Targets that get new memory. Some have values that a hook made, and torch copies these.
+        assigned: Targets that become pages of the file.
+        memory: The new memory, or the pages, by key.
+    """
+
+    targets: dict[int, list[Target]]
+    streamed: list[Target] = field(default_factory=list)
+    fresh: list[Target] = field(default_factory=list)
+    assigned: list[Target] = field(default_factory=list)
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.streamed or self.fresh or self.assigned)
 
 
 class WeightsRestore:
     """Makes a module's ``load_state_dict`` stream from the mapped checkpoint while it is installed.
 
-    Values go to the session's device: in place where a parameter is there already, else into new memory that replaces
-    the parameter's old one when all values have arrived. A failure before that leaves such parameters as they were.
-    Every ``Parameter`` object stays the same object.
+    Values go to the session's device. A parameter on this device is filled in place. Any other parameter gets new
+    memory when all values have arrived; if the load fails earlier, it keeps its old memory. Every ``Parameter`` object
+    stays the same object.
 
     Args:
         module: The module.
@@ -68,8 +83,8 @@ class WeightsRestore:
             no copy in the old type is made. ``None``: each parameter's own.
         assign: Make CPU parameters the file's own pages instead of copying. A parameter whose memory other parameters
             or buffers share is copied all the same, and so is one with other strides than in the file.
-        keep_memory: Assign only to parameters on meta. Those that have memory are filled in place, so that whatever
-            else refers to that memory sees the values.
+        keep_memory: Assign only to parameters on meta. Parameters that have memory are filled in place, so that other
+            references to this memory see the values.
         strict: Whether torch will refuse missing keys. If not, meta parameters that the checkpoint lacks get
             what ``meta_init`` knows that their constructor made, else what their modules' ``reset_parameters`` makes.
         later_bytes: What the restore will need later, per device, for the check before the first byte.
@@ -77,7 +92,8 @@ class WeightsRestore:
     Attributes:
         match: What the module got, after its ``load_state_dict``; ``None`` where every name has its counterpart.
 
-    Peak memory: the destinations and the session's staging ring. No copy of the checkpoint.
+    Peak memory: the destinations and the session's staging ring. No copy of the checkpoint, unless it is small, has
+    many tensors, and fits into the size of the ring.
     """
 
     is_of_restore = True  # tells is_of_restore() whose the hooks are, also in copies
@@ -100,20 +116,22 @@ class WeightsRestore:
         self._keep_memory = keep_memory
         self._strict = strict
         self._later_bytes = later_bytes
-        # Both are asked once: to look at the whole module or optimizer for each submodule takes the square of the time.
+        # Both are computed once. To look at the whole module for each submodule takes quadratic time.
         self._needed_later: dict[torch.device, int] | None = None
         self._unchecked_bytes = 0
         self._sharing: Sharing | None = None
         self.match: WeightsMatch | None = None
         self._given: list[str] = []
-        # What each key had in the file, and the versions of the tensors since: whether somebody changed them meanwhile.
+        # The value that each key had in the file, and the versions of the filled tensors: they tell of later changes.
         self._values: dict[str, torch.Tensor] = {}
         self._versions: dict[int, int] = {}
         self._disturbed: set[int] = set()
-        # What torch copies by itself, by its id, and whether one of these has not its checksum.
+        # The values that torch copies, by their id, and whether one of them is damaged.
         self._left: dict[int, tuple[torch.Tensor, ChecksumError | None]] = {}
         self._is_damaged = False
-        # ScriptModules refuse hooks. A parent's hook finds their parameters; one that is loaded by itself is torch's.
+        # Whether torch copies all values, out of a checkpoint that is in memory as a whole.
+        self._is_torchs = False
+        # ScriptModules refuse hooks. A parent's hook fills their parameters. torch loads a ScriptModule without parent.
         hookable = [child for child in module.modules() if not isinstance(child, torch.jit.ScriptModule)]
         self._handles = [_first_hook(child, self._before_load) for child in hookable]
         if hookable and hookable[0] is module:
@@ -126,7 +144,7 @@ class WeightsRestore:
         self._handles.clear()
         if self._root is not None:
             remove_load_hooks(self._root)
-        # A copy of the module may keep this object: nothing of the restore, or of the Trainer, may hang on it.
+        # A copy of the module may keep this object. It must not keep the restore or the Trainer alive.
         self._session = self._root = None
         self._later_bytes = dict
         self._sharing = None
@@ -151,18 +169,19 @@ class WeightsRestore:
             rename_compiled(state_dict, module_keys(module))
         if module is root:
             self._given = list(state_dict)
-        elif not self._is_damaged and all(id(value) in self._left for value in state_dict.values()):
+            self._is_torchs = self._may_leave_all(session, root) and session.read_whole()
+        if self._is_torchs or (module is not root and self._are_left(state_dict)):
             return  # torch copies all of them.
         tensors: list[tuple[str, torch.Tensor | None]] = [*module._parameters.items(), *module._buffers.items()]
         own = [(f"{prefix}{name}", tensor) for name, tensor in tensors if tensor is not None]
-        overrides = _overrides_load(module)
+        overrides = overrides_load(module)
         with unrecorded():
             for key, tensor in own:
                 value = state_dict.get(key)
                 if key in self._values and value is tensor and self._is_disturbed(tensor):
                     state_dict[key] = self._values[key]
                 elif not overrides and is_alias(value, tensor):
-                    # It has these values: torch would copy them onto themselves, byte by byte.
+                    # The tensor has these values already. torch would copy each byte onto itself.
                     state_dict[key] = tensor
             if module._modules or any(state_dict.get(key) is not tensor for key, tensor in own):
                 self._stream(session, root, module, state_dict, prefix)
@@ -173,12 +192,25 @@ class WeightsRestore:
                 # torch copies it onto itself now.
                 self._versions[id(tensor)] = self._versions.get(id(tensor), 0) + 1
 
+    def _may_leave_all(self, session: RestoreSession, root: nn.Module) -> bool:
+        """Whether all tensors of the module are in CPU memory, where torch can copy values to them, and stay there."""
+        if session.device.type != "cpu" or (self._assign and not self._keep_memory):
+            return False
+        return all(
+            tensor is None or tensor.is_cpu
+            for module in root.modules()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+        )
+
     def _leave(self, session: RestoreSession, root: nn.Module, state_dict: dict[str, Any]) -> None:
         """Leaves small tensors of modules that load in their own way to torch, which copies them into their memory."""
         values = [v for v in state_dict.values() if type(v) in PLAIN_TYPES and id(v) not in self._versions]
         on_meta = any(tensor.is_meta for tensor in (*root.parameters(), *root.buffers())) if values else False
         self._left = {} if self._assign or on_meta else session.leave_small(values)
         self._is_damaged = any(error is not None for _, error in self._left.values())
+
+    def _are_left(self, state_dict: dict[str, Any]) -> bool:
+        return not self._is_damaged and all(id(value) in self._left for value in state_dict.values())
 
     def _is_left(self, value: torch.Tensor) -> bool:
         _, error = self._left.get(id(value), (None, None))
@@ -187,9 +219,9 @@ class WeightsRestore:
         return id(value) in self._left
 
     def _is_disturbed(self, tensor: torch.Tensor) -> bool:
-        """Whether code that ran since it was filled has changed it. Then torch's order counts, and it is filled again.
+        """Whether other code changed a tensor after it was filled. It is then filled again, as torch would do it.
 
-        A module's ``set_extra_state``, a post-hook, or a ``_load_from_state_dict`` may do so to modules after it.
+        ``set_extra_state``, a post-hook, or ``_load_from_state_dict`` of one module may change later modules.
         """
         if _version_of(tensor) != self._versions[id(tensor)]:
             self._disturbed.add(id(tensor))
@@ -198,72 +230,81 @@ class WeightsRestore:
     def _stream(
         self, session: RestoreSession, root: nn.Module, module: nn.Module, state_dict: dict[str, Any], prefix: str
     ) -> None:
-        overrides = _overrides_load(module)
-        by_tensor: dict[int, list[_Target]] = {}
-        for target in _find_targets(module, state_dict, prefix):
+        """Fills a module and puts its own tensors into the state dict. Nothing changes before all values are there."""
+        plan = self._classify(session, root, module, state_dict, prefix)
+        if plan.is_empty:
+            return
+        self._allocate(session, plan)
+        session.move([Move(t.key, t.value, plan.memory.get(t.key, t.tensor.detach())) for t in plan.streamed])
+        self._commit(session, plan, module)
+        # A method of the module's own gets the values, and torch copies them once more.
+        if not overrides_load(module):
+            self._hand_back(plan, state_dict)
+
+    def _classify(
+        self, session: RestoreSession, root: nn.Module, module: nn.Module, state_dict: dict[str, Any], prefix: str
+    ) -> _Plan:
+        """Decides for each target how it gets its value. What is in no list of the plan is copied by torch."""
+        by_tensor: dict[int, list[Target]] = {}
+        for target in find_targets(module, state_dict, prefix):
             by_tensor.setdefault(id(target.tensor), []).append(target)
-        # One tensor under several keys: torch copies one value after the other, so the last one stays.
-        by_tensor = {key: targets for key, targets in by_tensor.items() if targets[-1].value is not targets[-1].tensor}
-        if not by_tensor:
-            return  # A parent's hook did it.
-        last = [targets[-1] for targets in by_tensor.values()]
+        # Where the value is the tensor itself, the hook of a parent has filled it.
+        plan = _Plan({key: found for key, found in by_tensor.items() if found[-1].value is not found[-1].tensor})
+        last = [found[-1] for found in plan.targets.values()]
         held = {target.key for target in last if session.checkpoint.holds(target.value)}
         if not held and not any(target.tensor.is_meta for target in last):
-            return  # torch copies all of them.
+            return plan
         if self._sharing is not None:
-            self._sharing.note(module)  # Code of its own may have tied something since.
+            self._sharing.note(module)  # The module's own code may have tied tensors since.
+        overrides = overrides_load(module)
         overlapping = overlapping_ids(target.tensor for target in last)
-        stream: list[_Target] = []
-        fresh: list[_Target] = []
-        assignable: list[_Target] = []
         for target in last:
             if id(target.tensor) in overlapping or self._is_left(target.value):
-                continue  # The order in which torch fills the memory matters, or it is small.
+                continue  # The order in which torch fills the memory matters, or the tensor is small.
             if target.key not in held:
-                # A value that a hook made: torch copies it, into memory that has to exist.
+                # A value that a hook made. torch copies it, and needs memory for it.
                 if target.tensor.is_meta:
-                    fresh.append(target)
+                    plan.fresh.append(target)
             elif not overrides and self._may_assign(target, session.device, root):
-                assignable.append(target)
-            elif overlaps_itself(target.tensor) and target.tensor.device == session.device:
-                continue  # An expanded buffer: torch refuses it, and says which.
-            else:
-                stream.append(target)
-        assign: dict[str, torch.Tensor] = {}
-        pages_of_all = session.pages_of([target.value for target in assignable]) if assignable else []
-        for target, pages in zip(assignable, pages_of_all, strict=True):
+                plan.assigned.append(target)
+            elif not (overlaps_itself(target.tensor) and target.tensor.device == session.device):
+                plan.streamed.append(target)  # torch refuses the others, expanded buffers, and names them.
+        return plan
+
+    def _allocate(self, session: RestoreSession, plan: _Plan) -> None:
+        """Finds pages and allocates memory. A target without pages of its own is streamed."""
+        targets, plan.assigned = plan.assigned, []
+        pages_of_all = session.pages_of([target.value for target in targets]) if targets else []
+        for target, pages in zip(targets, pages_of_all, strict=True):
             if pages is None:
-                stream.append(target)
+                plan.streamed.append(target)
             else:
-                assign[target.key] = pages
-        fresh.extend(target for target in stream if target.tensor.device != session.device)
-        if not (stream or fresh or assign):
-            return
-        device = session.device
-        self._require(session, sum(self._fresh_bytes(target) for target in fresh))
-        replacements = {target.key: self._allocate(target, device) for target in fresh}
-        session.move(
-            [Move(target.key, target.value, replacements.get(target.key, target.tensor.detach())) for target in stream]
-        )
-        # Only now, when everything has arrived, does the module change.
-        replacements |= assign
-        filled = [targets[-1] for targets in by_tensor.values() if targets[-1].key in replacements]
+                plan.assigned.append(target)
+                plan.memory[target.key] = pages
+        plan.fresh.extend(target for target in plan.streamed if target.tensor.device != session.device)
+        self._require(session, sum(self._fresh_bytes(target) for target in plan.fresh))
+        for target in plan.fresh:
+            plan.memory[target.key] = empty_on(target.tensor, session.device, self._final_dtype(target))
+
+    @staticmethod
+    def _commit(session: RestoreSession, plan: _Plan, module: nn.Module) -> None:
+        """Gives the module its new memory, in torch's order. All values have arrived."""
+        filled = [found[-1] for found in plan.targets.values() if found[-1].key in plan.memory]
         with without_weak_references(module):
-            old = [replace_data(target.tensor, replacements[target.key], name=target.key) for target in filled]
+            old = [replace_data(target.tensor, plan.memory[target.key], name=target.key) for target in filled]
         session.free_at_end(old)
-        session.bytes_assigned += sum(pages.nbytes for pages in assign.values())
-        if overrides:
-            return  # It may go on with the values, so it gets them, and torch copies them once more.
-        done = {target.key for target in stream} | assign.keys()
-        for targets in by_tensor.values():
-            if targets[-1].key in done:
-                for alias in targets:
-                    self._values[alias.key] = alias.value
-                    state_dict[alias.key] = alias.tensor
-                self._versions[id(targets[-1].tensor)] = _version_of(targets[-1].tensor)
+        session.bytes_assigned += sum(plan.memory[target.key].nbytes for target in plan.assigned)
+
+    def _hand_back(self, plan: _Plan, state_dict: dict[str, Any]) -> None:
+        """Puts the module's own tensors into the state dict under all of their keys, for torch to find."""
+        for target in (*plan.streamed, *plan.assigned):
+            for alias in plan.targets[id(target.tensor)]:
+                self._values[alias.key] = alias.value
+                state_dict[alias.key] = alias.tensor
+            self._versions[id(target.tensor)] = _version_of(target.tensor)
 
     def _require(self, session: RestoreSession, fresh_bytes: int) -> None:
-        """Stops what cannot fit. Many small modules together are looked at once for every few MiB."""
+        """Refuses what cannot fit. Of many small modules, it is checked once for every few MiB."""
         self._unchecked_bytes += fresh_bytes
         if self._needed_later is None:
             self._needed_later = self._later_bytes()
@@ -273,7 +314,7 @@ class WeightsRestore:
         session.require({**self._needed_later, device: self._needed_later.get(device, 0) + self._unchecked_bytes})
         self._unchecked_bytes = 0
 
-    def _may_assign(self, target: _Target, device: torch.device, root: nn.Module) -> bool:
+    def _may_assign(self, target: Target, device: torch.device, root: nn.Module) -> bool:
         tensor, value = target.tensor, target.value
         if not self._assign or device.type != "cpu" or value.dtype != self._final_dtype(target):
             return False
@@ -285,7 +326,7 @@ class WeightsRestore:
             self._sharing = Sharing(root)
         return not self._sharing.shares(tensor)
 
-    def _final_dtype(self, target: _Target) -> torch.dtype:
+    def _final_dtype(self, target: Target) -> torch.dtype:
         """The dtype of new memory for a target, such that the values are those of the ordinary way.
 
         That way rounds to the parameter's own type first and converts afterwards. Going to the final type at once is
@@ -298,10 +339,7 @@ class WeightsRestore:
         lossless = saved == own or (own in _HOLDS_HALF and saved in (torch.float16, torch.bfloat16, torch.float32))
         return self._dtype if target.tensor.is_meta or lossless else own
 
-    def _allocate(self, target: _Target, device: torch.device) -> torch.Tensor:
-        return empty_on(target.tensor, device, self._final_dtype(target))
-
-    def _fresh_bytes(self, target: _Target) -> int:
+    def _fresh_bytes(self, target: Target) -> int:
         return target.tensor.numel() * self._final_dtype(target).itemsize
 
     def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
@@ -325,48 +363,3 @@ def _first_hook(module: nn.Module, hook: Callable[..., None]) -> RemovableHandle
 
 def _version_of(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _find_targets(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> Iterator[_Target]:
-    """The pairs of tensors that torch would copy, in torch's order: parents first, parameters before buffers.
-
-    Not those that somebody else's code is going to see or to replace before torch copies them, nor what shares memory
-    with such: they are met when the turn of their own module comes.
-    """
-    taken: list[tuple[str, nn.Module]] = []
-    left: list[nn.Module] = []
-    overrides = _overrides_load(module)
-    # What overrides it may go on with what its children get, after it has called torch's.
-    for path, child, is_left in walk_apart(module, lambda child: overrides or _has_own_ways(child)):
-        if is_left:
-            left.append(child)
-        else:
-            taken.append((path, child))
-    tensors = [tensor for child in left for tensor in (*child._parameters.values(), *child._buffers.values())]
-    later = {id(tensor) for tensor in tensors} | {memory_of(tensor) for tensor in tensors if has_memory(tensor)}
-    for path, child in taken:
-        child_prefix = f"{prefix}{path}." if path else prefix
-        # torch 2.13 has no public name for non-persistent buffers; load_state_dict itself reads this set. Filling such
-        # a buffer from a key that happens to exist would hide torch's "unexpected key".
-        skipped = child._non_persistent_buffers_set
-        buffers = ((name, buffer) for name, buffer in child._buffers.items() if name not in skipped)
-        for name, tensor in (*child._parameters.items(), *buffers):
-            value = state_dict.get(child_prefix + name)
-            if not isinstance(value, ChunkedTensor) and not is_plain_tensor(value):
-                continue
-            if not is_plain_tensor(tensor) or tensor.shape != value.shape:
-                continue
-            if path and later and (id(tensor) in later or (has_memory(tensor) and memory_of(tensor) in later)):
-                continue
-            yield _Target(child_prefix + name, tensor, value)
-
-
-def _overrides_load(module: nn.Module) -> bool:
-    return not type(module)._load_from_state_dict.__module__.startswith("torch.")
-
-
-def _has_own_ways(module: nn.Module) -> bool:
-    """Whether code that is not torch's sees the values of a module before they are there."""
-    if _overrides_load(module):
-        return True
-    return any(not is_of_restore(hook) for hook in module._load_state_dict_pre_hooks.values())

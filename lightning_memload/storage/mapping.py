@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import mmap
 import os
 import sys
@@ -109,6 +110,21 @@ class FileMapping:
             DetachedError: The mapping has released the file.
             ValueError: The range is empty or not within the files.
         """
+        return torch.frombuffer(self._span(offset, nbytes), dtype=torch.uint8).untyped_storage()
+
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous CPU tensor with a storage of its own, see :meth:`storage`. A third of the time of both.
+
+        Raises:
+            DetachedError: The mapping has released the file.
+            ValueError: The tensor is empty, or its bytes are not within the files.
+        """
+        tensor = torch.frombuffer(self._span(offset, math.prod(shape) * dtype.itemsize), dtype=dtype)
+        # Unlike view(), this leaves no trace of another tensor.
+        return tensor if len(shape) == 1 else tensor.resize_(shape)
+
+    def _span(self, offset: int, nbytes: int) -> memoryview:
+        """The bytes of a new storage."""
         if not 0 <= offset < offset + nbytes <= self.nbytes:
             raise ValueError(f"bytes {offset} to {offset + nbytes} are not within the {self.nbytes} mapped bytes")
         with self._lock:
@@ -116,7 +132,7 @@ class FileMapping:
                 raise DetachedError(f"The mapping has released {self.source.place(offset)[0]}.")
             span = self._bytes[offset : offset + nbytes]
             self._spans.append((weakref.ref(span), offset, nbytes))
-            return torch.frombuffer(span, dtype=torch.uint8).untyped_storage()
+            return span
 
     def leave_to_storages(self) -> None:
         """Ends the creation of storages. From now on the mapping is freed with the last storage.
@@ -179,6 +195,27 @@ class FileMapping:
             self._pagemap = os.getpid(), os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
             weakref.finalize(self, os.close, self._pagemap[1])
         return self._pagemap[1]
+
+    def read_in(self) -> memoryview | None:
+        """Reads all files into ordinary memory, at the same addresses. Pages that were written keep what was written.
+
+        The tensors then depend on no file. :meth:`are_pristine` is ``False`` for all ranges from now on.
+
+        Returns:
+            The bytes of all files. ``None`` if the mapping has released the files already.
+
+        Raises:
+            CheckpointReadError: Reading failed. The unread bytes are zero.
+
+        Peak memory: the size of the files, plus at most 32 MiB.
+        """
+        with self._lock:
+            if self._bytes is None or not self._attached or self._is_detaching:
+                return None
+            _, failure = self._unmap_file([(0, self.nbytes)], beside_others=False)
+            if failure is not None:
+                raise failure
+            return self._bytes
 
     def detach(self, *, beside_others: bool = False) -> int:
         """Releases the file: bytes under live storages become ordinary memory, at the same addresses.

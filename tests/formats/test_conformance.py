@@ -666,7 +666,7 @@ class Lying:
 
     def bend(self, index: Checkpoint) -> Checkpoint:
         first = next(info for info in index if info.name.endswith("large"))
-        moved = dataclasses.replace(first.storage, offset=first.storage.offset + 1)
+        moved = first.storage._replace(offset=first.storage.offset + 1)
         bent: dict[str, Any] = {
             "offset": {"storage": moved},
             "dtype": {"dtype": torch.int32},
@@ -676,8 +676,8 @@ class Lying:
         }.get(self.fault, {})
         if first.chunks and self.fault in ("offset", "stride"):
             bent["chunks"] = (dataclasses.replace(first.chunks[0], **bent), *first.chunks[1:])
-        tensors = tuple(dataclasses.replace(info, **bent) if info is first else info for info in index)
-        storages = tuple(dataclasses.replace(s, crc32=5) if self.fault == "crc32" else s for s in index.storages)
+        tensors = tuple(info._replace(**bent) if info is first else info for info in index)
+        storages = tuple(s._replace(crc32=5) if self.fault == "crc32" else s for s in index.storages)
         return dataclasses.replace(index, tensors=tensors[self.fault == "forgets" :], storages=storages)
 
     def load(self, path: str, *, weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:

@@ -28,7 +28,7 @@ from lightning_memload import (
     open_checkpoint,
     save_directory,
 )
-from lightning_memload.restore import RestoreSession, overlaps, session, weights
+from lightning_memload.restore import RestoreSession, overlaps, session, targets
 from lightning_memload.transfer.engine import _Transfer
 from tests.formats.files import as_bytes
 from tests.fresh_process import run_fresh
@@ -637,9 +637,9 @@ def test_the_work_for_a_module_does_not_grow_with_the_number_of_modules(
         looks: list[None] = []
         records: list[int] = []
         asked: list[None] = []
-        is_plain, transfer, free = weights.is_plain_tensor, session.transfer, session.free_device_bytes
+        is_plain, transfer, free = targets.is_plain_tensor, session.transfer, session.free_device_bytes
         with monkeypatch.context() as patch:
-            for owner in (weights, overlaps):
+            for owner in (targets, overlaps):
                 patch.setattr(owner, "is_plain_tensor", lambda tensor: looks.append(None) or is_plain(tensor))
 
             def count_records(*args: Any, **kwargs: Any) -> Any:

@@ -129,5 +129,5 @@ class Entries:
             crc32 = record.crc32 if storage.nbytes == record.nbytes else None
             key = f"{entry.file}:{entry.offset}/{storage.key}"
             placed[storage.key] = StorageInfo(key, start + record.offset, storage.nbytes, crc32, storage.location)
-        moved = tuple(replace(tensor, storage=placed[tensor.storage.key]) for tensor in found.tensors)
+        moved = tuple(tensor._replace(storage=placed[tensor.storage.key]) for tensor in found.tensors)
         return DcpObject(part, moved, tuple(placed.values()), pickled, found.globals, found.special)

@@ -209,10 +209,10 @@ class _Directory:
         special: list[SpecialTensor] = []
         for path, leaf in walk_leaves(self._root):
             if isinstance(leaf, DcpTensor):
-                tensors.append(replace(leaf.info, path=path))
+                tensors.append(leaf.info._replace(path=path))
                 storages.extend(leaf.info.storages)
             else:
-                tensors.extend(replace(tensor, path=path + tensor.path) for tensor in leaf.tensors)
+                tensors.extend(tensor._replace(path=path + tensor.path) for tensor in leaf.tensors)
                 storages.extend(leaf.storages)
                 special.extend(replace(tensor, path=path + tensor.path) for tensor in leaf.special)
                 found.extend(replace(item, path=path + (item.path or ())) for item in leaf.globals)

@@ -12,6 +12,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -112,8 +113,9 @@ def read_header(file: LocalFile, start: int) -> Header:
     tensors: list[TensorInfo] = []
     special: list[SpecialTensor] = []
     ranges: dict[str, tuple[int, int]] = {}
+    kinds: dict[tuple[object, ...], _Kind] = {}
     for key, entry in header.items():
-        dtype, shape, begin, end = _parse_entry(path, key, entry)
+        kind, begin, end = _parse_entry(path, key, entry, kinds)
         if data_start + end > size:
             raise CheckpointFormatError(
                 f"{path} is truncated: its header declares data of {short(key)} through byte {data_start + end}, "
@@ -121,19 +123,41 @@ def read_header(file: LocalFile, start: int) -> Header:
                 path=path,
             )
         ranges[key] = data_start + begin, data_start + end
-        if isinstance(dtype, str):
-            special.append(SpecialTensor((key,), dtype, None, shape, end - begin))
+        if kind.dtype is None:
+            special.append(SpecialTensor((key,), kind.unknown, None, kind.shape, end - begin))
             continue
         storage = StorageInfo(key, start + data_start + begin, end - begin, None, "cpu")
-        tensors.append(TensorInfo((key,), dtype, shape, _contiguous_stride(shape), 0, storage))
+        tensors.append(TensorInfo((key,), kind.dtype, kind.shape, kind.stride, 0, storage))
     _require_full_cover(path, size, data_start, ranges)
     return Header(tuple(tensors), tuple(special), ranges, metadata, data_start)
 
 
-def _parse_entry(path: str, key: str, entry: object) -> tuple[torch.dtype | str, tuple[int, ...], int, int]:
-    """Returns the dtype, the shape, the first byte and one past the last, relative to the end of the header.
+class _Kind(NamedTuple):
+    """What the dtype and the shape of an entry say. Thousands of tensors have the same.
 
-    The dtype is a string if torch does not have it.
+    Attributes:
+        dtype: The dtype. ``None`` if torch does not have it.
+        shape: Sizes, as torch counts them.
+        stride: Strides in elements.
+        nbytes: Size in bytes. ``None`` if it is not known.
+        unknown: Why torch cannot hold the tensor, if so.
+    """
+
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    nbytes: int | None = None
+    unknown: str = ""
+
+
+def _parse_entry(path: str, key: str, entry: object, kinds: dict[tuple[object, ...], _Kind]) -> tuple[_Kind, int, int]:
+    """Returns the dtype and shape, the first byte and one past the last, relative to the end of the header.
+
+    Args:
+        path: The file.
+        key: The name of the tensor.
+        entry: The entry of the header.
+        kinds: The dtypes and shapes that were checked before. A new one is added.
 
     Raises:
         CheckpointFormatError: The entry is malformed, or the length of the range is not the size of the tensor.
@@ -149,19 +173,29 @@ def _parse_entry(path: str, key: str, entry: object) -> tuple[torch.dtype | str,
     if {*map(type, numbers)} != {int} or min(numbers) < 0 or max(numbers) >= _LIMIT:
         what = f"has shape {short(sizes)} and data_offsets {short([begin, end])}, but these must be integers"
         raise _entry_error(path, key, f"{what} from 0 to 2**63 - 1. {COPY_AGAIN}")
+    identity = (dtype_name, *sizes)
+    kind = kinds.get(identity)
+    if kind is None:
+        kind = kinds[identity] = _parse_kind(path, key, dtype_name, tuple(sizes))
+    if kind.nbytes is None and end < begin:
+        what = f"has data_offsets [{begin}, {end}], which are {end - begin} bytes apart. {COPY_AGAIN}"
+        raise _entry_error(path, key, what)
+    if kind.nbytes is not None and end - begin != kind.nbytes:
+        what = f"takes {kind.nbytes} bytes with shape {short(tuple(sizes))} of {dtype_name}, but its data_offsets"
+        raise _entry_error(path, key, f"{what} [{begin}, {end}] are {end - begin} bytes apart. {COPY_AGAIN}")
+    return kind, begin, end
+
+
+def _parse_kind(path: str, key: str, dtype_name: str, shape: tuple[int, ...]) -> _Kind:
     dtype = _DTYPES.get(dtype_name)
-    shape = tuple(sizes)
     if dtype is None:
         if not _DTYPE_NAME.fullmatch(dtype_name):
             raise _entry_error(path, key, f"has dtype {short(dtype_name)}, which is not a dtype name. {COPY_AGAIN}")
-        if end < begin:
-            what = f"has data_offsets [{begin}, {end}], which are {end - begin} bytes apart. {COPY_AGAIN}"
-            raise _entry_error(path, key, what)
-        return f"dtype {dtype_name}", shape, begin, end
+        return _Kind(None, shape, unknown=f"dtype {dtype_name}")
     if dtype_name == "F4":
         # Two elements per byte. torch counts bytes, and safetensors does the same when it loads.
         if not shape or shape[-1] % 2:
-            return "dtype F4 of an odd last size", shape, begin, end
+            return _Kind(None, shape, unknown="dtype F4 of an odd last size")
         shape = (*shape[:-1], shape[-1] // 2)
     # Zeros are skipped: even for an empty tensor, torch multiplies the other sizes to compute the strides.
     nbytes = dtype.itemsize
@@ -170,11 +204,7 @@ def _parse_entry(path: str, key: str, entry: object) -> tuple[torch.dtype | str,
         if nbytes >= _LIMIT:
             what = f"has shape {short(shape)}, but no tensor has 2**63 bytes or more. {COPY_AGAIN}"
             raise _entry_error(path, key, what)
-    nbytes = 0 if 0 in shape else nbytes
-    if end - begin != nbytes:
-        what = f"takes {nbytes} bytes with shape {short(tuple(sizes))} of {dtype_name}, but its data_offsets"
-        raise _entry_error(path, key, f"{what} [{begin}, {end}] are {end - begin} bytes apart. {COPY_AGAIN}")
-    return dtype, shape, begin, end
+    return _Kind(dtype, shape, _contiguous_stride(shape), 0 if 0 in shape else nbytes)
 
 
 def _entry_error(path: str, key: str, what: str) -> CheckpointFormatError:

@@ -130,8 +130,7 @@ class Safetensors:
 def _mapped_tensor(info: TensorInfo, mapping: FileMapping) -> torch.Tensor:
     if info.storage.nbytes == 0:
         return torch.empty(info.shape, dtype=info.dtype, device="cpu")
-    storage = mapping.storage(info.storage.offset, info.storage.nbytes)
-    return torch.empty(0, dtype=info.dtype, device="cpu").set_(storage, 0, info.shape, info.stride)
+    return mapping.tensor(info.storage.offset, info.shape, info.dtype)
 
 
 # Which files ---------------------------------------------------------------------------------------------------------

@@ -131,10 +131,10 @@ def _read_shards(source: FileSet) -> list[Checkpoint]:
 def _shift(index: Checkpoint, span: FileSpan) -> Checkpoint:
     shard = os.path.basename(span.path)
     moved = {
-        storage.key: replace(storage, key=f"{shard}/{storage.key}", offset=storage.offset + span.start)
+        storage.key: storage._replace(key=f"{shard}/{storage.key}", offset=storage.offset + span.start)
         for storage in index.storages
     }
-    tensors = tuple(replace(tensor, storage=moved[tensor.storage.key]) for tensor in index.tensors)
+    tensors = tuple(tensor._replace(storage=moved[tensor.storage.key]) for tensor in index.tensors)
     return replace(index, files=(span,), tensors=tensors, storages=tuple(moved.values()))
 
 
