@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_memload.checkpoint import span_bytes
+from lightning_memload.frames import callers
 from lightning_memload.restore.operations import (
     Kind,
     draws,
@@ -285,9 +285,8 @@ class Recorder(PendingMemory):
         storage = args[1] if isinstance(args[1], torch.UntypedStorage) else args[1].untyped_storage()
         if storage.nbytes() <= _COPIED_BYTES or storage._cdata in self._pending:
             return
-        frame: Any = sys._getframe(1)
-        while frame is not None and frame.f_code is not torch.load.__code__:
-            frame = frame.f_back
+        load: Any = torch.load
+        frame = next((frame for frame in callers() if frame.f_code is load.__code__), None)
         if frame is not None and not frame.f_locals.get("mmap"):
             self._known[storage._cdata] = StorageWeakRef(storage)
 
