@@ -42,8 +42,8 @@ from lightning_memload.restore.storages import (
     count_alone,
     fill_uninitialized,
     is_all_of,
-    is_plain,
     own_view,
+    reads_memory_directly,
     storage_of,
     unfilled,
     use_count,
@@ -210,7 +210,7 @@ class Recorder(PendingMemory):
         self, operator: Any, target: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> bool:
         pending = self.find(target)
-        if pending is None or not is_plain(target) or draws_from_user(kwargs):
+        if pending is None or not reads_memory_directly(target) or draws_from_user(kwargs):
             return False
         if name_of(operator) == "eye" and tuple(target.shape) != (args[0], args[-1]):
             return False  # eye() would resize its output.
@@ -308,7 +308,7 @@ class Recorder(PendingMemory):
     def _terms(self, value: Any, target: Pending | None) -> Any:
         """Arguments with a term for each tensor; ``None`` if a tensor may change without a call that is seen."""
         if isinstance(value, torch.Tensor):
-            if not is_plain(value):
+            if not reads_memory_directly(value):
                 return None
             pending = self.find(value)
             if pending is None:

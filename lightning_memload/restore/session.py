@@ -57,7 +57,7 @@ class RestoreSession:
         ring: The staging ring. Its layout is the budget. The session closes it.
         verify: Compare the CRC-32 of every record that is read completely.
         check_fit: Refuse a restore that cannot fit before the first byte is moved.
-        drop_behind: Return pages that were not in the page cache before, see :class:`LocalFile`.
+        drop_behind: Remove from the page cache what was not in it before the read, see :class:`LocalFile`.
         verify_pages: Also compare the CRC-32 of every record whose pages :meth:`pages_of` gives away. This reads them.
         on_progress: Called with the number of bytes after every read, from any thread, one call at a time.
         on_pinned: Called with the number of page-locked bytes when it changes.
