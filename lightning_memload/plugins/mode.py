@@ -25,19 +25,19 @@ class ChosenMode:
     """The mode of one restore.
 
     Attributes:
-        name: ``"assign"`` or ``"copy"``.
+        name: ``"assign"``, ``"copy"``, or ``"default"`` if Lightning loads the checkpoint.
         reason: The reason for it, for the report.
         exposed_files: Files whose pages become parameters, and which Linux does not watch for changes. ``None`` if
             there are none.
     """
 
-    name: Mode
+    name: Literal["assign", "copy", "default"]
     reason: str
     exposed_files: FileSet | None = None
 
 
 def choose_mode(
-    wanted: Mode, session: RestoreSession, *, path: str | None, device: torch.device, stage: str, module: nn.Module
+    wanted: Mode, session: RestoreSession, *, path: str, device: torch.device, stage: str, module: nn.Module
 ) -> ChosenMode:
     """Chooses the mode of a restore. A warning says why if ``"assign"`` is asked for and not possible.
 

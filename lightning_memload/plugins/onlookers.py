@@ -6,12 +6,13 @@ names: the functions that call one another when a ``ModelCheckpoint`` saves, and
 
 from __future__ import annotations
 
-import inspect
 from types import FrameType
 from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_memload.frames import callers, owner
 
 __all__ = ["only_lightning_reads", "only_steps_change", "warn_of_loggers_without_directories"]
 
@@ -61,21 +62,19 @@ def warn_of_loggers_without_directories(loggers: Any) -> None:
 
 
 def _is_made_by_model_checkpoint(trainer: Any) -> bool:
-    frame = inspect.currentframe()
-    while frame is not None and not (frame.f_code.co_name == "save_checkpoint" and _owner(frame) is trainer):
+    frames = callers()
+    for frame in frames:
         if not _is_known(frame):
             return False
-        frame = frame.f_back
-    if frame is None or not _is_known(frame):
-        return False
-    frame = frame.f_back
-    callback = None if frame is None else _owner(frame)
+        if frame.f_code.co_name == "save_checkpoint" and owner(frame) is trainer:
+            break
+    hook, outer = "", next(frames, None)
+    callback = None if outer is None else owner(outer)
     if not _is_defined_in(type(callback), "callbacks.model_checkpoint"):
         return False
-    hook = ""
-    while frame is not None and _owner(frame) is callback and _is_known(frame):
-        hook, frame = frame.f_code.co_name, frame.f_back
-    return hook in _HOOKS and frame is not None and _is_known(frame) and frame.f_code.co_name == "_call_callback_hooks"
+    while outer is not None and owner(outer) is callback and _is_known(outer):
+        hook, outer = outer.f_code.co_name, next(frames, None)
+    return hook in _HOOKS and outer is not None and _is_known(outer) and outer.f_code.co_name == "_call_callback_hooks"
 
 
 def _may_read_checkpoints(logger: Any) -> bool:
@@ -87,12 +86,6 @@ def _may_read_checkpoints(logger: Any) -> bool:
         return False
     is_off = getattr(logger, "_log_model", None) is False
     return not (is_off and any(_is_defined_in(function, name) for name in _UPLOADING))
-
-
-def _owner(frame: FrameType) -> Any:
-    """The object whose method runs in a frame: its first argument."""
-    code = frame.f_code
-    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
 
 
 def _is_known(frame: FrameType) -> bool:

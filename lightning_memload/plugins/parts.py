@@ -21,7 +21,7 @@ from lightning_memload.restore import find_state_dict
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-__all__ = ["Part", "check_parts", "hooks_load", "keep_parts", "remove_refused"]
+__all__ = ["Part", "check_parts", "hooks_load", "keep_parts"]
 
 Part = Literal["weights", "optimizer", "loops", "callbacks"]
 
@@ -56,13 +56,20 @@ def check_parts(parts: Collection[str] | None) -> frozenset[str] | None:
 
 
 def keep_parts(
-    checkpoint: Any, parts: frozenset[str] | None, *, path: str, trainer: pl.Trainer, module: pl.LightningModule
+    checkpoint: Any,
+    parts: frozenset[str] | None,
+    refusal: UnsafeGlobalsError | None,
+    *,
+    path: str,
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
 ) -> None:
     """Reduces a loaded checkpoint, in place, to the parts that Lightning is to restore.
 
     Args:
         checkpoint: The loaded checkpoint. A state dict, or one under a usual key, becomes a checkpoint of weights.
         parts: The parts to restore. ``None``: all that Lightning restores.
+        refusal: The error of ``weights_only`` if it refused objects in the checkpoint, else ``None``.
         path: The path, for messages.
         trainer: The Trainer.
         module: Its module.
@@ -70,7 +77,21 @@ def keep_parts(
     Raises:
         CheckpointFormatError: The checkpoint holds no weights.
         IncompleteCheckpointError: The checkpoint lacks a part to restore.
+        UnsafeGlobalsError: The Trainer needs a refused object, or the checkpoint lacks something.
     """
+    if refusal is None:
+        _keep(checkpoint, parts, path, trainer, module)
+        return
+    _remove_refused(checkpoint, refusal, trainer)
+    try:
+        _keep(checkpoint, parts, path, trainer, module)
+    except CheckpointFormatError:
+        raise refusal from None
+
+
+def _keep(
+    checkpoint: Any, parts: frozenset[str] | None, path: str, trainer: pl.Trainer, module: pl.LightningModule
+) -> None:
     if not isinstance(checkpoint, dict):
         raise CheckpointFormatError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint.", path=path)
     may_be_supplied = hooks_load(trainer, module)
@@ -115,7 +136,7 @@ def _own_weights(module: pl.LightningModule) -> dict[str, Any]:
     return weights
 
 
-def remove_refused(checkpoint: Any, refusal: UnsafeGlobalsError, trainer: pl.Trainer) -> None:
+def _remove_refused(checkpoint: Any, refusal: UnsafeGlobalsError, trainer: pl.Trainer) -> None:
     """Removes from a checkpoint, in place, what ``weights_only`` refused and the Trainer does not need.
 
     Raises:

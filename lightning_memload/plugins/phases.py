@@ -1,70 +1,280 @@
-"""Measures the time and the memory of a restore: of its phases, one after another, and of the whole."""
+"""The phases of one restore. Each phase is complete: it has no field that another phase fills in.
+
+``Waiting -> Opening -> Weights -> Optimizers``, and ``Loaded`` in place of the last two for ``weights_from``. ``Done``
+and ``Failed`` are the two ends of each path. A phase from ``Opening`` on owns an ``ExitStack`` of all that it holds,
+and hands it to the next phase. If that step fails, the stack is unwound at once. A phase ends in one of two ways:
+
+* ``finish`` releases the stack. Tensors of the checkpoint that other objects still refer to become ordinary memory.
+* ``abort`` releases the stack. The file stays mapped as long as tensors in it exist: an exception may refer to them,
+  and copying them out of the file could need memory that has just run out.
+"""
 
 from __future__ import annotations
 
-import torch
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
 
-from lightning_memload.memory import MemoryMonitor
-from lightning_memload.report import PhaseReport
+from lightning_memload.plugins.mode import ChosenMode
+from lightning_memload.plugins.request import Request
+from lightning_memload.report import RestoreReport
+from lightning_memload.restore import (
+    OptimizerRestore,
+    RestoreSession,
+    WeightsMatch,
+    WeightsRestore,
+    module_keys,
+    refused_by_torch,
+    rename_compiled,
+    require_match,
+)
+from lightning_memload.storage import FileSet
 from lightning_memload.transfer import TransferStats
 
-__all__ = ["PhaseMeter"]
+__all__ = ["Done", "Failed", "Loaded", "Measured", "Opened", "Optimizers", "Outcome", "Phase", "Waiting", "Weights"]
+
+_ADVICE = (
+    "Build the module with the hyperparameters that it was saved with. To load only a part of the weights, or to load "
+    "them under other names, use MemoryEfficientRestore(weights_from=WeightsSource(...)) instead of ckpt_path."
+)
+_ONLY_MEASURED = ChosenMode("default", "not loaded by StreamingCheckpointIO, only measured")
+# If tensors of at least this size still lie in the file, a garbage collection comes before they are copied out of it.
+_COLLECT_BYTES = 1 << 20
 
 
-class PhaseMeter:
-    """Measures the phases of one restore. The figures of the streaming come from the caller.
-
-    Args:
-        device: The device to measure next to the host.
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a restore did, for its report.
 
     Attributes:
-        total: The monitor of the whole restore. The caller starts it.
-        reports: The reports of the phases that have ended.
+        path: The checkpoint.
+        mode: How its weights were restored.
+        stats: The figures of the streaming.
+        global_step: The step of the checkpoint, ``None`` if it has none.
+        match: How the names of its weights match those of the module, ``None`` if all match.
+        bytes_assigned: See ``RestoreReport``.
+        bytes_copied_ordinarily: See ``RestoreReport``.
+        bytes_kept: See ``RestoreReport``.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.total = MemoryMonitor(device)
-        self.reports: list[PhaseReport] = []
-        self._device = device
-        self._phase: tuple[str, MemoryMonitor] | None = None
-        self._counted = TransferStats()
+    path: str
+    mode: ChosenMode = _ONLY_MEASURED
+    stats: TransferStats = field(default_factory=TransferStats)
+    global_step: int | None = None
+    match: WeightsMatch | None = None
+    bytes_assigned: int = 0
+    bytes_copied_ordinarily: int = 0
+    bytes_kept: int = 0
+
+
+class Phase:
+    """A phase that has no checkpoint and owns nothing."""
 
     @property
-    def is_in_phase(self) -> bool:
-        """Whether a phase is being measured."""
-        return self._phase is not None
+    def path(self) -> str | None:
+        """The checkpoint that is restored, ``None`` if there is none."""
+        return None
 
-    def begin(self, name: str, stats: TransferStats) -> None:
-        """Ends the current phase and begins the next one.
+    @property
+    def stats(self) -> TransferStats:
+        """The figures of the streaming since the beginning of the restore."""
+        return TransferStats()
+
+    def finish(self) -> Outcome | None:
+        """Ends the phase after success. Returns ``None`` if nothing was restored."""
+        return None
+
+    def abort(self) -> None:
+        """Ends the phase after a failure, also after a :meth:`finish` that failed. A second call does nothing."""
+
+
+class Waiting(Phase):
+    """Nothing has been loaded."""
+
+
+@dataclass(frozen=True)
+class Measured(Phase):
+    """Another CheckpointIO, or the strategy, loads the checkpoint: the restore is only measured."""
+
+    request: Request
+
+    def finish(self) -> Outcome | None:
+        """Ends the phase. Returns ``None`` if the Trainer has no checkpoint."""
+        path = self.request.trainer.ckpt_path
+        return Outcome(str(path)) if path else None
+
+
+@dataclass(frozen=True)
+class Done(Phase):
+    """The restore has ended.
+
+    Attributes:
+        report: Its figures.
+        exposed_files: Files whose pages are parameters now, and which Linux does not watch for changes. ``None`` if
+            there are none.
+    """
+
+    report: RestoreReport
+    exposed_files: FileSet | None
+
+
+class Failed(Phase):
+    """The restore has failed, or there was none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An open checkpoint, as the phases after :class:`Opening` know it.
+
+    Attributes:
+        request: The restore.
+        path: The checkpoint.
+        session: Streams from it.
+        mode: How the weights are restored.
+        global_step: See :class:`Outcome`.
+    """
+
+    request: Request
+    path: str
+    session: RestoreSession
+    mode: ChosenMode
+    global_step: int | None
+
+
+class _Streaming(Phase):
+    """The checkpoint is open. Owns the mapping, the ring, the paused collector, the bar and the hooks that stream."""
+
+    def __init__(self, opened: Opened, resources: ExitStack) -> None:
+        self._opened = opened
+        self._session = opened.session
+        self._resources = resources
+
+    @property
+    def path(self) -> str:
+        return self._opened.path
+
+    @property
+    def stats(self) -> TransferStats:
+        return self._session.stats
+
+    def abort(self) -> None:
+        with ExitStack() as stack:
+            # The stack may be empty because its release was interrupted.
+            stack.callback(self._session.close, detach=False)
+            self._resources.close()
+
+    def _finish(self, match: WeightsMatch | None) -> Outcome:
+        # This removes the hooks, which refer to tensors of the checkpoint. The file stays mapped.
+        self._resources.close()
+        session, mode = self._session, self._opened.mode
+        if session.checkpoint.referenced_bytes > _COLLECT_BYTES:
+            gc.collect()
+        kept = session.close()
+        if mode.name == "assign" and not session.bytes_assigned:
+            mode = ChosenMode("copy", "no parameter could be pages of the file")
+        return Outcome(
+            self.path,
+            mode,
+            session.stats,
+            self._opened.global_step,
+            match,
+            session.bytes_assigned,
+            session.bytes_copied_ordinarily,
+            kept,
+        )
+
+
+class Weights(_Streaming):
+    """The values of the weights go from the file into the module, while Lightning loads them.
+
+    Args:
+        opened: The open checkpoint.
+        resources: All that the phase owns.
+        checkpoint: The loaded checkpoint.
+        weights: The hooks in the module.
+    """
+
+    def __init__(
+        self, opened: Opened, resources: ExitStack, checkpoint: dict[str, Any], weights: WeightsRestore
+    ) -> None:
+        super().__init__(opened, resources)
+        self._checkpoint = checkpoint
+        self._weights = weights
+
+    def load_model(self, load: Callable[..., None], checkpoint: Mapping[str, Any], strict: bool) -> None:
+        """Loads the weights as Lightning does. If they do not fit, a short error replaces torch's long one.
 
         Args:
-            name: The name of the next phase.
-            stats: The figures of the streaming since the beginning of the restore.
+            load: Lightning's method.
+            checkpoint: The checkpoint that Lightning passes to it.
+            strict: Whether names must match.
+
+        Raises:
+            IncompatibleWeightsError: The weights do not fit the module. It is a ``RuntimeError``, as in torch.
         """
-        self._end(stats)
-        monitor = MemoryMonitor(self._device)
-        monitor.start()
-        self._phase = (name, monitor)
-
-    def stop(self, stats: TransferStats) -> None:
-        """Ends the current phase and the measurement of the whole. A second call does nothing."""
-        self._end(stats)
-        if self.total.is_running:
-            self.total.stop()
-
-    def _end(self, stats: TransferStats) -> None:
-        if self._phase is None:
+        module, state_dict = self._opened.request.module, checkpoint.get("state_dict")
+        if not isinstance(state_dict, Mapping):
+            load(checkpoint, strict=strict)
             return
-        name, monitor = self._phase
-        self._phase = None
-        monitor.stop()
-        self.reports.append(
-            PhaseReport(
-                name,
-                monitor.peaks.seconds,
-                stats.bytes_read - self._counted.bytes_read,
-                stats.seconds - self._counted.seconds,
-                monitor.peaks,
-            )
-        )
-        self._counted = stats
+        named = dict(state_dict)
+        rename_compiled(named, module_keys(module))  # Loading renames them in the same way.
+        require_match(module, named, strict=strict, path=self.path, advice=_ADVICE)
+        try:
+            load(checkpoint, strict=strict)
+        except RuntimeError as error:
+            match = self._weights.match if strict else None
+            refused = refused_by_torch(module, error, match, path=self.path, advice=_ADVICE)
+            if refused is None:
+                raise
+            raise refused from error
+
+    def end_streaming(self) -> None:
+        """Removes the hooks from the module, once its values are loaded. A second call does nothing."""
+        self._weights.remove()
+
+    def begin_optimizers(self, optimizers: Sequence[Any]) -> Optimizers:
+        """Installs the streaming into the optimizers."""
+        request = self._opened.request
+        request.meter.begin("optimizers", self.stats)
+        parameters = dict(request.module.named_parameters(remove_duplicate=False))
+        with self._resources.pop_all() as stack:
+            restore = OptimizerRestore(optimizers, self._session, parameters=parameters, loaded=self._checkpoint)
+            stack.callback(restore.remove)
+            return Optimizers(self._opened, stack.pop_all(), self._weights.match)
+
+    def finish(self) -> Outcome:
+        """Ends the phase of an evaluation."""
+        self._checkpoint = {}
+        return self._finish(self._weights.match)
+
+    def abort(self) -> None:
+        """Ends the phase after a failure."""
+        self._checkpoint = {}
+        super().abort()
+
+
+class _AfterWeights(_Streaming):
+    """The weights are in the module.
+
+    Args:
+        opened: The open checkpoint.
+        resources: All that the phase owns.
+        match: See :class:`Outcome`.
+    """
+
+    def __init__(self, opened: Opened, resources: ExitStack, match: WeightsMatch | None) -> None:
+        super().__init__(opened, resources)
+        self._match = match
+
+    def finish(self) -> Outcome:
+        return self._finish(self._match)
+
+
+class Optimizers(_AfterWeights):
+    """The states of the optimizers go from the file to their device, while Lightning loads them."""
+
+
+class Loaded(_AfterWeights):
+    """The weights of ``weights_from`` are in the module. Nothing more is streamed or measured."""

@@ -27,6 +27,7 @@ __all__ = [
     "around_load",
     "before_move",
     "begin_averages",
+    "forget_loaded_checkpoint",
     "install_io",
     "keep_strategy_on_device",
     "loads_by_itself",
@@ -181,6 +182,15 @@ def when_set_up(
 
     strategy.__dict__["barrier"] = barrier_then_action
     return lambda: strategy.__dict__.pop("barrier", None) and None
+
+
+def forget_loaded_checkpoint(trainer: pl.Trainer) -> None:
+    """Makes a Trainer drop the checkpoint that it has loaded.
+
+    Lightning (2.6) keeps the checkpoint of a restore that failed, and so its mapping, until the next run. After a
+    restore that succeeded it has dropped the checkpoint itself.
+    """
+    trainer._checkpoint_connector._loaded_checkpoint = {}
 
 
 def skip_next_move_to_cpu(module: pl.LightningModule) -> None:

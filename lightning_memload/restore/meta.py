@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import inspect
 import threading
 import warnings
 import weakref
@@ -29,6 +28,7 @@ from torch.nn.modules.module import (
 )
 
 from lightning_memload.errors import MetaTensorError, listed
+from lightning_memload.frames import callers, owner
 from lightning_memload.restore.recipes import let_wait
 from lightning_memload.restore.recording import Recorder
 from lightning_memload.restore.storages import Pending, is_alone, own_view
@@ -373,11 +373,6 @@ def _drop_made_anew(module: nn.Module, recorder: Recorder) -> None:
 
 def _under_construction() -> Iterator[nn.Module]:
     """The modules whose ``__init__`` is running in this thread, innermost first."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "__init__" and code.co_argcount:
-            module = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(module, nn.Module):
-                yield module
-        frame = frame.f_back
+    for frame in callers():
+        if frame.f_code.co_name == "__init__" and isinstance(module := owner(frame), nn.Module):
+            yield module

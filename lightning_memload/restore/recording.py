@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_memload.checkpoint import span_bytes
+from lightning_memload.frames import callers
 from lightning_memload.restore.operations import (
     Kind,
     draws,
@@ -42,8 +42,8 @@ from lightning_memload.restore.storages import (
     count_alone,
     fill_uninitialized,
     is_all_of,
-    is_plain,
     own_view,
+    reads_memory_directly,
     storage_of,
     unfilled,
     use_count,
@@ -210,7 +210,7 @@ class Recorder(PendingMemory):
         self, operator: Any, target: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> bool:
         pending = self.find(target)
-        if pending is None or not is_plain(target) or draws_from_user(kwargs):
+        if pending is None or not reads_memory_directly(target) or draws_from_user(kwargs):
             return False
         if name_of(operator) == "eye" and tuple(target.shape) != (args[0], args[-1]):
             return False  # eye() would resize its output.
@@ -285,9 +285,8 @@ class Recorder(PendingMemory):
         storage = args[1] if isinstance(args[1], torch.UntypedStorage) else args[1].untyped_storage()
         if storage.nbytes() <= _COPIED_BYTES or storage._cdata in self._pending:
             return
-        frame: Any = sys._getframe(1)
-        while frame is not None and frame.f_code is not torch.load.__code__:
-            frame = frame.f_back
+        load: Any = torch.load
+        frame = next((frame for frame in callers() if frame.f_code is load.__code__), None)
         if frame is not None and not frame.f_locals.get("mmap"):
             self._known[storage._cdata] = StorageWeakRef(storage)
 
@@ -309,7 +308,7 @@ class Recorder(PendingMemory):
     def _terms(self, value: Any, target: Pending | None) -> Any:
         """Arguments with a term for each tensor; ``None`` if a tensor may change without a call that is seen."""
         if isinstance(value, torch.Tensor):
-            if not is_plain(value):
+            if not reads_memory_directly(value):
                 return None
             pending = self.find(value)
             if pending is None:

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_memload.checkpoint import ChunkedTensor
+from lightning_memload.restore.overlaps import is_plain_tensor
+from lightning_memload.restore.recipes import WaitingAlias
+
 __all__ = ["assign_special"]
 
 
@@ -82,5 +86,4 @@ def _as_target(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    plain = type(tensor) in (torch.Tensor, nn.Parameter) or type(tensor).__module__.startswith("lightning_memload.")
-    return plain and tensor.layout is torch.strided and not tensor.is_quantized
+    return is_plain_tensor(tensor) or isinstance(tensor, (ChunkedTensor, WaitingAlias))

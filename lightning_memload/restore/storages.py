@@ -22,8 +22,8 @@ __all__ = [
     "fill_uninitialized",
     "is_all_of",
     "is_alone",
-    "is_plain",
     "own_view",
+    "reads_memory_directly",
     "storage_of",
     "unfilled",
     "use_count",
@@ -82,7 +82,7 @@ def own_view(tensor: torch.Tensor) -> Own:
     return Own(tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
+def reads_memory_directly(tensor: torch.Tensor) -> bool:
     """Whether type, shape and strides fully describe how a tensor reads its memory."""
     return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_conj() and not tensor.is_neg()
 

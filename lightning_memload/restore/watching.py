@@ -112,10 +112,7 @@ class _Questions(TorchFunctionMode):
             # Initialisers that draw until all values are valid, or decompose a matrix, need values. Each first asks
             # whether there is anything to do: is_meta (torch 2.13), numel() (orthogonal_, since torch 1.0).
             frame = sys._getframe(1)
-            if frame.f_globals is nn.init.__dict__ and frame.f_code.co_name in (
-                "_no_grad_trunc_normal_",
-                "orthogonal_",
-            ):
+            if frame.f_globals is nn.init.__dict__ and frame.f_code.co_name in _ASKING:
                 with recorder.paused():
                     is_recorded = recorder.on_initialiser(args[0], frame)
                 if is_recorded:

@@ -13,7 +13,6 @@ that torch does not count (through ``.data``, or a raw pointer) are not detected
 from __future__ import annotations
 
 import atexit
-import inspect
 import os
 import threading
 import time
@@ -25,6 +24,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_memload.errors import ChangedMeanwhileError
+from lightning_memload.frames import callers, owner
 from lightning_memload.save.saving import Save, SaveStats
 from lightning_memload.storage.replacement import SetAside
 from lightning_memload.transfer import Latch, start_thread
@@ -276,14 +276,8 @@ def is_in_step() -> bool:
     Lightning runs ``training_step``, backward and the hooks around them in the closure. A save that starts there is too
     late to make this step wait: the hook before the step has already run.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
-        code = frame.f_code
-        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_name == "step" and code.co_argcount else None
-        if isinstance(owner, torch.optim.Optimizer):
-            return True
-        frame = frame.f_back
-    return False
+    steps = (frame for frame in callers() if frame.f_code.co_name == "step")
+    return any(isinstance(owner(frame), torch.optim.Optimizer) for frame in steps)
 
 
 def tensors_of_optimizers(optimizers: Iterable[Any], modules: Iterable[torch.nn.Module] = ()) -> list[torch.Tensor]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from lightning_memload.frames import outward, owner
+
 __all__ = ["wait_for_steps"]
 
 _POLL_SECONDS = 0.001
@@ -41,15 +43,10 @@ def wait_for_steps(deadline: float) -> None:
 
 def _is_changing_weights(innermost: FrameType) -> bool:
     within: set[CodeType] = set()
-    frame: FrameType | None = innermost
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "step" and code.co_argcount:
-            names = frame.f_locals
-            if isinstance(names.get(code.co_varnames[0]), torch.optim.Optimizer):
-                return _code_of(names.get("closure")) not in within
-        within.add(code)
-        frame = frame.f_back
+    for frame in outward(innermost):
+        if frame.f_code.co_name == "step" and isinstance(owner(frame), torch.optim.Optimizer):
+            return _code_of(frame.f_locals.get("closure")) not in within
+        within.add(frame.f_code)
     return False
 
 

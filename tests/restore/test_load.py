@@ -28,7 +28,7 @@ from lightning_memload import (
     open_checkpoint,
     save_directory,
 )
-from lightning_memload.restore import RestoreSession, overlaps, session, targets
+from lightning_memload.restore import RestoreSession, given_pages, overlaps, record_checks, session, targets
 from lightning_memload.transfer.engine import _Transfer
 from tests.formats.files import as_bytes
 from tests.fresh_process import run_fresh
@@ -670,10 +670,10 @@ def test_small_modules_take_one_read_together(
 ) -> None:
     """A read, threads and a plan for each of thousands took 0.2 ms each."""
     calls: list[str] = []
-    for name in ("transfer", "compare_records"):
-        function = getattr(session, name)
+    for owner, name in ((session, "transfer"), (record_checks, "compare_records")):
+        function = getattr(owner, name)
         monkeypatch.setattr(
-            session, name, lambda *a, name=name, function=function, **k: calls.append(name) or function(*a, **k)
+            owner, name, lambda *a, name=name, function=function, **k: calls.append(name) or function(*a, **k)
         )
     saved, module = (nn.Sequential(nn.Linear(2, 2), *(kind(2, 2) for _ in range(30))) for _ in range(2))
     torch.save(saved.state_dict(), path)
@@ -791,7 +791,7 @@ class TestParts:
             tries.append(source)
             raise OSError(errno.ENOMEM, "cannot map")
 
-        monkeypatch.setattr(session, "FileMapping", refuse)
+        monkeypatch.setattr(given_pages, "FileMapping", refuse)
         expected, module = Net(), Net()
         torch.save(expected.state_dict(), path)
         load_weights(module, path, mode="assign")

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_memload import load_weights, meta_init, save_directory
-from lightning_memload.restore import session
+from lightning_memload.restore import given_pages
 from lightning_memload.storage import lease
 from tests.formats.files import as_bytes
 from tests.fresh_process import run_fresh
@@ -141,7 +141,7 @@ def test_a_writer_in_the_middle_of_the_load(
     path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What has its pages keeps its values; the rest is read from the file, as without assigning."""
-    give = session.RestoreSession._give_pages
+    give = given_pages.GivenPages.give
     given: list[Any] = []
 
     def giving(self: Any, tensor: torch.Tensor, start: int) -> Any:
@@ -152,7 +152,7 @@ def test_a_writer_in_the_middle_of_the_load(
         given.append(give(self, tensor, start))
         return given[-1]
 
-    monkeypatch.setattr(session.RestoreSession, "_give_pages", giving)
+    monkeypatch.setattr(given_pages.GivenPages, "give", giving)
     with pytest.warns(UserWarning, match="rewritten"):
         module = assigned(path)
     assert [pages is None for pages in given[:3]] == [False, False, True]

@@ -1,4 +1,4 @@
-"""What a session refuses before anything is allocated."""
+"""What a session refuses before anything is allocated, and how it ends."""
 
 from __future__ import annotations
 
@@ -55,3 +55,19 @@ def test_a_ring_needs_memory_until_it_is_made(session: RestoreSession, ring: Laz
     ring.get()
     session.require({GPU: 1})
     ring.close()
+
+
+def test_an_interrupted_end_makes_all_of_its_steps(
+    session: RestoreSession, ring: LazyRing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[torch.Tensor] = []
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ring, "close", interrupted)
+    monkeypatch.setattr("lightning_memload.restore.session.free_in_background", freed.extend)
+    session.free_at_end([torch.ones(1)])
+    with pytest.raises(KeyboardInterrupt):
+        session.close()
+    assert len(freed) == 1

@@ -1,0 +1,71 @@
+"""Measures the time and the memory of a restore: of its phases, one after another, and of the whole."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_memload.memory import MemoryMonitor
+from lightning_memload.report import PhaseReport
+from lightning_memload.transfer import TransferStats
+
+__all__ = ["PhaseMeter"]
+
+
+class PhaseMeter:
+    """Measures the phases of one restore. The figures of the streaming come from the caller.
+
+    Args:
+        device: The device to measure next to the host.
+
+    Attributes:
+        total: The monitor of the whole restore.
+        reports: The reports of the phases that have ended.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.total = MemoryMonitor(device)
+        self.reports: list[PhaseReport] = []
+        self._device = device
+        self._phase: tuple[str, MemoryMonitor] | None = None
+        self._counted = TransferStats()
+
+    def start(self) -> None:
+        """Starts the measurement of the whole. If it runs already, it starts anew."""
+        if self.total.is_running:
+            self.total.stop()
+        self.total.start()
+
+    def begin(self, name: str, stats: TransferStats) -> None:
+        """Ends the current phase and begins the next one.
+
+        Args:
+            name: The name of the next phase.
+            stats: The figures of the streaming since the beginning of the restore.
+        """
+        self._end(stats)
+        monitor = MemoryMonitor(self._device)
+        monitor.start()
+        self._phase = (name, monitor)
+
+    def stop(self, stats: TransferStats) -> None:
+        """Ends the current phase and the measurement of the whole. A second call does nothing."""
+        self._end(stats)
+        if self.total.is_running:
+            self.total.stop()
+
+    def _end(self, stats: TransferStats) -> None:
+        if self._phase is None:
+            return
+        name, monitor = self._phase
+        self._phase = None
+        monitor.stop()
+        self.reports.append(
+            PhaseReport(
+                name,
+                monitor.peaks.seconds,
+                stats.bytes_read - self._counted.bytes_read,
+                stats.seconds - self._counted.seconds,
+                monitor.peaks,
+            )
+        )
+        self._counted = stats
