@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +54,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def fresh_process() -> Callable[..., FreshResult]:
     """``run_fresh``: runs a program text or a ``module:function`` in a fresh interpreter, with JSON in and out."""
     return run_fresh
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """The name of a checkpoint that a test writes. A module that wants another one has a fixture of its own."""
+    return tmp_path / "checkpoint.pt"

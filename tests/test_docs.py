@@ -19,7 +19,7 @@ import yaml
 import lightning_memload
 from lightning_memload import cli, errors
 from tests import versions
-from tests.test_architecture import FLOORS
+from tests.floors import FLOORS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

@@ -35,11 +35,6 @@ from tests.fresh_process import run_fresh
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "checkpoint.pt"
-
-
 def assert_describes(index: Checkpoint, path: Path, saved: Any) -> None:
     """Names, dtypes, sizes as in ``saved``; and what the file holds in the ranges are the values."""
     expected = dict(tensors_of(saved))

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from lightning_memload.distributed import Companions, LostCompanion, companions
-
-
-def in_ranks(work: Callable[[int], Any], ranks: list[int]) -> list[Any]:
-    """Calls a function in a thread for each rank at once; what one raises is its result."""
-
-    def attempt(rank: int) -> Any:
-        try:
-            return work(rank)
-        except Exception as error:
-            return error
-
-    with ThreadPoolExecutor(len(ranks)) as pool:
-        return list(pool.map(attempt, ranks))
+from tests.distributed.ranks import in_ranks
 
 
 def met(store: Any, world_size: int, agreeing: list[bool | None]) -> dict[int, Companions]:

@@ -22,8 +22,8 @@ from lightning_memload.errors import CheckpointFormatError, CheckpointReadError,
 from lightning_memload.formats import load_mapped, open_checkpoint
 from lightning_memload.formats.tensor_directory import reader as tensor_directory
 from lightning_memload.save import save_directory
-from lightning_memload.transfer import Record, StagingRing, TensorCopy, choose_layout, transfer
 from tests.formats.files import ALL_DTYPES, Settings, as_bytes, layouts, nested, of_dtype, tensors_of, write_zip
+from tests.formats.streaming import stream
 from tests.fresh_process import run_fresh
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -88,20 +88,6 @@ def bytes_at(mapped: MappedCheckpoint, offset: int, nbytes: int) -> bytes:
 def ties(tensors: list[tuple[Any, torch.Tensor]]) -> list[tuple[Any, Any]]:
     storages = [(name, tensor.untyped_storage().data_ptr()) for name, tensor in tensors if tensor.numel()]
     return [(a, b) for a, x in storages for b, y in storages if x == y]
-
-
-def stream(index: Checkpoint, mapped: MappedCheckpoint, *, verify: bool = True) -> dict[str, torch.Tensor]:
-    """Every tensor, read by the engine, several threads at once."""
-    values = {tensor.name: torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in index}
-    copies = [TensorCopy(t.name, t.file_range[0], t.dtype, t.stride, values[t.name]) for t in index]
-    records = [Record(s.key, s.offset, s.nbytes, s.crc32) for s in index.storages if s.crc32 is not None]
-    layout = choose_layout(8 << 20, 4)
-    with StagingRing(layout, pinned=False) as ring:
-        transfer(
-            mapped.source, copies, lambda: ring, num_threads=4, block_bytes=layout.block_bytes,
-            records=records if verify else (),
-        )  # fmt: skip
-    return values
 
 
 class TestRoundTrip:
@@ -223,7 +209,7 @@ from pathlib import Path
 from lightning_memload.formats import load_mapped, open_checkpoint
 from lightning_memload.save import save_directory
 from tests.formats.files import as_bytes
-from tests.formats.test_tensor_directory import stream
+from tests.formats.streaming import stream
 torch.ones(1).sum()
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 saved = {number: torch.full((3 + number % 50,), float(number)) for number in range(1100)}

@@ -19,8 +19,8 @@ from lightning_memload.errors import CheckpointFormatError, ChecksumError, Memlo
 from lightning_memload.plugins import damaged
 from lightning_memload.plugins.damaged import choose_intact, name_intact_sibling
 from lightning_memload.verify import Siblings
-from tests.distributed.test_companions import in_ranks
-from tests.plugins.test_callback import flip_byte
+from tests.distributed.ranks import in_ranks
+from tests.plugins.restored import flip_byte
 
 NAMES = ("last.ckpt", "step=5.ckpt", "step=3.ckpt")
 

@@ -22,8 +22,8 @@ from lightning_memload.formats.registry import FORMATS
 from lightning_memload.formats.torch_zip.reader import read_zip_inventory
 from lightning_memload.storage import FileSet, LocalFile
 from lightning_memload.verify import verify as verify_module
+from tests.formats.dcp_shards import change, chunks_of, place_of, sharded, write_shards
 from tests.formats.files import as_bytes, save_bytes, save_sparse, tensors_of, write_zip
-from tests.formats.test_dcp import change, chunks_of, place_of, sharded, write_shards
 from tests.fresh_process import run_fresh
 
 # One for each byte, in turn.
