@@ -171,7 +171,7 @@ def build_trainer(args: argparse.Namespace, callbacks: list[L.Callback], max_ste
             enable_model_summary=False,
         )
     # With deterministic algorithms torch also fills whatever it allocates, which no ordinary run pays for.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return trainer
 
 
@@ -242,7 +242,7 @@ def digest(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Yield key path and digest of everything in ``value``, one tensor after the other."""
     if isinstance(value, torch.Tensor):
         raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        yield key, f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(raw).hexdigest()}"
+        yield key, f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(raw).hexdigest()}"  # type: ignore[arg-type]
     elif isinstance(value, Mapping):
         for name, item in value.items():
             yield from digest(item, f"{key}[{name!r}]")

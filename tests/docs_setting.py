@@ -73,7 +73,7 @@ def fitted(module: L.LightningModule, path: str) -> L.Trainer:
     return trainer
 
 
-data = DataLoader(torch.randn(8, WIDTH), batch_size=4)
+data: DataLoader[torch.Tensor] = DataLoader(torch.randn(8, WIDTH), batch_size=4)  # type: ignore[arg-type]
 model = LitGPT()
 fitted(LitClassifier(), "classifier.ckpt")
 trainer = fitted(model, "last.ckpt")

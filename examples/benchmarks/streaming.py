@@ -17,7 +17,7 @@ import contextlib
 import json
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,9 +129,9 @@ def stream(path: Path, layout: RingLayout, verify: bool, device: str = "cuda") -
 
 
 @contextlib.contextmanager
-def timed() -> Iterator[Counter[str]]:
+def timed() -> Iterator[dict[str, float]]:
     """Take the time of what the engine's threads call: seconds of all threads together, and of the whole transfer."""
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     taken: list[tuple[str, float]] = []  # Whose append is atomic.
 
     def take(name: str, function: Function) -> Function:

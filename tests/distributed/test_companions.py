@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore
 
 from lightning_memload.distributed import Companions, LostCompanion, companions
 from tests.distributed.ranks import in_ranks
@@ -31,7 +31,8 @@ def store() -> Any:
 
 def test_exchange_is_among_those_that_announced_themselves(store: Any) -> None:
     """A rank without the callback is not waited for, whichever it is."""
-    for agreeing in ([True, True, True], [None, True, False], [False, None, None], [True, True, None]):
+    cases: list[list[bool | None]] = [[True, True, True], [None, True, False], [False, None, None], [True, True, None]]
+    for agreeing in cases:
         ranks = met(store, 3, agreeing)
         told = in_ranks(lambda rank, ranks=ranks: ranks[rank].exchange({"rank": rank}), list(ranks))  # type: ignore[misc]
         assert told == [{rank: {"rank": rank} for rank in ranks}] * len(ranks)

@@ -35,7 +35,7 @@ class Shards:
     """One tensor of a directory and its chunks."""
 
     shape: Sequence[int]
-    chunks: list[Chunk]
+    chunks: Sequence[Chunk]
 
 
 def write_shards(
@@ -93,9 +93,9 @@ def change(path: Path, edit: Callable[[torch_metadata.Metadata], None]) -> None:
 
 
 def chunks_of(metadata: torch_metadata.Metadata, name: str) -> list[torch_metadata.ChunkStorageMetadata]:
-    return metadata.state_dict_metadata[name].chunks  # type: ignore[union-attr, return-value]
+    return metadata.state_dict_metadata[name].chunks
 
 
 def place_of(metadata: torch_metadata.Metadata, name: str, number: int = 0) -> _StorageInfo:
     keys = [key for key in metadata.storage_data if key.fqn == name]
-    return metadata.storage_data[keys[number]]  # type: ignore[no-any-return]
+    return metadata.storage_data[keys[number]]

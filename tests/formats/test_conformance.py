@@ -20,6 +20,7 @@ import torch
 
 from lightning_memload.checkpoint import (
     Checkpoint,
+    Inventory,
     MappedCheckpoint,
 )
 from lightning_memload.errors import CheckpointFormatError, ChecksumError, MemloadError
@@ -329,21 +330,25 @@ class Lying:
     def bend(self, index: Checkpoint) -> Checkpoint:
         first = next(info for info in index if info.name.endswith("large"))
         moved = dataclasses.replace(first.storage, offset=first.storage.offset + 1)
-        bent: dict[str, Any] = {
+        bends: dict[str, dict[str, Any]] = {
             "offset": {"storage": moved},
             "dtype": {"dtype": torch.int32},
             "shape": {"shape": (10, *first.shape[1:])},
             "stride": {"stride": tuple(reversed(first.stride))},
             "name": {"path": (*first.path[:-1], "other")},
-        }.get(self.fault, {})
+        }
+        bent = bends.get(self.fault, {})
         if first.chunks and self.fault in ("offset", "stride"):
             bent["chunks"] = (dataclasses.replace(first.chunks[0], **bent), *first.chunks[1:])
         tensors = tuple(dataclasses.replace(info, **bent) if info is first else info for info in index)
         storages = tuple(dataclasses.replace(s, crc32=5) if self.fault == "crc32" else s for s in index.storages)
         return dataclasses.replace(index, tensors=tensors[self.fault == "forgets" :], storages=storages)
 
-    def load(self, path: str, *, weights_only: bool | None) -> tuple[Any, MappedCheckpoint]:
-        loaded, mapped = self.truth.load(path, weights_only=weights_only)
+    def take_inventory(self, path: str) -> Inventory:
+        return self.truth.take_inventory(path)
+
+    def load(self, path: str, *, weights_only: bool | None, erases: bool = False) -> tuple[Any, MappedCheckpoint]:
+        loaded, mapped = self.truth.load(path, weights_only=weights_only, erases=erases)
         if self.fault == "reads":
             return copy.deepcopy(loaded), mapped
         if self.fault == "writes":

@@ -413,7 +413,7 @@ class TestChunkedTensor:
         tensor, values, _ = pair
         weight = torch.ones(6, 8, 2, requires_grad=True)
         (weight * tensor).sum().backward()
-        assert torch.equal(weight.grad, values)
+        assert torch.equal(weight.grad, values)  # type: ignore[arg-type]
 
     def test_state_dict_takes_it(self, several: Path) -> None:
         ours, _ = load_mapped(several)
@@ -516,7 +516,7 @@ def through_torch_save(tensor: torch.Tensor) -> torch.Tensor:
     stream = io.BytesIO()
     torch.save(tensor, stream)
     stream.seek(0)
-    return torch.load(stream, weights_only=True)  # type: ignore[no-any-return]
+    return torch.load(stream, weights_only=True)
 
 
 def fd_exists(descriptor: str) -> bool:
@@ -732,7 +732,8 @@ class TestDamage:
         refused(tmp_path, "is a directory, but no checkpoint of a known format")
 
     def test_other_objects(self, tmp_path: Path) -> None:
-        for value in ({}, [], 3, torch.Size((1,)), torch_metadata.StorageMeta()):
+        values: tuple[object, ...] = ({}, [], 3, torch.Size((1,)), torch_metadata.StorageMeta())
+        for value in values:
             (tmp_path / ".metadata").write_bytes(pickle.dumps(value))
             refused(tmp_path, "where torch writes a Metadata")
 

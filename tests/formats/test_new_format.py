@@ -83,7 +83,7 @@ class Toy:
             values = torch.empty(0, dtype=info.dtype)
             if info.nbytes:
                 storage = mapping.storage(info.storage.offset, info.storage.nbytes)
-                values = values.set_(storage, 0, info.shape, info.stride)  # type: ignore[call-overload]
+                values = values.set_(storage, 0, info.shape, info.stride)
             state[info.name] = values.reshape(info.shape)
         return state, MappedCheckpoint(index, source, mapping)
 

@@ -124,7 +124,7 @@ class TestRoundTrip:
         assert loaded["module"].weight.note == "of a user"
         assert mapped.locate(loaded["module"].weight) is not None
         assert torch.equal(loaded["sparse"].to_dense(), torch.eye(3))
-        assert torch.equal(loaded["conjugate"], saved["conjugate"])
+        assert torch.equal(loaded["conjugate"], saved["conjugate"])  # type: ignore[arg-type]
         assert loaded["meta"].is_meta
         assert torch.equal(loaded["subclass"], torch.ones(4))
 

@@ -14,7 +14,8 @@ from lightning_memload.memory.window import larger
 
 
 def make_peaks(**figures: Any) -> MemoryPeaks:
-    return MemoryPeaks(**{field.name: figures.get(field.name) for field in dataclasses.fields(MemoryPeaks)})
+    unknown: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(MemoryPeaks))
+    return MemoryPeaks(**{**unknown, **figures})
 
 
 @pytest.mark.parametrize(

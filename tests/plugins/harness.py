@@ -103,7 +103,7 @@ class TinyModule(Recorded):
         self.second = nn.Linear(10, FEATURES)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.second(self.drop(torch.tanh(self.first(inputs))))  # type: ignore[no-any-return]
+        return self.second(self.drop(torch.tanh(self.first(inputs))))
 
     def configure_optimizers(self) -> Any:
         return self.make_optimizer(self.parameters())
@@ -275,7 +275,7 @@ def same_resume(
 
 def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
     """The callbacks of a Trainer, which declares no such attribute."""
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+    return trainer.callbacks
 
 
 def contents(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Normalised(Recorded):
         self.outstanding: list[bool] = []
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.layers(inputs)  # type: ignore[no-any-return]
+        return self.layers(inputs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         pending = getattr(self.trainer.strategy.checkpoint_io, "_pending", None)
@@ -202,7 +202,7 @@ def test_two_optimizers_of_a_manual_module(tmp_path: Path) -> None:
             self.automatic_optimization = False
 
         def training_step(self, batch: Any, batch_idx: int) -> None:
-            for optimizer in self.optimizers():  # type: ignore[union-attr]
+            for optimizer in self.optimizers():
                 loss = super().training_step(batch, batch_idx)
                 optimizer.zero_grad()
                 self.manual_backward(loss)
@@ -271,7 +271,9 @@ NOT_LATE: dict[str, Any] = {
     "own call": lambda folder: {"saver": SaveOften(folder)},
     "plugin": lambda folder: {"plugins": [type("Own", (StreamingCheckpointIO,), SAVING)(asynchronous="until_step")]},
 }
-SAVING = {"save_checkpoint": lambda io, *args, **options: StreamingCheckpointIO.save_checkpoint(io, *args, **options)}
+SAVING: dict[str, Any] = {
+    "save_checkpoint": lambda io, *args, **options: StreamingCheckpointIO.save_checkpoint(io, *args, **options)
+}
 
 
 @pytest.mark.parametrize("why", NOT_LATE)

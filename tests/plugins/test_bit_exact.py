@@ -158,7 +158,7 @@ class Gan(Recorded):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         inputs, targets = batch
-        of_generator, of_critic = self.optimizers()  # type: ignore[attr-defined]
+        of_generator, of_critic = self.optimizers()
         loss = self.critic(targets).mean() - self.critic(self.generator(inputs).detach()).mean()
         of_critic.zero_grad()
         self.manual_backward(loss)
@@ -169,7 +169,7 @@ class Gan(Recorded):
             self.manual_backward(loss)
             of_generator.step()
         self.losses.append(loss.detach().clone())
-        for scheduler in self.lr_schedulers():  # type: ignore[union-attr]
+        for scheduler in self.lr_schedulers():
             scheduler.step()
 
     def configure_optimizers(self) -> Any:
@@ -204,7 +204,7 @@ class Wrapped(Recorded):
         self.net = make_net()
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.net(inputs)  # type: ignore[no-any-return]
+        return self.net(inputs)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01, eps=1e-4)
@@ -226,7 +226,7 @@ class Tied(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         for step in self.steps:
             inputs = step(inputs)
-        return self.decode(self.encode(inputs))  # type: ignore[no-any-return]
+        return self.decode(self.encode(inputs))
 
 
 class UntiedOnDisk(Tied):
@@ -262,7 +262,7 @@ class Buffers(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         self.get_buffer("count").add_(1)
-        return self.linear(inputs) * self.scale + self.mask  # type: ignore[no-any-return]
+        return self.linear(inputs) * self.scale + self.mask
 
 
 class Recurrent(nn.Module):
@@ -271,7 +271,7 @@ class Recurrent(nn.Module):
         self.layers = kind(FEATURES, FEATURES, num_layers=2, batch_first=True)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.layers(inputs.unsqueeze(1))[0].squeeze(1)  # type: ignore[no-any-return]
+        return self.layers(inputs.unsqueeze(1))[0].squeeze(1)
 
 
 class Images(nn.Module):
@@ -281,7 +281,7 @@ class Images(nn.Module):
         self.layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.layer(inputs.view(-1, 2, 3, 1)).mean((2, 3))  # type: ignore[no-any-return]
+        return self.layer(inputs.view(-1, 2, 3, 1)).mean((2, 3))
 
 
 class Renaming(nn.Linear):
@@ -355,8 +355,8 @@ class Frozen(TinyModule):
     def __init__(self) -> None:
         super().__init__()
         self.first.weight.requires_grad_(False)
-        self.second.bias.partition = ("model", 3)  # type: ignore[attr-defined]
-        self.second.bias.scale = torch.tensor([2.0])  # type: ignore[attr-defined]
+        self.second.bias.partition = ("model", 3)
+        self.second.bias.scale = torch.tensor([2.0])
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01)
@@ -368,7 +368,7 @@ class Configured(Recorded):
             self.net = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, FEATURES))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.net(inputs)  # type: ignore[no-any-return]
+        return self.net(inputs)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=0.01)
@@ -395,7 +395,7 @@ class Small(TinyModule):
         del self.second
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.old(torch.tanh(self.first(inputs)))  # type: ignore[no-any-return]
+        return self.old(torch.tanh(self.first(inputs)))
 
 
 class Migrating(TinyModule):

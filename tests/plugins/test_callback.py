@@ -254,7 +254,7 @@ def test_second_checkpoint_in_a_hook(tmp_path: Path, path: Path) -> None:
     stock, _ = resume(case, path, tmp_path, None)
     restore = MemoryEfficientRestore()
     ours, _ = resume(case, path, tmp_path, restore)
-    assert [loss.item() for loss in ours.losses] == [loss.item() for loss in stock.losses]  # type: ignore[union-attr]
+    assert [loss.item() for loss in ours.losses] == [loss.item() for loss in stock.losses]
     assert restore.report is not None
     assert [phase.name for phase in restore.report.phases] == ["open", "weights", "optimizers"]
     assert restore.report.path == str(path)
@@ -324,7 +324,7 @@ def _slow_bar(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     from lightning_memload.plugins import progress
 
     bars: list[Any] = []
-    real = progress.tqdm  # type: ignore[attr-defined]
+    real = progress.tqdm
 
     def tqdm(**kwargs: Any) -> Any:
         bars.append(real(**{**kwargs, "delay": 0, "mininterval": 0}))

@@ -158,7 +158,7 @@ def test_a_run_that_saves_directories_resumes_from_them(
 def test_directories_are_local(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"format='directory'\) saves to local disks .* memory://folder/x"):
         StreamingCheckpointIO(format="directory").save_checkpoint({}, "memory://folder/x")
-    for make in (lambda: StreamingCheckpointIO(format="zip"), lambda: MemoryEfficientRestore(save_format="zip")):
+    for make in (lambda: StreamingCheckpointIO(format="zip"), lambda: MemoryEfficientRestore(save_format="zip")):  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"format must be one of .*'torch', 'directory'.*, got 'zip'"):
             make()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore
 
 from lightning_memload.distributed import Companions, companions
 from lightning_memload.plugins.rank_maxima import reduce_maxima

@@ -161,7 +161,7 @@ def test_averages_begin_at_the_present_weights() -> None:
     module.layer, module.norm = nn.Linear(2, 2), nn.BatchNorm1d(2)
     average = AveragedModel(module)
     nn.init.constant_(module.layer.weight, 7.0)
-    nn.init.constant_(module.norm.running_mean, 3.0)  # type: ignore[arg-type]
+    nn.init.constant_(module.norm.running_mean, 3.0)
     averaging: Any = SimpleNamespace(_average_model=average)
     other: Any = SimpleNamespace(_average_model="not a model")
     seams.begin_averages(SimpleNamespace(callbacks=[averaging, other, L.Callback()]), module)  # type: ignore[arg-type]
@@ -175,10 +175,10 @@ def test_who_loads() -> None:
     assert not seams.loads_by_itself(plain)
     assert seams.all_ranks_load(plain)
 
-    class Sending(SingleDeviceStrategy):  # type: ignore[misc]
+    class Sending(SingleDeviceStrategy):
         def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    class Late(SingleDeviceStrategy):  # type: ignore[misc]
+    class Late(SingleDeviceStrategy):
         restore_checkpoint_after_setup = True
 
     assert not seams.all_ranks_load(Sending(torch.device("cpu")))

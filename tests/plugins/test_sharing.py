@@ -31,7 +31,7 @@ class Two(Recorded):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         wide = torch.cat([inputs, inputs.new_zeros(len(inputs), WIDTH - FEATURES)], 1)
-        return self.b(self.a(wide))[:, :FEATURES]  # type: ignore[no-any-return]
+        return self.b(self.a(wide))[:, :FEATURES]
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.losses.append(self.loss(*batch).detach().clone())
@@ -57,7 +57,7 @@ class BufferView(Two):
         self.register_buffer("view", self.a.weight.data[:FEATURES, :FEATURES], persistent=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return super().forward(inputs) + inputs @ self.view  # type: ignore[operator]
+        return super().forward(inputs) + inputs @ self.view
 
 
 class AttributeView(Two):
@@ -186,7 +186,7 @@ def test_a_script_module_inside(tmp_path: Path) -> None:
     class Scripted(Two):
         def __init__(self) -> None:
             super().__init__()
-            self.a = torch.jit.script(nn.Linear(WIDTH, WIDTH, bias=False))
+            self.a = torch.jit.script(nn.Linear(WIDTH, WIDTH, bias=False))  # type: ignore[assignment]
 
     path = save(Scripted(), tmp_path)
     stock = run("fit", Scripted(), path, tmp_path)

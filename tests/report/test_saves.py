@@ -19,7 +19,7 @@ def make_report(
 ) -> SaveReport:
     figures: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(MemoryPeaks)}
     figures |= {"anonymous_start_bytes": 5 if rise is not None else None, "anonymous_peak_bytes": 5 + (rise or 0)}
-    stats = {field.name: 0 for field in dataclasses.fields(SaveStats)}
+    stats: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(SaveStats)}
     stats |= {"path": "last.ckpt", "bytes_written": 6 * GIB, "bytes_linked": linked, "seconds": seconds}
     return SaveReport(SaveStats(**stats), MemoryPeaks(**figures), blocked_seconds, 12)
 

@@ -337,7 +337,8 @@ for module, name, replacement in patches:
         assert os.listdir(path.parent) == [path.name]
 
     def test_a_directory_that_another_writer_sweeps_at_once(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        flock, removed = fcntl.flock, []
+        flock = fcntl.flock
+        removed: list[Any] = []
 
         def swept(descriptor: int, operation: int) -> None:
             if not removed:
