@@ -52,6 +52,7 @@ class TestTruncation:
 
 
 class TestFlips:
+    @pytest.mark.slow
     def test_every_byte(self, path: Path, small: bytes) -> None:
         path.write_bytes(small)
         whole = open_checkpoint(path)
@@ -73,6 +74,7 @@ class TestFlips:
                     assert [s.nbytes for s in index.storages] == [s.nbytes for s in whole.storages]
         assert refused > len(small) // 10  # the pickle and the directory
 
+    @pytest.mark.slow
     def test_every_byte_of_a_pickle_without_checksum(self, path: Path) -> None:
         """The worst that a pickle can hold: then only the unpickler stands between it and the caller."""
         pickled = (

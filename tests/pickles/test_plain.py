@@ -157,6 +157,7 @@ OBJECTS = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(value=OBJECTS)
 def test_object_and_index_are_the_same_either_way(value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -15,7 +16,17 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import tests.lightning as L
-from tests.plugins.harness import FEATURES, Case, Recorded, TinyModule, adamw, callbacks_of, same_resume
+from tests.plugins.harness import (
+    FEATURES,
+    Case,
+    Recorded,
+    StockResume,
+    TinyModule,
+    adamw,
+    callbacks_of,
+    same_resume,
+    stock_resume,
+)
 
 # Optimizers ---------------------------------------------------------------------------------------------------------
 
@@ -582,16 +593,27 @@ BUILT_ON_META = {name: case for name, case in CASES.items() if case.meta}
 NEVER_ASSIGNED = {"renaming", "in-place", "two-names", "other-dtype-on-disk", "64-true", "bf16-true-from-32"}
 
 
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], StockResume]:
+    """What stock makes of a case, found out once for all ways of ours."""
+
+    @functools.cache
+    def resumed(name: str) -> StockResume:
+        return stock_resume(CASES[name], tmp_path_factory.mktemp("stock"))
+
+    return resumed
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_copy_is_bit_exact(name: str, tmp_path: Path) -> None:
-    report = same_resume(CASES[name], tmp_path).report
+def test_copy_is_bit_exact(name: str, stock: Callable[[str], StockResume], tmp_path: Path) -> None:
+    report = same_resume(CASES[name], tmp_path, expected=stock(name)).report
     assert report is not None
     assert report.mode == "copy"
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_assign_is_bit_exact(name: str, tmp_path: Path) -> None:
-    report = same_resume(CASES[name], tmp_path, mode="assign").report
+def test_assign_is_bit_exact(name: str, stock: Callable[[str], StockResume], tmp_path: Path) -> None:
+    report = same_resume(CASES[name], tmp_path, expected=stock(name), mode="assign").report
     assert report is not None
     assert report.mode == ("copy" if name in NEVER_ASSIGNED else "assign")
     assert (report.bytes_assigned > 0) is (report.mode == "assign")
@@ -601,13 +623,15 @@ def test_assign_is_bit_exact(name: str, tmp_path: Path) -> None:
 # What shares memory is built in memory; averages are copies that move before anything is restored.
 @pytest.mark.filterwarnings("ignore:meta_init built:UserWarning")
 @pytest.mark.filterwarnings("ignore:A parameter that was built under meta_init is used:UserWarning")
-def test_module_built_on_meta_is_bit_exact(name: str, tmp_path: Path) -> None:
-    same_resume(CASES[name], tmp_path, meta=True)
+def test_module_built_on_meta_is_bit_exact(name: str, stock: Callable[[str], StockResume], tmp_path: Path) -> None:
+    same_resume(CASES[name], tmp_path, expected=stock(name), meta=True)
 
 
 @pytest.mark.parametrize("name", [name for name in ("adamw", "weight-averaging", "keeping") if name in CASES])
-def test_place_among_the_callbacks_does_not_matter(name: str, tmp_path: Path) -> None:
-    same_resume(CASES[name], tmp_path, last=True)
+def test_place_among_the_callbacks_does_not_matter(
+    name: str, stock: Callable[[str], StockResume], tmp_path: Path
+) -> None:
+    same_resume(CASES[name], tmp_path, expected=stock(name), last=True)
 
 
 def test_comparison_can_fail(tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ def failing_save(io: Any, checkpoint: Any, path: Path) -> CheckpointWriteError:
     return caught.value
 
 
+# What asks first is the plan, before the way of the save is chosen.
+@pytest.mark.axes("way", "asks")
 @pytest.mark.parametrize("asks", [True, False], ids=["asks first", "fills up meanwhile"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("format", FORMATS)

@@ -104,6 +104,8 @@ class AtStart(L.Callback):
 
 
 @pytest.mark.filterwarnings("ignore:.*It is loaded the ordinary way")
+# Whether a module waits for its values matters where they are moved, after the format: each of both in every way.
+@pytest.mark.axes("write", "meta")
 @pytest.mark.parametrize("write", [in_torch_file, in_legacy_file, in_safetensors, in_shards, in_directory, in_dcp])
 @pytest.mark.parametrize("meta", [False, True])
 @pytest.mark.parametrize("way", ["fit", "validate", "weights_from", "load_weights", "load_from_checkpoint"])

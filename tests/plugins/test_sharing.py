@@ -83,6 +83,8 @@ def run(stage: str, module: Any, path: Path, folder: Path, *callbacks: L.Callbac
     return module
 
 
+# Options change how bytes are moved, the stage whether optimizers are restored: each with every kind.
+@pytest.mark.axes("stage", "options")
 @pytest.mark.parametrize("kind", [SameMemory, PartlySameMemory, BufferView, AttributeView])
 @pytest.mark.parametrize("stage", ["fit", "validate"])
 @pytest.mark.parametrize("options", [{}, {"verify": False, "num_threads": 8}, {"mode": "copy"}], ids=str)
