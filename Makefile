@@ -21,9 +21,24 @@ IN_PARALLEL := --numprocesses auto --dist loadfile
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
+# Two jobs at once: the checker of types uses one core only.
+.PHONY: check
+check: $(INSTALLED) ## Check style, types and the unit tests of every room, in less than a minute
+	@$(MAKE) --no-print-directory --jobs 2 lint typecheck unit
+
+# Every third case: the first one of each test among them. `make test` runs all.
+.PHONY: unit
+unit: $(INSTALLED) ## Run the tests that start neither a process nor a Trainer
+	@$(BIN)/python -m pytest -q --unit --every 3
+
 .PHONY: test
 test: $(INSTALLED) test-names ## Run the test suite (tests that need a GPU are skipped without one)
 	@$(BIN)/python -m pytest $(IN_PARALLEL)
+
+.PHONY: test-all
+test-all: $(INSTALLED) ## Run the test suite with whole products of options, where `make test` takes one row per axis
+	@$(BIN)/python -m pytest $(IN_PARALLEL) --all
+	@TEST_LIGHTNING=pytorch_lightning $(BIN)/python -m pytest $(IN_PARALLEL) --all tests/plugins --ignore=tests/plugins/test_packages.py
 
 # Every tenth case only, to save minutes; without --every all of them pass too. Twice quiet: the last line is the suite's.
 .PHONY: test-names
@@ -33,7 +48,7 @@ test-names: $(INSTALLED) ## Run the tests that enter Lightning with its other na
 
 # VERSIONS="3.12:2.8.0:2.5.5" chooses others: python:torch:lightning. Needs these Pythons and some GB of disk.
 .PHONY: test-versions
-test-versions: ## Run tests with the oldest and the newest Python, torch and Lightning, in fresh environments
+test-versions: ## Run tests with the oldest and the newest Python, torch and Lightning, and record what passed
 	@$(PYTHON) tests/versions.py $(VERSIONS)
 
 .PHONY: test-gpu
@@ -60,7 +75,7 @@ lint: $(INSTALLED) ## Check style and formatting
 	@$(BIN)/ruff format --check .
 
 .PHONY: typecheck
-typecheck: $(INSTALLED) ## Check types (mypy, strict)
+typecheck: $(INSTALLED) ## Check types (mypy, strict) of the package, the examples and the tests
 	@$(BIN)/mypy
 
 .PHONY: clean

@@ -35,7 +35,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import memory_limit
@@ -192,7 +192,7 @@ def export(model: GPT, folder: Path) -> None:
     for name, tensor in state.items():
         shards[begin * NUM_SHARDS // total_bytes][name] = tensor
         begin += tensor.nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{NUM_SHARDS:05}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
@@ -207,7 +207,7 @@ def finetune(args: argparse.Namespace) -> Outcome:
     callbacks: list[L.Callback] = [losses]
     if args.task == "callback":
         source = WeightsSource(weights_folder(args), strip_prefix=PREFIX, rename={"^": "body."}, exclude=r"^head\.")
-        mode = "assign" if args.accelerator == "cpu" else "copy"
+        mode: Literal["assign", "copy"] = "assign" if args.accelerator == "cpu" else "copy"
         callbacks.append(MemoryEfficientRestore(mode, weights_from=source))
     trainer = build_trainer(args, callbacks, args.steps)
     torch.zeros(1, device=trainer.strategy.root_device)  # Creates the device's context, which is not part of the cost.
@@ -216,14 +216,14 @@ def finetune(args: argparse.Namespace) -> Outcome:
             model = Finetuning(args.size)
         if args.task == "stock":
             load_stock(model.body, weights_folder(args))
-        trainer.fit(model, DataLoader(pieces_of_largest_files(), batch_size=NUM_CLASSES))
+        trainer.fit(model, DataLoader(pieces_of_largest_files(), batch_size=NUM_CLASSES))  # type: ignore[arg-type]
     cost = {figure: getattr(monitor.peaks, figure) for figure in FIGURES}
     return Outcome(weight_bytes(model), losses.values, digests(model.body), cost)
 
 
 def load_stock(body: GPT, folder: Path) -> None:
     """Load the shards one after the other with ``load_file`` of safetensors, which maps them."""
-    found = set()
+    found: set[Any] = set()
     for shard in sorted(folder.glob("*.safetensors")):
         state = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(shard).items()}
         body.load_state_dict(state, strict=False)
@@ -256,7 +256,7 @@ def build_trainer(args: argparse.Namespace, callbacks: list[L.Callback], max_ste
             deterministic=True,
         )
     # deterministic=True also makes torch fill the memory that it allocates. An ordinary run does not pay for this.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return trainer
 
 
@@ -370,7 +370,7 @@ def check_promises(
 
 def cost_table(unlimited: Mapping[str, Outcome], limited: Mapping[str, Outcome | None], limit_bytes: int | None) -> str:
     """Return a table with one line for each process. A column without any known figure is omitted."""
-    rows = [("", "limit", "ended", "seconds", "anonymous", "file-backed", "from disk", "GPU")]
+    rows: list[tuple[str, ...]] = [("", "limit", "ended", "seconds", "anonymous", "file-backed", "from disk", "GPU")]
     for outcomes, limit in ((unlimited, None), (limited, limit_bytes)):
         for way, outcome in outcomes.items():
             cells = [TASKS[way], "none" if limit is None else mib(limit)]

@@ -22,5 +22,5 @@ with MemoryMonitor(device) as monitor:
 
 mib = 1 << 20
 print(f"{path.stat().st_size / mib:.0f} MiB onto the {device} in {monitor.peaks.seconds:.2f} s")
-print(f"host memory rose by {monitor.peaks.anonymous_above_start_bytes / mib:.0f} MiB")
+print(f"host memory rose by {(monitor.peaks.anonymous_above_start_bytes or 0) / mib:.0f} MiB")
 path.unlink()

@@ -177,7 +177,7 @@ def build_trainer(args: argparse.Namespace, callbacks: list[L.Callback], max_ste
             enable_model_summary=False,
         )
     # deterministic=True also makes torch fill the memory that it allocates. An ordinary run does not pay for this.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return trainer
 
 
@@ -248,7 +248,7 @@ def digest(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Yield the key path and the digest of every tensor in ``value``, and the ``repr`` of every other value."""
     if isinstance(value, torch.Tensor):
         raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        yield key, f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(raw).hexdigest()}"
+        yield key, f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(raw).hexdigest()}"  # type: ignore[arg-type]
     elif isinstance(value, Mapping):
         for name, item in value.items():
             yield from digest(item, f"{key}[{name!r}]")

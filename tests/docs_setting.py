@@ -11,7 +11,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_memload
-from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO, WeightsSource, save_directory
+from lightning_memload import (
+    MemoryEfficientRestore,
+    StreamingCheckpointIO,
+    WeightsSource,
+    load_from_checkpoint,
+    load_weights,
+    meta_init,
+    save_directory,
+)
 
 __all__ = [
     "GPT",
@@ -24,6 +32,9 @@ __all__ = [
     "config",
     "data",
     "lightning_memload",
+    "load_from_checkpoint",
+    "load_weights",
+    "meta_init",
     "model",
     "trainer",
 ]
@@ -45,13 +56,16 @@ class GPT(nn.Module):
 
 
 class LitGPT(L.LightningModule):
-    def __init__(self, width: int = WIDTH) -> None:
+    def __init__(self, width: int = WIDTH, dropout: float = 0.1) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.gpt = GPT({"width": width})
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         return self.gpt(batch).square().mean()
+
+    def train_dataloader(self) -> DataLoader[torch.Tensor]:
+        return data
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters())
@@ -73,12 +87,13 @@ def fitted(module: L.LightningModule, path: str) -> L.Trainer:
     return trainer
 
 
-data = DataLoader(torch.randn(8, WIDTH), batch_size=4)
+data: DataLoader[torch.Tensor] = DataLoader(torch.randn(8, WIDTH), batch_size=4)  # type: ignore[arg-type]
 model = LitGPT()
 fitted(LitClassifier(), "classifier.ckpt")
 trainer = fitted(model, "last.ckpt")
 save_directory({"state_dict": model.state_dict()}, "checkpoint-directory")
 save_file(model.state_dict(), "pretrained.safetensors")
+save_file(model.gpt.state_dict(), "gpt.safetensors")
 # As a hub has them: other names, and no head.
 blocks = {f"transformer.h.{name}": value for name, value in model.gpt.blocks.state_dict().items()}
 save_directory(blocks, "gpt2", safetensors=True)

@@ -12,34 +12,12 @@ from pathlib import Path
 import pytest
 
 import lightning_memload
+from tests.floors import FLOORS
 from tests.fresh_process import FreshProcessError, run_fresh
 
 PACKAGE = "lightning_memload"
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# A room imports only from floors below its own, or from itself. The package's own __init__ is the roof: it may
-# name every room, and nothing below may import from it.
-FLOORS = {
-    "errors": 0,
-    "units": 0,
-    "collector": 0,
-    "bytes": 0,
-    "frames": 0,
-    "memory": 1,
-    "storage": 1,
-    "distributed": 1,
-    "checkpoint": 2,
-    "pickles": 3,
-    "transfer": 4,
-    "formats": 5,
-    "verify": 6,
-    "restore": 7,
-    "save": 7,
-    "report": 8,
-    "plugins": 9,
-    "cli": 9,
-    "__main__": 10,
-}
 # A format imports nothing of another one, but for archives of torch, which others hold inside.
 WINGS = "formats"
 WINGS_FOR_ALL = {"torch_zip"}
@@ -211,6 +189,46 @@ def measure_import(statement: str, *, num_runs: int) -> tuple[float, set[str]]:
         seconds = min(seconds, answer.result["seconds"])
         packages |= set(answer.result["lightning"])
     return seconds, packages
+
+
+TESTS = REPOSITORY / "tests"
+# In programs too that a test starts, which are texts.
+IMPORT_OF_A_TEST = re.compile(
+    r"\b(?:from|import)\s+tests\.(?:\w+\.)*test_\w+|\bfrom\s+tests[\w.]*\s+import\s.*\btest_\w+"
+)
+FUNCTION_OF_A_TEST = re.compile(r"[\"'](tests\.(?:\w+\.)*test_\w+):\w+[\"']")
+
+
+def imports_of_tests(text: str, module: str) -> list[str]:
+    """The places where a text imports from a test, or has another process call a function of another test."""
+    found = [match[0] for match in IMPORT_OF_A_TEST.finditer(text)]
+    return found + [match[0] for match in FUNCTION_OF_A_TEST.finditer(text) if match[1] != module]
+
+
+class TestTests:
+    def test_no_test_imports_from_a_test(self) -> None:
+        """What tests share lies in modules that are no tests, so a change to a test changes no other one."""
+        found = {relative(file): imports_of_tests(file.read_text(), module_name(file)) for file in TESTS.rglob("*.py")}
+        assert {file: lines for file, lines in found.items() if lines} == {}
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "from tests.room.{}_load import stream",
+            "import tests.{}_docs",
+            "from tests.room import files, {}_load",
+            "PROGRAM = 'from tests.room.{}_load import stream'",
+            "run_fresh('tests.room.{}_load:measure')",
+        ],
+    )
+    def test_an_import_from_a_test_is_caught(self, text: str) -> None:
+        assert len(imports_of_tests(text.format("test"), "tests.test_docs")) == 1
+
+    @pytest.mark.parametrize(
+        "text", ["from tests.formats.files import latest_of", "run_fresh('tests.{}_docs:measure')"]
+    )
+    def test_what_is_no_import_from_a_test_passes(self, text: str) -> None:
+        assert imports_of_tests(text.format("test"), "tests.test_docs") == []
 
 
 class TestImportCost:

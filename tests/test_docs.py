@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import doctest
 import importlib
 import importlib.util
 import json
@@ -19,7 +21,7 @@ import yaml
 import lightning_memload
 from lightning_memload import cli, errors
 from tests import versions
-from tests.test_architecture import FLOORS
+from tests.floors import FLOORS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -58,6 +60,26 @@ def relative(file: Path) -> str:
 def programs_of(file: Path) -> list[Block]:
     blocks = [block for block in blocks_of(file.read_text()) if block.language == "python"]
     return [block for block in blocks if block.above != PROGRAM and not block.above.startswith(COMPILED_ONLY)]
+
+
+def docstrings_of(file: Path) -> list[tuple[int, str]]:
+    """The docstrings of a source, each with the line that it begins in."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and ast.get_docstring(node):
+                found.append((first.lineno, str(first.value.value)))
+    return found
+
+
+def examples_of(file: Path) -> list[tuple[int, doctest.Example]]:
+    """The lines after ``>>>`` in the docstrings of a source, each with its line in the file."""
+    return [
+        (line + example.lineno, example)
+        for line, text in docstrings_of(file)
+        for example in doctest.DocTestParser().get_examples(text)
+    ]
 
 
 def targets() -> set[str]:
@@ -103,6 +125,7 @@ def run_pages(pages: dict[str, list[tuple[str, int, str]]], folder: Path) -> dic
 
 
 PAGES_WITH_PROGRAMS = [file for file in TEXTS if programs_of(file)]
+SOURCES_WITH_EXAMPLES = [file for file in sorted((ROOT / "lightning_memload").rglob("*.py")) if examples_of(file)]
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +135,11 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         relative(file): [setting, *((relative(file), block.line, block.text) for block in programs_of(file))]
         for file in PAGES_WITH_PROGRAMS
     }
+    for file in SOURCES_WITH_EXAMPLES:
+        pages[relative(file)] = [
+            setting,
+            *((relative(file), line, example.source) for line, example in examples_of(file)),
+        ]
     return run_pages(pages, tmp_path_factory.mktemp("pages"))
 
 
@@ -128,9 +156,28 @@ class TestBlocks:
             if block.language == "python":
                 compile("\n" * (block.line - 1) + block.text, relative(file), "exec", dont_inherit=True)
 
-    @pytest.mark.parametrize("file", PAGES_WITH_PROGRAMS, ids=relative)
+    @pytest.mark.parametrize("file", [*PAGES_WITH_PROGRAMS, *SOURCES_WITH_EXAMPLES], ids=relative)
     def test_programs_run(self, file: Path, failures: dict[str, str]) -> None:
         assert relative(file) not in failures, failures[relative(file)]
+
+    @pytest.mark.parametrize("file", SOURCES_WITH_EXAMPLES, ids=relative)
+    def test_examples_of_docstrings_promise_no_output(self, file: Path) -> None:
+        """They run as the programs of the pages do, and what they print is not compared."""
+        assert [(line, example.want) for line, example in examples_of(file) if example.want] == []
+
+    def test_examples_of_docstrings_are_found(self, tmp_path: Path) -> None:
+        lines = [
+            '    """One.',
+            "",
+            "    Example:",
+            '        >>> for a in "ab":',
+            "        ...     b = a",
+            "        >>> b",
+        ]
+        (tmp_path / "a.py").write_text("\n".join(["class A:", *lines, '    """', ""]))
+        found = [(line, example.source) for line, example in examples_of(tmp_path / "a.py")]
+        assert found == [(5, 'for a in "ab":\n    b = a\n'), (7, "b\n")]
+        assert {"meta.py", "load.py", "callback.py"} <= {file.name for file in SOURCES_WITH_EXAMPLES}
 
     @pytest.mark.parametrize("file", TEXTS, ids=relative)
     def test_yaml_names_what_exists(self, file: Path) -> None:
@@ -266,8 +313,7 @@ class TestAroundTheProject:
         workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
         commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
         assert {command.split()[1] for command in commands if command.startswith("make ")} >= {
-            "lint",
-            "typecheck",
+            "check",
             "test",
             "docs",
             "test-versions",

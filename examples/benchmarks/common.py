@@ -150,8 +150,8 @@ def digest_of(weights: dict[str, Any], optimizer_states: Sequence[dict[str, Any]
         words = flat[: flat.numel() // 4 * 4].view(torch.int32)
         value = 0
         for chunk in words.split(64 * MIB):
-            weights = torch.arange(1, 2 * chunk.numel(), 2, device=chunk.device)
-            value = value * 31 + int((chunk.long() * weights).sum())
+            factors = torch.arange(1, 2 * chunk.numel(), 2, device=chunk.device)
+            value = value * 31 + int((chunk.long() * factors).sum())
         total = (total * 1_000_003 + value + number) % (1 << 127)
     return f"{len(tensors)}:{total:032x}"
 

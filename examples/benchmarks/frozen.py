@@ -72,7 +72,7 @@ class AdaptedGPT(GPT):
         super().configure_model()
         self.requires_grad_(False)
         for block in self.blocks:
-            block.attention.query_key_value = LowRank(block.attention.query_key_value)
+            block.attention.query_key_value = LowRank(block.attention.query_key_value)  # type: ignore[arg-type, union-attr]
 
     def configure_optimizers(self) -> Any:
         """Return AdamW for the parameters that are trained."""
@@ -117,7 +117,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     saves, model = SaveAll(folder), AdaptedGPT(options.size)
     trainer = make_trainer(options, [saves], max_steps=options.saves, plugins=[WAYS[name][1]()])
-    trainer.fit(model, DataLoader(torch.randint(256, (64, NUM_TOKENS + 1)), batch_size=1))
+    trainer.fit(model, DataLoader(torch.randint(256, (64, NUM_TOKENS + 1)), batch_size=1))  # type: ignore[arg-type]
     checkpoints = sorted(folder.iterdir())
     loaded = StreamingCheckpointIO().load_checkpoint(checkpoints[-1], weights_only=False)
     right = digest_of(loaded["state_dict"], loaded["optimizer_states"], None) == digest(model, trainer.optimizers)

@@ -70,7 +70,7 @@ class Stack(L.LightningModule):
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         """Return a loss that depends on every layer, so that the optimizer has a state for each parameter."""
-        total: torch.Tensor = sum(layer(batch).square().mean() for layer in self.layers)  # type: ignore[assignment]
+        total: torch.Tensor = sum(layer(batch).square().mean() for layer in self.layers)
         return total
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
@@ -110,7 +110,7 @@ def make_trainer(callbacks: Sequence[L.Callback] = (), **options: Any) -> L.Trai
 
 def data() -> DataLoader[torch.Tensor]:
     """Return a data loader of one batch."""
-    return DataLoader(torch.ones(2, WIDTH), batch_size=2)
+    return DataLoader(torch.ones(2, WIDTH), batch_size=2)  # type: ignore[arg-type]
 
 
 def module_rows(number: int, folder: Path) -> Iterator[tuple[str, int, Work, Work]]:
@@ -129,8 +129,8 @@ def module_rows(number: int, folder: Path) -> Iterator[tuple[str, int, Work, Wor
             model = Stack(number, make)
             make_trainer(callbacks, max_steps=1).fit(model, data(), ckpt_path=path, weights_only=False)
 
-        yield f"`validate`, {kind}", number, validate, lambda v=validate: v(MemoryEfficientRestore(log=False))
-        yield f"`fit`, {kind}, AdamW", number, fit, lambda f=fit: f(MemoryEfficientRestore(log=False))
+        yield f"`validate`, {kind}", number, validate, lambda v=validate: v(MemoryEfficientRestore(log=False))  # type: ignore[misc]
+        yield f"`fit`, {kind}, AdamW", number, fit, lambda f=fit: f(MemoryEfficientRestore(log=False))  # type: ignore[misc]
 
 
 def tensor_rows(number: int, folder: Path) -> Iterator[tuple[str, int, Work, Work]]:
@@ -141,8 +141,9 @@ def tensor_rows(number: int, folder: Path) -> Iterator[tuple[str, int, Work, Wor
     torch.save(state, path)
     save_file(state, tensors)
 
-    def read() -> object:
-        return torch.load(path)
+    def read() -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = torch.load(path)
+        return state
 
     def inspect() -> None:
         with contextlib.redirect_stdout(io.StringIO()):

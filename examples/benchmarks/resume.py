@@ -44,7 +44,8 @@ from streaming import pinned_copy, stream
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from gpt import GPT, SIZES
+from gpt import GPT
+from gpt import SIZES as SIZES  # other benchmarks import it from here
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from lightning_memload import MemoryEfficientRestore, meta_init
@@ -217,7 +218,7 @@ def make_trainer(options: argparse.Namespace, callbacks: list[L.Callback], **arg
 
 def batches() -> DataLoader[Any]:
     """Return a little data. The values do not matter."""
-    return DataLoader(torch.zeros(64, 17, dtype=torch.int64), batch_size=1)
+    return DataLoader(torch.zeros(64, 17, dtype=torch.int64), batch_size=1)  # type: ignore[arg-type]
 
 
 # The machine's own limits ---------------------------------------------------------------------------------------------

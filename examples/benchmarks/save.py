@@ -284,7 +284,7 @@ def memory(monitor: MemoryMonitor) -> dict[str, Any]:
 def ceilings(options: argparse.Namespace) -> dict[str, float]:
     """Return the measured limits of this machine, in GB/s."""
     data = torch.randint(0, 256, (GIB,), dtype=torch.uint8)
-    view = memoryview(data.numpy())
+    view = memoryview(data.numpy())  # type: ignore[arg-type]
     blocks = [view[start : start + MIB] for start in range(0, GIB, MIB)]
     found = {
         "one core's zlib": rate(lambda: zlib.crc32(view)),
@@ -319,7 +319,7 @@ def copy(source: torch.Tensor, target: torch.Tensor, count: int) -> None:
     torch.cuda.synchronize()
 
 
-def rate(work: Callable[[], None]) -> float:
+def rate(work: Callable[[], object]) -> float:
     """Return the speed of work on one GiB in GB/s, the best of three."""
     return GIB / min(time_of(work) for _ in range(3)) / 1e9
 
@@ -363,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trainer = make_trainer(
         options, [restore, saves, saves.saver], max_epochs=-1, max_steps=1 + len(saves.names), enable_checkpointing=True
     )
-    trainer.fit(GPT(options.size), DataLoader(torch.randint(256, (64, NUM_TOKENS + 1)), batch_size=1))
+    trainer.fit(GPT(options.size), DataLoader(torch.randint(256, (64, NUM_TOKENS + 1)), batch_size=1))  # type: ignore[arg-type]
     print(table(report))
     return 0 if report["right"] else 1
 

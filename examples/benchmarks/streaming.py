@@ -18,7 +18,7 @@ import contextlib
 import json
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,13 +131,13 @@ def stream(path: Path, layout: RingLayout, verify: bool, device: str = "cuda") -
 
 
 @contextlib.contextmanager
-def timed() -> Iterator[Counter[str]]:
+def timed() -> Iterator[dict[str, float]]:
     """Time the calls of the engine's threads within the block.
 
-    Yields a counter. After the block it contains the seconds of each share, added over all threads, and the seconds of
+    Yields a dict. After the block it contains the seconds of each share, added over all threads, and the seconds of
     the whole transfer as ``"whole"``.
     """
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     taken: list[tuple[str, float]] = []  # A list, because several threads append to it, and append is atomic.
 
     def take(name: str, function: Function) -> Function:

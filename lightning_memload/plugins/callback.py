@@ -96,7 +96,7 @@ class MemoryEfficientRestore(Callback):
         TypeError: ``safe_globals`` is not a list of classes or names, or an argument is not a number.
 
     Example:
-        >>> trainer = L.Trainer(callbacks=[MemoryEfficientRestore()])
+        >>> trainer = L.Trainer(max_epochs=10, callbacks=[MemoryEfficientRestore()])
         >>> trainer.fit(model, ckpt_path="last.ckpt")
     """
 

@@ -86,7 +86,7 @@ def load_from_checkpoint(
 
     Example:
         >>> model = load_from_checkpoint(LitGPT, "last.ckpt", device="cuda", dropout=0.0)
-        >>> model = load_from_checkpoint(LitGPT, "last.ckpt", {"device": "cuda"}, mode="an argument of LitGPT")
+        >>> model = load_from_checkpoint(LitClassifier, "classifier.ckpt", {"device": "cuda"}, mode="embed")
     """
     _require_lightning_module(cls)
     return _load(cls, path, options, arguments)

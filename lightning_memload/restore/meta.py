@@ -73,7 +73,7 @@ class meta_init:
 
     Example:
         >>> with meta_init():
-        ...     model = LitGPT(config)
+        ...     model = LitGPT()
         >>> trainer.fit(model, ckpt_path="last.ckpt")
     """
 

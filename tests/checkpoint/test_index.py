@@ -35,11 +35,6 @@ from tests.fresh_process import run_fresh
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "checkpoint.pt"
-
-
 def assert_describes(index: Checkpoint, path: Path, saved: Any) -> None:
     """Names, dtypes, sizes as in ``saved``; and what the file holds in the ranges are the values."""
     expected = dict(tensors_of(saved))
@@ -96,7 +91,7 @@ def test_nested_containers_and_order(path: Path) -> None:
 def test_tensors_within_other_objects_are_found(path: Path) -> None:
     torch.manual_seed(0)
     marked = torch.arange(7.0)
-    marked.note = "a tensor with an attribute"  # type: ignore[attr-defined]
+    marked.note = "a tensor with an attribute"
     sparse = torch.eye(4).to_sparse()
     saved = {"user": Settings(), "module": torch.nn.Linear(3, 2), "sparse": sparse, "set": {1, 2}, "marked": marked}
     torch.save(saved, path)

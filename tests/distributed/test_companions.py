@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore
 
 from lightning_memload.distributed import Companions, LostCompanion, companions
-
-
-def in_ranks(work: Callable[[int], Any], ranks: list[int]) -> list[Any]:
-    """Calls a function in a thread for each rank at once; what one raises is its result."""
-
-    def attempt(rank: int) -> Any:
-        try:
-            return work(rank)
-        except Exception as error:
-            return error
-
-    with ThreadPoolExecutor(len(ranks)) as pool:
-        return list(pool.map(attempt, ranks))
+from tests.distributed.ranks import in_ranks
 
 
 def met(store: Any, world_size: int, agreeing: list[bool | None]) -> dict[int, Companions]:
@@ -45,7 +31,8 @@ def store() -> Any:
 
 def test_exchange_is_among_those_that_announced_themselves(store: Any) -> None:
     """A rank without the callback is not waited for, whichever it is."""
-    for agreeing in ([True, True, True], [None, True, False], [False, None, None], [True, True, None]):
+    cases: list[list[bool | None]] = [[True, True, True], [None, True, False], [False, None, None], [True, True, None]]
+    for agreeing in cases:
         ranks = met(store, 3, agreeing)
         told = in_ranks(lambda rank, ranks=ranks: ranks[rank].exchange({"rank": rank}), list(ranks))  # type: ignore[misc]
         assert told == [{rank: {"rank": rank} for rank in ranks}] * len(ranks)

@@ -6,13 +6,14 @@ import threading
 
 import pytest
 import torch.distributed
+from torch.distributed import HashStore
 
 from lightning_memload.distributed import Writer, writer
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> torch.distributed.HashStore:
-    store = torch.distributed.HashStore()
+def store(monkeypatch: pytest.MonkeyPatch) -> HashStore:
+    store = HashStore()
     monkeypatch.setattr(writer, "_store", lambda: store)
     return store
 
@@ -80,7 +81,7 @@ def test_the_store_of_torch_is_found() -> None:
     """Its name is not public: this fails when torch gives it another one, and saves are then never late."""
     if torch.distributed.is_initialized():
         pytest.skip("something else has made a process group")
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         assert writer._store() is not None
     finally:

@@ -240,4 +240,4 @@ def cycle_in_one_process(folder: str, num_cycles: int, format: str = "torch") ->
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_cycles(sys.argv[1], int(sys.argv[2]), **dict(zip(["format"], sys.argv[3:], strict=False)))))
+    print(json.dumps(run_cycles(sys.argv[1], int(sys.argv[2]), **dict(zip(["format"], sys.argv[3:], strict=False)))))  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from lightning_memload.checkpoint import Checkpoint
 from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
 from lightning_memload.formats import load_mapped, open_checkpoint
 from tests.formats.files import save_bytes, storage_pickle, tensor_pickle, write_zip
+from tests.formats.growth import assert_indexed_in_linear_time
 from tests.fresh_process import run_fresh
 
 FLOAT = tensor_pickle(storage_pickle())
@@ -22,11 +23,6 @@ def small() -> bytes:
     return save_bytes(
         {"state_dict": {"weight": tied, "tied": tied[2:5], "bias": torch.ones(3, dtype=torch.int16)}, "epoch": 1}
     )
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "checkpoint.pt"
 
 
 def without_path(index: Checkpoint) -> object:
@@ -56,6 +52,7 @@ class TestTruncation:
 
 
 class TestFlips:
+    @pytest.mark.slow
     def test_every_byte(self, path: Path, small: bytes) -> None:
         path.write_bytes(small)
         whole = open_checkpoint(path)
@@ -77,6 +74,7 @@ class TestFlips:
                     assert [s.nbytes for s in index.storages] == [s.nbytes for s in whole.storages]
         assert refused > len(small) // 10  # the pickle and the directory
 
+    @pytest.mark.slow
     def test_every_byte_of_a_pickle_without_checksum(self, path: Path) -> None:
         """The worst that a pickle can hold: then only the unpickler stands between it and the caller."""
         pickled = (
@@ -266,20 +264,9 @@ for path in sorted(pathlib.Path(ARGS["folder"]).iterdir()):
 
 
 def test_fifty_thousand_tensors_are_indexed_in_linear_time(tmp_path: Path) -> None:
-    program = """
-import time, torch
-from lightning_memload.formats import open_checkpoint
-from lightning_memload.memory.host import read_status
-RESULT = []
-for count in (5_000, 50_000):
-    path = ARGS["folder"] + f"/{count}.pt"
+    write = """
+import torch
+def write(path, count):
     torch.save({"state": {number: torch.tensor(float(number)) for number in range(count)}}, path)
-    open_checkpoint(path)
-    anonymous, start = read_status().anonymous_bytes, time.process_time()
-    index = open_checkpoint(path)
-    RESULT.append([time.process_time() - start, read_status().anonymous_bytes - anonymous, len(index)])
 """
-    (few_seconds, _, few), (many_seconds, many_bytes, many) = run_fresh(program, folder=tmp_path).result
-    assert (few, many) == (5_000, 50_000)
-    assert many_seconds < 40 * few_seconds  # ten times as many; a quadratic index needs a hundred times as long
-    assert many_bytes < 4096 * many
+    assert_indexed_in_linear_time(write, 50_000, tmp_path)

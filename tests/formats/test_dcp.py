@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import itertools
 import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from lightning_memload.checkpoint import ChunkedTensor, ChunkInfo, MappedCheckpoint, StorageInfo
@@ -29,80 +27,11 @@ from lightning_memload.formats.dcp.metadata import read_metadata
 from lightning_memload.restore import Move, RestoreSession
 from lightning_memload.storage import FileSet
 from lightning_memload.transfer import LazyRing, choose_layout
+from tests.formats.dcp_shards import Shards, change, chunks_of, cut, place_of, sharded, write_shards
 from tests.formats.files import ALL_DTYPES, Settings, as_bytes, layouts, of_dtype, save_dcp, tensors_of
 from tests.fresh_process import run_fresh
 
 # Directories as several ranks write them, by one process -------------------------------------------------------------
-
-Chunk = tuple[tuple[int, ...], torch.Tensor]
-
-
-def cut(tensor: torch.Tensor, *counts: int) -> list[Chunk]:
-    """The parts of a tensor that is sharded so many times in each dimension, the last ones smaller or empty."""
-    axes = []
-    for size, count in itertools.zip_longest(tensor.shape, counts, fillvalue=1):
-        step = -(-size // count)
-        axes.append([(start, min(step, size - start)) for start in range(0, size, step)] or [(0, 0)])
-    chunks = []
-    for corner in itertools.product(*axes):
-        index = tuple(slice(start, start + size) for start, size in corner)
-        chunks.append((tuple(start for start, _ in corner), tensor[index].clone()))
-    return chunks
-
-
-@dataclass
-class Shards:
-    """One tensor of a directory and its chunks."""
-
-    shape: Sequence[int]
-    chunks: list[Chunk]
-
-
-def write_shards(
-    path: Path,
-    items: dict[str, Shards | Any],
-    paths: dict[str, tuple[Any, ...]] | None = None,
-    edit: Callable[[torch_metadata.Metadata], None] | None = None,
-) -> Path:
-    """Writes what ranks would: chunk ``i`` of every tensor into the file of rank ``i``, others into that of rank 0.
-
-    ``edit`` changes the metadata before they are written.
-    """
-    path.mkdir(exist_ok=True)
-    files: dict[str, io.BytesIO] = {}
-    described: dict[str, Any] = {}
-    stored: dict[Any, Any] = {}
-
-    def put(rank: int, value: Any) -> _StorageInfo:
-        stream = files.setdefault(f"__{rank}_0.distcp", io.BytesIO())
-        start, saved = stream.tell(), io.BytesIO()
-        torch.save(value, saved)
-        stream.write(saved.getvalue())
-        return _StorageInfo(f"__{rank}_0.distcp", start, stream.tell() - start)
-
-    for name, item in items.items():
-        if not isinstance(item, Shards):
-            described[name] = torch_metadata.BytesStorageMetadata()
-            stored[torch_metadata.MetadataIndex(name)] = put(0, item)
-            continue
-        chunks = []
-        for rank, (starts, value) in enumerate(item.chunks):
-            chunks.append(torch_metadata.ChunkStorageMetadata(torch.Size(starts), value.shape))
-            stored[torch_metadata.MetadataIndex(name, starts, rank)] = put(rank, value)
-        described[name] = torch_metadata.TensorStorageMetadata(
-            torch_metadata.TensorProperties.create_from_tensor(item.chunks[0][1]), torch.Size(item.shape), chunks
-        )
-    metadata = torch_metadata.Metadata(described, paths or {name: (name,) for name in items}, stored)
-    if edit is not None:
-        edit(metadata)
-    for name, stream in files.items():
-        (path / name).write_bytes(stream.getvalue())
-    (path / ".metadata").write_bytes(pickle.dumps(metadata))
-    return path
-
-
-def sharded(tensor: torch.Tensor, *counts: int) -> Shards:
-    return Shards(tensor.shape, cut(tensor, *counts))
 
 
 def read_by_torch(path: Path) -> dict[str, Any]:
@@ -484,7 +413,7 @@ class TestChunkedTensor:
         tensor, values, _ = pair
         weight = torch.ones(6, 8, 2, requires_grad=True)
         (weight * tensor).sum().backward()
-        assert torch.equal(weight.grad, values)
+        assert torch.equal(weight.grad, values)  # type: ignore[arg-type]
 
     def test_state_dict_takes_it(self, several: Path) -> None:
         ours, _ = load_mapped(several)
@@ -587,7 +516,7 @@ def through_torch_save(tensor: torch.Tensor) -> torch.Tensor:
     stream = io.BytesIO()
     torch.save(tensor, stream)
     stream.seek(0)
-    return torch.load(stream, weights_only=True)  # type: ignore[no-any-return]
+    return torch.load(stream, weights_only=True)
 
 
 def fd_exists(descriptor: str) -> bool:
@@ -607,22 +536,6 @@ def counting_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 # Damage --------------------------------------------------------------------------------------------------------------
-
-
-def change(path: Path, edit: Callable[[torch_metadata.Metadata], None]) -> None:
-    """Edits the metadata of a directory."""
-    metadata = pickle.loads((path / ".metadata").read_bytes())
-    edit(metadata)
-    (path / ".metadata").write_bytes(pickle.dumps(metadata))
-
-
-def chunks_of(metadata: torch_metadata.Metadata, name: str) -> list[torch_metadata.ChunkStorageMetadata]:
-    return metadata.state_dict_metadata[name].chunks  # type: ignore[union-attr, return-value]
-
-
-def place_of(metadata: torch_metadata.Metadata, name: str, number: int = 0) -> _StorageInfo:
-    keys = [key for key in metadata.storage_data if key.fqn == name]
-    return metadata.storage_data[keys[number]]  # type: ignore[no-any-return]
 
 
 def _drop_chunk(metadata: Any) -> None:
@@ -819,7 +732,8 @@ class TestDamage:
         refused(tmp_path, "is a directory, but no checkpoint of a known format")
 
     def test_other_objects(self, tmp_path: Path) -> None:
-        for value in ({}, [], 3, torch.Size((1,)), torch_metadata.StorageMeta()):
+        values: tuple[object, ...] = ({}, [], 3, torch.Size((1,)), torch_metadata.StorageMeta())
+        for value in values:
             (tmp_path / ".metadata").write_bytes(pickle.dumps(value))
             refused(tmp_path, "where torch writes a Metadata")
 

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint import metadata as torch_metadata
 from lightning_memload import CheckpointWriteError, save_directory, verify_checkpoint
 from lightning_memload.formats.torch_zip.layout import directory, lay_out, local_header
 from lightning_memload.save import save_torch
+from tests.formats.dcp_shards import place_of, sharded, write_shards
 from tests.formats.files import write_zip
-from tests.formats.test_dcp import place_of, sharded, write_shards
 from tests.fresh_process import run_fresh
 
 MIB = 1 << 20

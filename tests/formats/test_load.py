@@ -31,11 +31,6 @@ from tests.fresh_process import run_fresh
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "checkpoint.pt"
-
-
 def assert_same_as_torch_load(path: Path, weights_only: bool | None = True) -> None:
     expected = torch.load(path, weights_only=weights_only)
     loaded, mapped = load_mapped(path, weights_only=weights_only)

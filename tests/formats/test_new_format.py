@@ -20,8 +20,7 @@ from lightning_memload.errors import CheckpointFormatError, ChecksumError
 from lightning_memload.formats import registry
 from lightning_memload.storage import FileMapping, FileSet, LocalFile
 from lightning_memload.transfer import choose_layout
-from tests.formats.files import as_bytes
-from tests.formats.test_conformance import (
+from tests.formats.conformance import (
     Case,
     Writer,
     check_index,
@@ -31,6 +30,7 @@ from tests.formats.test_conformance import (
     format_of,
     write_case,
 )
+from tests.formats.files import as_bytes
 from tests.plugins.harness import TinyModule, adamw, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
@@ -83,7 +83,7 @@ class Toy:
             values = torch.empty(0, dtype=info.dtype)
             if info.nbytes:
                 storage = mapping.storage(info.storage.offset, info.storage.nbytes)
-                values = values.set_(storage, 0, info.shape, info.stride)  # type: ignore[call-overload]
+                values = values.set_(storage, 0, info.shape, info.stride)
             state[info.name] = values.reshape(info.shape)
         return state, MappedCheckpoint(index, source, mapping)
 
@@ -128,7 +128,7 @@ def case(tmp_path: Path) -> Case:
 
 
 def test_the_checks_of_every_format(registered: Toy, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.formats.test_conformance.FORMATS", registry.FORMATS)
+    monkeypatch.setattr("tests.formats.conformance.FORMATS", registry.FORMATS)
     assert format_of(case) is registered
     check_recognition(registered, {"toy": case})
     check_index(registered, case)

@@ -26,6 +26,7 @@ from lightning_memload.formats.safetensors.reader import MAX_HEADER_BYTES, Safet
 from lightning_memload.storage.mapping import FileMapping
 from lightning_memload.verify import verify_checkpoint
 from tests.formats.files import as_bytes, from_file, of_dtype
+from tests.formats.growth import assert_indexed_in_linear_time
 from tests.fresh_process import run_fresh
 
 needs_mapping = pytest.mark.skipif(not FileMapping.supported, reason="mappings need Linux")
@@ -688,24 +689,12 @@ def test_the_other_byte_order(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_many_tensors_are_indexed_in_linear_time(tmp_path: Path) -> None:
-    program = """
-import json, struct, time
+    write = """
+import json, struct
 from pathlib import Path
-from lightning_memload.formats import open_checkpoint
-from lightning_memload.memory.host import read_status
-RESULT = []
-for count in (3_000, 30_000):
+def write(path, count):
     header = {f"t{n}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * n, 4 * n + 4]} for n in range(count)}
     text = json.dumps(header).encode()
-    path = Path(ARGS["folder"]) / f"{count}.safetensors"
-    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4 * count))
-    del header, text
-    open_checkpoint(path)
-    anonymous, start = read_status().anonymous_bytes, time.process_time()
-    index = open_checkpoint(path)
-    RESULT.append([time.process_time() - start, read_status().anonymous_bytes - anonymous, len(index)])
+    Path(path).write_bytes(struct.pack("<Q", len(text)) + text + bytes(4 * count))
 """
-    (few_seconds, _, few), (many_seconds, many_bytes, many) = run_fresh(program, folder=tmp_path).result
-    assert (few, many) == (3_000, 30_000)
-    assert many_seconds < 40 * few_seconds  # ten times as many; a quadratic index needs a hundred times as long
-    assert many_bytes < 4096 * many
+    assert_indexed_in_linear_time(write, 30_000, tmp_path)

@@ -22,8 +22,8 @@ from lightning_memload.errors import CheckpointFormatError, CheckpointReadError,
 from lightning_memload.formats import load_mapped, open_checkpoint
 from lightning_memload.formats.tensor_directory import reader as tensor_directory
 from lightning_memload.save import save_directory
-from lightning_memload.transfer import Record, StagingRing, TensorCopy, choose_layout, transfer
 from tests.formats.files import ALL_DTYPES, Settings, as_bytes, layouts, nested, of_dtype, tensors_of, write_zip
+from tests.formats.streaming import stream
 from tests.fresh_process import run_fresh
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -90,20 +90,6 @@ def ties(tensors: list[tuple[Any, torch.Tensor]]) -> list[tuple[Any, Any]]:
     return [(a, b) for a, x in storages for b, y in storages if x == y]
 
 
-def stream(index: Checkpoint, mapped: MappedCheckpoint, *, verify: bool = True) -> dict[str, torch.Tensor]:
-    """Every tensor, read by the engine, several threads at once."""
-    values = {tensor.name: torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in index}
-    copies = [TensorCopy(t.name, t.file_range[0], t.dtype, t.stride, values[t.name]) for t in index]
-    records = [Record(s.key, s.offset, s.nbytes, s.crc32) for s in index.storages if s.crc32 is not None]
-    layout = choose_layout(8 << 20, 4)
-    with StagingRing(layout, pinned=False) as ring:
-        transfer(
-            mapped.source, copies, lambda: ring, num_threads=4, block_bytes=layout.block_bytes,
-            records=records if verify else (),
-        )  # fmt: skip
-    return values
-
-
 class TestRoundTrip:
     def test_a_whole_checkpoint(self, path: Path, tmp_path: Path) -> None:
         saved = lightning_like()
@@ -138,7 +124,7 @@ class TestRoundTrip:
         assert loaded["module"].weight.note == "of a user"
         assert mapped.locate(loaded["module"].weight) is not None
         assert torch.equal(loaded["sparse"].to_dense(), torch.eye(3))
-        assert torch.equal(loaded["conjugate"], saved["conjugate"])
+        assert torch.equal(loaded["conjugate"], saved["conjugate"])  # type: ignore[arg-type]
         assert loaded["meta"].is_meta
         assert torch.equal(loaded["subclass"], torch.ones(4))
 
@@ -223,7 +209,7 @@ from pathlib import Path
 from lightning_memload.formats import load_mapped, open_checkpoint
 from lightning_memload.save import save_directory
 from tests.formats.files import as_bytes
-from tests.formats.test_tensor_directory import stream
+from tests.formats.streaming import stream
 torch.ones(1).sum()
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 saved = {number: torch.full((3 + number % 50,), float(number)) for number in range(1100)}

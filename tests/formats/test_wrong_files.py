@@ -265,7 +265,7 @@ class TestPlaces:
     def test_what_is_no_path(self, wrong: object) -> None:
         for call in (open_checkpoint, verify_checkpoint, lambda path: load_weights(nn.Linear(4, 4), path)):
             with pytest.raises(TypeError, match="A checkpoint is given by its path"):
-                call(wrong)  # type: ignore[operator]
+                call(wrong)  # type: ignore[arg-type]
         if isinstance(wrong, io.BytesIO):
             with pytest.raises(TypeError, match="save its content to a file"):
                 open_checkpoint(wrong)  # type: ignore[arg-type]

@@ -68,7 +68,7 @@ if __name__ == "__main__":
 def test_ranks_train_as_stock(tmp_path: Path) -> None:
     """Callback on all ranks or on one, ``meta_init``, a damaged file, a save at the end."""
     from tests.plugins.harness import Case, TinyModule, adamw, write_checkpoint
-    from tests.plugins.test_callback import flip_byte
+    from tests.plugins.restored import flip_byte
 
     path = write_checkpoint(Case(lambda: TinyModule(adamw)), tmp_path)
     (tmp_path / "damaged.ckpt").write_bytes(path.read_bytes())

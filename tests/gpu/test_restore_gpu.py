@@ -98,7 +98,7 @@ def _deterministic() -> Iterator[None]:
 
 
 def data() -> DataLoader[torch.Tensor]:
-    return DataLoader(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), batch_size=8)
+    return DataLoader(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), batch_size=8)  # type: ignore[arg-type]
 
 
 def make_trainer(tmp_path: Path, callbacks: list[L.Callback], **arguments: Any) -> L.Trainer:
@@ -222,7 +222,7 @@ def test_buffers_are_made_on_the_gpu() -> None:
     assert monitor.peaks.anonymous_above_start_bytes < 16 * MIB
     assert module.layer.weight.is_meta
     assert module.mask.is_cuda
-    assert torch.equal(module.mask.cpu(), torch.ones(4096, 4096).tril())
+    assert torch.equal(module.mask.cpu(), torch.ones(4096, 4096).tril())  # type: ignore[arg-type]
     follow_recipes(module)
     assert module.table.is_cuda
     assert torch.equal(module.table.cpu(), torch.arange(4096.0).view(64, 64))

@@ -176,7 +176,7 @@ def fit(folder: Path, plugins: list[Any], callbacks: list[Any], max_steps: int, 
         default_root_dir=folder,
     )
     module = Net()
-    data = DataLoader(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), batch_size=8)
+    data: Any = DataLoader(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), batch_size=8)  # type: ignore[arg-type]
     trainer.fit(module, data, **options)
     return trainer, module
 

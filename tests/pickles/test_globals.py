@@ -141,7 +141,7 @@ class TestIndex:
         torch.save({Mode.FAST: 1}, path)
         assert [item.place for item in open_checkpoint(path).globals] == ["(the whole object)"]
         tensor = torch.ones(2)
-        tensor.note = Settings()  # type: ignore[attr-defined]
+        tensor.note = Settings()
         torch.save({"a": tensor}, path)
         assert ("a.note", f"{__name__}.Settings") in [(i.place, i.name) for i in open_checkpoint(path).globals]
 

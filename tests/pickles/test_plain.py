@@ -138,7 +138,7 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 def state_dict_of(items: dict[str, Any]) -> OrderedDict[str, Any]:
     """A dict with the attribute that a module's state dict has."""
     state = OrderedDict(items)
-    state._metadata = OrderedDict(a={"version": 1})  # type: ignore[attr-defined]
+    state._metadata = OrderedDict(a={"version": 1})
     return state
 
 
@@ -157,6 +157,7 @@ OBJECTS = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(value=OBJECTS)
 def test_object_and_index_are_the_same_either_way(value: Any) -> None:

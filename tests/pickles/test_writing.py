@@ -26,13 +26,13 @@ class Attributed(torch.Tensor):
 
 def attributed() -> torch.Tensor:
     tensor = torch.arange(6.0).as_subclass(Attributed)
-    tensor.note = "kept"  # type: ignore[attr-defined]
+    tensor.note = "kept"
     return tensor
 
 
 def with_attribute() -> torch.Tensor:
     tensor = torch.arange(6.0)
-    tensor.note = [torch.ones(2)]  # type: ignore[attr-defined]
+    tensor.note = [torch.ones(2)]
     return tensor
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "Case",
     "Probe",
     "Recorded",
+    "StockResume",
     "TinyModule",
     "adamw",
     "assert_same",
@@ -42,6 +43,7 @@ __all__ = [
     "resume",
     "same_resume",
     "sgd",
+    "stock_resume",
     "write_checkpoint",
 ]
 
@@ -103,7 +105,7 @@ class TinyModule(Recorded):
         self.second = nn.Linear(10, FEATURES)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.second(self.drop(torch.tanh(self.first(inputs))))  # type: ignore[no-any-return]
+        return self.second(self.drop(torch.tanh(self.first(inputs))))
 
     def configure_optimizers(self) -> Any:
         return self.make_optimizer(self.parameters())
@@ -256,17 +258,53 @@ def resume(
     return module, probe
 
 
-def same_resume(
-    case: Case, folder: Path, *, mode: Any = "copy", meta: bool = False, last: bool = False
-) -> MemoryEfficientRestore:
-    """Asserts that a resume with the callback is bit for bit the stock one; returns the callback."""
+@dataclass(frozen=True)
+class StockResume:
+    """A checkpoint, and what stock Lightning makes of it.
+
+    Attributes:
+        path: The checkpoint.
+        losses: The losses of the next batches.
+        probe: What was restored, and what it was in the end.
+    """
+
+    path: Path
+    losses: list[torch.Tensor]
+    probe: Probe
+
+
+def stock_resume(case: Case, folder: Path) -> StockResume:
+    """Trains a little, saves, and resumes as stock does, which never sees meta: it could not resume such a module."""
     path = write_checkpoint(case, folder)
-    # Stock never sees meta: it could not resume such a module.
-    stock_module, stock = resume(case, path, folder, None)
+    module, probe = resume(case, path, folder, None)
+    return StockResume(path, module.losses, probe)
+
+
+def same_resume(
+    case: Case,
+    folder: Path,
+    *,
+    expected: StockResume | None = None,
+    mode: Any = "copy",
+    meta: bool = False,
+    last: bool = False,
+) -> MemoryEfficientRestore:
+    """Asserts that a resume with the callback is bit for bit the stock one; returns the callback.
+
+    Args:
+        case: What.
+        folder: For whatever the Trainers write.
+        expected: What stock makes of the case. ``None``: it is found out first.
+        mode: As in the callback.
+        meta: Build under ``meta_init``.
+        last: Put the callback last instead of first.
+    """
+    known = expected or stock_resume(case, folder)
+    stock = known.probe
     restore = MemoryEfficientRestore(mode=mode)
-    module, ours = resume(case, path, folder, restore, meta=meta, last=last)
+    module, ours = resume(case, known.path, folder, restore, meta=meta, last=last)
     assert_same(stock.restored, ours.restored, "restored")
-    assert_same(stock_module.losses, module.losses, "losses")
+    assert_same(known.losses, module.losses, "losses")
     assert ours.num_batches == stock.num_batches == (NEXT_LOSSES if case.trains else 0)
     assert_same(stock.ended, ours.ended, "ended")
     assert restore.report is not None
@@ -275,7 +313,7 @@ def same_resume(
 
 def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
     """The callbacks of a Trainer, which declares no such attribute."""
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+    return trainer.callbacks
 
 
 def contents(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:

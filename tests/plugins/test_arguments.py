@@ -53,12 +53,12 @@ def test_a_budget_that_is_no_number(value: Any, path: Path) -> None:
 
 
 def test_meta_init_without_parentheses() -> None:
-    @meta_init
+    @meta_init  # type: ignore[arg-type]
     def build(width: int) -> nn.Module:
         """Builds."""
         return nn.Linear(width, width)
 
-    module = build(3)
+    module = build(3)  # type: ignore[arg-type, var-annotated]
     assert all(parameter.is_meta for parameter in module.parameters())
     assert (build.__name__, build.__doc__) == ("build", "Builds.")
 

@@ -39,7 +39,7 @@ class Normalised(Recorded):
         self.outstanding: list[bool] = []
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.layers(inputs)  # type: ignore[no-any-return]
+        return self.layers(inputs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         pending = getattr(self.trainer.strategy.checkpoint_io, "_pending", None)
@@ -202,7 +202,7 @@ def test_two_optimizers_of_a_manual_module(tmp_path: Path) -> None:
             self.automatic_optimization = False
 
         def training_step(self, batch: Any, batch_idx: int) -> None:
-            for optimizer in self.optimizers():  # type: ignore[union-attr]
+            for optimizer in self.optimizers():
                 loss = super().training_step(batch, batch_idx)
                 optimizer.zero_grad()
                 self.manual_backward(loss)
@@ -271,7 +271,9 @@ NOT_LATE: dict[str, Any] = {
     "own call": lambda folder: {"saver": SaveOften(folder)},
     "plugin": lambda folder: {"plugins": [type("Own", (StreamingCheckpointIO,), SAVING)(asynchronous="until_step")]},
 }
-SAVING = {"save_checkpoint": lambda io, *args, **options: StreamingCheckpointIO.save_checkpoint(io, *args, **options)}
+SAVING: dict[str, Any] = {
+    "save_checkpoint": lambda io, *args, **options: StreamingCheckpointIO.save_checkpoint(io, *args, **options)
+}
 
 
 @pytest.mark.parametrize("why", NOT_LATE)
@@ -427,7 +429,7 @@ def test_an_error_surfaces_at_the_next_save_which_is_made(tmp_path: Path, monkey
     assert len(saver.states) == 1
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["0.ckpt", "1.ckpt"]
     assert torch.load(tmp_path / "1.ckpt", weights_only=False)["global_step"] == 2
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # a thread of an earlier test may end meanwhile
 
 
 def test_an_error_surfaces_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -642,10 +644,10 @@ def test_a_save_that_fails_stops_measuring(tmp_path: Path) -> None:
         threads = threading.active_count()
         with pytest.raises(CheckpointWriteError, match="Is a directory"):
             io.save_checkpoint({"a": 1}, tmp_path / "folder")
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads  # a thread of an earlier test may end meanwhile
         with pytest.raises(Exception, match=r"pickle|local object"):
             io.save_checkpoint({"a": lambda: None}, tmp_path / "file.ckpt")
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads  # a thread of an earlier test may end meanwhile
 
 
 def test_the_budget_of_the_callback_is_that_of_saves(tmp_path: Path) -> None:

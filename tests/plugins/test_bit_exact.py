@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -15,7 +16,17 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import tests.lightning as L
-from tests.plugins.harness import FEATURES, Case, Recorded, TinyModule, adamw, callbacks_of, same_resume
+from tests.plugins.harness import (
+    FEATURES,
+    Case,
+    Recorded,
+    StockResume,
+    TinyModule,
+    adamw,
+    callbacks_of,
+    same_resume,
+    stock_resume,
+)
 
 # Optimizers ---------------------------------------------------------------------------------------------------------
 
@@ -158,7 +169,7 @@ class Gan(Recorded):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         inputs, targets = batch
-        of_generator, of_critic = self.optimizers()  # type: ignore[attr-defined]
+        of_generator, of_critic = self.optimizers()
         loss = self.critic(targets).mean() - self.critic(self.generator(inputs).detach()).mean()
         of_critic.zero_grad()
         self.manual_backward(loss)
@@ -169,7 +180,7 @@ class Gan(Recorded):
             self.manual_backward(loss)
             of_generator.step()
         self.losses.append(loss.detach().clone())
-        for scheduler in self.lr_schedulers():  # type: ignore[union-attr]
+        for scheduler in self.lr_schedulers():
             scheduler.step()
 
     def configure_optimizers(self) -> Any:
@@ -204,7 +215,7 @@ class Wrapped(Recorded):
         self.net = make_net()
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.net(inputs)  # type: ignore[no-any-return]
+        return self.net(inputs)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01, eps=1e-4)
@@ -226,7 +237,7 @@ class Tied(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         for step in self.steps:
             inputs = step(inputs)
-        return self.decode(self.encode(inputs))  # type: ignore[no-any-return]
+        return self.decode(self.encode(inputs))
 
 
 class UntiedOnDisk(Tied):
@@ -262,7 +273,7 @@ class Buffers(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         self.get_buffer("count").add_(1)
-        return self.linear(inputs) * self.scale + self.mask  # type: ignore[no-any-return]
+        return self.linear(inputs) * self.scale + self.mask
 
 
 class Recurrent(nn.Module):
@@ -271,7 +282,7 @@ class Recurrent(nn.Module):
         self.layers = kind(FEATURES, FEATURES, num_layers=2, batch_first=True)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.layers(inputs.unsqueeze(1))[0].squeeze(1)  # type: ignore[no-any-return]
+        return self.layers(inputs.unsqueeze(1))[0].squeeze(1)
 
 
 class Images(nn.Module):
@@ -281,7 +292,7 @@ class Images(nn.Module):
         self.layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.layer(inputs.view(-1, 2, 3, 1)).mean((2, 3))  # type: ignore[no-any-return]
+        return self.layer(inputs.view(-1, 2, 3, 1)).mean((2, 3))
 
 
 class Renaming(nn.Linear):
@@ -355,8 +366,8 @@ class Frozen(TinyModule):
     def __init__(self) -> None:
         super().__init__()
         self.first.weight.requires_grad_(False)
-        self.second.bias.partition = ("model", 3)  # type: ignore[attr-defined]
-        self.second.bias.scale = torch.tensor([2.0])  # type: ignore[attr-defined]
+        self.second.bias.partition = ("model", 3)
+        self.second.bias.scale = torch.tensor([2.0])
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01)
@@ -368,7 +379,7 @@ class Configured(Recorded):
             self.net = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, FEATURES))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.net(inputs)  # type: ignore[no-any-return]
+        return self.net(inputs)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=0.01)
@@ -395,7 +406,7 @@ class Small(TinyModule):
         del self.second
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.old(torch.tanh(self.first(inputs)))  # type: ignore[no-any-return]
+        return self.old(torch.tanh(self.first(inputs)))
 
 
 class Migrating(TinyModule):
@@ -582,16 +593,27 @@ BUILT_ON_META = {name: case for name, case in CASES.items() if case.meta}
 NEVER_ASSIGNED = {"renaming", "in-place", "two-names", "other-dtype-on-disk", "64-true", "bf16-true-from-32"}
 
 
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], StockResume]:
+    """What stock makes of a case, found out once for all ways of ours."""
+
+    @functools.cache
+    def resumed(name: str) -> StockResume:
+        return stock_resume(CASES[name], tmp_path_factory.mktemp("stock"))
+
+    return resumed
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_copy_is_bit_exact(name: str, tmp_path: Path) -> None:
-    report = same_resume(CASES[name], tmp_path).report
+def test_copy_is_bit_exact(name: str, stock: Callable[[str], StockResume], tmp_path: Path) -> None:
+    report = same_resume(CASES[name], tmp_path, expected=stock(name)).report
     assert report is not None
     assert report.mode == "copy"
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_assign_is_bit_exact(name: str, tmp_path: Path) -> None:
-    report = same_resume(CASES[name], tmp_path, mode="assign").report
+def test_assign_is_bit_exact(name: str, stock: Callable[[str], StockResume], tmp_path: Path) -> None:
+    report = same_resume(CASES[name], tmp_path, expected=stock(name), mode="assign").report
     assert report is not None
     assert report.mode == ("copy" if name in NEVER_ASSIGNED else "assign")
     assert (report.bytes_assigned > 0) is (report.mode == "assign")
@@ -601,13 +623,15 @@ def test_assign_is_bit_exact(name: str, tmp_path: Path) -> None:
 # What shares memory is built in memory; averages are copies that move before anything is restored.
 @pytest.mark.filterwarnings("ignore:meta_init built:UserWarning")
 @pytest.mark.filterwarnings("ignore:A parameter that was built under meta_init is used:UserWarning")
-def test_module_built_on_meta_is_bit_exact(name: str, tmp_path: Path) -> None:
-    same_resume(CASES[name], tmp_path, meta=True)
+def test_module_built_on_meta_is_bit_exact(name: str, stock: Callable[[str], StockResume], tmp_path: Path) -> None:
+    same_resume(CASES[name], tmp_path, expected=stock(name), meta=True)
 
 
 @pytest.mark.parametrize("name", [name for name in ("adamw", "weight-averaging", "keeping") if name in CASES])
-def test_place_among_the_callbacks_does_not_matter(name: str, tmp_path: Path) -> None:
-    same_resume(CASES[name], tmp_path, last=True)
+def test_place_among_the_callbacks_does_not_matter(
+    name: str, stock: Callable[[str], StockResume], tmp_path: Path
+) -> None:
+    same_resume(CASES[name], tmp_path, expected=stock(name), last=True)
 
 
 def test_comparison_can_fail(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import pytest
 import torch
 from tests.lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from tests.lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import tests.lightning as L
@@ -30,9 +29,9 @@ from lightning_memload import (
     open_checkpoint,
 )
 from lightning_memload.plugins import seams
-from lightning_memload.restore.recipes import WaitingParameter, fill_before_load
 from tests.fresh_process import run_fresh
 from tests.plugins.harness import FEATURES, TRUSTED, Case, TinyModule, adamw, make_trainer, resume, write_checkpoint
+from tests.plugins.restored import assert_clean, flip_byte
 
 
 class Evaluated(TinyModule):
@@ -100,22 +99,6 @@ def test_does_nothing_without_checkpoint(
     assert "Restored" not in caplog.text
     assert not [name for row in rows_of(logger) for name in row if name.startswith("memload")]
     assert_clean(trainer, module)
-
-
-def assert_clean(trainer: L.Trainer, module: nn.Module) -> None:
-    """No hook and no guard of ours is left."""
-    for part in module.modules():
-        hooks = [getattr(hook, "hook", hook) for hook in part._load_state_dict_pre_hooks.values()]
-        # What got no values still waits for them.
-        waits = any(type(parameter) is WaitingParameter for parameter in part.parameters(recurse=False))
-        assert hooks == ([fill_before_load] if waits else [])
-        assert not part._load_state_dict_post_hooks
-    assert not {"to", "cpu", "load_state_dict"} & module.__dict__.keys()
-    assert "model_to_device" not in trainer.strategy.__dict__
-    for optimizer in trainer.optimizers:
-        assert not optimizer._optimizer_load_state_dict_pre_hooks
-    io = trainer.strategy.checkpoint_io
-    assert not getattr(io, "_observers", [])
 
 
 def test_leaves_nothing_after_fit(tmp_path: Path, path: Path) -> None:
@@ -271,7 +254,7 @@ def test_second_checkpoint_in_a_hook(tmp_path: Path, path: Path) -> None:
     stock, _ = resume(case, path, tmp_path, None)
     restore = MemoryEfficientRestore()
     ours, _ = resume(case, path, tmp_path, restore)
-    assert [loss.item() for loss in ours.losses] == [loss.item() for loss in stock.losses]  # type: ignore[union-attr]
+    assert [loss.item() for loss in ours.losses] == [loss.item() for loss in stock.losses]
     assert restore.report is not None
     assert [phase.name for phase in restore.report.phases] == ["open", "weights", "optimizers"]
     assert restore.report.path == str(path)
@@ -341,7 +324,7 @@ def _slow_bar(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     from lightning_memload.plugins import progress
 
     bars: list[Any] = []
-    real = progress.tqdm  # type: ignore[attr-defined]
+    real = progress.tqdm
 
     def tqdm(**kwargs: Any) -> Any:
         bars.append(real(**{**kwargs, "delay": 0, "mininterval": 0}))
@@ -416,14 +399,6 @@ def test_assign_never_writes_to_the_file(tmp_path: Path, path: Path) -> None:
     on_disk = torch.load(path, weights_only=False)["state_dict"]
     assert any(not torch.equal(value, on_disk[name]) for name, value in module.state_dict().items())
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before
-
-
-def flip_byte(path: Path, name: str) -> None:
-    """Changes one byte of a tensor, far from everything that the archive itself needs."""
-    (tensor,) = [tensor for tensor in open_checkpoint(path) if tensor.name == name]
-    data = bytearray(path.read_bytes())
-    data[tensor.storage.offset + 1] ^= 0x10
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("name", ["state_dict.second.weight", "optimizer_states[0].state[3].exp_avg_sq"])

@@ -23,8 +23,8 @@ from lightning_memload import (
     save_directory,
 )
 from tests.plugins.harness import TRUSTED, Case, TinyModule, adamw, make_trainer, write_checkpoint
-from tests.plugins.test_callback import assert_clean, flip_byte
-from tests.plugins.test_distributed import ranks
+from tests.plugins.restored import assert_clean, flip_byte
+from tests.plugins.two_ranks import ranks
 
 
 def truncate(path: Path) -> None:

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore
 
 from lightning_memload.distributed import Companions
 from lightning_memload.errors import CheckpointFormatError, ChecksumError, MemloadError
 from lightning_memload.plugins import damaged
 from lightning_memload.plugins.damaged import choose_intact, name_intact_sibling
 from lightning_memload.verify import Siblings
-from tests.distributed.test_companions import in_ranks
-from tests.plugins.test_callback import flip_byte
+from tests.distributed.ranks import in_ranks
+from tests.plugins.restored import flip_byte
 
 NAMES = ("last.ckpt", "step=5.ckpt", "step=3.ckpt")
 
@@ -185,7 +185,7 @@ def test_ignored_where_not_every_rank_takes_part(agreeing: tuple[bool | None, ..
 
 def test_a_rank_that_fails_ends_the_choice_of_the_others(folder: Path) -> None:
     ranks = Ranks()
-    ranks.companions[0].leave()  # type: ignore[union-attr]
+    ranks.companions[0].leave()
     with pytest.raises(MemloadError, match=r"cannot choose a checkpoint to restore .* since rank 0 failed"):
         choose_intact(str(folder / "node1/last.ckpt"), ranks.trainers[1], ranks.companions[1])
 

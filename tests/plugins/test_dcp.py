@@ -25,7 +25,8 @@ from lightning_memload.restore import OptimizerRestore, RestoreSession
 from lightning_memload.transfer import LazyRing, choose_layout
 from tests.formats.files import save_dcp
 from tests.fresh_process import run_program
-from tests.plugins.harness import FEATURES, TRUSTED, Case, TinyModule, assert_same, make_trainer, resume
+from tests.plugins.harness import FEATURES, TRUSTED, Case, assert_same, make_trainer, resume
+from tests.plugins.modules import Sharded
 
 # Two processes: FSDP2 under ModelParallelStrategy, whose state is then saved once more as a whole, and once more in
 # Lightning's layout for FSDP with every matrix cut along its columns, as tensor parallelism does.
@@ -43,7 +44,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.plugins.harness import make_trainer
-from tests.plugins.test_dcp import Sharded
+from tests.plugins.modules import Sharded
 
 
 class Distributed(Sharded):
@@ -103,34 +104,6 @@ if __name__ == "__main__":
     )
     trainer.fit(Distributed())
 """
-
-
-class Sharded(TinyModule):
-    """Two groups in another order than the module's, a schedule, and a buffer that every process has whole."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("seen", torch.zeros(3))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.seen += 1
-        return super().training_step(batch, batch_idx)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.losses.append(self.loss(*batch))
-
-    def val_dataloader(self) -> Any:
-        return self.train_dataloader()
-
-    def groups(self) -> list[dict[str, Any]]:
-        return [{"params": self.second.parameters()}, {"params": self.first.parameters(), "lr": 0.02}]
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.groups(), lr=0.01)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["average"] = torch.arange(5.0)
 
 
 @pytest.fixture(scope="module")

@@ -18,16 +18,15 @@ import torch
 from tests.lightning.pytorch.callbacks import ModelCheckpoint
 from tests.lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from lightning_memload import CheckpointWriteError, MemoryEfficientRestore, StreamingCheckpointIO, verify_checkpoint
-from lightning_memload.formats import load_mapped
+from lightning_memload import CheckpointWriteError, MemoryEfficientRestore, verify_checkpoint
 from lightning_memload.plugins.checkpoint_io import SaveFormat
 from lightning_memload.save import saving
 from tests.fresh_process import run_fresh
 from tests.plugins.harness import TRUSTED, WRAPS, Recorded, adamw, make_trainer
+from tests.plugins.numbered_saves import MIB, make_io, number_of, state
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="file systems are mounted as on Linux")
 
-MIB = 1 << 20
 DISK_BYTES = 8 * MIB
 FORMATS = get_args(SaveFormat)
 WAYS = ["at once", "asynchronous", *(["wrapped"] if WRAPS else [])]
@@ -50,24 +49,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def make_io(format: Any, way: str) -> Any:
-    io = StreamingCheckpointIO(format=format, asynchronous=way == "asynchronous")
-    return AsyncCheckpointIO(io) if way == "wrapped" else io
-
-
-def state(number: int, num_mib: int, num_tensors: int = 2) -> dict[str, Any]:
-    numel = num_mib * MIB // num_tensors // 8
-    return {"number": number, "state_dict": {str(key): torch.full((numel,), number) for key in range(num_tensors)}}
-
-
-def number_of(path: Path) -> int:
-    """Which state it is, all of which must be there."""
-    assert not verify_checkpoint(path).is_damaged
-    loaded, _ = load_mapped(path, weights_only=True)
-    assert all((value == loaded["number"]).all() for value in loaded["state_dict"].values())
-    return int(loaded["number"])
-
-
 def failing_save(io: Any, checkpoint: Any, path: Path) -> CheckpointWriteError:
     def save() -> None:
         io.save_checkpoint(checkpoint, path)
@@ -80,6 +61,8 @@ def failing_save(io: Any, checkpoint: Any, path: Path) -> CheckpointWriteError:
     return caught.value
 
 
+# What asks first is the plan, before the way of the save is chosen.
+@pytest.mark.axes("way", "asks")
 @pytest.mark.parametrize("asks", [True, False], ids=["asks first", "fills up meanwhile"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("format", FORMATS)
@@ -147,7 +130,7 @@ class Large(Recorded):
         self.table = torch.nn.Parameter(torch.zeros(MIB // 8))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.layer(inputs) + self.table[0]  # type: ignore[no-any-return]
+        return self.layer(inputs) + self.table[0]
 
     def configure_optimizers(self) -> Any:
         return adamw(self.parameters())
@@ -175,7 +158,7 @@ def test_a_run_that_fills_the_disk(format: Any, asynchronous: bool, disk: Path, 
 UNPRIVILEGED = """
 import json, os, pathlib, shutil, tempfile, traceback
 import torch
-from tests.plugins.test_disks import make_io, number_of, state
+from tests.plugins.numbered_saves import make_io, number_of, state
 from lightning_memload import CheckpointWriteError
 torch.set_num_threads(1)  # threads of torch do not survive a fork
 RESULT = {}

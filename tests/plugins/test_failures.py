@@ -28,7 +28,8 @@ from lightning_memload import (
 )
 from lightning_memload.transfer import LazyRing
 from tests.plugins.harness import FEATURES, TRUSTED, Case, TinyModule, adamw, make_trainer, write_checkpoint
-from tests.plugins.test_callback import assert_clean, flip_byte
+from tests.plugins.modules import WithBuffer
+from tests.plugins.restored import assert_clean, flip_byte
 
 
 @pytest.fixture
@@ -266,12 +267,6 @@ def test_data_on_meta_without_checkpoint(tmp_path: Path) -> None:
     make_trainer(tmp_path, [MemoryEfficientRestore()], max_steps=0).fit(module)
     expected = torch.load(tmp_path / "pretrained.pt", weights_only=True)
     assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
-
-
-class WithBuffer(TinyModule):
-    def __init__(self) -> None:
-        super().__init__(adamw)
-        self.register_buffer("secret", torch.ones(3), persistent=False)
 
 
 def test_buffer_on_meta_that_no_file_holds(tmp_path: Path) -> None:

@@ -140,6 +140,6 @@ class TestArgumentsWithTheNamesOfOptions:
     def test_unknown_options(self, tmp_path: Path) -> None:
         path = self.save(Named(), tmp_path)
         with pytest.raises(TypeError, match=r"has no option devise, only device, mode"):
-            load_from_checkpoint(Named, path, {"devise": "cpu"})
+            load_from_checkpoint(Named, path, {"devise": "cpu"})  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"Named\.__init__\(\) have no argument check_fit\."):
             load_from_checkpoint(Named, path, {}, check_fit=True)

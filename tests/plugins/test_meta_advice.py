@@ -15,6 +15,7 @@ from torch import nn
 import tests.lightning as L
 from lightning_memload import MemoryEfficientRestore, MetaTensorError, load_weights, meta_init
 from tests.plugins.harness import TRUSTED, Case, TinyModule, adamw, make_trainer, write_checkpoint
+from tests.plugins.modules import WithBuffer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -25,14 +26,6 @@ class WithParameter(TinyModule):
     def __init__(self) -> None:
         super().__init__(adamw)
         self.scale = nn.Parameter(torch.full((3,), 2.0))
-
-
-class WithBuffer(TinyModule):
-    """Has a buffer that no checkpoint holds."""
-
-    def __init__(self) -> None:
-        super().__init__(adamw)
-        self.register_buffer("secret", torch.ones(3), persistent=False)
 
 
 class Copying(nn.Linear):

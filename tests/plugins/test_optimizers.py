@@ -71,8 +71,8 @@ class Averaged(torch.optim.Optimizer):
         self.inner, self.defaults = inner, inner.defaults
         self.averages: dict[int, torch.Tensor] = {}
 
-    param_groups = property(lambda self: self.inner.param_groups, lambda self, value: None)  # type: ignore[assignment]
-    state = property(lambda self: self.inner.state)  # type: ignore[assignment]
+    param_groups = property(lambda self: self.inner.param_groups, lambda self, value: None)
+    state = property(lambda self: self.inner.state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none)

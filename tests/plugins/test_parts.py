@@ -202,16 +202,16 @@ class TestRestore:
                 seen_by_hook.append(dict(checkpoint["state_dict"]))
 
         class Dropping(Hooked):
-            strict_loading = False  # type: ignore[assignment]
+            strict_loading = False
 
-            def state_dict(self) -> Any:  # type: ignore[override]
+            def state_dict(self) -> Any:
                 return {name: value for name, value in super().state_dict().items() if name.startswith("second")}
 
         class Renaming(Hooked):
-            def state_dict(self) -> Any:  # type: ignore[override]
+            def state_dict(self) -> Any:
                 return {f"net.{name}": value for name, value in super().state_dict().items()}
 
-            def load_state_dict(self, state_dict: Any, strict: bool = True) -> Any:  # type: ignore[override]
+            def load_state_dict(self, state_dict: Any, strict: bool = True) -> Any:
                 return super().load_state_dict({name[4:]: value for name, value in state_dict.items()}, strict)
 
         class Editing(Hooked):
@@ -496,7 +496,7 @@ class Configured(L.LightningModule):
         return self.last(self.layers(torch.ones(2, self.hparams["width"]))).mean()  # type: ignore[misc]
 
     def train_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader(torch.ones(4, 1))
+        return torch.utils.data.DataLoader(torch.ones(4, 1))  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters())

@@ -33,33 +33,15 @@ from tests.plugins.harness import (
     make_trainer,
     write_checkpoint,
 )
-from tests.storage.test_lease import watches_end
-from tests.storage.test_mapping import traces
+from tests.plugins.modules import Evaluated, values
+from tests.storage.watching import traces, watches_end
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mappings and leases need Linux")
-
-
-class Evaluated(TinyModule):
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("loss", self.loss(*batch))
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("loss", self.loss(*batch))
-
-    def val_dataloader(self) -> Any:
-        return self.train_dataloader()
-
-    def test_dataloader(self) -> Any:
-        return self.train_dataloader()
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return write_checkpoint(Case(lambda: Evaluated(adamw)), tmp_path)
-
-
-def values(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return dict(module.state_dict())
 
 
 def weights_in(path: Path) -> dict[str, torch.Tensor]:
@@ -329,8 +311,9 @@ tempfile.tempdir = ARGS["temporary"]
 import torch, lightning as L
 from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO, meta_init
 from tests.plugins.harness import TRUSTED, assert_same, make_trainer
-from tests.plugins.test_rewritten_files import Evaluated, adamw, values
-from tests.storage.test_lease import join_watches
+from tests.plugins.harness import adamw
+from tests.plugins.modules import Evaluated, values
+from tests.storage.watching import join_watches
 from pathlib import Path
 path, folder = ARGS["path"], Path(ARGS["temporary"])
 class Other(Evaluated):

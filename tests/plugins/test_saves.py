@@ -75,7 +75,7 @@ class TwoOptimizers(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         loss = self.second(self.first(torch.ones(1, 3))).square().sum()
         self.manual_backward(loss)
-        for optimizer in self.optimizers():  # type: ignore[union-attr]
+        for optimizer in self.optimizers():
             optimizer.step()
             optimizer.zero_grad()
         self.log("loss", loss)
@@ -84,7 +84,7 @@ class TwoOptimizers(L.LightningModule):
         return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.first, self.second)]
 
     def train_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader(torch.zeros(4, 1))
+        return torch.utils.data.DataLoader(torch.zeros(4, 1))  # type: ignore[arg-type]
 
 
 class SaveEach(L.Callback):

@@ -31,7 +31,7 @@ class Two(Recorded):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         wide = torch.cat([inputs, inputs.new_zeros(len(inputs), WIDTH - FEATURES)], 1)
-        return self.b(self.a(wide))[:, :FEATURES]  # type: ignore[no-any-return]
+        return self.b(self.a(wide))[:, :FEATURES]
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.losses.append(self.loss(*batch).detach().clone())
@@ -57,7 +57,7 @@ class BufferView(Two):
         self.register_buffer("view", self.a.weight.data[:FEATURES, :FEATURES], persistent=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return super().forward(inputs) + inputs @ self.view  # type: ignore[operator]
+        return super().forward(inputs) + inputs @ self.view
 
 
 class AttributeView(Two):
@@ -83,6 +83,8 @@ def run(stage: str, module: Any, path: Path, folder: Path, *callbacks: L.Callbac
     return module
 
 
+# Options change how bytes are moved, the stage whether optimizers are restored: each with every kind.
+@pytest.mark.axes("stage", "options")
 @pytest.mark.parametrize("kind", [SameMemory, PartlySameMemory, BufferView, AttributeView])
 @pytest.mark.parametrize("stage", ["fit", "validate"])
 @pytest.mark.parametrize("options", [{}, {"verify": False, "num_threads": 8}, {"mode": "copy"}], ids=str)
@@ -186,7 +188,7 @@ def test_a_script_module_inside(tmp_path: Path) -> None:
     class Scripted(Two):
         def __init__(self) -> None:
             super().__init__()
-            self.a = torch.jit.script(nn.Linear(WIDTH, WIDTH, bias=False))
+            self.a = torch.jit.script(nn.Linear(WIDTH, WIDTH, bias=False))  # type: ignore[assignment]
 
     path = save(Scripted(), tmp_path)
     stock = run("fit", Scripted(), path, tmp_path)

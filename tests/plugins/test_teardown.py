@@ -10,7 +10,7 @@ import pytest
 import tests.lightning as L
 from lightning_memload import MemoryEfficientRestore
 from tests.plugins.harness import TinyModule, adamw, make_trainer
-from tests.plugins.test_callback import assert_clean
+from tests.plugins.restored import assert_clean
 
 
 class Moved(TinyModule):

@@ -44,7 +44,7 @@ class Net(nn.Module):
         self.body = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8), nn.BatchNorm1d(8))
         self.head = nn.Linear(8, 11 if tied else classes, bias=not tied)
         if tied:
-            self.head.weight = self.body[0].weight
+            self.head.weight = self.body[0].weight  # type: ignore[assignment]
         self.register_buffer("scale", torch.tensor(3.0))
         self.register_buffer("table", torch.arange(4.0), persistent=False)
 
@@ -101,7 +101,7 @@ def test_like_torch(path: Path, mode: Any, meta: bool, tied: bool) -> None:
     assert keys.unexpected_keys == []
     assert_equal(module, saved)
     assert all(ours is before for ours, before in zip(module.parameters(), parameters, strict=True))
-    assert torch.equal(module.table, torch.arange(4.0))
+    assert torch.equal(module.table, torch.arange(4.0))  # type: ignore[arg-type]
     module.body[1](torch.ones(2, 8)).sum().backward()
 
 
@@ -264,7 +264,7 @@ class TestNames:
         del state["0.weight"]
         torch.save(state, path)
         load_weights(module, path)
-        assert torch.equal(module[0].weight, torch.arange(3.0))
+        assert torch.equal(module[0].weight, torch.arange(3.0))  # type: ignore[arg-type]
         del state["0.old"]
         torch.save(state, path)
         with pytest.raises(IncompatibleWeightsError, match=r"1 missing: 0\.weight\nOther weights were loaded"):
@@ -432,7 +432,7 @@ def with_post_hook() -> nn.Module:
 
 def online_and_target() -> nn.Module:
     module = nn.Sequential(Online(4, 4), nn.Linear(4, 4))
-    module[0].target = [module[1]]
+    module[0].target = [module[1]]  # type: ignore[assignment]
     return module
 
 
@@ -523,7 +523,7 @@ class TestModulesWithWaysOfTheirOwn:
     def test_versions_are_kept(self, path: Path, prefix: str, old: bool) -> None:
         saved = nn.Sequential(Versioned())
         with torch.no_grad():
-            saved[0].weight += 3
+            saved[0].weight += 3  # type: ignore[assignment]
         whole = nn.ModuleDict({"model": saved}) if prefix else saved
         state = whole.state_dict()
         torch.save({"state_dict": dict(state) if old else state}, path)
@@ -541,8 +541,8 @@ class TestModulesWithWaysOfTheirOwn:
         with meta_init(meta):
             module = nn.Sequential(Transposes(), nn.Linear(2, 2))
         load_weights(module, path, mode=mode)
-        assert torch.equal(module[0].weight, saved[0].weight.t())
-        assert torch.equal(module[1].weight, saved[1].weight)
+        assert torch.equal(module[0].weight, saved[0].weight.t())  # type: ignore[arg-type]
+        assert torch.equal(module[1].weight, saved[1].weight)  # type: ignore[arg-type]
 
     def test_batch_norms_are_foreseen(self, path: Path) -> None:
         state = Net().state_dict()
@@ -621,7 +621,7 @@ class Hooked(nn.Linear):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.register_load_state_dict_pre_hook(lambda *_: None)
+        self.register_load_state_dict_pre_hook(lambda *_: None)  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.usefixtures("is_small")
@@ -770,7 +770,7 @@ class TestParts:
         wanted = sum(index[f"state_dict.parts.2.{name}"].nbytes for name in ("weight", "bias"))
         assert wanted <= read[0] <= wanted + 4096  # and what lies between the two
         assert len(keys.missing_keys) == 6
-        assert torch.equal(module.parts[2].weight, saved.parts[2].weight)
+        assert torch.equal(module.parts[2].weight, saved.parts[2].weight)  # type: ignore[arg-type]
         assert all(parameter.std() > 0 for parameter in module.parameters())  # the others are initialised
 
     def test_exclude(self, path: Path) -> None:
@@ -781,7 +781,7 @@ class TestParts:
         keys = load_weights(module, path, exclude=[r"^head\.", "running"])
         assert set(keys.missing_keys) == {"head.weight", "head.bias", "body.2.running_mean", "body.2.running_var"}
         assert torch.equal(module.head.weight, head.weight)
-        assert torch.equal(module.body[1].weight, saved.body[1].weight)
+        assert torch.equal(module.body[1].weight, saved.body[1].weight)  # type: ignore[arg-type]
 
     def test_assign_copies_what_cannot_be_mapped_twice(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Linux maps some 65,000 files in a process, and a directory may have half of that."""
@@ -931,8 +931,8 @@ else:
 """
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "small.pt")
     arguments = {"path": str(tmp_path / "weights.pt"), "small": str(tmp_path / "small.pt")}
-    run_fresh(program, way="write", **arguments)
-    ours, stock = (run_fresh(program, way=way, **arguments).result for way in ("ours", "stock"))
+    run_fresh(program, way="write", **arguments)  # type: ignore[arg-type]
+    ours, stock = (run_fresh(program, way=way, **arguments).result for way in ("ours", "stock"))  # type: ignore[arg-type]
     weights = 12 * 2048 * 2048 * 4
     # The kernel counts pages per CPU, and what is free at the start may be used.
     assert weights - MIB <= ours <= weights + 16 * MIB

@@ -613,7 +613,7 @@ class TestWithinOneAnother:
                 module.inner = nn.Linear(2, 2)
             module.total = module.inner.weight.detach().sum()
             module.outer = meta_init()(nn.Linear)(2, 2)
-            module.number = module.outer.weight.tolist()
+            module.number = module.outer.weight.tolist()  # type: ignore[assignment]
 
         with pytest.warns(UserWarning, match=r"Linear\.weight: tolist\(\)") as warned:
             build()

@@ -284,7 +284,7 @@ def test_copies_begin_with_the_same_random_values() -> None:
         follow_recipes(module)
     same_weights(online, target)
     same_weights(online, later)
-    assert raw(online[0].weight) != raw(online[1].weight)
+    assert raw(online[0].weight) != raw(online[1].weight)  # type: ignore[arg-type]
 
 
 def test_a_seed_decides() -> None:
@@ -336,7 +336,7 @@ def test_values_do_not_depend_on_who_asks() -> None:
         module = build()
         with context:
             _ = module.product.tolist()
-        assert raw(module.product) == raw(expected.product)
+        assert raw(module.product) == raw(expected.product)  # type: ignore[arg-type]
         assert not module.product.is_inference()
 
 
@@ -452,7 +452,7 @@ class TestBeforeTheRestore:
         # What was taken before shows what is loaded then, as always.
         expected = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
         module.load_state_dict(expected.state_dict())
-        assert raw(state_dict["2.bias"]) == raw(expected[2].bias)
+        assert raw(state_dict["2.bias"]) == raw(expected[2].bias)  # type: ignore[arg-type]
 
     def test_a_backward_and_a_step(self) -> None:
         module = self.build()

@@ -210,7 +210,7 @@ WRAPPED: dict[str, Callable[[], nn.Module]] = {
     "old weight_norm": quietly(FutureWarning, ".*weight_norm", lambda: nn.utils.weight_norm(nn.Conv1d(4, 3, 2))),
     "old spectral_norm": quietly(FutureWarning, ".*spectral_norm", lambda: nn.utils.spectral_norm(nn.Linear(4, 3))),
     "spectral_norm": lambda: parametrizations.spectral_norm(nn.Linear(4, 3)),
-    "channels last": lambda: nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last),
+    "channels last": lambda: nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
     "deepcopy": lambda: nn.ModuleList([copy.deepcopy(nn.Linear(2, 3)) for _ in range(2)]),
 }
 # Singular vectors that start from random values of the weight's own kind. They are in the checkpoint.

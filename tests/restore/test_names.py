@@ -116,7 +116,7 @@ class TestPickledModules:
             path.write_bytes(buffer.getvalue())
             loaded = net()
             load_weights(loaded, path, weights_only=False)
-        assert torch.equal(loaded[0].weight, module[0].weight)
+        assert torch.equal(loaded[0].weight, module[0].weight)  # type: ignore[arg-type]
 
 
 class TestPrefixes:
@@ -134,7 +134,7 @@ class TestPrefixes:
         with pytest.raises(IncompatibleWeightsError, match=r"use rename=\{'\^': 'module\.'\}"):
             load_weights(module, path)
         load_weights(module, path, rename={"^": "module."})
-        assert torch.equal(module.module[0].weight, weights["0.weight"])
+        assert torch.equal(module.module[0].weight, weights["0.weight"])  # type: ignore[arg-type]
 
     def test_with_others_beside(self) -> None:
         given = ["n_averaged", *(f"module.{number}.weight" for number in range(9))]
@@ -180,7 +180,7 @@ class TestCompiled:
             warnings.simplefilter("ignore")  # of the modules that the first use imports
             compiled = torch.compile(net())
         for module in (Compiled(net()), compiled):
-            keys = load_weights(module, path)
+            keys = load_weights(module, path)  # type: ignore[arg-type]
             assert not keys.missing_keys
             assert not keys.unexpected_keys
             assert as_bytes(module._orig_mod[0].weight) == as_bytes(weights["0.weight"])
@@ -210,7 +210,7 @@ class TestCompiled:
         class Versioned(nn.BatchNorm1d):
             def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
                 seen.append(local_metadata.get("version"))
-                super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)  # type: ignore[misc]
+                super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
         load_weights(Compiled(nn.Sequential(nn.Linear(4, 4), Versioned(4))), path)
         assert seen == [2]
@@ -229,7 +229,7 @@ class Body(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.emb = nn.Embedding(7, 4)
-        self.register_load_state_dict_pre_hook(lambda *_: None)
+        self.register_load_state_dict_pre_hook(lambda *_: None)  # type: ignore[no-untyped-call]
 
 
 class Tied(nn.Module):

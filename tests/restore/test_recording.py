@@ -237,7 +237,7 @@ class Probed(nn.Module):
         super().__init__()
         self.body = nn.Conv1d(2, 4, 3)
         nn.init.constant_(self.body.weight, 0.5)
-        nn.init.constant_(self.body.bias, 0.25)
+        nn.init.constant_(self.body.bias, 0.25)  # type: ignore[arg-type]
         self.norm = norm.train(is_training)
         with torch.no_grad():
             self.head = nn.Linear(self.norm(self.body(torch.arange(64.0).view(4, 2, 8))).flatten(1).shape[1], 2)

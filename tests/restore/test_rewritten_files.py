@@ -21,8 +21,7 @@ from lightning_memload.restore import given_pages
 from lightning_memload.storage import lease
 from tests.formats.files import as_bytes
 from tests.fresh_process import run_fresh
-from tests.storage.test_lease import REWRITES, join_watches, watches_end
-from tests.storage.test_mapping import traces
+from tests.storage.watching import REWRITES, join_watches, traces, watches_end
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="leases need Linux")
 
@@ -177,7 +176,7 @@ import os, warnings, torch
 from torch import nn
 from lightning_memload import load_weights, meta_init
 from lightning_memload.memory.host import read_status
-from tests.storage.test_lease import join_watches
+from tests.storage.watching import join_watches
 path, naive = ARGS["path"], ARGS["naive"]
 def build():
     return nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(16)])

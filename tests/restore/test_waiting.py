@@ -24,7 +24,7 @@ def build() -> nn.Sequential:
     module = nn.Sequential(nn.Linear(2, 3), nn.Linear(2, 3))
     for index, parameter in enumerate(module.parameters()):
         nn.init.constant_(parameter, index + 1)
-        parameter.no_decay = True  # type: ignore[attr-defined]
+        parameter.no_decay = True
     module[1].bias = module[0].bias
     return module
 

@@ -325,7 +325,7 @@ def _train(folder: str, checkpoint: Path | None, moment: float, asynchronous: An
             ModelCheckpoint(folder, save_top_k=2, every_n_train_steps=2, **options),
         ],
     )
-    data = torch.utils.data.DataLoader(torch.zeros(10_000, 1))
+    data: Any = torch.utils.data.DataLoader(torch.zeros(10_000, 1))  # type: ignore[arg-type]
     trainer.fit(Counting(), data, ckpt_path=checkpoint, **TRUSTED)
 
 
@@ -398,9 +398,9 @@ def main(arguments: list[str]) -> dict[str, Any]:
     """What the command line asks for."""
     folder, times, *more = arguments
     if more[:1] != ["trainings"]:
-        return kill_writers(folder, int(times), *more)
+        return kill_writers(folder, int(times), *more)  # type: ignore[arg-type]
     asynchronous = {"False": False, "True": True}.get(more[1], more[1])
-    return kill_trainings(folder, int(times), asynchronous, *more[2:])
+    return kill_trainings(folder, int(times), asynchronous, *more[2:])  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def test_what_fails_at_once_is_told_at_once(tmp_path: Path) -> None:
     threads = threading.active_count()
     with pytest.raises(CheckpointWriteError, match="could not be saved: No such file"):
         BackgroundSave(plan_torch_save({"a": torch.ones(3)}, tmp_path / "missing" / "file.pt"))
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # a thread of an earlier test may end meanwhile
 
 
 @pytest.mark.parametrize("fails", [False, True])

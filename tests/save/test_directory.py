@@ -20,24 +20,12 @@ from lightning_memload.save import directory as writer
 from lightning_memload.save import save_directory, save_torch
 from lightning_memload.storage import replacement
 from tests.fresh_process import run_fresh
+from tests.save.steps import of_step, step_of
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "checkpoint"
-
-
-def step_of(path: Path) -> int:
-    """Which checkpoint is there, after making sure that it is complete."""
-    loaded, mapped = load_mapped(path, weights_only=True)
-    assert torch.equal(loaded["a"], torch.full((1000,), float(loaded["step"])))
-    assert torch.equal(loaded["b"], torch.full((7,), float(loaded["step"])))
-    mapped.detach()
-    return int(loaded["step"])
-
-
-def of_step(step: int) -> dict[str, Any]:
-    return {"a": torch.full((1000,), float(step)), "b": torch.full((7,), float(step)), "step": step}
 
 
 def data_files(path: Path) -> dict[str, int]:
@@ -292,7 +280,7 @@ import os, shutil, signal, warnings
 from lightning_memload.save import save_directory
 from lightning_memload.storage import replacement
 from lightning_memload.save import directory as writer
-from tests.save.test_directory import of_step, step_of
+from tests.save.steps import of_step, step_of
 from pathlib import Path
 warnings.simplefilter("ignore")
 path = Path(ARGS["path"])
@@ -349,7 +337,8 @@ for module, name, replacement in patches:
         assert os.listdir(path.parent) == [path.name]
 
     def test_a_directory_that_another_writer_sweeps_at_once(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        flock, removed = fcntl.flock, []
+        flock = fcntl.flock
+        removed: list[Any] = []
 
         def swept(descriptor: int, operation: int) -> None:
             if not removed:

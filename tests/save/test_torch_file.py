@@ -224,7 +224,7 @@ def raised_by(call: Any) -> Exception:
 @pytest.mark.parametrize("options", [{"host_budget_bytes": 1000}, {"num_threads": 0}])
 def test_impossible_options_are_refused(tmp_path: Path, options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"host budget|num_threads"):
-        save_torch({}, tmp_path / "file.pt", **options)
+        save_torch({}, tmp_path / "file.pt", **options)  # type: ignore[arg-type]
     assert os.listdir(tmp_path) == []
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -22,39 +19,15 @@ from lightning_memload.errors import DetachedError
 from lightning_memload.formats import load_mapped
 from lightning_memload.storage import FileMapping, FileSet, FileWatch, lease, steps
 from tests.fresh_process import run_fresh
-from tests.storage.test_mapping import traces
+from tests.storage.watching import REWRITES, join_watches, traces, watches_end
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="leases need Linux")
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "checkpoint.pt"
 
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     yield
     join_watches()
-
-
-def join_watches() -> None:
-    """Waits for the threads of all watches, which end with the last tensor or a writer."""
-    gc.collect()  # Trainers and modules refer to one another: those of earlier tests may still be there.
-    for thread in threading.enumerate():
-        if thread.name == "memload-lease":
-            thread.join(20)
-            assert not thread.is_alive()
-
-
-@contextlib.contextmanager
-def watches_end() -> Iterator[None]:
-    """Waits at the end of the block for the watches that give way to a writer, which tell only then what they did."""
-    yield
-    for thread in threading.enumerate():
-        if isinstance(thread, FileWatch) and (thread._is_broken() or thread._is_over.is_set()):
-            thread.join(20)
-            assert not thread.is_alive()
 
 
 def is_leased(path: Path) -> bool:
@@ -66,26 +39,6 @@ def is_leased(path: Path) -> bool:
     return False
 
 
-def write_elsewhere(path: Path) -> None:
-    subprocess.run([sys.executable, "-c", f"open({str(path)!r}, 'wb').write(bytes(30000))"], check=True)
-
-
-def write_through_link(path: Path) -> None:
-    link = path.with_name("link")
-    os.link(path, link)
-    link.write_bytes(b"other")
-
-
-REWRITES: dict[str, Callable[[Path], object]] = {
-    "written here": lambda path: path.write_bytes(bytes(30000)),
-    "opened for both": lambda path: open(path, "r+b").close(),
-    "cut to nothing": lambda path: os.truncate(path, 0),
-    "cut to a page": lambda path: os.truncate(path, 4096),
-    "written elsewhere": write_elsewhere,
-    "written through a hard link": write_through_link,
-    "saved to by torch": lambda path: torch.save({"other": torch.zeros(30_000)}, path),
-    "appended to": lambda path: open(path, "ab").close(),
-}
 HARMLESS: dict[str, Callable[[Path], object]] = {
     "read": lambda path: path.read_bytes(),
     "copied": lambda path: shutil.copy(path, path.with_name("copy")),

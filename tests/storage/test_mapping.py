@@ -18,25 +18,10 @@ from lightning_memload.storage.local import FileSet
 from lightning_memload.storage.mapping import FileMapping
 from tests.formats.files import as_bytes, layouts
 from tests.fresh_process import run_fresh
+from tests.storage.watching import traces
 
 PAGE = mmap.PAGESIZE
 pytestmark = pytest.mark.skipif(not FileMapping.supported, reason="mappings need Linux")
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "checkpoint.pt"
-
-
-def traces(path: Path) -> tuple[bool, bool]:
-    """Whether the file is mapped, whether a descriptor of it is open."""
-    links = []
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            links.append(os.readlink(f"/proc/self/fd/{number}"))
-        except FileNotFoundError:
-            continue
-    return str(path) in Path("/proc/self/maps").read_text(), any(link.startswith(str(path)) for link in links)
 
 
 def load(path: Path, **tensors: torch.Tensor) -> tuple[dict[str, torch.Tensor], MappedCheckpoint]:

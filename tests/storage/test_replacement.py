@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -183,7 +184,8 @@ def test_a_link_with_the_name_of_a_leftover_is_not_followed(tmp_path: Path) -> N
 def test_a_file_that_was_taken_for_a_leftover_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
-    flock, taken = fcntl.flock, []
+    flock = fcntl.flock
+    taken: list[Any] = []
 
     def slow_flock(descriptor: int, operation: int) -> None:
         if not taken:  # another process comes between creating the file and locking it

@@ -22,8 +22,8 @@ from lightning_memload.formats.registry import FORMATS
 from lightning_memload.formats.torch_zip.reader import read_zip_inventory
 from lightning_memload.storage import FileSet, LocalFile
 from lightning_memload.verify import verify as verify_module
+from tests.formats.dcp_shards import change, chunks_of, place_of, sharded, write_shards
 from tests.formats.files import as_bytes, save_bytes, save_sparse, tensors_of, write_zip
-from tests.formats.test_dcp import change, chunks_of, place_of, sharded, write_shards
 from tests.fresh_process import run_fresh
 
 # One for each byte, in turn.
@@ -87,6 +87,7 @@ def without_meaning(data: bytes, path: Path) -> set[int]:
 
 
 class TestTorch:
+    @pytest.mark.slow
     def test_every_flipped_byte(self, tmp_path: Path) -> None:
         path = tmp_path / "checkpoint.pt"
         data = save_bytes(small())
@@ -223,6 +224,7 @@ class TestTorch:
 
 
 class TestSafetensors:
+    @pytest.mark.slow
     def test_every_flipped_byte_is_found_or_told(self, tmp_path: Path) -> None:
         path = tmp_path / "model.safetensors"
         save_file(small()["state_dict"] | {"tied": torch.ones(2)}, path, metadata={"format": "pt"})
@@ -258,6 +260,7 @@ BESIDE = [(False, ("tensors/00000.bin", "tensors/00001.bin")), (True, ("model.sa
 
 
 class TestDirectory:
+    @pytest.mark.slow
     @pytest.mark.parametrize(("safetensors", "beside"), BESIDE)
     def test_every_flipped_byte(self, tmp_path: Path, safetensors: bool, beside: tuple[str, ...]) -> None:
         path = tmp_path / "checkpoint"
@@ -315,6 +318,7 @@ class TestDcp:
     def path(self, tmp_path: Path) -> Path:
         return write_shards(tmp_path / "dcp", {"weight": sharded(torch.arange(6.0), 2), "epoch": 7})
 
+    @pytest.mark.slow
     def test_every_flipped_byte_is_found_or_told(self, path: Path, tmp_path: Path) -> None:
         sound = verify_checkpoint(path)
         assert not sound.is_damaged

@@ -187,7 +187,7 @@ def _close_network() -> None:
         raise OSError("The zoo does not use the network.")
 
     socket.getaddrinfo = refuse
-    socket.socket.connect = refuse  # type: ignore[method-assign, assignment]
+    socket.socket.connect = refuse  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def _sizes(kind: type) -> list[dict[str, Any]]:
     """Arguments of a constructor that make ever larger models."""
     defaults = {
         name: parameter.default
-        for name, parameter in inspect.signature(kind.__init__).parameters.items()
+        for name, parameter in inspect.signature(kind.__init__).parameters.items()  # type: ignore[misc]
         if parameter.default is not inspect.Parameter.empty and not isinstance(parameter.default, bool)
     }
     layers: dict[str, Any] = {}
@@ -119,7 +119,7 @@ def _sizes(kind: type) -> list[dict[str, Any]]:
             channels[name] = type(value)(max(32, item // 8 // 32 * 32) for item in value)
     experts = {name: 2 for name, value in defaults.items() if isinstance(value, int) and _EXPERTS.match(name)}
     few = {**layers, **experts}
-    parameters = inspect.signature(kind.__init__).parameters
+    parameters = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
     needed = {
         name: value
         for name, value in _NEEDED.items()

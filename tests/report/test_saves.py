@@ -1,0 +1,69 @@
+"""The report of a save on fixed figures: its line to the letter, its scalars, and what is not known."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from lightning_memload.memory import MemoryPeaks
+from lightning_memload.report.saves import SaveReport
+from lightning_memload.save import SaveStats
+
+GIB = 2**30
+
+
+def make_report(
+    *, linked: int = 0, rise: int | None = GIB // 8, blocked_seconds: float | None = 4.0, seconds: float = 4.0
+) -> SaveReport:
+    figures: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(MemoryPeaks)}
+    figures |= {"anonymous_start_bytes": 5 if rise is not None else None, "anonymous_peak_bytes": 5 + (rise or 0)}
+    stats: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(SaveStats)}
+    stats |= {"path": "last.ckpt", "bytes_written": 6 * GIB, "bytes_linked": linked, "seconds": seconds}
+    return SaveReport(SaveStats(**stats), MemoryPeaks(**figures), blocked_seconds, 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({}, "Saved last.ckpt: 6.00 GiB in 4.00 s, 1.50 GiB/s, host anonymous +128.00 MiB"),
+        ({"rise": None}, "Saved last.ckpt: 6.00 GiB in 4.00 s, 1.50 GiB/s"),
+        (
+            {"linked": GIB, "rise": None},
+            "Saved last.ckpt: 6.00 GiB in 4.00 s, 1.50 GiB/s, 1.00 GiB unchanged and linked",
+        ),
+        (
+            {"blocked_seconds": 0.25, "rise": None},
+            "Saved last.ckpt: 6.00 GiB in 4.00 s, 1.50 GiB/s, training waited 0.25 s",
+        ),
+        ({"blocked_seconds": None, "rise": None}, "Saved last.ckpt: 6.00 GiB in 4.00 s, 1.50 GiB/s"),
+    ],
+)
+def test_line(options: dict[str, Any], line: str) -> None:
+    assert make_report(**options).line() == line
+
+
+def test_scalars() -> None:
+    assert make_report(linked=GIB // 2, blocked_seconds=0.5).scalars() == {
+        "memload/save_seconds": 4.0,
+        "memload/save_gib": 6.0,
+        "memload/save_gib_per_second": 1.5,
+        "memload/save_blocked_seconds": 0.5,
+        "memload/save_linked_gib": 0.5,
+        "memload/save_host_anonymous_above_start_gib": 0.125,
+    }
+
+
+def test_a_figure_that_is_unknown_is_no_scalar() -> None:
+    """Zero would be a figure."""
+    assert set(make_report(rise=None, blocked_seconds=None).scalars()) == {
+        "memload/save_seconds",
+        "memload/save_gib",
+        "memload/save_gib_per_second",
+    }
+
+
+def test_a_save_that_took_no_time_has_a_speed() -> None:
+    assert make_report(seconds=0.0).scalars()["memload/save_gib_per_second"] > 0
+    assert "6.00 GiB in 0.00 s" in make_report(seconds=0.0).line()
