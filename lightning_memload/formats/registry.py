@@ -209,6 +209,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         TypeError: ``path`` is not a path.
         FileNotFoundError: The path does not exist.
         CheckpointFormatError: It is not such a checkpoint, or it is truncated, damaged or incomplete.
+        UnmappableCheckpoint: It is sound, but compressed, byte-swapped, or of torch < 1.6.
     """
     name = local_path(path)
     with paused_collector():

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 
 from lightning_memload.checkpoint.index import PickledGlobal, SpecialTensor, StorageInfo, TensorInfo
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.errors import CheckpointFormatError, MemloadError
 from lightning_memload.pickles.placeholders import KNOWN_GLOBALS, STORAGE_DTYPES, GlobalName, Opaque, TypedStorage
 from lightning_memload.pickles.values import collect_tensors, locate_globals
 
@@ -162,7 +162,7 @@ def find_storage(
 def _damage_reported(path: str) -> Iterator[None]:
     try:
         yield
-    except CheckpointFormatError:
+    except MemloadError:
         raise
     except Exception as error:  # a damaged or hostile pickle can fail in any way; none of its code has run
         raise CheckpointFormatError(

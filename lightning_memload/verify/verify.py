@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from lightning_memload.checkpoint import Damage, Inventory, Section
 from lightning_memload.collector import paused_collector
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.errors import MemloadError
 from lightning_memload.formats import find_format, local_path
 from lightning_memload.storage import FileSet
 from lightning_memload.transfer.checksums import PartialChecksums
@@ -110,8 +110,8 @@ def verify_checkpoint(
         ValueError: ``num_threads`` is not positive.
         TypeError: ``path`` is not a path.
         FileNotFoundError: Nothing exists at this path.
-        CheckpointFormatError: The path is not a checkpoint of a known format, or the checkpoint is compressed
-            (``UnmappableCheckpoint``).
+        CheckpointFormatError: The path is not a checkpoint of a known format.
+        UnmappableCheckpoint: The checkpoint is compressed, so its bytes cannot be verified in place.
         OSError: The directory of the file could not be read. Later errors count as damage.
 
     Peak memory: 1 MiB per thread, plus the index (about 2 KiB for every tensor), a few hundred bytes for every MiB of
@@ -124,7 +124,7 @@ def verify_checkpoint(
         with _held(name) as is_there, paused_collector():
             try:
                 run = _verify(name, num_threads, progress)
-            except (CheckpointFormatError, OSError):
+            except (MemloadError, OSError):
                 if is_there():
                     raise
                 continue

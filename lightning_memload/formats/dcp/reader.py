@@ -289,14 +289,14 @@ def _require_metadata(path: str) -> None:
 
 @contextlib.contextmanager
 def _advising_conversion(path: str) -> Iterator[None]:
-    """Turns :class:`UnmappableCheckpoint` into an error that advises to convert the directory.
+    """Adds to :class:`UnmappableCheckpoint` the advice to convert the directory.
 
     ``torch.load`` cannot read a directory, so there is no other way to load it.
     """
     try:
         yield
     except UnmappableCheckpoint as reason:
-        raise CheckpointFormatError(
+        raise UnmappableCheckpoint(
             f"{reason} On the system that saved it, convert {path} to one file with Lightning's "
             "consolidate_checkpoint, or with torch.distributed.checkpoint.format_utils.dcp_to_torch_save, and load "
             "that file.",

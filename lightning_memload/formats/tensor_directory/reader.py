@@ -147,7 +147,7 @@ def _read_one_version(path: str, read: Callable[[], _T]) -> _T:
             result = read()
             if _is_at(path, directory):
                 return result
-        except (CheckpointFormatError, OSError):
+        except (MemloadError, OSError):
             if _is_at(path, directory):
                 raise
         finally:

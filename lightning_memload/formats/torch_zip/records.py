@@ -120,7 +120,9 @@ def read_zip_inventory(file: LocalFile | FilePart, start: int = 0) -> tuple[list
     return sections, damage
 
 
-def _find_foreign(file: LocalFile | FilePart, entries: Sequence[zipfile.ZipInfo]) -> CheckpointFormatError | None:
+def _find_foreign(
+    file: LocalFile | FilePart, entries: Sequence[zipfile.ZipInfo]
+) -> CheckpointFormatError | UnmappableCheckpoint | None:
     """The error for an archive that ``torch.save`` did not write. ``None`` if it did."""
     names = [entry.filename for entry in entries if not is_folder(entry)]
     records = [name for _, name in _own_records(entries)]
