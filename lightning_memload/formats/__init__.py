@@ -6,7 +6,6 @@ from lightning_memload.formats.registry import (
     find_format,
     is_checkpoint,
     load_mapped,
-    local_path,
     open_checkpoint,
 )
 
@@ -16,6 +15,5 @@ __all__ = [
     "find_format",
     "is_checkpoint",
     "load_mapped",
-    "local_path",
     "open_checkpoint",
 ]

@@ -22,7 +22,7 @@ import torch
 from lightning_memload.checkpoint.index import PickledGlobal, SpecialTensor, StorageInfo, TensorInfo
 from lightning_memload.errors import CheckpointFormatError, MemloadError
 from lightning_memload.pickles.placeholders import KNOWN_GLOBALS, STORAGE_DTYPES, GlobalName, Opaque, TypedStorage
-from lightning_memload.pickles.values import collect_tensors, locate_globals
+from lightning_memload.pickles.values import collect_tensors, keys_within_objects, locate_globals
 
 __all__ = [
     "STUB_BYTES",
@@ -32,6 +32,7 @@ __all__ = [
     "current_name",
     "find_storage",
     "read_structure",
+    "storages_of_objects",
     "walk_pickle",
 ]
 
@@ -106,6 +107,28 @@ def read_structure(path: str, data: bytes, records: Mapping[str, Record]) -> Any
     """
     with _damage_reported(path):
         return _StructureUnpickler(path, data, records).load()
+
+
+def storages_of_objects(path: str, data: bytes, records: Mapping[str, Record]) -> list[bool]:
+    """Whether an object other than a dict, a list, a tuple or a plain tensor holds a storage.
+
+    Such an object may read its tensors while it is built. All code that a pickle runs sees only what it holds.
+
+    Args:
+        path: What to call the file in messages.
+        data: The pickle.
+        records: The entries of the file that it may refer to.
+
+    Returns:
+        One value for each storage, in the order in which torch meets them.
+
+    Raises:
+        CheckpointFormatError: The pickle is damaged or contradicts the records.
+    """
+    walker = _StructureUnpickler(path, data, records)
+    with _damage_reported(path):
+        found = keys_within_objects(walker.load())
+        return [key in found for key in walker.storages]
 
 
 def find_storage(

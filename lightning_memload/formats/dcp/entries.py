@@ -15,7 +15,7 @@ from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
 from lightning_memload.formats.dcp.metadata import METADATA_NAME, Entry, SavedTensor
 from lightning_memload.formats.torch_zip.records import pickle_is_sound, read_records, read_zip_inventory
 from lightning_memload.pickles.structure import PickleContents, walk_pickle
-from lightning_memload.storage.local import FilePart, FileSet
+from lightning_memload.storage import FilePart, FileSet
 
 __all__ = ["DcpObject", "DcpTensor", "Entries"]
 
