@@ -30,6 +30,7 @@ __all__ = [
     "PickleContents",
     "Record",
     "current_name",
+    "find_globals",
     "find_storage",
     "read_structure",
     "storages_of_objects",
@@ -107,6 +108,19 @@ def read_structure(path: str, data: bytes, records: Mapping[str, Record]) -> Any
     """
     with _damage_reported(path):
         return _StructureUnpickler(path, data, records).load()
+
+
+def find_globals(stream: io.BytesIO) -> tuple[PickledGlobal, ...]:
+    """The classes and functions that the pickle at the position of a stream names, whatever it says of its storages.
+
+    Args:
+        stream: The pickle. Afterwards its position is the end of the pickle.
+
+    Raises:
+        Exception: The pickle is damaged. None of its code has run.
+    """
+    walker = _GlobalsUnpickler(stream)
+    return locate_globals(walker.load(), walker.named)
 
 
 def storages_of_objects(path: str, data: bytes, records: Mapping[str, Record]) -> list[bool]:
@@ -276,3 +290,17 @@ class _StructureUnpickler(InertUnpickler):
             # Like torch: the first reference to a storage gives it its type.
             typed = self._typed[key] = TypedStorage(storage, dtype)
         return typed
+
+
+class _GlobalsUnpickler(_StructureUnpickler):
+    """Reads a pickle for its names. Its storages may be anywhere, as in files of torch < 1.6."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__("", b"", {})
+        InertUnpickler.__init__(self, stream, encoding="utf-8")
+
+    def persistent_load(self, saved_id: Any) -> Any:
+        is_storage = isinstance(saved_id, tuple) and len(saved_id) >= 5 and saved_id[0] in ("storage", b"storage")
+        if not is_storage or not isinstance(saved_id[1], torch.dtype):
+            return Opaque(*saved_id) if isinstance(saved_id, tuple) else Opaque(saved_id)
+        return TypedStorage(StorageInfo(reprlib.repr(saved_id[2]), 0, 0, None, ""), saved_id[1])

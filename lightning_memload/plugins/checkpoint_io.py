@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import pickle
 import sys
 import warnings
 import weakref
@@ -25,7 +26,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_memload.checkpoint import MappedCheckpoint, hub_advice
 from lightning_memload.errors import MemloadError, UnmappableCheckpoint
-from lightning_memload.formats import load_mapped
+from lightning_memload.formats import explain_torch_refusal, load_mapped
 from lightning_memload.pickles import SafeGlobal, allow_globals
 from lightning_memload.plugins.compat import TorchCheckpointIO, classes
 from lightning_memload.plugins.saves import register
@@ -204,11 +205,14 @@ class StreamingCheckpointIO(SavingIO):
         if map_location is not None:
             options["map_location"] = map_location
         with _without_mmap():
-            if is_local(str(path)):
-                return stock.load_checkpoint(self, path, **options)
-            # The installed fsspec may not know the place.
-            options = {"map_location": "cpu", **options, "weights_only": weights_only}
-            return torch.load(path_or_stream(str(path)), **options)
+            try:
+                if is_local(str(path)):
+                    return stock.load_checkpoint(self, path, **options)
+                # The installed fsspec may not know the place.
+                options = {"map_location": "cpu", **options, "weights_only": weights_only}
+                return torch.load(path_or_stream(str(path)), **options)
+            except pickle.UnpicklingError as error:
+                raise explain_torch_refusal(str(path), error) from error
 
 
 def _stock() -> tuple[type[TorchCheckpointIO], ...]:
