@@ -209,8 +209,12 @@ def end_loading(
     if not isinstance(mapping, Reservation):
         return loaded, MappedCheckpoint(index, source, mapping, refusal)
     checkpoint = MappedCheckpoint(index, source, None, refusal)
-    loaded = _LeaveUnread(checkpoint, mapping).replace(loaded)
-    mapping.fill(mapping.live_ranges())
+    try:
+        loaded = _LeaveUnread(checkpoint, mapping).replace(loaded)
+        mapping.fill(mapping.live_ranges())
+    except BaseException:
+        mapping.abandon()
+        raise
     mapping.leave_to_storages()
     return loaded, checkpoint
 

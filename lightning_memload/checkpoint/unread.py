@@ -45,7 +45,7 @@ class UnreadStorage:
         self._lock = threading.Lock()
 
     def read(self) -> torch.UntypedStorage:
-        """The storage in memory: read from the files by the first call, the same one ever after.
+        """The storage in memory. The first call reads it from the files. Later calls return the same storage.
 
         Raises:
             CheckpointReadError: Reading failed.

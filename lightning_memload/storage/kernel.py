@@ -18,12 +18,13 @@ _PROT_NONE = 0
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
-def reserve_addresses(nbytes: int, *, at: int | None = None) -> int:
+def reserve_addresses(nbytes: int, *, at: int | None = None, readable: bool = False) -> int:
     """Reserves address space, which takes no memory and cannot be read or written.
 
     Args:
         nbytes: Its length.
         at: Where it is. It replaces what is mapped there. ``None``: the kernel chooses free addresses.
+        readable: It can be read, as zeros.
 
     Returns:
         The first address.
@@ -32,7 +33,7 @@ def reserve_addresses(nbytes: int, *, at: int | None = None) -> int:
         OSError: The kernel refuses.
     """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | (_MAP_FIXED if at is not None else 0)
-    return _mmap(at, nbytes, _PROT_NONE, flags, -1)
+    return _mmap(at, nbytes, mmap.PROT_READ if readable else _PROT_NONE, flags, -1)
 
 
 def map_memory(nbytes: int) -> int:

@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Sequence
 
 from lightning_memload.storage.file_set import FileSet
-from lightning_memload.storage.kernel import map_memory, move_memory, unmap_memory
+from lightning_memload.storage.kernel import map_memory, move_memory, reserve_addresses, unmap_memory
 from lightning_memload.storage.mapping import FileMapping, page_ranges
 from lightning_memload.storage.source import read_fully
 
@@ -55,6 +55,14 @@ class Reservation(FileMapping):
             move_memory(address, end - start, self._base + start)
             self._filled.append((start, end))
             self._filled.sort()
+
+    def abandon(self) -> None:
+        """After a load that failed: makes all other addresses readable, as zeros.
+
+        A traceback may show its variables. Reading one of their tensors would end the process.
+        """
+        for start, end in _without(page_ranges([(0, self.nbytes)], self.nbytes), self._filled):
+            reserve_addresses(end - start, at=self._base + start, readable=True)
 
     def is_filled(self, offset: int, nbytes: int) -> bool:
         """Whether a whole range is in ordinary memory."""

@@ -284,6 +284,35 @@ class TestLoadedObject:
         assert figures[1][1] == figures[0][1]
 
 
+TRACEBACK = """
+import sys, torch, traceback
+from pathlib import Path
+from argparse import Namespace
+from lightning_memload.formats import load_mapped, open_checkpoint
+from lightning_memload.storage import places
+from tests.storage.toy import ToyBucket
+
+folder = Path(ARGS["folder"])
+bucket = places.PLACES["toy"] = ToyBucket(folder)
+torch.save({"weight": torch.ones(30_000), "set": {torch.ones(5000)}, "last": Namespace()}, folder / "a.pt")
+failures = []
+start, end = open_checkpoint("toy://bucket/a.pt").tensors[1].file_range
+for weights_only in (True, False):
+    bucket.fails_at = lambda path, offset: not weights_only and start + 1000 < offset < end
+    try:
+        load_mapped("toy://bucket/a.pt", weights_only=weights_only)
+    except Exception as error:
+        failures.append(type(error).__name__)
+        traceback.TracebackException.from_exception(error, capture_locals=True)
+RESULT = failures
+"""
+
+
+def test_a_traceback_may_show_its_variables(tmp_path: Path) -> None:
+    """A failed load leaves tensors without values. To look at them must not end the process."""
+    assert run_fresh(TRACEBACK, folder=tmp_path).result == ["UnsafeGlobalsError", "CheckpointReadError"]
+
+
 # Readers that ask the system about paths themselves would not find what is at another place.
 OF_THE_SYSTEM = re.compile(r"\bos\.(path\.(is|ex|lex|getsize|same)|stat|lstat|listdir|scandir|open)|(?<![.\w])open\(")
 LOCAL_ONLY = {
@@ -398,7 +427,7 @@ RESULT = [monitor.peaks.anonymous_peak_bytes - monitor.peaks.anonymous_start_byt
 
 
 def test_memory(tmp_path: Path) -> None:
-    """Sixteen times the weights lie in the file. What is not taken is never in memory."""
+    """The file holds five times the weights. What is not taken is never in memory."""
     state = {f"other.{number}": torch.full((4096, 4096), 2.0) for number in range(4)}
     torch.save({"state_dict": {"weight": torch.full((4096, 4096), 3.0), **state}}, tmp_path / "large.ckpt")
     anonymous_bytes, value = run_fresh(MEMORY, folder=tmp_path).result

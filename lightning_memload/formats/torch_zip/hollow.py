@@ -1,4 +1,4 @@
-"""Torch zip files in memory: ``torch.load`` needs a path for what has none on this machine.
+"""Copies of torch zip files in memory, because ``torch.load`` maps files of this machine only.
 
 A hollow copy has everything of a file but the bytes of its tensors, each at its own position. The holes take no memory.
 """

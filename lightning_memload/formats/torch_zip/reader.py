@@ -221,8 +221,10 @@ def load_onto(
         path = f"/proc/self/fd/{descriptor}"
         with _without_reading(index, file) as mmap:
             return torch.load(path, map_location=handover, weights_only=weights_only, mmap=mmap)
-    except Exception as error:
-        if isinstance(error, MemloadError):
+    except BaseException as error:
+        if isinstance(mapping, Reservation):
+            mapping.abandon()
+        if isinstance(error, MemloadError) or not isinstance(error, Exception):
             raise
         if os.fstat(descriptor).st_size == file.size_bytes:
             if isinstance(error, pickle.UnpicklingError):
@@ -276,7 +278,12 @@ def _load_plain(source: FileSet, records: Mapping[str, Record], pickled: bytes) 
         info = find_storage(file.name, records, key, location, nbytes)
         return info, _storage_on(mapping, info)
 
-    plain = build_plain(pickled, storage_of)
+    try:
+        plain = build_plain(pickled, storage_of)
+    except BaseException:
+        if isinstance(mapping, Reservation):
+            mapping.abandon()
+        raise
     index = _make_index(file, PickleContents(plain.tensors(), plain.storages, (), ()))
     return end_loading(plain.root, index, source, mapping)
 
