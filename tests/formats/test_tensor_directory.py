@@ -319,7 +319,7 @@ class TestChangesBehindOurBack:
             raise OSError(errno.ENOMEM, "cannot map 4096 bytes: Cannot allocate memory")
 
         save_directory({"a": torch.ones(3)}, path)
-        monkeypatch.setattr(tensor_directory, "FileMapping", refuse)
+        monkeypatch.setattr(tensor_directory, "map_or_reserve", refuse)
         with pytest.raises(MemloadError, match=r"has 2 files, .*Raise the limit \(sysctl vm.max_map_count"):
             load_mapped(path, weights_only=True)
 
