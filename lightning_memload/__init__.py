@@ -20,6 +20,7 @@ from lightning_memload.errors import (
     MemloadError,
     MetaTensorError,
     OptimizerMismatchError,
+    UnmappableCheckpoint,
     UnsafeGlobalsError,
 )
 
@@ -40,6 +41,7 @@ __all__ = [
     "OptimizerMismatchError",
     "RestoreReport",
     "StreamingCheckpointIO",
+    "UnmappableCheckpoint",
     "UnsafeGlobalsError",
     "VerifyReport",
     "WeightsSource",

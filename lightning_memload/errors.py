@@ -200,8 +200,18 @@ class UnsafeGlobalsError(MemloadError, pickle.UnpicklingError):
         self.places = dict(places)
 
 
-class UnmappableCheckpoint(CheckpointFormatError):
-    """The checkpoint is sound, but the file does not hold its tensors in usable form: compressed or byte-swapped."""
+class UnmappableCheckpoint(MemloadError, ValueError):
+    """The checkpoint is sound, but the file does not hold its tensors in usable form: compressed or byte-swapped.
+
+    It is no :class:`CheckpointFormatError`, because nothing is damaged.
+
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class DetachedError(RuntimeError):

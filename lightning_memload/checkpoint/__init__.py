@@ -10,7 +10,7 @@ from lightning_memload.checkpoint.index import (
     span_elements,
 )
 from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
-from lightning_memload.checkpoint.mapped import MappedCheckpoint, span_bytes
+from lightning_memload.checkpoint.mapped import MappedCheckpoint, end_loading, span_bytes
 from lightning_memload.checkpoint.missing import hub_advice
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "SpecialTensor",
     "StorageInfo",
     "TensorInfo",
+    "end_loading",
     "hub_advice",
     "span_bytes",
     "span_elements",

@@ -1,7 +1,8 @@
-"""A tensor that the files hold in several parts, so that none of their pages can be its memory.
+"""A tensor whose values stay in the files although no pages of the files can be its memory.
 
-It knows its parts, says shape, dtype and device without reading, and becomes an ordinary tensor when somebody touches
-its values. Whoever only moves the values takes the parts and never touches it.
+The files hold it in several parts, or are at a place that cannot be mapped. It knows its parts, and gives shape, dtype
+and device without reading. It becomes an ordinary tensor when its values are used. A restore takes the parts and never
+uses the values.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from lightning_memload.checkpoint.index import ChunkInfo, span_elements
-from lightning_memload.storage.local import FileSet, read_fully
+from lightning_memload.storage import FileSet, read_fully
+from lightning_memload.units import counted
 
-__all__ = ["ChunkedTensor", "ChunkedValues", "FilePiece"]
+__all__ = ["ChunkedTensor", "ChunkedValues", "FilePiece", "ValuesInFiles"]
 
 # Of a chunked tensor that somebody touches, read at a time.
 _READ_BLOCK_BYTES = 16 << 20
@@ -45,6 +47,44 @@ class FilePiece(NamedTuple):
         return tensor[tuple(slice(start, start + n) for start, n in zip(self.starts, self.shape, strict=True))]
 
 
+class ValuesInFiles(Protocol):
+    """The values of a :class:`ChunkedTensor`: in the files, or in memory."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Sizes of the tensor."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its element type."""
+        ...
+
+    @property
+    def layout(self) -> tuple[tuple[int, ...], int] | None:
+        """Its strides and storage offset in elements. ``None``: it is contiguous in a storage of its own."""
+        ...
+
+    @property
+    def source(self) -> FileSet:
+        """The files."""
+        ...
+
+    @property
+    def pieces(self) -> tuple[FilePiece, ...]:
+        """The parts, which cover the tensor without overlap."""
+        ...
+
+    @property
+    def memory(self) -> torch.Tensor | None:
+        """The values. ``None`` until they are read."""
+        ...
+
+    def read(self) -> torch.Tensor:
+        """See :meth:`ChunkedTensor.read`."""
+        ...
+
+
 class ChunkedValues:
     """What a chunked tensor and its detached twins share: the parts in the files, or the values in memory.
 
@@ -60,6 +100,8 @@ class ChunkedValues:
     """
 
     __slots__ = ("__weakref__", "_lock", "dtype", "memory", "name", "pieces", "shape", "source")
+
+    layout = None
 
     def __init__(
         self, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[ChunkInfo], source: FileSet, name: str | None
@@ -117,13 +159,16 @@ class ChunkedTensor(torch.Tensor):
         values: Where the values are.
     """
 
-    _held: ChunkedValues
+    _held: ValuesInFiles
 
     @staticmethod
-    def __new__(cls, values: ChunkedValues) -> ChunkedTensor:
+    def __new__(cls, values: ValuesInFiles) -> ChunkedTensor:
         """Makes the tensor; ``__init__`` comes too late for a tensor."""
         cpu = torch.device("cpu")
-        self: ChunkedTensor = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype, device=cpu)
+        stride, offset = values.layout or (None, None)
+        self: ChunkedTensor = torch.Tensor._make_wrapper_subclass(
+            cls, values.shape, stride, offset, dtype=values.dtype, device=cpu
+        )
         self._held = values
         return self
 
@@ -139,6 +184,16 @@ class ChunkedTensor(torch.Tensor):
     def pieces(self) -> tuple[FilePiece, ...]:
         """The parts, which cover the tensor without overlap."""
         return self._held.pieces
+
+    @property
+    def dense_stride(self) -> tuple[int, ...]:
+        """The strides of a copy with ``torch.preserve_format``: its own ones if they leave no gaps, else contiguous."""
+        expected = 1
+        for step, size in sorted(zip(self.stride(), self.shape, strict=True)):
+            if size > 1 and step != expected:
+                return torch.empty(self.shape, device="meta").stride()
+            expected *= size
+        return self.stride()
 
     @property
     def is_read(self) -> bool:
@@ -189,12 +244,19 @@ class ChunkedTensor(torch.Tensor):
         """As for any tensor."""
         return self.read().untyped_storage()
 
+    def _ordinary(self, values: torch.Tensor) -> torch.Tensor:
+        """Values as what this tensor is: a parameter, a tensor that requires a gradient, or another tensor."""
+        if isinstance(self, torch.nn.Parameter):
+            return torch.nn.Parameter(values, self.requires_grad)
+        return values.detach().requires_grad_() if self.requires_grad else values
+
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        copy = memo[id(self)] = self.read().clone()
+        copy = memo[id(self)] = self._ordinary(self.read().clone())
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.read().__reduce_ex__(protocol)
+        return self._ordinary(self.read()).__reduce_ex__(protocol)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"ChunkedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, in {len(self.pieces)} parts of the file)"
+        parts = counted(len(self.pieces), "part")
+        return f"ChunkedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, in {parts} of the file)"

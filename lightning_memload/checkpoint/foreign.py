@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from lightning_memload.errors import listed
+from lightning_memload.storage.places import names_in, read_start
 
 __all__ = ["describe_directory", "describe_file", "describe_zip"]
 
@@ -58,8 +59,7 @@ def describe_file(path: str) -> str | None:
     Raises:
         OSError: It cannot be read.
     """
-    with open(path, "rb") as file:
-        start = file.read(_START_BYTES)
+    start = read_start(path, _START_BYTES)
     if not start:
         return "It is empty: the save or the copy was not finished. Copy it again, or resume from another checkpoint."
     for magic, what, advice in _MAGIC:
@@ -137,7 +137,7 @@ def describe_directory(path: str, is_checkpoint: Callable[[str], bool]) -> str:
     Raises:
         OSError: It cannot be listed.
     """
-    names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    names = sorted(name for name in names_in(path) if not name.startswith("."))
     if not names:
         return "It is empty."
     found = [name for name in names if is_checkpoint(os.path.join(path, name))]

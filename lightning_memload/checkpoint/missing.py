@@ -6,6 +6,8 @@ import errno
 import os
 import re
 
+from lightning_memload.storage.places import identity_of
+
 __all__ = ["hub_advice", "require_exists"]
 
 # A name of the Hub: an owner and a name, without the suffix of a file and without a parent folder.
@@ -14,14 +16,14 @@ _SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".json", ".index")
 
 
 def require_exists(path: str) -> None:
-    """Raises unless a local path exists.
+    """Raises unless a path exists.
 
     Raises:
         FileNotFoundError: It does not exist. The message gives advice if the path looks like a name of the Hub.
         OSError: The path cannot be examined.
     """
     try:
-        os.stat(path)
+        identity_of(path)
     except FileNotFoundError as error:
         advice = hub_advice(path)
         if advice is None:

@@ -13,6 +13,7 @@ import sys
 
 from lightning_memload.errors import MemloadError
 from lightning_memload.formats import checkpoints_in, find_format, is_checkpoint
+from lightning_memload.storage.places import is_file, is_folder
 from lightning_memload.verify import verify_checkpoint
 
 __all__ = ["add_arguments", "run"]
@@ -55,10 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _not_part_of(path: str) -> list[str]:
     """Return the files in a directory of weights that are not part of it but checkpoints of their own."""
     try:
-        if not os.path.isdir(path) or not is_checkpoint(path):
+        if not is_folder(path) or not is_checkpoint(path):
             return []
         parts = {os.path.realpath(file.path) for file in find_format(path).take_inventory(path).files}
-        found = [beside for beside in checkpoints_in(path) if os.path.isfile(beside)]
+        found = [beside for beside in checkpoints_in(path) if is_file(beside)]
     except (MemloadError, OSError):
         return []  # The verification of the directory itself reports the error.
     return [beside for beside in found if os.path.realpath(beside) not in parts]

@@ -6,16 +6,16 @@ from lightning_memload.formats.registry import (
     find_format,
     is_checkpoint,
     load_mapped,
-    local_path,
     open_checkpoint,
 )
+from lightning_memload.formats.torch_alone import explain_torch_refusal
 
 __all__ = [
     "CheckpointFormat",
     "checkpoints_in",
+    "explain_torch_refusal",
     "find_format",
     "is_checkpoint",
     "load_mapped",
-    "local_path",
     "open_checkpoint",
 ]

@@ -7,11 +7,8 @@ lists all sections and all damage for verification.
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
 
 from lightning_memload.checkpoint.foreign import describe_directory, describe_file
 from lightning_memload.checkpoint.index import Checkpoint
@@ -26,6 +23,7 @@ from lightning_memload.formats.tensor_directory.reader import TensorDirectory
 from lightning_memload.formats.torch_zip.reader import TorchZip
 from lightning_memload.formats.torch_zip.shards import TorchShards
 from lightning_memload.storage.mapping import FileMapping
+from lightning_memload.storage.places import is_file, is_folder, names_in, path_of, read_start, size_of
 
 __all__ = [
     "FORMATS",
@@ -34,11 +32,8 @@ __all__ = [
     "find_format",
     "is_checkpoint",
     "load_mapped",
-    "local_path",
     "open_checkpoint",
 ]
-
-_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
 class CheckpointFormat(Protocol):
@@ -99,30 +94,6 @@ class CheckpointFormat(Protocol):
 FORMATS: tuple[CheckpointFormat, ...] = (TorchZip(), TensorDirectory(), TorchShards(), Safetensors(), DcpDirectory())
 
 
-def local_path(path: str | os.PathLike[str]) -> str:
-    """The path of a local file or directory, from a path or a ``file://`` URL.
-
-    Raises:
-        TypeError: It is not a path, but for example an open file.
-        FileNotFoundError: It is a URL that is not local.
-    """
-    try:
-        name = os.fsdecode(os.fspath(path))
-    except TypeError as error:
-        advice = " Give its path, or save its content to a file." if hasattr(path, "read") else ""
-        raise TypeError(
-            f"A checkpoint is given by its path, a str or an os.PathLike, got a {type(path).__name__}.{advice}"
-        ) from error
-    if not _URL.match(name):
-        return name
-    parts = urlsplit(name)
-    if parts.scheme.lower() in ("file", "local") and parts.netloc in ("", "localhost"):
-        return unquote(parts.path)
-    if os.path.lexists(name):
-        return name
-    raise FileNotFoundError(errno.ENOENT, "Not a local file; copy it to a local disk first", name)
-
-
 def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
     """The format of a checkpoint, recognised by its content.
 
@@ -131,20 +102,20 @@ def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
         CheckpointFormatError: It is a directory of no known format, or a file that ``torch.load`` cannot read either.
         UnmappableCheckpoint: It is a file of no known format that ``torch.load`` may be able to read.
     """
-    name = local_path(path)
+    name = path_of(path)
     require_exists(name)
     candidate = _recognize(name)
     if candidate is not None:
         return candidate
     known = ", ".join(candidate.name for candidate in FORMATS)
-    if os.path.isdir(name):
+    if is_folder(name):
         found = describe_directory(name, lambda path: _recognize(path) is not None)
         raise CheckpointFormatError(
             f"{name} is a directory, but no checkpoint of a known format ({known}). {found}", path=name
         )
-    if not os.path.isfile(name):
+    if not is_file(name):
         raise CheckpointFormatError(f"{name} is no regular file, and so no checkpoint.", path=name)
-    size = os.path.getsize(name)
+    size = size_of(name)
     if _may_be_legacy(name):
         raise UnmappableCheckpoint(
             f"{name} has none of the known formats ({known}): either it is a file of torch < 1.6 or "
@@ -166,7 +137,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     name = os.fspath(path)
     try:
         # Pipes are skipped: opening one blocks until a process writes to it.
-        looks = os.path.isdir(name) or os.path.isfile(name)
+        looks = is_folder(name) or is_file(name)
         return looks and _recognize(name) is not None
     except OSError:
         return False
@@ -178,16 +149,15 @@ def checkpoints_in(folder: str | os.PathLike[str]) -> list[str]:
     Raises:
         OSError: It cannot be listed.
     """
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    names = sorted(name for name in names_in(os.fspath(folder)) if not name.startswith("."))
     return [path for path in (os.path.join(folder, name) for name in names) if is_checkpoint(path)]
 
 
 def _may_be_legacy(name: str) -> bool:
     """Whether a file starts like one of torch < 1.6: a pickle (of torch's magic number if very old), or a tar."""
-    if not os.path.isfile(name):
+    if not is_file(name):
         return False
-    with open(name, "rb") as file:
-        start = file.read(512)
+    start = read_start(name, 512)
     return start.startswith((b"\x80", b"L119547037146038801333356")) or start[257:262] == b"ustar"
 
 
@@ -209,8 +179,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         TypeError: ``path`` is not a path.
         FileNotFoundError: The path does not exist.
         CheckpointFormatError: It is not such a checkpoint, or it is truncated, damaged or incomplete.
+        UnmappableCheckpoint: It is sound, but compressed, byte-swapped, or of torch < 1.6.
     """
-    name = local_path(path)
+    name = path_of(path)
     with paused_collector():
         return find_format(name).read_index(name)
 
@@ -243,5 +214,5 @@ def load_mapped(
     """
     if not FileMapping.supported:
         raise UnmappableCheckpoint(f"Mapping {path} needs Linux.", path=os.fspath(path))
-    name = local_path(path)
+    name = path_of(path)
     return find_format(name).load(name, weights_only=weights_only, erases=erases)

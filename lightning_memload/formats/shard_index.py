@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from lightning_memload.errors import CheckpointFormatError, listed
 from lightning_memload.formats.json_text import COPY_AGAIN, MAX_HEADER_BYTES, parse_json, short
-from lightning_memload.storage.local import LocalFile
+from lightning_memload.storage.places import is_file, is_folder, names_in, open_file
 from lightning_memload.units import counted
 
 __all__ = [
@@ -36,17 +36,17 @@ WHOLE_TORCH = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 
 def visible_names(folder: str) -> list[str]:
     """The names in a directory, sorted, without hidden ones: these come from downloads or other systems."""
-    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    return sorted(name for name in names_in(folder) if not name.startswith("."))
 
 
 def is_shard_index(path: str) -> bool:
     """Whether a file is JSON text with a ``weight_map``; damaged JSON counts as well."""
-    with open(path, "rb") as file:
-        start = file.read(64)
+    with open_file(path) as file:
+        start = file.pread(64, 0)
         # Not a safetensors file: text has no zero byte, but every valid length of a safetensors header has one.
         if not start.lstrip().startswith(b"{") or b"\0" in start[:9]:
             return False
-        return b'"weight_map"' in start + file.read(MAX_HEADER_BYTES)
+        return b'"weight_map"' in file.pread(min(file.size_bytes, MAX_HEADER_BYTES), 0)
 
 
 def holds_torch_shards(folder: str) -> bool:
@@ -84,7 +84,7 @@ def find_shards(path: str, suffix: str, whole: Sequence[str]) -> list[str] | Non
     Raises:
         CheckpointFormatError: There are several indexes, the index is damaged, or it names missing files.
     """
-    if not os.path.isdir(path):
+    if not is_folder(path):
         if not is_shard_index(path):
             return [path]
         # A symbolic link is not resolved: in a Hugging Face cache the shards are in the directory of the link.
@@ -99,13 +99,13 @@ def find_shards(path: str, suffix: str, whole: Sequence[str]) -> list[str] | Non
         )
     if indexes:
         return _listed_shards(path, path, os.path.join(path, indexes[0]))
-    found = [name for name in whole if os.path.isfile(os.path.join(path, name))]
+    found = [name for name in whole if is_file(os.path.join(path, name))]
     return [os.path.join(path, found[0])] if found else None
 
 
 def _listed_shards(path: str, folder: str, index_path: str) -> list[str]:
     shards = read_shard_names(index_path)
-    missing = [name for name in shards if not os.path.isfile(os.path.join(folder, name))]
+    missing = [name for name in shards if not is_file(os.path.join(folder, name))]
     if missing:
         others = [
             name
@@ -132,7 +132,7 @@ def read_shard_names(path: str) -> list[str]:
     Raises:
         CheckpointFormatError: The file is not such an index, or a name in it is not that of a file in its directory.
     """
-    with LocalFile(path) as file:
+    with open_file(path) as file:
         if file.size_bytes > MAX_HEADER_BYTES:
             raise CheckpointFormatError(
                 f"{path} has {file.size_bytes} bytes, but an index of shards has at most {MAX_HEADER_BYTES}. "

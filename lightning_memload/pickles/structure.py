@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 import torch
 
 from lightning_memload.checkpoint.index import PickledGlobal, SpecialTensor, StorageInfo, TensorInfo
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.errors import CheckpointFormatError, MemloadError
 from lightning_memload.pickles.placeholders import KNOWN_GLOBALS, STORAGE_DTYPES, GlobalName, Opaque, TypedStorage
-from lightning_memload.pickles.values import collect_tensors, locate_globals
+from lightning_memload.pickles.values import collect_tensors, keys_within_objects, locate_globals
 
 __all__ = [
     "STUB_BYTES",
@@ -30,8 +30,10 @@ __all__ = [
     "PickleContents",
     "Record",
     "current_name",
+    "find_globals",
     "find_storage",
     "read_structure",
+    "storages_of_objects",
     "walk_pickle",
 ]
 
@@ -108,6 +110,41 @@ def read_structure(path: str, data: bytes, records: Mapping[str, Record]) -> Any
         return _StructureUnpickler(path, data, records).load()
 
 
+def find_globals(stream: io.BytesIO) -> tuple[PickledGlobal, ...]:
+    """The classes and functions that the pickle at the position of a stream names, whatever it says of its storages.
+
+    Args:
+        stream: The pickle. Afterwards its position is the end of the pickle.
+
+    Raises:
+        Exception: The pickle is damaged. None of its code has run.
+    """
+    walker = _GlobalsUnpickler(stream)
+    return locate_globals(walker.load(), walker.named)
+
+
+def storages_of_objects(path: str, data: bytes, records: Mapping[str, Record]) -> list[bool]:
+    """Whether an object other than a dict, a list, a tuple or a plain tensor holds a storage.
+
+    Such an object may read its tensors while it is built. All code that a pickle runs sees only what it holds.
+
+    Args:
+        path: What to call the file in messages.
+        data: The pickle.
+        records: The entries of the file that it may refer to.
+
+    Returns:
+        One value for each storage, in the order in which torch meets them.
+
+    Raises:
+        CheckpointFormatError: The pickle is damaged or contradicts the records.
+    """
+    walker = _StructureUnpickler(path, data, records)
+    with _damage_reported(path):
+        found = keys_within_objects(walker.load())
+        return [key in found for key in walker.storages]
+
+
 def find_storage(
     path: str,
     records: Mapping[str, Record],
@@ -162,7 +199,7 @@ def find_storage(
 def _damage_reported(path: str) -> Iterator[None]:
     try:
         yield
-    except CheckpointFormatError:
+    except MemloadError:
         raise
     except Exception as error:  # a damaged or hostile pickle can fail in any way; none of its code has run
         raise CheckpointFormatError(
@@ -253,3 +290,17 @@ class _StructureUnpickler(InertUnpickler):
             # Like torch: the first reference to a storage gives it its type.
             typed = self._typed[key] = TypedStorage(storage, dtype)
         return typed
+
+
+class _GlobalsUnpickler(_StructureUnpickler):
+    """Reads a pickle for its names. Its storages may be anywhere, as in files of torch < 1.6."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__("", b"", {})
+        InertUnpickler.__init__(self, stream, encoding="utf-8")
+
+    def persistent_load(self, saved_id: Any) -> Any:
+        is_storage = isinstance(saved_id, tuple) and len(saved_id) >= 5 and saved_id[0] in ("storage", b"storage")
+        if not is_storage or not isinstance(saved_id[1], torch.dtype):
+            return Opaque(*saved_id) if isinstance(saved_id, tuple) else Opaque(saved_id)
+        return TypedStorage(StorageInfo(reprlib.repr(saved_id[2]), 0, 0, None, ""), saved_id[1])

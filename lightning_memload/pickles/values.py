@@ -9,9 +9,16 @@ from typing import Any
 
 from lightning_memload.checkpoint.index import KeyPath, PickledGlobal, SpecialTensor, TensorInfo, format_path
 from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
-from lightning_memload.pickles.placeholders import DefaultDict, GlobalName, Opaque, SpecialValue, TensorValue
+from lightning_memload.pickles.placeholders import (
+    DefaultDict,
+    GlobalName,
+    Opaque,
+    SpecialValue,
+    TensorValue,
+    TypedStorage,
+)
 
-__all__ = ["MAX_DEPTH", "children_of", "collect_tensors", "locate_globals"]
+__all__ = ["MAX_DEPTH", "children_of", "collect_tensors", "keys_within_objects", "locate_globals"]
 
 # What a million of may be in a pickle, and no tensor in any.
 _LEAVES = frozenset((int, float, str, bool, bytes, type(None)))
@@ -118,6 +125,36 @@ def locate_globals(root: Any, named: Iterable[GlobalName]) -> tuple[PickledGloba
         elif isinstance(value, (list, tuple, set)):
             stack.extend(reversed(children_of(path, value)))
     return tuple(PickledGlobal(*name, path, name not in with_items) for name, path in places.items())
+
+
+def keys_within_objects(root: Any) -> set[str]:
+    """The keys of the storages that an object other than a dict, a list, a tuple or a plain tensor holds.
+
+    Args:
+        root: The object, with placeholders.
+    """
+    found: set[str] = set()
+    visited: set[tuple[int, bool]] = set()
+    stack: list[tuple[Any, bool]] = [(root, False)]
+    while stack:
+        value, is_within = stack.pop()
+        if type(value) in _LEAVES or (id(value), is_within) in visited:
+            continue
+        visited.add((id(value), is_within))
+        if isinstance(value, TensorValue):
+            is_within |= value.kind is not None
+            found.update([value.info.storage.key] if is_within else [])
+            stack.append((value.state, True))
+        elif isinstance(value, TypedStorage):
+            found.add(value.storage.key)
+        elif isinstance(value, Opaque):
+            stack += [(part, True) for part in value.parts]
+        elif isinstance(value, dict):
+            stack.append((getattr(value, "__dict__", None), is_within))
+            stack += [(item, is_within) for pair in value.items() for item in pair]
+        elif isinstance(value, (list, tuple, set)):
+            stack += [(item, is_within) for item in value]
+    return found
 
 
 def _type_of_numpy_dtype(value: Opaque) -> GlobalName | None:

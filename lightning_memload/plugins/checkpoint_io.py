@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import pickle
 import sys
 import warnings
 import weakref
@@ -25,11 +26,13 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_memload.checkpoint import MappedCheckpoint, hub_advice
 from lightning_memload.errors import MemloadError, UnmappableCheckpoint
-from lightning_memload.formats import load_mapped
+from lightning_memload.formats import explain_torch_refusal, load_mapped
 from lightning_memload.pickles import SafeGlobal, allow_globals
 from lightning_memload.plugins.compat import TorchCheckpointIO, classes
 from lightning_memload.plugins.saves import register
 from lightning_memload.plugins.saving_io import Asynchronous, SaveFormat, SavingIO
+from lightning_memload.storage.places import identity_of, is_folder, is_local
+from lightning_memload.storage.stream import path_or_stream
 
 __all__ = ["Allowance", "LoadObserver", "StreamingCheckpointIO"]
 
@@ -174,16 +177,21 @@ class StreamingCheckpointIO(SavingIO):
         self, path: str | os.PathLike[str], map_location: Any, weights_only: bool | None, *, erases: bool
     ) -> tuple[Any, MappedCheckpoint | None]:
         """Maps a checkpoint, or loads it as Lightning does if it cannot be mapped. There is no mapping then."""
-        filesystem, local_path = url_to_fs(str(path))
+        name = str(path)
+        if is_local(name):
+            filesystem, local_path = url_to_fs(name)
+            is_readable, is_directory = isinstance(filesystem, LocalFileSystem), filesystem.isdir
+        else:
+            local_path, is_readable, is_directory = name, True, is_folder
         try:
             if not _is_cpu(map_location):
-                raise UnmappableCheckpoint(f"map_location={map_location!r} moves the tensors.", path=str(path))
-            if not isinstance(filesystem, LocalFileSystem):
-                raise UnmappableCheckpoint(f"{path} is not a local file.", path=str(path))
+                raise UnmappableCheckpoint(f"map_location={map_location!r} moves the tensors.", path=name)
+            if not is_readable:
+                raise UnmappableCheckpoint(f"{path} is not a local file.", path=name)
             checkpoint, mapped = load_mapped(local_path, weights_only=weights_only, erases=erases)
-            self._before = local_path
+            self._before = local_path if is_local(name) else None
         except UnmappableCheckpoint as reason:
-            if filesystem.isdir(local_path):
+            if is_directory(local_path):
                 raise  # torch.load cannot load a directory.
             rank_zero_warn(
                 f"{reason} It is loaded the ordinary way: the whole checkpoint in host memory, on every rank."
@@ -197,7 +205,14 @@ class StreamingCheckpointIO(SavingIO):
         if map_location is not None:
             options["map_location"] = map_location
         with _without_mmap():
-            return stock.load_checkpoint(self, path, **options)
+            try:
+                if is_local(str(path)):
+                    return stock.load_checkpoint(self, path, **options)
+                # The installed fsspec may not know the place.
+                options = {"map_location": "cpu", **options, "weights_only": weights_only}
+                return torch.load(path_or_stream(str(path)), **options)
+            except pickle.UnpicklingError as error:
+                raise explain_torch_refusal(str(path), error) from error
 
 
 def _stock() -> tuple[type[TorchCheckpointIO], ...]:
@@ -207,6 +222,9 @@ def _stock() -> tuple[type[TorchCheckpointIO], ...]:
 
 def _require_file(path: str) -> None:
     """Raises ``FileNotFoundError`` if there is no such file, with advice if the path looks like a model on a hub."""
+    if not is_local(path):
+        identity_of(path)
+        return
     filesystem, local_path = url_to_fs(path)
     if not filesystem.exists(local_path):
         advice = hub_advice(path)

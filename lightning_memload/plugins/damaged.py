@@ -63,9 +63,7 @@ def name_intact_sibling(exception: BaseException, path: str, trainer: pl.Trainer
         trainer: The Trainer.
         advise_option: Whether to recommend ``on_corrupt="previous"``.
     """
-    if isinstance(exception, UnmappableCheckpoint) or not os.path.lexists(path):
-        return
-    if not isinstance(exception, (CheckpointFormatError, CheckpointReadError)):
+    if not isinstance(exception, (CheckpointFormatError, CheckpointReadError)) or not os.path.lexists(path):
         return
     path = os.path.abspath(path)
     if _is_folder_of_checkpoints(path):

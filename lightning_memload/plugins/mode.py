@@ -53,10 +53,10 @@ def choose_mode(
     if on_cpu and session.checkpoint.is_chunked:
         if wanted == "assign":
             rank_zero_warn(
-                f"MemoryEfficientRestore(mode='assign') is ignored: {path} stores its tensors in parts, and a "
-                "parameter can only be one contiguous part of a file. The weights are copied."
+                f"MemoryEfficientRestore(mode='assign') is ignored: {path} stores its tensors in parts, or is not a "
+                "local file. A parameter can only be one contiguous part of a local file. The weights are copied."
             )
-        return ChosenMode("copy", "the checkpoint stores its tensors in parts")
+        return ChosenMode("copy", "the checkpoint stores its tensors in parts, or is not local")
     if wanted == "assign" and not on_cpu:
         rank_zero_warn(
             f"MemoryEfficientRestore(mode='assign') is ignored: the parameters are on {device}, and only parameters on "

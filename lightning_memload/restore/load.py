@@ -18,10 +18,10 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.collector import paused_collector
-from lightning_memload.formats import local_path
 from lightning_memload.pickles import SafeGlobal
 from lightning_memload.restore.session import RestoreSession
 from lightning_memload.restore.weights_source import WeightsSource
+from lightning_memload.storage.places import path_of
 from lightning_memload.transfer import check_host_budget, check_num_threads, start_ring
 
 __all__ = ["LoadOptions", "load_weights"]
@@ -121,7 +121,7 @@ def load_weights(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
         raise ValueError(f"dtype must be a floating-point type of torch, or None, got {dtype!r}.")
     weights = WeightsSource(
-        local_path(path), key, strip_prefix, rename, include, exclude, strict, weights_only, safe_globals
+        path_of(path), key, strip_prefix, rename, include, exclude, strict, weights_only, safe_globals
     )
     target = _device_of(module) if device is None else torch.device(device)
     options = LoadOptions(target, mode, host_budget_mib, num_threads, verify, check_fit)

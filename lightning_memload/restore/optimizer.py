@@ -239,7 +239,8 @@ class _Planned:
     def allocate(self) -> Move:
         if isinstance(self.value, ChunkedTensor):
             # Any operation, empty_like too, would read it.
-            empty = torch.empty(self.value.shape, device=self.device, dtype=self.dtype)
+            shape, stride = self.value.shape, self.value.dense_stride
+            empty = torch.empty_strided(shape, stride, device=self.device, dtype=self.dtype)
         else:
             empty = torch.empty_like(
                 self.value.detach(), device=self.device, dtype=self.dtype, memory_format=torch.preserve_format

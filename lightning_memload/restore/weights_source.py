@@ -22,7 +22,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.errors import CheckpointFormatError, MetaTensorError, UnmappableCheckpoint, listed
-from lightning_memload.formats import load_mapped, local_path
+from lightning_memload.formats import explain_torch_refusal, load_mapped
 from lightning_memload.pickles import SafeGlobal, allow_globals, check_safe_globals, holds_refused
 from lightning_memload.restore.allocation import meta_names
 from lightning_memload.restore.matching import (
@@ -45,6 +45,8 @@ from lightning_memload.restore.state_dict import (
     rename_keys,
 )
 from lightning_memload.restore.weights import WeightsRestore
+from lightning_memload.storage.places import is_folder, path_of
+from lightning_memload.storage.stream import path_or_stream
 
 __all__ = ["WeightsSource", "open_any"]
 
@@ -209,18 +211,20 @@ def open_any(
     Raises:
         CheckpointFormatError: Neither way can load the checkpoint.
     """
-    name = local_path(path)
+    name = path_of(path)
     with allow_globals(safe_globals):
         try:
             return load_mapped(name, weights_only=weights_only, erases=erases)
         except UnmappableCheckpoint as error:
-            if os.path.isdir(name):
+            if is_folder(name):
                 raise  # torch.load reads only files
             reason = error
         try:
-            loaded = torch.load(name, map_location="cpu", weights_only=weights_only)
-        except (pickle.UnpicklingError, OSError, MemoryError):
-            raise  # torch's own messages about weights_only, and errors that are not about the contents of the file
+            loaded = torch.load(path_or_stream(name), map_location="cpu", weights_only=weights_only)
+        except pickle.UnpicklingError as error:
+            raise explain_torch_refusal(name, error) from error
+        except (OSError, MemoryError):
+            raise  # They are not about the contents of the file.
         except Exception as error:  # a file of an unknown format can raise any exception
             raise CheckpointFormatError(f"{reason} torch.load cannot read it: {error}", path=name) from error
         warnings.warn(f"{reason} It is loaded the ordinary way: the whole checkpoint in host memory.", stacklevel=3)

@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Callable
 from typing import ClassVar
 
-from lightning_memload.storage.local import FileSet
+from lightning_memload.storage.file_set import FileSet
 from lightning_memload.storage.torch_save import before_torch_save
 
 if sys.platform == "linux":
@@ -94,6 +94,8 @@ class FileWatch(threading.Thread):
         assert self._source is not None
         if not self._source.files:
             return "none of its tensors lies in a file"
+        if not self._source.can_map:
+            return "it is not on a disk of this machine"
         limit = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, _MOST_FILES)
         if len(self._source.files) > limit:
             return f"there are {len(self._source.files)} files, and {limit} at most are kept open for that"
@@ -132,7 +134,7 @@ class FileWatch(threading.Thread):
         with self._lock:
             self._is_over.set()
             self._action = None
-            for file in self.files.files if self.files is not None else ():
+            for file in self.files.mappable if self.files is not None else ():
                 # Closing alone does not end the lease if a child that Python did not fork has the descriptor too.
                 with contextlib.suppress(OSError, ValueError):
                     fcntl.fcntl(file.fileno(), fcntl.F_SETLEASE, fcntl.F_UNLCK)
@@ -152,7 +154,7 @@ class FileWatch(threading.Thread):
         assert self.files is not None
         # Without an owner the kernel sends SIGIO to the process when a lease breaks, which terminates it.
         owner = struct.pack("ii", _OWNER_THREAD, threading.get_native_id())
-        for file in self.files.files:
+        for file in self.files.mappable:
             kind = _file_system_of(file.fileno())
             if kind not in _LOCAL_FILE_SYSTEMS:
                 self._refuse(f"on {kind or 'an unknown file system'}, writes of other programs may go unnoticed")
@@ -174,7 +176,7 @@ class FileWatch(threading.Thread):
 
     def _is_broken(self) -> bool:
         with self._lock:
-            for file in self.files.files if self.files is not None else ():
+            for file in self.files.mappable if self.files is not None else ():
                 try:
                     # F_GETLEASE returns F_UNLCK while a break is pending, and after it.
                     if not self._is_over.is_set() and fcntl.fcntl(file.fileno(), fcntl.F_GETLEASE) != fcntl.F_RDLCK:
@@ -191,7 +193,7 @@ class FileWatch(threading.Thread):
                 with self._lock:
                     action, files = self._action, self.files
                 if files is not None and action is not None:
-                    broken = [file.name for file in files.files if not file.is_open or _is_break_pending(file.fileno())]
+                    broken = [f.name for f in files.mappable if not f.is_open or _is_break_pending(f.fileno())]
                     name = ", ".join(broken[:3]) or files.files[0].name
                     copied = action()
                     changed = bool(files.changed_files())
@@ -227,7 +229,7 @@ class FileWatch(threading.Thread):
         with self._lock:
             if self.files is None or self._is_over.is_set():
                 return False
-            return any(os.path.samestat(os.fstat(file.fileno()), status) for file in self.files.files)
+            return any(os.path.samestat(os.fstat(file.fileno()), status) for file in self.files.mappable)
 
     @classmethod
     def _undo_save_hook_if_last(cls) -> None:

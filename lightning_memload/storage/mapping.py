@@ -24,20 +24,15 @@ from typing import Any
 
 import torch
 
-from lightning_memload.bytes import FileSpan
-from lightning_memload.errors import CheckpointReadError, DetachedError
+from lightning_memload.errors import CheckpointReadError, DetachedError, UnmappableCheckpoint
+from lightning_memload.storage.file_set import FileSet
+from lightning_memload.storage.kernel import map_file, map_memory, move_memory, reserve_addresses, unmap_memory
 from lightning_memload.storage.lease import FileWatch
-from lightning_memload.storage.local import FileSet, LocalFile
 from lightning_memload.storage.steps import wait_for_steps
 
-__all__ = ["FileMapping"]
+__all__ = ["FileMapping", "page_ranges"]
 
 _PAGE = mmap.PAGESIZE
-# Python has the name MAP_NORESERVE from 3.11 on. The value is that of x86-64 and arm64.
-_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-_MAP_FIXED = 0x10
-_MREMAP_MAYMOVE_FIXED = 0x1 | 0x2
-_PROT_NONE = 0
 # detach() copies this much at a time, which bounds its additional memory.
 _DETACH_CHUNK_BYTES = 32 << 20
 # Smaller while other threads run. Copying takes some 3 ms, and writes of other threads to these bytes are lost then.
@@ -62,6 +57,7 @@ class FileMapping:
 
     Raises:
         DetachedError: A file is being changed already.
+        UnmappableCheckpoint: A file is at a place whose files the kernel cannot map.
         OSError: The kernel refuses the mapping.
     """
 
@@ -71,19 +67,16 @@ class FileMapping:
         self.source = source
         self.nbytes = max(1, source.nbytes)
         # Reserve the addresses for all files first, so that no other mapping can take the place of the next file.
-        reserved = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        self._base = _mmap(None, self.nbytes, _PROT_NONE, reserved, -1)
+        self._base = reserve_addresses(self.nbytes)
         try:
-            for file, span in zip(source.files, source.spans, strict=True):
-                if span.nbytes:
-                    _map_file(file, span, self._base)
+            self._map_files()
         except BaseException:
-            _munmap(self._base, self.nbytes)
+            unmap_memory(self._base, self.nbytes)
             raise
         # A new class for each mapping: plain ctypes arrays do not support weak references.
         region: Any = type("_MappedBytes", (ctypes.c_char * self.nbytes,), {}).from_address(self._base)  # type: ignore[attr-defined]
         # Not at exit: parameters may still be in this mapping, and other exit handlers may read them.
-        weakref.finalize(region, _munmap, self._base, self.nbytes).atexit = False
+        weakref.finalize(region, unmap_memory, self._base, self.nbytes).atexit = False
         self._bytes: memoryview | None = memoryview(region).cast("B")
         # Span, start and length for each storage: torch keeps the memoryview until the storage is freed. A list of weak
         # references, because a weak dictionary costs 3 us more for each storage.
@@ -100,6 +93,18 @@ class FileMapping:
             weakref.finalize(region, watch.end).atexit = False
             if not watch.guard(lambda: self.detach(beside_others=True)):
                 raise DetachedError(f"{source.files[0].name} is being rewritten in place.")
+
+    def _map_files(self) -> None:
+        if not self.source.can_map:
+            path = next(file.name for file in self.source.files if file not in self.source.mappable)
+            raise UnmappableCheckpoint(f"{path} is not on a disk of this machine, so it cannot be mapped.", path=path)
+        for file, span in zip(self.source.mappable, self.source.spans, strict=True):
+            if span.nbytes:
+                descriptor = file.open_descriptor()
+                try:
+                    map_file(descriptor, span.nbytes, self._base + span.start)
+                finally:
+                    os.close(descriptor)
 
     def storage(self, offset: int, nbytes: int) -> torch.UntypedStorage:
         """A CPU storage over ``nbytes`` bytes from ``offset`` in the run of all files. No byte is read.
@@ -268,15 +273,15 @@ class FileMapping:
         failure: CheckpointReadError | None = None
         chunk_bytes = _SMALL_CHUNK_BYTES if beside_others else _DETACH_CHUNK_BYTES
         deadline = time.monotonic() + (_STEPS_SECONDS if beside_others else 0.0)
-        for start, end in _page_ranges(sorted(alive), self.nbytes):
+        for start, end in page_ranges(sorted(alive), self.nbytes):
             self._discard_pages(position, start)
             for chunk in range(start, end, chunk_bytes):
                 size = min(chunk_bytes, end - chunk)
                 # The new pages are filled first and moved over the old ones atomically, so other threads see no gap.
-                fresh = _mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+                fresh = map_memory(size)
                 wait_for_steps(deadline)
                 failure = self._copy(chunk, min(size, self.nbytes - chunk), fresh) or failure
-                _mremap_over(fresh, size, self._base + chunk)
+                move_memory(fresh, size, self._base + chunk)
                 copied += size
             position = end
         self._discard_pages(position, _page_up(self.nbytes))
@@ -331,8 +336,7 @@ class FileMapping:
         After a plain munmap another mapping could take the addresses, and the final munmap would then unmap it.
         """
         if end > start:
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
-            _mmap(self._base + start, end - start, _PROT_NONE, flags, -1)
+            reserve_addresses(end - start, at=self._base + start)
 
 
 def _written_pages(entries: bytearray) -> list[int]:
@@ -348,7 +352,7 @@ def _written_pages(entries: bytearray) -> list[int]:
     return written.nonzero().flatten().tolist() if written.any() else []
 
 
-def _page_ranges(ranges: list[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
+def page_ranges(ranges: list[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
     """Merges sorted (offset, nbytes) ranges into page-aligned (start, end) ranges that do not overlap."""
     merged: list[tuple[int, int]] = []
     for offset, nbytes in ranges:
@@ -362,49 +366,3 @@ def _page_ranges(ranges: list[tuple[int, int]], limit: int) -> list[tuple[int, i
 
 def _page_up(nbytes: int) -> int:
     return -(-nbytes // _PAGE) * _PAGE
-
-
-_LIBC = ctypes.CDLL(None, use_errno=True) if FileMapping.supported else None
-
-
-def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:
-    """``mmap(2)``. The standard library's module can neither map at a given address nor close its descriptor."""
-    assert _LIBC is not None
-    call = _LIBC.mmap
-    call.restype = ctypes.c_void_p
-    call.argtypes = (
-        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
-    )  # fmt: skip
-    result = call(address, nbytes, protection, flags, fd, 0)
-    if result is None or result == ctypes.c_void_p(-1).value:
-        error = ctypes.get_errno()
-        raise OSError(error, f"cannot map {nbytes} bytes: {os.strerror(error)}")
-    return int(result)
-
-
-def _map_file(file: LocalFile, span: FileSpan, base: int) -> None:
-    descriptor = file.open_descriptor()
-    try:
-        flags = mmap.MAP_PRIVATE | _MAP_NORESERVE | _MAP_FIXED
-        _mmap(base + span.start, span.nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _munmap(address: int, nbytes: int) -> None:
-    assert _LIBC is not None
-    call = _LIBC.munmap
-    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-    call(address, nbytes)
-
-
-def _mremap_over(address: int, nbytes: int, target: int) -> None:
-    """Moves pages from ``address`` to ``target`` in one atomic step. They replace what is mapped there."""
-    assert _LIBC is not None
-    call = _LIBC.mremap
-    call.restype = ctypes.c_void_p
-    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
-    if call(address, nbytes, nbytes, _MREMAP_MAYMOVE_FIXED, target) != target:
-        error = ctypes.get_errno()
-        _munmap(address, nbytes)
-        raise OSError(error, f"cannot move {nbytes} bytes into place: {os.strerror(error)}")

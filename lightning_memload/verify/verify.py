@@ -8,9 +8,7 @@ of the file. Bytes that no reader uses, such as padding, are not compared.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +16,10 @@ from dataclasses import dataclass
 
 from lightning_memload.checkpoint import Damage, Inventory, Section
 from lightning_memload.collector import paused_collector
-from lightning_memload.errors import CheckpointFormatError
-from lightning_memload.formats import find_format, local_path
+from lightning_memload.errors import MemloadError
+from lightning_memload.formats import find_format
 from lightning_memload.storage import FileSet
+from lightning_memload.storage.places import held, path_of
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.plan import MAX_GAP_BYTES
 from lightning_memload.transfer.threads import available_cpus, check_num_threads, run_threads
@@ -110,8 +109,8 @@ def verify_checkpoint(
         ValueError: ``num_threads`` is not positive.
         TypeError: ``path`` is not a path.
         FileNotFoundError: Nothing exists at this path.
-        CheckpointFormatError: The path is not a checkpoint of a known format, or the checkpoint is compressed
-            (``UnmappableCheckpoint``).
+        CheckpointFormatError: The path is not a checkpoint of a known format.
+        UnmappableCheckpoint: The checkpoint is compressed, so its bytes cannot be verified in place.
         OSError: The directory of the file could not be read. Later errors count as damage.
 
     Peak memory: 1 MiB per thread, plus the index (about 2 KiB for every tensor), a few hundred bytes for every MiB of
@@ -119,17 +118,17 @@ def verify_checkpoint(
     """
     check_num_threads(num_threads)
     started = time.perf_counter()
-    name = local_path(path)
+    name = path_of(path)
     for _ in range(_MAX_TRIES):
-        with _held(name) as is_there, paused_collector():
+        with held(name) as is_same, paused_collector():
             try:
                 run = _verify(name, num_threads, progress)
-            except (CheckpointFormatError, OSError):
-                if is_there():
+            except (MemloadError, OSError):
+                if is_same() is not False:
                     raise
                 continue
             # Otherwise the inventory may be of one checkpoint and the bytes of another.
-            if not run.damage or is_there():
+            if not run.damage or is_same() is not False:
                 break
     else:
         run = _verify(name, num_threads, progress)
@@ -158,31 +157,6 @@ def _verify(name: str, num_threads: int | None, progress: bool | Callable[[int, 
     else:
         run.read_all(None)
     return run
-
-
-@contextlib.contextmanager
-def _held(name: str) -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether the name still refers to the same file or directory.
-
-    The file stays open until the end of the block, so that the kernel does not reuse its inode number.
-    """
-    before = os.stat(name)
-    descriptor = -1
-    if stat.S_ISREG(before.st_mode) or stat.S_ISDIR(before.st_mode):
-        with contextlib.suppress(OSError):  # no permission, or the system cannot open directories
-            descriptor = os.open(name, os.O_RDONLY)
-
-    def is_there() -> bool:
-        try:
-            return os.path.samestat(before, os.stat(name))
-        except FileNotFoundError:
-            return True  # It was deleted and not replaced.
-
-    try:
-        yield is_there
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
 
 
 class _Verification:

@@ -285,8 +285,11 @@ class TestNotMappable:
         with zipfile.ZipFile(tmp_path / "plain") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
             for name in plain.namelist():
                 packed.writestr(name, plain.read(name))
-        with pytest.raises(UnmappableCheckpoint, match="compressed"):
+        with pytest.raises(UnmappableCheckpoint, match="compressed") as caught:
             open_checkpoint(path)
+        # A sound file is not a damaged one.
+        assert not isinstance(caught.value, CheckpointFormatError)
+        assert caught.value.path == str(path)
 
     def test_other_byte_order(self, path: Path) -> None:
         pickled = b"\x80\x02" + tensor_pickle(storage_pickle()) + b"."

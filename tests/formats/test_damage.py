@@ -168,7 +168,7 @@ import sys, time
 sys.set_int_max_str_digits(4300)
 from lightning_memload.formats import open_checkpoint
 from lightning_memload.memory.host import read_status
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
 import resource, pathlib
 resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))
 RESULT = {}
@@ -176,7 +176,7 @@ for path in sorted(pathlib.Path(ARGS["folder"]).iterdir()):
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     try:
         outcome = f"{len(open_checkpoint(path))} tensors"
-    except CheckpointFormatError as error:
+    except (CheckpointFormatError, UnmappableCheckpoint) as error:
         outcome = type(error).__name__
         assert len(str(error)) < 2000, str(error)[:3000]
     seconds = time.perf_counter() - start

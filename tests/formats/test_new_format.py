@@ -14,11 +14,20 @@ from torch import nn
 
 import tests.lightning as L
 from lightning_memload import MemoryEfficientRestore, load_weights, meta_init, open_checkpoint, verify_checkpoint
-from lightning_memload.checkpoint import Checkpoint, Inventory, MappedCheckpoint, Section, StorageInfo, TensorInfo
+from lightning_memload.checkpoint import (
+    Checkpoint,
+    Inventory,
+    MappedCheckpoint,
+    Section,
+    StorageInfo,
+    TensorInfo,
+    end_loading,
+)
 from lightning_memload.cli import main
 from lightning_memload.errors import CheckpointFormatError, ChecksumError
 from lightning_memload.formats import registry
-from lightning_memload.storage import FileMapping, FileSet, LocalFile
+from lightning_memload.storage import FileSet, StoredFile, map_or_reserve, places
+from lightning_memload.storage.places import is_file, read_start
 from lightning_memload.transfer import choose_layout
 from tests.formats.conformance import (
     Case,
@@ -32,6 +41,7 @@ from tests.formats.conformance import (
 )
 from tests.formats.files import as_bytes
 from tests.plugins.harness import TinyModule, adamw, make_trainer
+from tests.storage.toy import SCHEME, ToyBucket
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
 
@@ -58,10 +68,7 @@ class Toy:
     name = "toy"
 
     def recognizes(self, path: str) -> bool:
-        if not Path(path).is_file():
-            return False
-        with open(path, "rb") as file:
-            return file.read(4) == MAGIC
+        return is_file(path) and read_start(path, 4) == MAGIC
 
     def read_index(self, path: str) -> Checkpoint:
         source = FileSet([path])
@@ -74,7 +81,7 @@ class Toy:
         source = FileSet([path])
         try:
             index = self._index(source)
-            mapping = FileMapping(source)
+            mapping = map_or_reserve(source)
         except BaseException:
             source.close()
             raise
@@ -85,7 +92,7 @@ class Toy:
                 storage = mapping.storage(info.storage.offset, info.storage.nbytes)
                 values = values.set_(storage, 0, info.shape, info.stride)
             state[info.name] = values.reshape(info.shape)
-        return state, MappedCheckpoint(index, source, mapping)
+        return end_loading(state, index, source, mapping)
 
     def take_inventory(self, path: str) -> Inventory:
         index = self.read_index(path)
@@ -104,13 +111,12 @@ class Toy:
         storages = tuple(info.storage for info in tensors)
         return Checkpoint(file.name, self.name, source.spans, tuple(tensors), storages)
 
-    def _header(self, file: LocalFile) -> tuple[list[Any], int]:
-        start = bytearray(12)
-        file.readv([memoryview(start)], 0)
-        header = bytearray(int.from_bytes(start[4:], "little"))
-        if file.readv([memoryview(header)], 12) < len(header):
+    def _header(self, file: StoredFile) -> tuple[list[Any], int]:
+        nbytes = int.from_bytes(file.pread(12, 0)[4:], "little")
+        header = file.pread(nbytes, 12)
+        if len(header) < nbytes:
             raise CheckpointFormatError(f"{file.name} is truncated.", path=file.name)
-        return json.loads(header), 12 + len(header)
+        return json.loads(header), 12 + nbytes
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +159,17 @@ def test_weights_and_verification(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert verify_checkpoint(path).is_damaged
     with pytest.raises(ChecksumError):
         load_weights(nn.Linear(30, 30), path)
+
+
+def test_at_a_new_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = ToyBucket(tmp_path)
+    monkeypatch.setitem(places.PLACES, SCHEME, bucket)
+    expected, module = nn.Linear(30, 30), nn.Linear(30, 30)
+    url = bucket.url(write_toy(tmp_path, expected.state_dict()))
+    load_weights(module, url)
+    assert all(as_bytes(value) == as_bytes(expected.state_dict()[name]) for name, value in module.state_dict().items())
+    assert open_checkpoint(url).format == "toy"
+    assert verify_checkpoint(url).is_verified
 
 
 class Predicted(TinyModule):

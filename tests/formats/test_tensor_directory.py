@@ -18,7 +18,13 @@ import pytest
 import torch
 
 from lightning_memload.checkpoint import Checkpoint, MappedCheckpoint, span_bytes
-from lightning_memload.errors import CheckpointFormatError, CheckpointReadError, ChecksumError, MemloadError
+from lightning_memload.errors import (
+    CheckpointFormatError,
+    CheckpointReadError,
+    ChecksumError,
+    MemloadError,
+    UnmappableCheckpoint,
+)
 from lightning_memload.formats import load_mapped, open_checkpoint
 from lightning_memload.formats.tensor_directory import reader as tensor_directory
 from lightning_memload.save import save_directory
@@ -299,7 +305,7 @@ class TestChangesBehindOurBack:
             raise OSError(errno.ENOMEM, "cannot map 4096 bytes: Cannot allocate memory")
 
         save_directory({"a": torch.ones(3)}, path)
-        monkeypatch.setattr(tensor_directory, "FileMapping", refuse)
+        monkeypatch.setattr(tensor_directory, "map_or_reserve", refuse)
         with pytest.raises(MemloadError, match=r"has 2 files, .*Raise the limit \(sysctl vm.max_map_count"):
             load_mapped(path, weights_only=True)
 
@@ -550,5 +556,5 @@ class TestDamagedFiles:
     def test_a_bomb_in_the_state(self, sound: Path) -> None:
         write_zip(sound / "state.pt", b"\x80\x02" + b"]" * 2000 + b"a" * 1999 + b".")
         edited(sound, lambda m: m["state"].update(nbytes=(sound / "state.pt").stat().st_size))
-        with pytest.raises(CheckpointFormatError, match="more than 1000 deep"):
+        with pytest.raises(UnmappableCheckpoint, match="more than 1000 deep"):
             open_checkpoint(sound)

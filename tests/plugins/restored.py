@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from torch import nn
 
 import tests.lightning as L
-from lightning_memload import (
-    open_checkpoint,
-)
+from lightning_memload import open_checkpoint
 from lightning_memload.restore.recipes import WaitingParameter, fill_before_load
 
 
@@ -19,6 +18,19 @@ def flip_byte(path: Path, name: str) -> None:
     data = bytearray(path.read_bytes())
     data[tensor.storage.offset + 1] ^= 0x10
     path.write_bytes(data)
+
+
+def held(path: Path) -> list[str]:
+    """How this process still holds a file: its mappings and its descriptors."""
+    found = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{number}")
+        except OSError:
+            continue
+        if target.startswith(str(path)):
+            found.append(f"fd {number}: {target}")
+    return found
 
 
 def assert_clean(trainer: L.Trainer, module: nn.Module) -> None:

@@ -227,7 +227,7 @@ def test_the_checkpoint_io_alone(saved: Path, stock: Any, tmp_path: Path) -> Non
 
 def test_assigning_is_not_possible(saved: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, [MemoryEfficientRestore(mode="assign")])
-    with pytest.warns(UserWarning, match="stores its tensors in parts.* The weights are copied"):
+    with pytest.warns(UserWarning, match="stores its tensors in parts.*The weights are copied"):
         trainer.validate(Sharded(), ckpt_path=saved / "mp.ckpt", verbose=False, **TRUSTED)
 
 

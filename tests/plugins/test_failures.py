@@ -29,25 +29,12 @@ from lightning_memload import (
 from lightning_memload.transfer import LazyRing
 from tests.plugins.harness import FEATURES, TRUSTED, Case, TinyModule, adamw, make_trainer, write_checkpoint
 from tests.plugins.modules import WithBuffer
-from tests.plugins.restored import assert_clean, flip_byte
+from tests.plugins.restored import assert_clean, flip_byte, held
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return write_checkpoint(Case(lambda: TinyModule(adamw)), tmp_path)
-
-
-def held(path: Path) -> list[str]:
-    """How this process still holds a file: its mappings and its descriptors."""
-    found = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{number}")
-        except OSError:
-            continue
-        if target.startswith(str(path)):
-            found.append(f"fd {number}: {target}")
-    return found
 
 
 def fit(module: L.LightningModule, path: Path, *callbacks: L.Callback, **kwargs: Any) -> L.Trainer:

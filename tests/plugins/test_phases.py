@@ -34,8 +34,7 @@ from lightning_memload.plugins.run import RestoreRun
 from lightning_memload.restore import RestoreSession
 from lightning_memload.transfer import LazyRing, start_ring
 from tests.plugins.harness import TRUSTED, Case, TinyModule, adamw, make_trainer, write_checkpoint
-from tests.plugins.test_callback import assert_clean, flip_byte
-from tests.plugins.test_failures import held
+from tests.plugins.restored import assert_clean, flip_byte, held
 
 OPTIONS = RestoreOptions("copy", 1 << 20, 1, verify=True, check_fit=True, progress_bar=False)
 

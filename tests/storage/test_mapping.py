@@ -14,7 +14,7 @@ import torch
 
 from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.formats import load_mapped
-from lightning_memload.storage.local import FileSet
+from lightning_memload.storage import FileSet
 from lightning_memload.storage.mapping import FileMapping
 from tests.formats.files import as_bytes, layouts
 from tests.fresh_process import run_fresh
@@ -209,7 +209,7 @@ RESULT = [copied, peak, equal, written, left, again, before - read_status().anon
 
         state, mapped = load(path, a=torch.arange(5000.0))
         with monkeypatch.context() as patch:
-            patch.setattr(mapping, "_mremap_over", refuse)
+            patch.setattr(mapping, "move_memory", refuse)
             with pytest.raises(OSError, match="no memory"):
                 mapped.mapping.detach()
         assert torch.equal(state["a"], torch.arange(5000.0))

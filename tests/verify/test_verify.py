@@ -15,7 +15,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_memload import CheckpointFormatError, VerifyReport, open_checkpoint, save_directory, verify_checkpoint
+from lightning_memload import (
+    CheckpointFormatError,
+    UnmappableCheckpoint,
+    VerifyReport,
+    open_checkpoint,
+    save_directory,
+    verify_checkpoint,
+)
 from lightning_memload.formats import load_mapped
 from lightning_memload.formats.dcp.metadata import Entry, SavedTensor, read_metadata
 from lightning_memload.formats.registry import FORMATS
@@ -188,8 +195,12 @@ class TestTorch:
 
     def test_what_cannot_be_verified_is_an_error(self, tmp_path: Path) -> None:
         write_zip(tmp_path / "packed", b"\x80\x02N.", compression=zipfile.ZIP_DEFLATED)
-        with pytest.raises(CheckpointFormatError, match="compressed"):
+        with pytest.raises(UnmappableCheckpoint, match="compressed"):
             verify_checkpoint(tmp_path / "packed")
+        (tmp_path / "old").mkdir()
+        torch.save({}, tmp_path / "old" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+        with pytest.raises(UnmappableCheckpoint, match=r"since torch 1\.6"):
+            verify_checkpoint(tmp_path / "old")
         (tmp_path / "text").write_text("hello")
         with pytest.raises(CheckpointFormatError, match="none of the known formats"):
             verify_checkpoint(tmp_path / "text")

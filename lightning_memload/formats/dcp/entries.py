@@ -11,11 +11,11 @@ from typing import Any
 
 from lightning_memload.checkpoint.index import ChunkInfo, PickledGlobal, SpecialTensor, StorageInfo, TensorInfo
 from lightning_memload.checkpoint.inventory import Damage, Section
-from lightning_memload.errors import CheckpointFormatError
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
 from lightning_memload.formats.dcp.metadata import METADATA_NAME, Entry, SavedTensor
 from lightning_memload.formats.torch_zip.records import pickle_is_sound, read_records, read_zip_inventory
 from lightning_memload.pickles.structure import PickleContents, walk_pickle
-from lightning_memload.storage.local import FilePart, FileSet
+from lightning_memload.storage import FilePart, FileSet
 
 __all__ = ["DcpObject", "DcpTensor", "Entries"]
 
@@ -118,7 +118,7 @@ class Entries:
             same = (pickled, tuple((key, record.nbytes) for key, record in records.items()))
             if same not in self._walked:
                 self._walked[same] = walk_pickle(part.name, pickled, records)
-        except CheckpointFormatError as error:
+        except (CheckpointFormatError, UnmappableCheckpoint) as error:
             error.path = file.name
             raise
         found = self._walked[same]

@@ -22,6 +22,7 @@ import torch
 from lightning_memload.checkpoint.index import KeyPath
 from lightning_memload.errors import CheckpointFormatError, listed
 from lightning_memload.formats.dcp.unpickler import ForeignGlobal, InertRecord, MetadataUnpickler
+from lightning_memload.storage.places import read_start, size_of
 
 __all__ = ["METADATA_NAME", "Entry", "Metadata", "Part", "SavedTensor", "read_metadata", "survey_metadata"]
 
@@ -128,15 +129,14 @@ def survey_metadata(path: str) -> tuple[Metadata, list[str]]:
 
     Peak memory: as for :func:`read_metadata`.
     """
-    nbytes = os.path.getsize(path)
+    nbytes = size_of(path) or 0
     if nbytes > _MAX_METADATA_BYTES:
         raise CheckpointFormatError(
             f"{path} is damaged: it has {nbytes} bytes, and the limit is {_MAX_METADATA_BYTES}. Resume from another "
             "checkpoint.",
             path=path,
         )
-    with open(path, "rb") as file:
-        data = file.read(nbytes)
+    data = read_start(path, nbytes)
     unpickler = MetadataUnpickler(data)
     try:
         return _Reader(path, unpickler.load()).read()

@@ -13,7 +13,6 @@ import contextlib
 import io
 import os
 import pickle
-import stat
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -48,7 +47,8 @@ from lightning_memload.formats.torch_zip.records import pickle_is_sound, read_re
 from lightning_memload.pickles.erasing import RefusedGlobal
 from lightning_memload.pickles.globals import explain_refusal
 from lightning_memload.pickles.structure import read_structure
-from lightning_memload.storage.local import FileSet, LocalFile
+from lightning_memload.storage import FileSet, StoredFile
+from lightning_memload.storage.places import is_file, is_folder, names_in, size_of
 
 __all__ = ["DcpDirectory"]
 
@@ -65,11 +65,9 @@ class DcpDirectory:
 
     def recognizes(self, path: str) -> bool:
         """Whether the directory holds the metadata, or files, of a distributed checkpoint."""
-        if not os.path.isdir(path):
+        if not is_folder(path):
             return False
-        return os.path.isfile(os.path.join(path, METADATA_NAME)) or any(
-            name.endswith(_SUFFIX) for name in os.listdir(path)
-        )
+        return is_file(os.path.join(path, METADATA_NAME)) or any(name.endswith(_SUFFIX) for name in names_in(path))
 
     def read_index(self, path: str) -> Checkpoint:
         """Indexes the directory.
@@ -244,7 +242,7 @@ def _read_numbers(leaf: Any) -> list[int]:
     return [number for number in ids if type(number) is int] if isinstance(ids, list) else []
 
 
-def _read_extra_structure(file: LocalFile) -> dict[Any, Any]:
+def _read_extra_structure(file: StoredFile) -> dict[Any, Any]:
     records, pickled = read_records(file)
     extra = read_structure(file.name, pickled, records)
     if not isinstance(extra, dict):
@@ -270,9 +268,9 @@ def _open(path: str) -> _Directory:
 
 
 def _require_metadata(path: str) -> None:
-    if os.path.isfile(os.path.join(path, METADATA_NAME)):
+    if is_file(os.path.join(path, METADATA_NAME)):
         return
-    of_ranks = sorted(name for name in os.listdir(path) if name.endswith(METADATA_NAME))
+    of_ranks = sorted(name for name in names_in(path) if name.endswith(METADATA_NAME))
     if of_ranks:
         raise CheckpointFormatError(
             f"{path} holds separate metadata of each rank ({listed(of_ranks)}), because it was saved with "
@@ -289,14 +287,14 @@ def _require_metadata(path: str) -> None:
 
 @contextlib.contextmanager
 def _advising_conversion(path: str) -> Iterator[None]:
-    """Turns :class:`UnmappableCheckpoint` into an error that advises to convert the directory.
+    """Adds to :class:`UnmappableCheckpoint` the advice to convert the directory.
 
     ``torch.load`` cannot read a directory, so there is no other way to load it.
     """
     try:
         yield
     except UnmappableCheckpoint as reason:
-        raise CheckpointFormatError(
+        raise UnmappableCheckpoint(
             f"{reason} On the system that saved it, convert {path} to one file with Lightning's "
             "consolidate_checkpoint, or with torch.distributed.checkpoint.format_utils.dcp_to_torch_save, and load "
             "that file.",
@@ -350,29 +348,27 @@ def _survey_files(path: str, metadata: Metadata) -> tuple[list[str], list[Damage
     for name in sorted(ends):
         file = os.path.join(path, name)
         try:
-            status = os.stat(file)
+            nbytes = size_of(file)
         except FileNotFoundError:
             problem = f"{file} is missing. {METADATA_NAME} declares {ends[name]} bytes in it."
             damage.append(Damage(file, problem, expected=ends[name]))
             continue
-        if not stat.S_ISREG(status.st_mode):
+        if nbytes is None:
             damage.append(Damage(file, f"{file} is no regular file. Resume from another checkpoint."))
             continue
         names.append(name)
-        if status.st_size < ends[name]:
+        if nbytes < ends[name]:
             problem = (
                 f"{file} is truncated: {METADATA_NAME} declares data through byte {ends[name]}, but the file is only "
-                f"{status.st_size} bytes."
+                f"{nbytes} bytes."
             )
-            damage.append(Damage(file, problem, expected=ends[name], actual=status.st_size))
-        elif status.st_size < totals[name]:
+            damage.append(Damage(file, problem, expected=ends[name], actual=nbytes))
+        elif nbytes < totals[name]:
             # Overlapping entries would let a small file expand to a hundred thousand times its size.
             names.remove(name)
-            problem = (
-                f"{file} has {status.st_size} bytes, and {METADATA_NAME} declares entries of {totals[name]} in it."
-            )
+            problem = f"{file} has {nbytes} bytes, and {METADATA_NAME} declares entries of {totals[name]} in it."
             damage.append(Damage(file, problem + " They overlap: the file is damaged or malicious."))
-    if os.path.isfile(os.path.join(path, _EXTRA_NAME)) and _EXTRA_NAME not in ends:
+    if is_file(os.path.join(path, _EXTRA_NAME)) and _EXTRA_NAME not in ends:
         names.insert(0, _EXTRA_NAME)
     return names, damage
 

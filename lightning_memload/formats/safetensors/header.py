@@ -19,7 +19,7 @@ import torch
 from lightning_memload.checkpoint.index import SpecialTensor, StorageInfo, TensorInfo
 from lightning_memload.errors import CheckpointFormatError
 from lightning_memload.formats.json_text import COPY_AGAIN, MAX_HEADER_BYTES, parse_json, short
-from lightning_memload.storage.local import LocalFile
+from lightning_memload.storage import StoredFile
 
 __all__ = ["PREFIX_BYTES", "SAFETENSORS_DTYPES", "Header", "read_header", "starts_like_header"]
 
@@ -71,7 +71,7 @@ def starts_like_header(start: bytes) -> bool:
     return start[_LENGTH.size :] == b"{"
 
 
-def read_header(file: LocalFile, start: int) -> Header:
+def read_header(file: StoredFile, start: int) -> Header:
     """Reads the header of one file.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 
 from lightning_memload.checkpoint.index import Checkpoint, SpecialTensor, TensorInfo
 from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
-from lightning_memload.checkpoint.mapped import MappedCheckpoint
+from lightning_memload.checkpoint.mapped import MappedCheckpoint, end_loading
 from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint, listed
 from lightning_memload.formats.json_text import MAX_HEADER_BYTES, short
 from lightning_memload.formats.safetensors.header import PREFIX_BYTES, read_header, starts_like_header
@@ -27,8 +27,8 @@ from lightning_memload.formats.shard_index import (
     keep_last,
     visible_names,
 )
-from lightning_memload.storage.local import FileSet
-from lightning_memload.storage.mapping import FileMapping
+from lightning_memload.storage import FileMapping, FileSet, map_or_reserve
+from lightning_memload.storage.places import is_file, is_folder, read_start
 
 __all__ = ["MAX_HEADER_BYTES", "Safetensors"]
 
@@ -42,9 +42,9 @@ class Safetensors:
 
     def recognizes(self, path: str) -> bool:
         """Whether the path is a file with a safetensors header, an index of shards, or a directory with such files."""
-        if os.path.isdir(path):
+        if is_folder(path):
             return any(name.endswith((_SUFFIX, _SUFFIX + INDEX_SUFFIX)) for name in visible_names(path))
-        if not os.path.isfile(path):
+        if not is_file(path):
             return False
         if is_shard_index(path):
             return not is_torch_index(path)
@@ -81,7 +81,7 @@ class Safetensors:
         source = FileSet(_find_files(path))
         try:
             index = _read_index(path, source)
-            mapping = FileMapping(source)
+            mapping = map_or_reserve(source)
         except BaseException:
             source.close()
             raise
@@ -93,7 +93,7 @@ class Safetensors:
                 stacklevel=2,
             )
         state = {info.storage.key: _mapped_tensor(info, mapping) for info in index}
-        return state, MappedCheckpoint(index, source, mapping)
+        return end_loading(state, index, source, mapping)
 
     def take_inventory(self, path: str) -> Inventory:
         """Returns the tensors and the headers, all without a checksum. See :class:`CheckpointFormat`."""
@@ -137,8 +137,7 @@ def _mapped_tensor(info: TensorInfo, mapping: FileMapping) -> torch.Tensor:
 
 
 def _first_bytes(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(PREFIX_BYTES)
+    return read_start(path, PREFIX_BYTES)
 
 
 def _find_files(path: str) -> list[str]:
@@ -150,7 +149,7 @@ def _find_files(path: str) -> list[str]:
     files = find_shards(path, _SUFFIX, WHOLE_SAFETENSORS)
     if files is None:
         files = [os.path.join(path, name) for name in visible_names(path) if name.endswith(_SUFFIX)]
-        missing = [os.path.basename(file) for file in files if not os.path.isfile(file)]
+        missing = [os.path.basename(file) for file in files if not is_file(file)]
         if missing:
             raise CheckpointFormatError(
                 f"{path} is not complete: of its {len(files)} files {len(missing)} are missing or no regular files: "
@@ -198,7 +197,7 @@ def _merge(path: str, found: list[tuple[str, TensorInfo]]) -> tuple[TensorInfo, 
 
 
 def _has_index(path: str) -> bool:
-    return not os.path.isdir(path) or any(name.endswith(_SUFFIX + INDEX_SUFFIX) for name in visible_names(path))
+    return not is_folder(path) or any(name.endswith(_SUFFIX + INDEX_SUFFIX) for name in visible_names(path))
 
 
 def _require_once(path: str, found: list[tuple[str, TensorInfo]]) -> None:

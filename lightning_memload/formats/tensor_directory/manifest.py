@@ -10,7 +10,6 @@ import json
 import os
 import re
 import reprlib
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from lightning_memload.checkpoint.index import TensorInfo
 from lightning_memload.errors import CheckpointFormatError
 from lightning_memload.formats.json_text import MAX_HEADER_BYTES
+from lightning_memload.storage.places import is_file, is_folder, names_in, read_start, size_of
 
 __all__ = [
     "MANIFEST_FILE",
@@ -137,12 +137,10 @@ def is_tensor_directory(path: str) -> bool:
     manifest, state, folder, weights = (
         os.path.join(path, name) for name in (MANIFEST_FILE, STATE_FILE, TENSORS_FOLDER, WEIGHTS_FILE)
     )
-    described = os.path.isfile(manifest)  # opening a pipe would block
-    if described:
-        with open(manifest, "rb") as file:
-            if file.read(len(_HEAD)) == _HEAD:
-                return True
-    return os.path.isfile(state) and (os.path.isdir(folder) or (described and os.path.isfile(weights)))
+    described = is_file(manifest)  # opening a pipe would block
+    if described and read_start(manifest, len(_HEAD)) == _HEAD:
+        return True
+    return is_file(state) and (is_folder(folder) or (described and is_file(weights)))
 
 
 def foreign_names(path: str) -> list[str]:
@@ -152,7 +150,7 @@ def foreign_names(path: str) -> list[str]:
         OSError: It cannot be listed.
     """
     own = {MANIFEST_FILE, STATE_FILE, TENSORS_FOLDER, WEIGHTS_FILE}
-    return sorted(name for name in os.listdir(path) if name not in own)
+    return sorted(name for name in names_in(path) if name not in own)
 
 
 def files_of(state_bytes: int, storages: Sequence[StorageFile], weights: WeightsLayout | None) -> list[tuple[str, int]]:
@@ -214,8 +212,7 @@ def read_manifest(path: str) -> Manifest:
             raise damaged(path, "it is no regular file.")
         if nbytes > _MAX_MANIFEST_BYTES:
             raise damaged(path, f"it has {nbytes} bytes, and the limit is {_MAX_MANIFEST_BYTES}.")
-        with open(name, "rb") as file:
-            content = json.loads(file.read(nbytes))
+        content = json.loads(read_start(name, nbytes))
     except FileNotFoundError as error:
         raise CheckpointFormatError(
             f"{path} has a {STATE_FILE} and {TENSORS_FOLDER}/, but no {MANIFEST_FILE}: it was not copied completely.",
@@ -329,8 +326,7 @@ def check_description(path: str, described: list[Any], tensors: Sequence[TensorI
 
 def regular_file_size(name: str) -> int | None:
     """Size of a regular file in bytes. ``None`` for a link (its target may be anywhere), a pipe, or another kind."""
-    status = os.lstat(name)
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
+    return size_of(name, follow_links=False)
 
 
 def damaged(path: str, problem: str) -> CheckpointFormatError:

@@ -23,7 +23,7 @@ from zlib_ng import zlib_ng
 from lightning_memload.bytes import lay_out
 from lightning_memload.checkpoint.index import Checkpoint, StorageInfo
 from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
-from lightning_memload.checkpoint.mapped import MappedCheckpoint
+from lightning_memload.checkpoint.mapped import MappedCheckpoint, end_loading
 from lightning_memload.errors import CheckpointFormatError, MemloadError, UnmappableCheckpoint, listed
 from lightning_memload.formats.tensor_directory.manifest import (
     MANIFEST_FILE,
@@ -45,8 +45,8 @@ from lightning_memload.formats.tensor_directory.manifest import (
 from lightning_memload.formats.torch_zip.reader import load_what_is_allowed, name_sections
 from lightning_memload.formats.torch_zip.records import pickle_is_sound, read_records, read_zip_inventory
 from lightning_memload.pickles.structure import walk_pickle
-from lightning_memload.storage.local import FileSet, LocalFile
-from lightning_memload.storage.mapping import FileMapping
+from lightning_memload.storage import FileMapping, FileSet, map_or_reserve
+from lightning_memload.storage.places import held, is_link, open_file, read_start, size_of
 
 __all__ = ["TensorDirectory", "make_manifest"]
 
@@ -90,10 +90,10 @@ class TensorDirectory:
             loaded, refusal = load_what_is_allowed(
                 mapping, index, source.files[0], weights_only=weights_only, erases=erases, stubs=stubs
             )
+            return end_loading(loaded, index, source, mapping, refusal)
         except BaseException:
             source.close()
             raise
-        return loaded, MappedCheckpoint(index, source, mapping, refusal)
 
     def take_inventory(self, path: str) -> Inventory:
         """Every storage, and every record of ``state.pt``, see :class:`CheckpointFormat`."""
@@ -115,7 +115,7 @@ class TensorDirectory:
         state = os.path.join(path, STATE_FILE)
         names: dict[int, str] = {}
         if state in places:
-            with LocalFile(state) as file:
+            with open_file(state) as file:
                 of_state, problems = read_zip_inventory(file, places[state])
                 sections += of_state
                 damage += problems
@@ -138,28 +138,16 @@ def _read_one_version(path: str, read: Callable[[], _T]) -> _T:
         CheckpointFormatError: The directory was replaced again and again.
         Exception: ``read`` raised it, and the directory was not replaced.
     """
-    if not hasattr(os, "O_DIRECTORY"):  # Such systems cannot open a directory, nor replace one atomically.
-        return read()
     for _ in range(_MAX_TRIES):
-        # Held open, so that the file system does not reuse its inode number for the directory that replaces it.
-        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            result = read()
-            if _is_at(path, directory):
-                return result
-        except (CheckpointFormatError, OSError):
-            if _is_at(path, directory):
-                raise
-        finally:
-            os.close(directory)
+        with held(path) as is_same:
+            try:
+                result = read()
+                if is_same():
+                    return result
+            except (MemloadError, OSError):
+                if is_same():
+                    raise
     raise _replaced_error(path)
-
-
-def _is_at(path: str, directory: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(directory))
-    except FileNotFoundError:
-        return False
 
 
 def _read_index(path: str) -> Checkpoint:
@@ -196,14 +184,14 @@ def make_manifest(path: str, storages: Sequence[StorageFile], weights: WeightsLa
     Raises:
         CheckpointFormatError: ``state.pt`` has changed since it was written.
     """
-    state_bytes = os.path.getsize(os.path.join(path, STATE_FILE))
+    state_bytes = size_of(os.path.join(path, STATE_FILE)) or 0
     index, pickled = _index_state(path, files_of(state_bytes, storages, weights), storages)
     return render_manifest(state_bytes, zlib_ng.crc32(pickled), storages, weights, index.tensors)
 
 
 def _map(path: str, source: FileSet) -> FileMapping:
     try:
-        return FileMapping(source)
+        return map_or_reserve(source)
     except OSError as error:
         if error.errno != errno.ENOMEM:
             raise
@@ -225,7 +213,7 @@ def _index_state(
         own = storage.offset is None
         offset = starts[storage_file(storage.key)] if own else starts[WEIGHTS_FILE] + (storage.offset or 0)
         elsewhere[storage.key] = StorageInfo(storage.key, offset, storage.nbytes, storage.crc32, storage.location)
-    with LocalFile(state) as file:
+    with open_file(state) as file:
         records, pickled = read_records(file)
     found = walk_pickle(state, pickled, records, elsewhere)
     index = Checkpoint(
@@ -256,8 +244,7 @@ def _check_files(path: str, manifest: Manifest) -> None:
 def _check_header(path: str, weights: WeightsLayout) -> None:
     """Raises unless the header of ``model.safetensors`` has the CRC-32 in the manifest."""
     name = os.path.join(path, WEIGHTS_FILE)
-    with open(name, "rb") as file:
-        crc32 = zlib_ng.crc32(file.read(weights.header_bytes))
+    crc32 = zlib_ng.crc32(read_start(name, weights.header_bytes))
     if crc32 != weights.header_crc32:
         raise CheckpointFormatError(
             f"{name} is damaged: its header has CRC-32 {crc32:#010x}, but {MANIFEST_FILE} records "
@@ -271,7 +258,7 @@ def _file_damage(path: str, manifest: Manifest) -> list[Damage]:
     """The damage of every file that is missing, not a regular file, or of another size than in the manifest."""
     damage: list[Damage] = []
     folder = os.path.join(path, TENSORS_FOLDER)
-    if os.path.islink(folder):
+    if is_link(folder):
         return [Damage(folder, f"{TENSORS_FOLDER} is a link")]
     for name, nbytes in manifest.files():
         file = os.path.join(path, name)

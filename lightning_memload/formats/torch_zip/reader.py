@@ -22,7 +22,7 @@ import torch
 from lightning_memload.bytes import lay_out
 from lightning_memload.checkpoint.index import Checkpoint, StorageInfo
 from lightning_memload.checkpoint.inventory import Damage, Inventory
-from lightning_memload.checkpoint.mapped import MappedCheckpoint
+from lightning_memload.checkpoint.mapped import MappedCheckpoint, end_loading
 from lightning_memload.errors import (
     CheckpointFormatError,
     InsufficientMemoryError,
@@ -30,13 +30,21 @@ from lightning_memload.errors import (
     UnmappableCheckpoint,
     UnsafeGlobalsError,
 )
+from lightning_memload.formats.torch_zip.hollow import hollow_copy, memory_file
 from lightning_memload.formats.torch_zip.records import is_zip, pickle_is_sound, read_records, read_zip_inventory
 from lightning_memload.pickles.erasing import erase
 from lightning_memload.pickles.globals import explain_refusal, refused_globals
 from lightning_memload.pickles.plain import NotPlain, build_plain
-from lightning_memload.pickles.structure import STUB_BYTES, PickleContents, Record, find_storage, walk_pickle
-from lightning_memload.storage.local import FileSet, LocalFile
-from lightning_memload.storage.mapping import FileMapping
+from lightning_memload.pickles.structure import (
+    STUB_BYTES,
+    PickleContents,
+    Record,
+    find_storage,
+    storages_of_objects,
+    walk_pickle,
+)
+from lightning_memload.storage import FileMapping, FileSet, LocalFile, Reservation, StoredFile, map_or_reserve
+from lightning_memload.storage.places import is_file, open_file
 
 __all__ = ["TorchZip", "load_onto", "load_what_is_allowed", "name_sections", "read_index"]
 
@@ -54,11 +62,11 @@ class TorchZip:
 
     def recognizes(self, path: str) -> bool:
         """Whether the file is a zip archive."""
-        return os.path.isfile(path) and is_zip(path)
+        return is_file(path) and is_zip(path)
 
     def read_index(self, path: str) -> Checkpoint:
         """Indexes the file, see :func:`read_index`."""
-        with LocalFile(path) as file:
+        with open_file(path) as file:
             return read_index(file)
 
     def load(self, path: str, *, weights_only: bool | None, erases: bool = False) -> tuple[Any, MappedCheckpoint]:
@@ -77,14 +85,14 @@ class TorchZip:
             with contextlib.suppress(NotPlain):
                 return _load_plain(source, records, pickled)
             index = _make_index(file, walk_pickle(file.name, pickled, records))
-            mapping = FileMapping(source)
+            mapping = map_or_reserve(source)
+            loaded, refusal = load_what_is_allowed(
+                mapping, index, file, weights_only=weights_only, erases=erases, may_be_plain=False
+            )
+            return end_loading(loaded, index, source, mapping, refusal)
         except BaseException:
             source.close()
             raise
-        loaded, refusal = load_what_is_allowed(
-            mapping, index, file, weights_only=weights_only, erases=erases, may_be_plain=False
-        )
-        return loaded, MappedCheckpoint(index, source, mapping, refusal)
 
     def take_inventory(self, path: str) -> Inventory:
         """Every record of the file, the pickle and the small ones too, see :class:`CheckpointFormat`.
@@ -92,7 +100,7 @@ class TorchZip:
         Raises:
             UnmappableCheckpoint: The records are compressed.
         """
-        with LocalFile(path) as file:
+        with open_file(path) as file:
             files = lay_out([(path, file.size_bytes)])
             sections, damage = read_zip_inventory(file)
             names: dict[int, str] = {}
@@ -107,7 +115,7 @@ class TorchZip:
         return Inventory(path, self.name, files, named, tuple(damage))
 
 
-def read_index(file: LocalFile) -> Checkpoint:
+def read_index(file: StoredFile) -> Checkpoint:
     """Indexes a torch zip checkpoint.
 
     Reads the zip's directory, one local header per record and the pickle: a few hundred bytes per tensor, none of
@@ -127,7 +135,7 @@ def read_index(file: LocalFile) -> Checkpoint:
     return _make_index(file, walk_pickle(file.name, pickled, records))
 
 
-def _make_index(file: LocalFile, found: PickleContents) -> Checkpoint:
+def _make_index(file: StoredFile, found: PickleContents) -> Checkpoint:
     return Checkpoint(
         path=file.name,
         format=TorchZip.name,
@@ -142,7 +150,7 @@ def _make_index(file: LocalFile, found: PickleContents) -> Checkpoint:
 def load_what_is_allowed(
     mapping: FileMapping,
     index: Checkpoint,
-    file: LocalFile,
+    file: StoredFile,
     *,
     weights_only: bool | None,
     erases: bool,
@@ -177,7 +185,7 @@ def load_what_is_allowed(
         _, pickled = read_records(file)
         refused = {(item.module, item.qualname) for item in refused_globals(index.globals)}
         erased = erase(pickled, refused, sys.byteorder)
-        with _in_memory(erased.archive, index.path) as archive, torch.serialization.safe_globals([*erased.markers]):
+        with memory_file([(0, erased.archive)]) as archive, torch.serialization.safe_globals([*erased.markers]):
             all_of_them = {storage.key for storage in index.storages if storage.nbytes}
             loaded = load_onto(mapping, index, archive, weights_only=True, stubs=all_of_them)
     except Exception:  # whatever the reason is, it is not why the file was refused
@@ -185,20 +193,8 @@ def load_what_is_allowed(
     return loaded, refusal
 
 
-@contextlib.contextmanager
-def _in_memory(data: bytes, name: str) -> Iterator[LocalFile]:
-    descriptor = os.memfd_create("memload", os.MFD_CLOEXEC)
-    try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(data)
-        with LocalFile(f"/proc/self/fd/{descriptor}") as opened:
-            yield opened
-    finally:
-        os.close(descriptor)
-
-
 def load_onto(
-    mapping: FileMapping, index: Checkpoint, file: LocalFile, *, weights_only: bool | None, stubs: Collection[str] = ()
+    mapping: FileMapping, index: Checkpoint, file: StoredFile, *, weights_only: bool | None, stubs: Collection[str] = ()
 ) -> Any:
     """Loads the object of a torch zip file, with its tensors in a mapping.
 
@@ -215,14 +211,20 @@ def load_onto(
         UnmappableCheckpoint: A tensor is of a subclass whose storage torch gives to nobody.
         InsufficientMemoryError: See :class:`TorchZip`, as for all others.
     """
+    if isinstance(mapping, Reservation) and (index.globals or index.special):
+        _fill_for_objects(mapping, index, file)
     handover: Any = _Handover(index, mapping, stubs)
-    descriptor = file.open_descriptor()
+    with contextlib.ExitStack() as stack:
+        local = file if isinstance(file, LocalFile) else stack.enter_context(hollow_copy(file))
+        descriptor = local.open_descriptor()
     try:
         path = f"/proc/self/fd/{descriptor}"
         with _without_reading(index, file) as mmap:
             return torch.load(path, map_location=handover, weights_only=weights_only, mmap=mmap)
-    except Exception as error:
-        if isinstance(error, MemloadError):
+    except BaseException as error:
+        if isinstance(mapping, Reservation):
+            mapping.abandon()
+        if isinstance(error, MemloadError) or not isinstance(error, Exception):
             raise
         if os.fstat(descriptor).st_size == file.size_bytes:
             if isinstance(error, pickle.UnpicklingError):
@@ -249,6 +251,16 @@ def load_onto(
         handover.end()
 
 
+def _fill_for_objects(mapping: Reservation, index: Checkpoint, file: StoredFile) -> None:
+    """Reads what code may use while the object is built: tensors within objects of other classes, and special ones."""
+    records, pickled = read_records(file)
+    is_used = storages_of_objects(file.name, pickled, records)
+    if len(is_used) != len(index.storages):
+        raise CheckpointFormatError(f"{file.name} was changed while it was loaded. Load it again.", path=file.name)
+    used = [storage for storage, is_one in zip(index.storages, is_used, strict=True) if is_one]
+    mapping.fill([(storage.offset, storage.nbytes) for storage in used if storage.nbytes])
+
+
 def _load_plain(source: FileSet, records: Mapping[str, Record], pickled: bytes) -> tuple[Any, MappedCheckpoint]:
     """Builds the object and the index in one pass.
 
@@ -260,18 +272,23 @@ def _load_plain(source: FileSet, records: Mapping[str, Record], pickled: bytes) 
     if sum(name.startswith("data/") for name in records) < _MANY_STORAGES:
         raise NotPlain  # torch takes no time for it
     _require_loadable(file, records)
-    mapping = FileMapping(source)
+    mapping = map_or_reserve(source)
 
     def storage_of(key: str, location: str, nbytes: int) -> tuple[StorageInfo, torch.UntypedStorage]:
         info = find_storage(file.name, records, key, location, nbytes)
         return info, _storage_on(mapping, info)
 
-    plain = build_plain(pickled, storage_of)
+    try:
+        plain = build_plain(pickled, storage_of)
+    except BaseException:
+        if isinstance(mapping, Reservation):
+            mapping.abandon()
+        raise
     index = _make_index(file, PickleContents(plain.tensors(), plain.storages, (), ()))
-    return plain.root, MappedCheckpoint(index, source, mapping)
+    return end_loading(plain.root, index, source, mapping)
 
 
-def _load_plain_indexed(mapping: FileMapping, index: Checkpoint, file: LocalFile, stubs: Collection[str]) -> Any:
+def _load_plain_indexed(mapping: FileMapping, index: Checkpoint, file: StoredFile, stubs: Collection[str]) -> Any:
     """Builds the object of a file that was indexed, see :func:`load_onto`, without ``torch.load``.
 
     Raises:
@@ -295,7 +312,7 @@ def _load_plain_indexed(mapping: FileMapping, index: Checkpoint, file: LocalFile
     return build_plain(pickled, storage_of).root
 
 
-def _require_loadable(file: LocalFile, records: Mapping[str, Record]) -> None:
+def _require_loadable(file: StoredFile, records: Mapping[str, Record]) -> None:
     """Raises ``NotPlain`` for what torch refuses, or loads in another way."""
     if file.size_bytes >= _memory_bytes() or "constants.pkl" in records:
         raise NotPlain  # it is too large, which torch has to say, or TorchScript
@@ -347,7 +364,7 @@ def _memory_bytes() -> int:
 
 
 @contextlib.contextmanager
-def _without_reading(index: Checkpoint, file: LocalFile) -> Iterator[bool]:
+def _without_reading(index: Checkpoint, file: StoredFile) -> Iterator[bool]:
     """Within, ``torch.load`` reads no tensor data; the value is its ``mmap`` argument.
 
     A mapping by torch reserves memory for the whole file, which the kernel refuses beyond RAM and swap under its

@@ -5,7 +5,6 @@ No value is used before it was compared with its second copy in the file. No ten
 
 from __future__ import annotations
 
-import os
 import struct
 import sys
 import zipfile
@@ -18,7 +17,8 @@ from lightning_memload.checkpoint.inventory import Damage, Section
 from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint, listed
 from lightning_memload.formats.torch_zip.frame import check_end, check_entry, is_folder, read_entries
 from lightning_memload.pickles.structure import Record
-from lightning_memload.storage.local import FilePart, LocalFile
+from lightning_memload.storage.places import read_start
+from lightning_memload.storage.source import FilePart, StoredFile
 
 __all__ = ["is_zip", "pickle_is_sound", "read_records", "read_zip_inventory"]
 
@@ -29,13 +29,12 @@ _MAX_ORDER_BYTES = 64
 _LOCAL_HEADER = struct.Struct("<4s4xH16xHH")
 
 
-def is_zip(path: str | os.PathLike[str]) -> bool:
+def is_zip(path: str) -> bool:
     """Whether the file starts like a zip archive. Files of ``torch.save`` before torch 1.6 do not."""
-    with open(path, "rb") as file:
-        return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+    return read_start(path, len(_ZIP_MAGIC)) == _ZIP_MAGIC
 
 
-def read_records(file: LocalFile | FilePart) -> tuple[dict[str, Record], bytes]:
+def read_records(file: StoredFile | FilePart) -> tuple[dict[str, Record], bytes]:
     """Reads the records and the pickle of an archive.
 
     Args:
@@ -72,7 +71,7 @@ def read_records(file: LocalFile | FilePart) -> tuple[dict[str, Record], bytes]:
     return records, _read_small(file, records["data.pkl"])
 
 
-def pickle_is_sound(file: LocalFile | FilePart, sections: Sequence[Section], start: int = 0) -> bool:
+def pickle_is_sound(file: StoredFile | FilePart, sections: Sequence[Section], start: int = 0) -> bool:
     """Whether the records that an index is made from match their checksums. Verification reports those that do not."""
     for section in sections:
         if section.key.partition("/")[2] in ("data.pkl", "byteorder") and section.nbytes <= _MAX_PICKLE_BYTES:
@@ -82,7 +81,7 @@ def pickle_is_sound(file: LocalFile | FilePart, sections: Sequence[Section], sta
     return True
 
 
-def read_zip_inventory(file: LocalFile | FilePart, start: int = 0) -> tuple[list[Section], list[Damage]]:
+def read_zip_inventory(file: StoredFile | FilePart, start: int = 0) -> tuple[list[Section], list[Damage]]:
     """Every record of a torch zip file that can be read, and the damage of the others.
 
     Args:
@@ -120,7 +119,9 @@ def read_zip_inventory(file: LocalFile | FilePart, start: int = 0) -> tuple[list
     return sections, damage
 
 
-def _find_foreign(file: LocalFile | FilePart, entries: Sequence[zipfile.ZipInfo]) -> CheckpointFormatError | None:
+def _find_foreign(
+    file: StoredFile | FilePart, entries: Sequence[zipfile.ZipInfo]
+) -> CheckpointFormatError | UnmappableCheckpoint | None:
     """The error for an archive that ``torch.save`` did not write. ``None`` if it did."""
     names = [entry.filename for entry in entries if not is_folder(entry)]
     records = [name for _, name in _own_records(entries)]
@@ -146,7 +147,7 @@ def _own_records(entries: Sequence[zipfile.ZipInfo]) -> list[tuple[zipfile.ZipIn
     return [(entry, name) for entry, (folder, slash, name) in own if folder == top and slash]
 
 
-def _read_directory(file: LocalFile | FilePart) -> dict[str, Record]:
+def _read_directory(file: StoredFile | FilePart) -> dict[str, Record]:
     """The records by their name in the top folder of the archive (``data.pkl``, ``data/0``)."""
     entries = _read_entries(file)
     foreign = _find_foreign(file, entries)
@@ -164,7 +165,7 @@ def _read_directory(file: LocalFile | FilePart) -> dict[str, Record]:
     return records
 
 
-def _read_entries(file: LocalFile | FilePart) -> list[zipfile.ZipInfo]:
+def _read_entries(file: StoredFile | FilePart) -> list[zipfile.ZipInfo]:
     try:
         return read_entries(file)
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, MemoryError) as error:
@@ -176,7 +177,7 @@ def _read_entries(file: LocalFile | FilePart) -> list[zipfile.ZipInfo]:
         ) from error
 
 
-def _locate(file: LocalFile | FilePart, entry: zipfile.ZipInfo) -> Record:
+def _locate(file: StoredFile | FilePart, entry: zipfile.ZipInfo) -> Record:
     """Locates the data of a record, and checks its local header.
 
     Raises:
@@ -218,7 +219,7 @@ def _locate(file: LocalFile | FilePart, entry: zipfile.ZipInfo) -> Record:
     return Record(offset, entry.file_size, entry.CRC or None)
 
 
-def _refuse_overlaps(file: LocalFile | FilePart, records: dict[str, Record]) -> None:
+def _refuse_overlaps(file: StoredFile | FilePart, records: dict[str, Record]) -> None:
     """Raises if records overlap: overlaps would let a small file expand to a hundred thousand times its size."""
     end, before = 0, ""
     for name, record in sorted(records.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
@@ -231,7 +232,7 @@ def _refuse_overlaps(file: LocalFile | FilePart, records: dict[str, Record]) -> 
         end, before = record.offset + record.nbytes, name
 
 
-def _read_small(file: LocalFile | FilePart, record: Record) -> bytes:
+def _read_small(file: StoredFile | FilePart, record: Record) -> bytes:
     data = file.pread(record.nbytes, record.offset)
     if record.crc32 is not None and zlib_ng.crc32(data) != record.crc32:
         raise CheckpointFormatError(

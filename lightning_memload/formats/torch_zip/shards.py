@@ -13,7 +13,7 @@ from typing import Any
 from lightning_memload.bytes import FileSpan, lay_out
 from lightning_memload.checkpoint.index import Checkpoint, TensorInfo
 from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
-from lightning_memload.checkpoint.mapped import MappedCheckpoint
+from lightning_memload.checkpoint.mapped import MappedCheckpoint, end_loading
 from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
 from lightning_memload.formats.shard_index import (
     WHOLE_TORCH,
@@ -24,8 +24,8 @@ from lightning_memload.formats.shard_index import (
 )
 from lightning_memload.formats.torch_zip.reader import TorchZip, load_what_is_allowed, read_index
 from lightning_memload.formats.torch_zip.records import is_zip
-from lightning_memload.storage.local import FileSet
-from lightning_memload.storage.mapping import FileMapping
+from lightning_memload.storage import FileSet, map_or_reserve
+from lightning_memload.storage.places import is_file, is_folder, read_start, size_of
 
 __all__ = ["TorchShards"]
 
@@ -39,9 +39,9 @@ class TorchShards:
 
     def recognizes(self, path: str) -> bool:
         """Whether the path is a directory with such files, or the index of shards that are not safetensors files."""
-        if os.path.isdir(path):
+        if is_folder(path):
             return holds_torch_shards(path)
-        return os.path.isfile(path) and is_torch_index(path)
+        return is_file(path) and is_torch_index(path)
 
     def read_index(self, path: str) -> Checkpoint:
         """Indexes all shards. See :class:`TorchZip`."""
@@ -62,7 +62,7 @@ class TorchShards:
         source = FileSet(_find_files(path))
         try:
             shards = _read_shards(source)
-            mapping = FileMapping(source)
+            mapping = map_or_reserve(source)
             state: dict[Any, Any] = {}
             refusal = None
             for file, shard in zip(source.files, shards, strict=True):
@@ -79,11 +79,10 @@ class TorchShards:
                     state.update(loaded)
                 if metadata is not None and type(state) is not dict:
                     state._metadata = metadata  # type: ignore[attr-defined]
-            index = _join(path, source, shards)
+            return end_loading(state, _join(path, source, shards), source, mapping, refusal)
         except BaseException:
             source.close()
             raise
-        return state, MappedCheckpoint(index, source, mapping, refusal)
 
     def take_inventory(self, path: str) -> Inventory:
         """Returns one inventory of all shards. See :class:`TorchZip`."""
@@ -93,7 +92,7 @@ class TorchShards:
             return Inventory(path, self.name, (), (), (Damage(path, str(error)),))
         sections: list[Section] = []
         damage: list[Damage] = []
-        spans = lay_out((file, os.path.getsize(file)) for file in files)
+        spans = lay_out((file, size_of(file) or 0) for file in files)
         for span in spans:
             try:
                 found = TorchZip().take_inventory(span.path)
@@ -111,10 +110,8 @@ def _find_files(path: str) -> list[str]:
     files = find_shards(path, _SUFFIX, WHOLE_TORCH)
     assert files is not None  # recognizes() accepted the path
     for file in files:
-        if not is_zip(file) and os.path.isfile(file):
-            with open(file, "rb") as opened:
-                start = opened.read(2)
-            kind = UnmappableCheckpoint if start.startswith(b"\x80") else CheckpointFormatError
+        if not is_zip(file) and is_file(file):
+            kind = UnmappableCheckpoint if read_start(file, 2).startswith(b"\x80") else CheckpointFormatError
             raise kind(
                 f"{file}, a shard of {path}, does not have the format that torch.save writes since torch 1.6. "
                 "Download it again, or load it with torch.load and save it again.",

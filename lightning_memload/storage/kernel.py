@@ -1,0 +1,93 @@
+"""Memory mappings by the kernel's own calls: the standard library's module cannot choose the address. Linux only."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+
+__all__ = ["map_file", "map_memory", "move_memory", "reserve_addresses", "unmap_memory"]
+
+# Python has the name MAP_NORESERVE from 3.11 on. The value is that of x86-64 and arm64.
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_MAP_FIXED = 0x10
+_MREMAP_MAYMOVE_FIXED = 0x1 | 0x2
+_PROT_NONE = 0
+
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def reserve_addresses(nbytes: int, *, at: int | None = None, readable: bool = False) -> int:
+    """Reserves address space, which takes no memory and cannot be read or written.
+
+    Args:
+        nbytes: Its length.
+        at: Where it is. It replaces what is mapped there. ``None``: the kernel chooses free addresses.
+        readable: It can be read, as zeros.
+
+    Returns:
+        The first address.
+
+    Raises:
+        OSError: The kernel refuses.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | (_MAP_FIXED if at is not None else 0)
+    return _mmap(at, nbytes, mmap.PROT_READ if readable else _PROT_NONE, flags, -1)
+
+
+def map_memory(nbytes: int) -> int:
+    """Maps ordinary memory, filled with zeros.
+
+    Raises:
+        OSError: The kernel refuses.
+    """
+    return _mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+
+
+def map_file(descriptor: int, nbytes: int, at: int) -> None:
+    """Maps the start of an open file privately, over what is mapped at the address. Reserves no memory.
+
+    Raises:
+        OSError: The kernel refuses.
+    """
+    flags = mmap.MAP_PRIVATE | _MAP_NORESERVE | _MAP_FIXED
+    _mmap(at, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor)
+
+
+def unmap_memory(address: int, nbytes: int) -> None:
+    """Unmaps memory or addresses."""
+    assert _LIBC is not None
+    call = _LIBC.munmap
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    call(address, nbytes)
+
+
+def move_memory(address: int, nbytes: int, target: int) -> None:
+    """Moves pages from ``address`` to ``target`` in one atomic step. They replace what is mapped there.
+
+    Raises:
+        OSError: The kernel refuses.
+    """
+    assert _LIBC is not None
+    call = _LIBC.mremap
+    call.restype = ctypes.c_void_p
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+    if call(address, nbytes, nbytes, _MREMAP_MAYMOVE_FIXED, target) != target:
+        error = ctypes.get_errno()
+        unmap_memory(address, nbytes)
+        raise OSError(error, f"cannot move {nbytes} bytes into place: {os.strerror(error)}")
+
+
+def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:
+    assert _LIBC is not None
+    call = _LIBC.mmap
+    call.restype = ctypes.c_void_p
+    call.argtypes = (
+        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+    )  # fmt: skip
+    result = call(address, nbytes, protection, flags, fd, 0)
+    if result is None or result == ctypes.c_void_p(-1).value:
+        error = ctypes.get_errno()
+        raise OSError(error, f"cannot map {nbytes} bytes: {os.strerror(error)}")
+    return int(result)
