@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 __all__ = [
     "ChangedMeanwhileError",
@@ -30,7 +31,22 @@ __all__ = [
 
 
 class MemloadError(Exception):
-    """Base of all errors of lightning_memload."""
+    """Base of all errors of lightning_memload. They can be pickled and copied, so they pass from process to process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default an exception is built again from its positional arguments, and these constructors need keywords.
+        fields = dict(vars(self))
+        if isinstance(self, OSError):
+            fields["errno"] = self.errno  # OSError keeps it outside of the instance's dict.
+        return _build_again, (type(self), self.args), fields
+
+
+def _build_again(kind: type[MemloadError], args: tuple[object, ...]) -> MemloadError:
+    # With two base classes kind.__new__ may be that of the builtin error, which Python refuses to call here.
+    base: Any = kind.__base__
+    error: MemloadError = base.__new__(kind)
+    error.args = args
+    return error
 
 
 class CheckpointFormatError(MemloadError, ValueError):

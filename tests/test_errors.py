@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -34,6 +37,22 @@ def test_an_error_of_reading_is_an_os_error_with_its_number() -> None:
     assert isinstance(error, OSError)
     assert error.errno == 5
     assert str(error) == "short"
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_an_error_passes_from_process_to_process(kind: type[MemloadError], again: Callable[[Any], Any]) -> None:
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    keywords = {p.name: f"some {p.name}" for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "places"}
+    if kind is UnsafeGlobalsError:
+        keywords["places"] = {"module.Class": "hyper_parameters.optimizer"}  # type: ignore[assignment]
+    error = kind("what failed", **keywords)
+    error.intact_sibling = "epoch=1.ckpt"
+    twin = again(error)
+    assert type(twin) is kind
+    assert (str(twin), twin.args, twin.intact_sibling) == (str(error), error.args, "epoch=1.ckpt")
+    for name in keywords:
+        assert getattr(twin, name) == getattr(error, name) == keywords[name]
 
 
 def test_refused_classes_resemble_the_error_of_pickle() -> None:
