@@ -7,6 +7,7 @@ contents of an object. The values come from elsewhere: a checkpoint, or the modu
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,7 +17,17 @@ from torch import nn
 from lightning_memload.errors import MetaTensorError
 from lightning_memload.restore.tape import Read
 
-__all__ = ["SharedMemory", "empty_on", "materialize", "meta_names", "replace_data", "without_weak_references"]
+__all__ = [
+    "SharedMemory",
+    "carry_over",
+    "empty_on",
+    "is_free",
+    "materialize",
+    "meta_names",
+    "replace_data",
+    "with_other_memory",
+    "without_weak_references",
+]
 
 
 class SharedMemory:
@@ -61,35 +72,53 @@ def replace_data(tensor: torch.Tensor, new: torch.Tensor, *, name: str) -> torch
         MetaTensorError: Something holds a weak reference to the tensor, or an autograd graph does: memory cannot be
             exchanged then from or to meta.
     """
-    with torch._C.DisableTorchFunctionSubclass():  # a parameter that waits for values gets them here
-        return _replace(tensor, new, name)
-
-
-def _replace(tensor: torch.Tensor, new: torch.Tensor, name: str) -> torch.Tensor:
+    if hasattr(tensor, "take_memory"):  # It waits for values, and gets them here.
+        tensor.take_memory(new)
+        return torch.empty(0, dtype=new.dtype, device=new.device)
     if tensor.is_meta == new.is_meta:
         old = tensor.data
         tensor.data = new
         return old
     # Between meta and a real device ``.data`` cannot be set; swap_tensors exchanges the contents of two objects.
-    if isinstance(tensor, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-    # All but what a parameter on meta waits for (recipes.py): it gets its values here.
-    memory = tensor.__dict__.get("memory")
-    new.__dict__.update({key: value for key, value in tensor.__dict__.items() if key not in ("waits_for", "memory")})
-    # The very dicts, so that the handles that a user has can still remove a hook. They have no public names.
-    hooks = {key: getattr(tensor, key) for key in ("_backward_hooks", "_post_accumulate_grad_hooks")}
+    new = with_other_memory(tensor, new)
     try:
         torch.utils.swap_tensors(tensor, new)
     except RuntimeError as error:
         raise MetaTensorError(
-            f"Cannot give {name} memory: {error}. Build it on a real device instead of under meta_init.", names=(name,)
+            f"Cannot give {name} memory: {error}. Build it on a real device instead of on meta.", names=(name,)
         ) from error
-    for key, value in hooks.items():
-        if value:
-            setattr(tensor, key, value)
-    if memory is not None:
-        memory.parameter, memory.values = None, tensor.detach()
     return new.detach()
+
+
+def with_other_memory(tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Makes an ordinary tensor in other memory, with the gradient, the hooks and the attributes of a tensor."""
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+    elif tensor.requires_grad:
+        new = new.detach().requires_grad_()
+    return carry_over(tensor, new)
+
+
+def carry_over(tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Gives a tensor the gradient, the hooks and the attributes of another one, and returns it."""
+    new.__dict__.update(tensor.__dict__)
+    grad = tensor.grad if tensor.is_leaf else None
+    if grad is not None and not grad.is_meta:
+        new.grad = grad if (grad.device, grad.dtype) == (new.device, new.dtype) else grad.to(new.device, new.dtype)
+    # The very dicts, so that the handles that a user has can still remove a hook. They have no public names.
+    for key in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if getattr(tensor, key):
+            setattr(new, key, getattr(tensor, key))
+    return new
+
+
+def is_free(tensor: torch.Tensor) -> bool:
+    """Whether ``swap_tensors`` can exchange the contents of this object without an effect on other code.
+
+    It refuses tensors with weak references and tensors that C++ code refers to. If a graph refers to the tensor, it
+    succeeds, but then this graph can run no backward pass.
+    """
+    return tensor._use_count() == 1 and not weakref.getweakrefs(tensor)  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -173,5 +202,6 @@ def empty_on(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | No
         # Of a tensor on meta empty_like is written in Python (torch 2.13), 25 us a call, and its first call imports
         # sympy: 0.3 s on a warm disk.
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=target, device=device)
-    with torch._C.DisableTorchFunctionSubclass():  # a parameter that waits
-        return torch.empty_like(tensor.detach(), dtype=target, device=device, memory_format=torch.preserve_format)
+    # Untouched memory costs nothing.
+    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return torch.empty_like(like, dtype=target, device=device, memory_format=torch.preserve_format)

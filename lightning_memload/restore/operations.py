@@ -17,6 +17,7 @@ __all__ = [
     "draws",
     "draws_from_user",
     "empty_call",
+    "fits",
     "kind_of_call",
     "make_like_result",
     "name_of",
@@ -51,6 +52,11 @@ _FILLED = {
 _OVERWRITING = {
     "bernoulli_", "cauchy_", "copy_", "exponential_", "eye", "fill_", "geometric_", "log_normal_", "normal_",
     "random_", "uniform_", "zero_"
+}  # fmt: skip
+# Operators in place whose tensors must fit the shape of the first one.
+_BROADCASTING = {
+    "add_", "addcdiv_", "addcmul_", "copy_", "div_", "fmod_", "lerp_", "masked_fill_", "mul_", "pow_", "remainder_",
+    "sub_"
 }  # fmt: skip
 _SIMPLE = {int, float, bool, str, torch.dtype, torch.device, torch.layout}
 _ARITHMETIC = {"add", "sub", "mul", "div"}
@@ -151,6 +157,18 @@ def overwrites(operator: Any) -> bool:
     return name_of(operator) in _OVERWRITING
 
 
+def fits(operator: Any, target: torch.Tensor, others: list[torch.Tensor]) -> bool:
+    """Whether an operation in place accepts the shapes of its other tensors, as far as that is known."""
+    if name_of(operator) not in _BROADCASTING:
+        return True
+    return all(_broadcasts(other.shape, target.shape) for other in others)
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    sizes = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(size in (1, wanted) for size, wanted in sizes)
+
+
 def empty_call(
     operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any], str, tuple[Any, ...]] | None:
@@ -239,7 +257,8 @@ def _inferred(
         if shape.is_conj() or shape.is_neg():
             return None
         made.append(torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype, device=next(iter(devices))))
-    return made or None
+    # Some operators return None for results that are not asked for (output_mask of a backward).
+    return made if len(made) == (len(result) if isinstance(result, (tuple, list)) else 1) else None
 
 
 def _on_meta(value: Any) -> Any:

@@ -29,6 +29,7 @@ from lightning_memload.restore.operations import (
     draws,
     draws_from_user,
     empty_call,
+    fits,
     kind_of_call,
     make_like_result,
     name_of,
@@ -180,7 +181,7 @@ class Recorder(PendingMemory):
             waiting = self._record_new(operator, args, kwargs)
             if waiting is not None:
                 return waiting
-        return self._happen(operator, kind, args, kwargs)
+        return self.run(operator, args, kwargs, kind)
 
     def on_initialiser(self, tensor: torch.Tensor, frame: Any) -> bool:
         """Records a whole function of ``torch.nn.init``, which asks on its first line whether there is anything to do.
@@ -214,8 +215,10 @@ class Recorder(PendingMemory):
             return False
         if name_of(operator) == "eye" and tuple(target.shape) != (args[0], args[-1]):
             return False  # eye() would resize its output.
-        overwriting = overwrites(operator) and is_all_of(target, target.untyped_storage())
         rest = tensors_in((args[1:], kwargs))
+        if not fits(operator, target, rest):
+            return False  # It fails, and leaves the contents as they are.
+        overwriting = overwrites(operator) and is_all_of(target, target.untyped_storage())
         others = [self.find(tensor) for tensor in rest if tensor is not kwargs.get("out")]  # may contain the target
         terms = self._terms((args, kwargs), pending) if rest else ((own_view(target), *args[1:]), kwargs)
         if terms is None:
@@ -258,7 +261,8 @@ class Recorder(PendingMemory):
             return tuple(results)
         return results[0] if str(operator._schema.returns[0].type) == "Tensor" else results
 
-    def _happen(self, operator: Any, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kind: Kind = Kind.OTHER) -> Any:
+        """Runs an operation, after making the contents that it reads."""
         reason = f"{name_of(operator).strip('_')}() needs its values"
         if name_of(operator) == "_local_scalar_dense":
             reason = "its value becomes a number"

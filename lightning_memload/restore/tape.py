@@ -20,7 +20,19 @@ import torch
 from lightning_memload.errors import MetaTensorError
 from lightning_memload.storage.pages import MappedFile
 
-__all__ = ["Contents", "Made", "Own", "Read", "Source", "Step", "holds_data", "in_order", "sources_of", "view_of"]
+__all__ = [
+    "Contents",
+    "Made",
+    "Own",
+    "Read",
+    "Source",
+    "Step",
+    "holds_data",
+    "in_order",
+    "sources_of",
+    "undisturbed",
+    "view_of",
+]
 
 # Memory with contents that steps read, by the key of these contents.
 Made = dict[int, torch.UntypedStorage]
@@ -119,7 +131,7 @@ class Contents:
                 ``storage``.
         """
         if self.last is not None:
-            with _undisturbed():
+            with undisturbed():
                 _replay(self, storage, others or {}, known or {})
 
     def needs(self) -> list[Contents]:
@@ -307,9 +319,13 @@ def _operator(name: str) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Runs steps as they were recorded, without the caller's autograd, inference and autocast modes."""
+def undisturbed() -> Iterator[None]:
+    """Runs steps as they were recorded, without the modes and the function transforms of the caller."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(torch._C._DisableFuncTorch())
+        if torch._C._len_torch_dispatch_stack():
+            stack.enter_context(torch.utils._python_dispatch._disable_current_modes())
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.inference_mode(False))
         for device in ("cpu", "cuda"):

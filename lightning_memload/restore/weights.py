@@ -236,7 +236,7 @@ class WeightsRestore:
                 stream.append(target)
             else:
                 assign[target.key] = pages
-        fresh.extend(target for target in stream if target.tensor.device != session.device)
+        fresh.extend(target for target in stream if target.tensor.is_meta or target.tensor.device != session.device)
         if not (stream or fresh or assign):
             return
         device = session.device
