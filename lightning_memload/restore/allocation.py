@@ -9,50 +9,56 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from lightning_memload.errors import MetaTensorError
-from lightning_memload.restore.tape import Read
+from lightning_memload.restore.tape import Recipe, StridedView, undisturbed
 
 __all__ = [
-    "SharedMemory",
+    "FutureMemory",
     "carry_over",
     "empty_on",
     "is_free",
     "materialize",
     "meta_names",
     "replace_data",
+    "set_in_place",
+    "stand_in",
     "with_other_memory",
+    "without_memory",
     "without_weak_references",
 ]
 
 
-class SharedMemory:
+_Tensor = TypeVar("_Tensor", bound=torch.Tensor)
+
+
+class FutureMemory:
     """Memory that a parameter on meta and its aliases will have in common, once there is any.
 
     Attributes:
         parameter: The parameter, which makes its values by ``follow``. ``None`` if it has got other memory, or there is
             none.
-        read: The values, if there is no parameter.
+        recipe: The recipe of the values, if there is no parameter.
         values: The tensor in this memory when there is one.
     """
 
-    __slots__ = ("parameter", "read", "values")
+    __slots__ = ("parameter", "recipe", "values")
 
-    def __init__(self, parameter: Any, read: Read | None) -> None:
+    def __init__(self, parameter: Any, recipe: Recipe | None) -> None:
         self.parameter = parameter
-        self.read = read
+        self.recipe = recipe
         self.values: torch.Tensor | None = None
 
     def make(self) -> torch.Tensor:
         """The tensor in this memory, with its values."""
         if self.parameter is not None and self.values is None:
             self.parameter.follow()
-        if self.values is None and self.read is not None:
-            self.values = self.read.make()
+        if self.values is None and self.recipe is not None:
+            self.values = self.recipe.make()
         assert self.values is not None
         return self.values
 
@@ -205,3 +211,34 @@ def empty_on(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | No
     # Untouched memory costs nothing.
     like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     return torch.empty_like(like, dtype=target, device=device, memory_format=torch.preserve_format)
+
+
+def without_memory(kind: type[_Tensor], view: StridedView, requires_grad: bool) -> _Tensor:
+    """Makes a tensor of a class of waiting tensors (waiting.py)."""
+    # On meta, torch refuses to share its memory with an ordinary tensor: it has none. It tells the device of its future
+    # memory (prim.device), so that a gradient on that device fits.
+    return torch.Tensor._make_wrapper_subclass(
+        kind, view.size, strides=view.stride, storage_offset=view.offset, dtype=view.dtype,
+        device=torch.device("meta"), requires_grad=requires_grad, dispatch_device=True,
+    )  # fmt: skip
+
+
+def set_in_place(tensor: torch.Tensor, new: torch.Tensor) -> None:
+    """Gives a waiting tensor other memory in place. Whatever refers to the tensor, in C++ too, sees this memory."""
+    # torch asks whether this is possible from meta. Below autograd the question arrives in _on_operation.
+    with torch._C.DisableTorchFunctionSubclass(), torch._C._AutoDispatchBelowAutograd():
+        vars(tensor)["_is_set"] = True
+        tensor.data = new
+        del vars(tensor)["_is_set"]
+
+
+def stand_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Untouched memory that costs nothing, for calls that ask a waiting tensor only for shape, type and device.
+
+    Returns:
+        An ordinary tensor. The tensor itself for a device where memory costs something.
+    """
+    if device.type != "cpu":
+        return tensor
+    with undisturbed(), torch._C.DisableTorchFunctionSubclass():
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from lightning_memload.checkpoint import span_bytes
+from lightning_memload.restore.tape import Contents, Recipe, Step, StridedView
+
 __all__ = [
     "ABOUT_DEVICE",
     "CONVERSIONS",
@@ -17,8 +20,8 @@ __all__ = [
     "ON_ORDINARY",
     "SET_DATA",
     "WITHOUT_VALUES",
+    "converted",
     "is_copyable",
-    "names_meta",
 ]
 
 
@@ -72,12 +75,46 @@ def is_copyable(target: torch.Tensor, source: Any) -> bool:
     return source.dim() <= target.dim() and all(size in (1, wanted) for size, wanted in sizes)
 
 
-def names_meta(value: Any) -> bool:
+def converted(
+    func: Any, tensor: torch.Tensor, recipe: Recipe, rest: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Recipe | torch.Tensor | None:
+    """Finds the result of a conversion to another type.
+
+    Args:
+        func: The function, one of :data:`CONVERSIONS`.
+        tensor: Its first argument.
+        recipe: The recipe of the values of this tensor.
+        rest: The other positional arguments.
+        kwargs: Keyword arguments.
+
+    Returns:
+        The recipe of the result, which is ``recipe`` if the result is the tensor itself. A tensor for a conversion to
+        meta. ``None`` if the conversion needs values.
+    """
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return None  # The result is part of a graph.
+    shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    try:
+        result = func(shape, *rest, **kwargs)
+    except NotImplementedError:
+        return None  # a conversion to another device
+    if not isinstance(result, torch.Tensor) or not result.is_meta:
+        return None
+    if _names_meta((rest, kwargs)):
+        return result
+    if result is shape:
+        return recipe
+    view = StridedView(result.dtype, tuple(result.shape), result.stride(), 0)
+    step = Step("aten._to_copy.default", (recipe,), {"dtype": result.dtype}, None, view)
+    return Recipe(Contents(span_bytes(result), recipe.contents.device, step), view)
+
+
+def _names_meta(value: Any) -> bool:
     """Whether the device meta is among the arguments of a call."""
     if isinstance(value, (tuple, list)):
-        return any(names_meta(item) for item in value)
+        return any(_names_meta(item) for item in value)
     if isinstance(value, dict):
-        return any(names_meta(item) for item in value.values())
+        return any(_names_meta(item) for item in value.values())
     if isinstance(value, torch.Tensor):
         return value.is_meta
     return isinstance(value, (str, torch.device)) and str(value) == "meta"

@@ -8,6 +8,7 @@ parameter again.
 from __future__ import annotations
 
 from collections.abc import Collection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch import nn
 from lightning_memload.errors import MetaTensorError
 from lightning_memload.restore.allocation import carry_over, is_free
 from lightning_memload.restore.questions import is_copyable
-from lightning_memload.restore.tape import Read, holds_data
-from lightning_memload.restore.waiting import WaitingAlias, WaitingParameter, give_memory, settle
+from lightning_memload.restore.tape import Recipe, holds_data
+from lightning_memload.restore.waiting import OWN_ATTRIBUTES, WaitingAlias, WaitingParameter, give_memory, settle
 
 __all__ = [
     "WaitingParameter",
@@ -29,20 +30,20 @@ __all__ = [
 ]
 
 
-def let_wait(parameter: nn.Parameter, modules: Collection[nn.Module], read: Read) -> None:
+def let_wait(parameter: nn.Parameter, modules: Collection[nn.Module], recipe: Recipe) -> None:
     """Moves a parameter to meta and turns it into a :class:`WaitingParameter`. It stays the same object.
 
     Args:
         parameter: The parameter.
         modules: The modules that have it.
-        read: The recipe of its values.
+        recipe: The recipe of its values.
 
     Raises:
         MetaTensorError: A reference to the parameter would forbid to give it memory later. It is unchanged.
     """
     if not is_free(parameter):
         raise MetaTensorError("Other code refers to the parameter.", names=())
-    waiting = WaitingParameter.of(read, parameter.requires_grad)
+    waiting = WaitingParameter.of(recipe, parameter.requires_grad)
     torch.utils.swap_tensors(parameter, carry_over(parameter, waiting))
     for module in modules:
         if not any(_is_ours(hook) for hook in module._load_state_dict_pre_hooks.values()):
@@ -123,3 +124,18 @@ def names_of_data(root: nn.Module) -> list[str]:
 
 def _is_ours(hook: Any) -> bool:
     return getattr(hook, "hook", hook) is fill_before_load  # torch wraps each pre-hook.
+
+
+def _recipe_of(parameter: WaitingParameter) -> tuple[Any, ...]:
+    attributes = {key: value for key, value in vars(parameter).items() if key not in OWN_ATTRIBUTES}
+    return _with_recipe, (parameter.waits_for, parameter.requires_grad, attributes)
+
+
+def _with_recipe(recipe: Recipe, requires_grad: bool, attributes: dict[str, Any]) -> WaitingParameter:
+    parameter = WaitingParameter.of(recipe, requires_grad)
+    vars(parameter).update(attributes)
+    return parameter
+
+
+# Another process gets the recipe. A file gets the values: it must be readable without this package.
+ForkingPickler.register(WaitingParameter, _recipe_of)

@@ -12,44 +12,44 @@ moment, it is a :class:`FilledParameter` or :class:`FilledAlias` until this is p
 from __future__ import annotations
 
 import copy
-import functools
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Collection
-from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from lightning_memload.checkpoint import span_bytes
-from lightning_memload.restore.allocation import SharedMemory, empty_on, is_free, with_other_memory
-from lightning_memload.restore.operations import Kind, kind_of_call, tensors_in
-from lightning_memload.restore.questions import (
-    ABOUT_DEVICE,
-    CONVERSIONS,
-    DATA,
-    DETACH,
-    IS_META,
-    LIKE_FIRST,
-    LIKE_OTHERS,
-    ON_ORDINARY,
-    SET_DATA,
-    WITHOUT_VALUES,
-    is_copyable,
-    names_meta,
+from lightning_memload.restore import questions
+from lightning_memload.restore.allocation import (
+    FutureMemory,
+    empty_on,
+    is_free,
+    set_in_place,
+    stand_in,
+    with_other_memory,
+    without_memory,
 )
+from lightning_memload.restore.callers import calling_frame, untraced
+from lightning_memload.restore.operations import OperationKind, kind_of_call, tensors_in
 from lightning_memload.restore.recording import unrecorded
-from lightning_memload.restore.tape import Contents, Own, Read, Step, undisturbed
+from lightning_memload.restore.tape import Recipe, undisturbed
 
-__all__ = ["FilledAlias", "FilledParameter", "WaitingAlias", "WaitingParameter", "give_memory", "settle"]
+__all__ = [
+    "OWN_ATTRIBUTES",
+    "FilledAlias",
+    "FilledParameter",
+    "WaitingAlias",
+    "WaitingParameter",
+    "give_memory",
+    "settle",
+]
 
 _T = TypeVar("_T")
 _Tensor = TypeVar("_Tensor", bound=torch.Tensor)
 # Attributes of waiting tensors that ordinary tensors do not have.
-_OWN = ("waits_for", "memory", "is_data")
-# Two threads that run one module need its values at once.
+OWN_ATTRIBUTES = ("waits_for", "memory", "is_data")
 _LOCK = threading.RLock()
 _IS_COMPATIBLE = torch.ops.aten._has_compatible_shallow_copy_type.default
 _DEVICE = torch.ops.prim.device.default
@@ -63,14 +63,14 @@ class _Seen(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs a call from Python, after making the values that it needs."""
-        return _untraced(_on_call)(func, args, kwargs or {})
+        return untraced(_on_call)(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs an operation, after making the values unless it only allocates memory."""
-        return _untraced(_on_operation)(func, args, kwargs or {})
+        return untraced(_on_operation)(func, args, kwargs or {})
 
     def as_subclass(self, cls: type[torch.Tensor]) -> Any:
         """Makes the values first: torch gives the result of an operation that Python code ran no other class."""
@@ -91,17 +91,6 @@ class _Seen(torch.Tensor):
                 torch.utils.swap_tensors(self, torch.Tensor._make_subclass(made, values, self.requires_grad))
 
 
-def _untraced(call: Callable[..., _T]) -> Callable[..., _T]:
-    """The same function, which ``torch.compile`` runs and does not compile."""
-    # Without torch.compile in use there is nothing to prevent, and its import takes 2 s.
-    return _disabled(call) if "torch._dynamo.eval_frame" in sys.modules else call
-
-
-@functools.cache
-def _disabled(call: Callable[..., _T]) -> Callable[..., _T]:
-    return torch.compiler.disable(call)  # type: ignore[no-any-return]
-
-
 class WaitingParameter(_Seen, nn.Parameter):
     """A parameter without memory that gets memory and values at the first call that needs them.
 
@@ -111,13 +100,13 @@ class WaitingParameter(_Seen, nn.Parameter):
         waits_for: The recipe of its values.
     """
 
-    waits_for: Read
+    waits_for: Recipe
 
     @staticmethod
-    def of(read: Read, requires_grad: bool) -> WaitingParameter:
+    def of(recipe: Recipe, requires_grad: bool) -> WaitingParameter:
         """Makes a parameter that waits for these values."""
-        parameter = _without_memory(WaitingParameter, read, requires_grad)
-        parameter.waits_for = read
+        parameter = without_memory(WaitingParameter, recipe.view, requires_grad)
+        parameter.waits_for = recipe
         return parameter
 
     def follow(
@@ -134,7 +123,7 @@ class WaitingParameter(_Seen, nn.Parameter):
         """
         with _LOCK, unrecorded(), undisturbed():
             if type(self) is not WaitingParameter:
-                return  # another thread has made the values
+                return  # Another thread that runs the same module has made the values.
             values = self.waits_for.make()
             target = dtype if dtype is not None and self.is_floating_point() else self.dtype
             device = values.device if device is None else device
@@ -145,7 +134,7 @@ class WaitingParameter(_Seen, nn.Parameter):
     def take_memory(self, new: torch.Tensor) -> None:
         """Becomes an ordinary parameter in other memory, in place of the values of the recipe."""
         with _LOCK:
-            memory: SharedMemory | None = vars(self).get("memory")
+            memory: FutureMemory | None = vars(self).get("memory")
             _become_ordinary(self, new.data)  # .data has a version of its own: 0, as that of this parameter.
             if memory is not None:
                 with torch._C.DisableTorchFunctionSubclass():
@@ -174,15 +163,15 @@ class WaitingAlias(_Seen):
         is_data: Whether changes of its values leave the version of the parameter alone, as with ``data``.
     """
 
-    memory: SharedMemory
-    waits_for: Read
+    memory: FutureMemory
+    waits_for: Recipe
     is_data: bool
 
     @staticmethod
-    def of(memory: SharedMemory, read: Read, *, is_data: bool = False) -> WaitingAlias:
-        """Makes an alias of memory, which is read as ``read.view`` says."""
-        alias = _without_memory(WaitingAlias, read, False)
-        vars(alias).update(memory=memory, waits_for=read, is_data=is_data)
+    def of(memory: FutureMemory, recipe: Recipe, *, is_data: bool = False) -> WaitingAlias:
+        """Makes an alias of memory, which is viewed as ``recipe.view`` says."""
+        alias = without_memory(WaitingAlias, recipe.view, False)
+        vars(alias).update(memory=memory, waits_for=recipe, is_data=is_data)
         return alias
 
     def follow(self) -> None:
@@ -203,22 +192,7 @@ class WaitingAlias(_Seen):
         return _with_values(self, lambda: self.__deepcopy__(memo))
 
 
-class FilledParameter(_Seen, nn.Parameter):
-    """A parameter with values that other code referred to when it got them. It becomes an ordinary one when it can."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        if id(self) not in memo:
-            memo[id(self)] = _ordinary_alias(self).__deepcopy__(memo)
-        copied: nn.Parameter = memo[id(self)]
-        return copied
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _ordinary_alias(self).__reduce_ex__(protocol)
-
-
-class FilledAlias(_Seen):
-    """An alias with values that other code referred to when it got them. It becomes an ordinary one when it can."""
-
+class _Filled(_Seen):
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
             memo[id(self)] = _ordinary_alias(self).__deepcopy__(memo)
@@ -229,19 +203,13 @@ class FilledAlias(_Seen):
         return _ordinary_alias(self).__reduce_ex__(protocol)
 
 
-def _recipe_of(parameter: WaitingParameter) -> tuple[Any, ...]:
-    attributes = {key: value for key, value in vars(parameter).items() if key not in _OWN}
-    return _with_recipe, (parameter.waits_for, parameter.requires_grad, attributes)
+class FilledParameter(_Filled, nn.Parameter):
+    """A parameter with values that other code referred to when it got them. It becomes an ordinary one when it can."""
 
 
-def _with_recipe(read: Read, requires_grad: bool, attributes: dict[str, Any]) -> WaitingParameter:
-    parameter = WaitingParameter.of(read, requires_grad)
-    vars(parameter).update(attributes)
-    return parameter
+class FilledAlias(_Filled):
+    """An alias with values that other code referred to when it got them. It becomes an ordinary one when it can."""
 
-
-# Another process gets the recipe. A file gets the values: it must be readable without this package.
-ForkingPickler.register(WaitingParameter, _recipe_of)
 
 _WAITING = (WaitingParameter, WaitingAlias)
 _FILLED = (FilledParameter, FilledAlias)
@@ -264,51 +232,65 @@ def give_memory(parameter: WaitingParameter) -> None:
 
 
 def _on_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    caller = calling_frame(__name__)
     # nn.Parameter(...) detaches its argument, and refuses results of another class.
-    caller = _caller()
     is_made = caller is not None and caller.f_code is nn.Parameter.__new__.__code__
     tensors = tensors_in((args, kwargs))
     for tensor in tensors:
         if isinstance(tensor, WaitingAlias) and tensor.memory.values is not None and not is_made:
             tensor.follow()  # The values have been made since the alias was made.
     waiting = [tensor for tensor in tensors if isinstance(tensor, _WAITING)]
-    first = args[0] if args else None
-    if func in WITHOUT_VALUES or not waiting:
+    if func in questions.WITHOUT_VALUES or not waiting:
         return _run(func, args, kwargs, is_made)
-    if isinstance(first, _WAITING):
-        if func in ABOUT_DEVICE:
-            return func(torch.empty(0, device=first.waits_for.contents.device))
-        if func == IS_META:
-            return caller.f_globals is not nn.init.__dict__  # torch.nn.init leaves tensors on meta alone.
-        if func in (DETACH, DATA):
-            if is_made and isinstance(first, WaitingParameter):
-                return _with_recipe(first.waits_for, False, {"memory": _memory_of(first)})
-            return WaitingAlias.of(_memory_of(first), first.waits_for, is_data=func == DATA)
-        if func in CONVERSIONS and len(waiting) == 1:
-            converted = _converted(func, first, args[1:], kwargs)
-            if converted is not None:
-                return converted
-        if func == SET_DATA and isinstance(first, WaitingParameter):
+    first = args[0] if args and isinstance(args[0], _WAITING) else None
+    if func == questions.IS_META:
+        return caller.f_globals is not nn.init.__dict__  # torch.nn.init leaves tensors on meta alone.
+    if first is not None:
+        result = _answer(func, first, args[1:], kwargs, is_made)
+        if result is not None:
+            return result
+        if func == questions.SET_DATA and isinstance(first, WaitingParameter):
             return _set_data(first, args[1])
-        if func is torch.Tensor.copy_ and len(waiting) == 1 and is_copyable(*args[:2]) and _is_overwritten(first):
-            return _run(func, args, kwargs, is_made)
-    if func in LIKE_FIRST or (func in LIKE_OTHERS and not isinstance(first, _WAITING)):
-        args = tuple(_stand_in(value) if isinstance(value, _WAITING) else value for value in args)
-        if not any(isinstance(tensor, _WAITING) for tensor in tensors_in((args, kwargs))):
-            return _run(func, args, kwargs, is_made)
-    _follow_all(waiting)
+    if func in questions.LIKE_FIRST or (func in questions.LIKE_OTHERS and first is None):
+        args = tuple(stand_in(value, _device_of(value)) if isinstance(value, _WAITING) else value for value in args)
+    waiting = [tensor for tensor in tensors_in((args, kwargs)) if isinstance(tensor, _WAITING)]
+    if waiting:
+        _follow_all(waiting)
     return _run(func, args, kwargs, is_made)
 
 
+def _answer(
+    func: Any, first: WaitingParameter | WaitingAlias, rest: tuple[Any, ...], kwargs: dict[str, Any], is_made: bool
+) -> Any:
+    """The result of a method of a waiting tensor; ``None`` if the call has to run."""
+    if func in questions.ABOUT_DEVICE:
+        return func(torch.empty(0, device=first.waits_for.contents.device))
+    if func in (questions.DETACH, questions.DATA):
+        if is_made and isinstance(first, WaitingParameter):
+            alias = WaitingParameter.of(first.waits_for, False)
+            vars(alias)["memory"] = _memory_of(first)
+            return alias
+        return WaitingAlias.of(_memory_of(first), first.waits_for, is_data=func == questions.DATA)
+    is_only = not any(isinstance(tensor, _WAITING) for tensor in tensors_in((rest, kwargs)))
+    if func in questions.CONVERSIONS and is_only:
+        result = questions.converted(func, first, first.waits_for, rest, kwargs)
+        if isinstance(result, Recipe):
+            return first if result is first.waits_for else WaitingAlias.of(FutureMemory(None, result), result)
+        return result
+    if func is torch.Tensor.copy_ and is_only and rest and questions.is_copyable(first, rest[0]):
+        _give_memory_to(first)  # and the copy then overwrites all of it
+    return None
+
+
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_made: bool) -> Any:
-    if func not in WITHOUT_VALUES:
+    if func not in questions.WITHOUT_VALUES:
         for tensor in tensors_in((args, kwargs)):
             settle(tensor)
     with torch._C.DisableTorchFunctionSubclass():
-        if func in ON_ORDINARY and isinstance(args[0], _FILLED):
+        if func in questions.ON_ORDINARY and isinstance(args[0], _FILLED):
             args = (_ordinary_alias(args[0]), *args[1:])
         result = func(*args, **kwargs)
-        if is_made and func is DETACH and isinstance(args[0], _FILLED):
+        if is_made and func is questions.DETACH and isinstance(args[0], _FILLED):
             return torch.Tensor._make_subclass(type(args[0]), result)
         return result
 
@@ -324,14 +306,6 @@ def _follow_all(waiting: Collection[torch.Tensor]) -> None:
             tensor.follow()
 
 
-def _caller() -> Any:
-    """The frame of the function that called a function of torch with a waiting tensor."""
-    frame: Any = sys._getframe(2)  # Frames in between: _on_call, __torch_function__, those of _untraced.
-    while frame is not None and frame.f_globals["__name__"].startswith((__name__, "torch._dynamo.")):
-        frame = frame.f_back
-    return frame
-
-
 def _set_data(parameter: WaitingParameter, new: torch.Tensor) -> None:
     """Runs ``parameter.data = new``: aliases keep the old memory, and the parameter shares the new memory."""
     memory = _memory_of(new) if isinstance(new, _WAITING) else None
@@ -345,50 +319,24 @@ def _set_data(parameter: WaitingParameter, new: torch.Tensor) -> None:
         return
     with _LOCK:
         if "memory" in vars(parameter):
-            old: SharedMemory = vars(parameter).pop("memory")
-            old.parameter, old.read = None, parameter.waits_for
-        if not isinstance(new, _WAITING) or memory is None or memory.read is None:
+            old: FutureMemory = vars(parameter).pop("memory")
+            old.parameter, old.recipe = None, parameter.waits_for
+        if not isinstance(new, _WAITING) or memory is None or memory.recipe is None:
             with torch._C.DisableTorchFunctionSubclass():
                 parameter.take_memory(new.detach())
             return
-        vars(parameter).update(waits_for=memory.read, memory=memory)
-        memory.parameter, memory.read = parameter, None
-        _set_in_place(parameter, _without_memory(WaitingAlias, parameter.waits_for, False))
+        vars(parameter).update(waits_for=memory.recipe, memory=memory)
+        memory.parameter, memory.recipe = parameter, None
+        set_in_place(parameter, without_memory(WaitingAlias, parameter.waits_for.view, False))
 
 
-def _is_overwritten(target: WaitingParameter | WaitingAlias) -> bool:
-    """Gives a tensor that is about to be overwritten memory without values. Returns whether this was possible."""
+def _give_memory_to(target: WaitingParameter | WaitingAlias) -> None:
+    """Gives a tensor that is about to be overwritten memory without values, if a parameter has this memory."""
     parameter = target.memory.parameter if isinstance(target, WaitingAlias) else target
-    if type(parameter) is not WaitingParameter:
-        return False
-    give_memory(parameter)
-    if isinstance(target, WaitingAlias):
-        target.follow()  # into that memory
-    return True
-
-
-def _converted(
-    func: Any, tensor: WaitingParameter | WaitingAlias, rest: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """The result of a conversion to another type; ``None`` if it needs values."""
-    if tensor.requires_grad and torch.is_grad_enabled():
-        return None  # The result is part of a graph.
-    shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    try:
-        result = func(shape, *rest, **kwargs)
-    except NotImplementedError:
-        return None  # a conversion to another device
-    if not isinstance(result, torch.Tensor):
-        return None
-    if names_meta((rest, kwargs)) or not result.is_meta:
-        return result if result.is_meta else None
-    if result is shape:
-        return tensor
-    read = tensor.waits_for
-    view = Own(result.dtype, tuple(result.shape), result.stride(), 0)
-    step = Step("aten._to_copy.default", (read,), {"dtype": result.dtype}, None, view)
-    read = Read(Contents(span_bytes(result), read.contents.device, step), view)
-    return WaitingAlias.of(SharedMemory(None, read), read)
+    if type(parameter) is WaitingParameter:
+        give_memory(parameter)
+        if isinstance(target, WaitingAlias):
+            target.follow()  # into that memory
 
 
 # Operations -----------------------------------------------------------------------------------------------------------
@@ -400,20 +348,12 @@ def _on_operation(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if operator is _IS_COMPATIBLE and "_is_set" in vars(args[0]):
         return True
     waiting = [tensor for tensor in tensors_in((args, kwargs)) if isinstance(tensor, _WAITING)]
-    if waiting and kind_of_call(operator, args, kwargs) in (Kind.EMPTY, Kind.FILLED):
-        args = tuple(_stand_in(value) if isinstance(value, _WAITING) else value for value in args)
+    if waiting and kind_of_call(operator, args, kwargs) in (OperationKind.EMPTY, OperationKind.FILLED):
+        args = tuple(stand_in(value, _device_of(value)) if isinstance(value, _WAITING) else value for value in args)
     elif waiting:
         _follow_all(waiting)
     with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunctionSubclass():
         return operator(*args, **kwargs)
-
-
-def _stand_in(tensor: WaitingParameter | WaitingAlias) -> torch.Tensor:
-    """Memory without values, which is read like a waiting tensor. It costs nothing but on another device."""
-    if _device_of(tensor).type != "cpu":
-        return tensor
-    with unrecorded(), undisturbed(), torch._C.DisableTorchFunctionSubclass():
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
 def _device_of(tensor: torch.Tensor) -> torch.device:
@@ -426,21 +366,11 @@ def _device_of(tensor: torch.Tensor) -> torch.device:
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def _memory_of(tensor: WaitingParameter | WaitingAlias) -> SharedMemory:
+def _memory_of(tensor: WaitingParameter | WaitingAlias) -> FutureMemory:
     if isinstance(tensor, WaitingAlias):
         return tensor.memory
-    memory: SharedMemory = vars(tensor).setdefault("memory", SharedMemory(tensor, None))
+    memory: FutureMemory = vars(tensor).setdefault("memory", FutureMemory(tensor, None))
     return memory
-
-
-def _without_memory(kind: type[_Tensor], read: Read, requires_grad: bool) -> _Tensor:
-    view = read.view
-    # On meta, torch refuses to share its memory with an ordinary tensor: it has none. It tells the device of its future
-    # memory (prim.device), so that a gradient on that device fits.
-    return torch.Tensor._make_wrapper_subclass(
-        kind, view.size, strides=view.stride, storage_offset=view.offset, dtype=view.dtype,
-        device=torch.device("meta"), requires_grad=requires_grad, dispatch_device=True,
-    )  # fmt: skip
 
 
 def _with_values(tensor: torch.Tensor, call: Callable[[], _T]) -> _T:
@@ -452,24 +382,16 @@ def _with_values(tensor: torch.Tensor, call: Callable[[], _T]) -> _T:
 
 def _become_ordinary(tensor: WaitingParameter | WaitingAlias, new: torch.Tensor) -> None:
     with torch._C.DisableTorchFunctionSubclass():
-        others = {key: value for key, value in vars(tensor).items() if key not in _OWN}
+        others = {key: value for key, value in vars(tensor).items() if key not in OWN_ATTRIBUTES}
         if is_free(tensor):
             ordinary = with_other_memory(tensor, new)
             torch.utils.swap_tensors(tensor, ordinary)
         else:
-            _set_in_place(tensor, new)
+            set_in_place(tensor, new)
             filled: Any = FilledParameter if isinstance(tensor, WaitingParameter) else FilledAlias
             tensor.__class__ = filled
         vars(tensor).clear()
         vars(tensor).update(others)
-
-
-def _set_in_place(tensor: torch.Tensor, new: torch.Tensor) -> None:
-    # torch asks whether this is possible from meta. Below autograd the question arrives in _on_operation.
-    with torch._C.DisableTorchFunctionSubclass(), torch._C._AutoDispatchBelowAutograd():
-        vars(tensor)["_is_set"] = True
-        tensor.data = new
-        del vars(tensor)["_is_set"]
 
 
 def _ordinary_alias(tensor: torch.Tensor) -> torch.Tensor:

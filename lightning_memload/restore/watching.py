@@ -29,6 +29,7 @@ _READING = {
     torch.Tensor.tolist, torch.Tensor.__reduce_ex__, torch.Tensor.__deepcopy__, torch.Tensor.__repr__,
     torch.Tensor.__format__, torch.Tensor.apply_, torch.Tensor.map_, torch.Tensor.map2_,
 }  # fmt: skip
+_READING_ALL = {torch.Tensor.map_, torch.Tensor.map2_}
 # Functions that read the values of tensors in lists, with the modes of torch switched off.
 _READING_LISTS = {
     torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor, torch.Tensor.__getitem__,
@@ -128,7 +129,7 @@ class _Questions(TorchFunctionMode):
         if func in _EXPOSING or func in _READING:
             name = "__cuda_array_interface__" if func.__name__ == "__get__" else func.__name__
             with recorder.paused():
-                for tensor in tensors_in(args):
+                for tensor in tensors_in(args if func in _READING_ALL else args[:1]):
                     recorder.expose(tensor, f"{name}() reads its memory")
         elif func in _READING_LISTS:
             with recorder.paused():

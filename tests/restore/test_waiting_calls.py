@@ -330,6 +330,7 @@ def test_what_only_asks_for_shape_and_device_makes_no_values() -> None:
     assert all(parameter.is_meta for parameter in net.parameters())
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_compiled_module() -> None:
     expected = Net()
     with meta_init():
