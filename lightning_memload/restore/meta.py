@@ -44,11 +44,11 @@ _T = TypeVar("_T")
 class meta_init:
     """A context that builds modules without memory for their parameters, and without initialising them.
 
-    After the context the parameters have no memory: ``is_meta`` is true. They get memory and values when a checkpoint is
-    restored into the module. A parameter that the checkpoint lacks gets the values that its constructor made: data (an encoder
-    that ``__init__`` loads, a computed table) bit for bit, random initialisation drawn at that time. Parameter objects,
-    ties between them, ``requires_grad`` and attributes of parameters are kept. Buffers are built as always. The context
-    affects the current thread only.
+    After the context ``is_meta`` of the parameters is true: they have no memory. They get memory and values when a
+    checkpoint is restored into the module. A parameter that the checkpoint lacks gets the values that its constructor
+    made: data (an encoder that ``__init__`` loads, a computed table) bit for bit, random initialisation drawn at that
+    time. Parameter objects, ties between them, ``requires_grad`` and attributes of parameters are kept. Buffers are
+    built as always. The context affects the current thread only.
 
     Within the context, every call gives the same answer as in an ordinary construction. A parameter is built in memory
     if its *value* is needed (for a number, an array, an address, a compiled module), or if it shares its memory with
