@@ -7,40 +7,57 @@ valid. The values come from a checkpoint, or from the module's own ``reset_param
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from lightning_memload.errors import MetaTensorError
-from lightning_memload.restore.tape import Read
+from lightning_memload.restore.tape import Recipe, StridedView, undisturbed
 
-__all__ = ["SharedMemory", "empty_on", "materialize", "meta_names", "replace_data", "without_weak_references"]
+__all__ = [
+    "FutureMemory",
+    "carry_over",
+    "empty_on",
+    "is_free",
+    "materialize",
+    "meta_names",
+    "replace_data",
+    "set_in_place",
+    "stand_in",
+    "with_other_memory",
+    "without_memory",
+    "without_weak_references",
+]
 
 
-class SharedMemory:
+_Tensor = TypeVar("_Tensor", bound=torch.Tensor)
+
+
+class FutureMemory:
     """The memory that a parameter on meta and its aliases share as soon as it is allocated.
 
     Attributes:
         parameter: The parameter. Its ``follow`` makes the values. ``None`` if there is none, or if it has other memory.
-        read: The values, if there is no parameter.
+        recipe: The recipe of the values, if there is no parameter.
         values: The tensor in this memory. ``None`` before the allocation.
     """
 
-    __slots__ = ("parameter", "read", "values")
+    __slots__ = ("parameter", "recipe", "values")
 
-    def __init__(self, parameter: Any, read: Read | None) -> None:
+    def __init__(self, parameter: Any, recipe: Recipe | None) -> None:
         self.parameter = parameter
-        self.read = read
+        self.recipe = recipe
         self.values: torch.Tensor | None = None
 
     def make(self) -> torch.Tensor:
         """The tensor in this memory, with its values."""
         if self.parameter is not None and self.values is None:
             self.parameter.follow()
-        if self.values is None and self.read is not None:
-            self.values = self.read.make()
+        if self.values is None and self.recipe is not None:
+            self.values = self.recipe.make()
         assert self.values is not None
         return self.values
 
@@ -60,35 +77,53 @@ def replace_data(tensor: torch.Tensor, new: torch.Tensor, *, name: str) -> torch
         MetaTensorError: Something holds a weak reference to the tensor, or an autograd graph does: memory cannot be
             exchanged then from or to meta.
     """
-    with torch._C.DisableTorchFunctionSubclass():  # a parameter that waits for values gets them here
-        return _replace(tensor, new, name)
-
-
-def _replace(tensor: torch.Tensor, new: torch.Tensor, name: str) -> torch.Tensor:
+    if hasattr(tensor, "take_memory"):  # It waits for values, and gets them here.
+        tensor.take_memory(new)
+        return torch.empty(0, dtype=new.dtype, device=new.device)
     if tensor.is_meta == new.is_meta:
         old = tensor.data
         tensor.data = new
         return old
     # Between meta and a real device ``.data`` cannot be set; swap_tensors exchanges the contents of two objects.
-    if isinstance(tensor, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-    # Not the recipe of a parameter on meta (recipes.py): it gets its values here.
-    memory = tensor.__dict__.get("memory")
-    new.__dict__.update({key: value for key, value in tensor.__dict__.items() if key not in ("waits_for", "memory")})
-    # The same dict objects, so that the handles of a user can still remove a hook. They have no public names.
-    hooks = {key: getattr(tensor, key) for key in ("_backward_hooks", "_post_accumulate_grad_hooks")}
+    new = with_other_memory(tensor, new)
     try:
         torch.utils.swap_tensors(tensor, new)
     except RuntimeError as error:
         raise MetaTensorError(
-            f"Cannot give {name} memory: {error}. Build it on a real device instead of under meta_init.", names=(name,)
+            f"Cannot give {name} memory: {error}. Build it on a real device instead of on meta.", names=(name,)
         ) from error
-    for key, value in hooks.items():
-        if value:
-            setattr(tensor, key, value)
-    if memory is not None:
-        memory.parameter, memory.values = None, tensor.detach()
     return new.detach()
+
+
+def with_other_memory(tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Makes an ordinary tensor in other memory, with the gradient, the hooks and the attributes of a tensor."""
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+    elif tensor.requires_grad:
+        new = new.detach().requires_grad_()
+    return carry_over(tensor, new)
+
+
+def carry_over(tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Gives a tensor the gradient, the hooks and the attributes of another one, and returns it."""
+    new.__dict__.update(tensor.__dict__)
+    grad = tensor.grad if tensor.is_leaf else None
+    if grad is not None and not grad.is_meta:
+        new.grad = grad if (grad.device, grad.dtype) == (new.device, new.dtype) else grad.to(new.device, new.dtype)
+    # The very dicts, so that the handles that a user has can still remove a hook. They have no public names.
+    for key in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if getattr(tensor, key):
+            setattr(new, key, getattr(tensor, key))
+    return new
+
+
+def is_free(tensor: torch.Tensor) -> bool:
+    """Whether ``swap_tensors`` can exchange the contents of this object without an effect on other code.
+
+    It refuses tensors with weak references and tensors that C++ code refers to. If a graph refers to the tensor, it
+    succeeds, but then this graph can run no backward pass.
+    """
+    return tensor._use_count() == 1 and not weakref.getweakrefs(tensor)  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -172,5 +207,37 @@ def empty_on(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | No
         # Of a tensor on meta empty_like is written in Python (torch 2.13), 25 us a call, and its first call imports
         # sympy: 0.3 s on a warm disk.
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=target, device=device)
-    with torch._C.DisableTorchFunctionSubclass():  # a parameter that waits
-        return torch.empty_like(tensor.detach(), dtype=target, device=device, memory_format=torch.preserve_format)
+    # Untouched memory costs nothing.
+    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return torch.empty_like(like, dtype=target, device=device, memory_format=torch.preserve_format)
+
+
+def without_memory(kind: type[_Tensor], view: StridedView, requires_grad: bool) -> _Tensor:
+    """Makes a tensor of a class of waiting tensors (waiting.py)."""
+    # On meta, torch refuses to share its memory with an ordinary tensor: it has none. It tells the device of its future
+    # memory (prim.device), so that a gradient on that device fits.
+    return torch.Tensor._make_wrapper_subclass(
+        kind, view.size, strides=view.stride, storage_offset=view.offset, dtype=view.dtype,
+        device=torch.device("meta"), requires_grad=requires_grad, dispatch_device=True,
+    )  # fmt: skip
+
+
+def set_in_place(tensor: torch.Tensor, new: torch.Tensor) -> None:
+    """Gives a waiting tensor other memory in place. Whatever refers to the tensor, in C++ too, sees this memory."""
+    # torch asks whether this is possible from meta. Below autograd the question arrives in _on_operation.
+    with torch._C.DisableTorchFunctionSubclass(), torch._C._AutoDispatchBelowAutograd():
+        vars(tensor)["_is_set"] = True
+        tensor.data = new
+        del vars(tensor)["_is_set"]
+
+
+def stand_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Untouched memory that costs nothing, for calls that ask a waiting tensor only for shape, type and device.
+
+    Returns:
+        An ordinary tensor. The tensor itself for a device where memory costs something.
+    """
+    if device.type != "cpu":
+        return tensor
+    with undisturbed(), torch._C.DisableTorchFunctionSubclass():
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")

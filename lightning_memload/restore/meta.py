@@ -31,8 +31,8 @@ from lightning_memload.errors import MetaTensorError, listed
 from lightning_memload.frames import callers, owner
 from lightning_memload.restore.recipes import let_wait
 from lightning_memload.restore.recording import Recorder
-from lightning_memload.restore.storages import Pending, is_alone, own_view
-from lightning_memload.restore.tape import Read
+from lightning_memload.restore.storages import PendingBlock, is_alone, strided_view
+from lightning_memload.restore.tape import Recipe
 from lightning_memload.restore.watching import Watch
 
 __all__ = ["meta_init"]
@@ -44,11 +44,11 @@ _T = TypeVar("_T")
 class meta_init:
     """A context that builds modules without memory for their parameters, and without initialising them.
 
-    After the context the parameters are on the meta device. They get memory and values when a checkpoint is restored
-    into the module. A parameter that the checkpoint lacks gets the values that its constructor made: data (an encoder
-    that ``__init__`` loads, a computed table) bit for bit, random initialisation drawn at that time. Parameter objects,
-    ties between them, ``requires_grad`` and attributes of parameters are kept. Buffers are built as always. The context
-    affects the current thread only.
+    After the context ``is_meta`` of the parameters is true: they have no memory. They get memory and values when a
+    checkpoint is restored into the module. A parameter that the checkpoint lacks gets the values that its constructor
+    made: data (an encoder that ``__init__`` loads, a computed table) bit for bit, random initialisation drawn at that
+    time. Parameter objects, ties between them, ``requires_grad`` and attributes of parameters are kept. Buffers are
+    built as always. The context affects the current thread only.
 
     Within the context, every call gives the same answer as in an ordinary construction. A parameter is built in memory
     if its *value* is needed (for a number, an array, an address, a compiled module), or if it shares its memory with
@@ -158,14 +158,14 @@ class meta_init:
         return built
 
 
-class _Active(threading.local):
+class _ActiveConstruction(threading.local):
     """The active construction of this thread."""
 
     def __init__(self) -> None:
         self.construction: _Construction | None = None
 
 
-_ACTIVE = _Active()
+_ACTIVE = _ActiveConstruction()
 _HOOKS_LOCK = threading.Lock()
 
 
@@ -281,7 +281,7 @@ class _Construction:
             known = {id(module) for module in modules}
             found = [item for item in gc.get_objects() if issubclass(type(item), nn.Module) and id(item) not in known]
             owners = self._owners([*modules, *found])
-        moved: list[Read] = []
+        moved: list[Recipe] = []
         shared = [pair for pair in owners.values() if not self._move(*pair, moved)]
         if any(len(parameters) == 1 for _, parameters in shared):
             gc.collect()  # A view in the same memory may be alive only through a reference cycle.
@@ -290,7 +290,7 @@ class _Construction:
         for pending in recorder.alive():
             parameters = owners[id(pending)][1] if id(pending) in owners else []
             recorder.realise(pending, _why_in_memory([parameter for parameter, _ in parameters]))
-        recorder.own_sources(read.contents for read in moved)
+        recorder.keep_constants(recipe.contents for recipe in moved)
 
     def _alive(self) -> list[nn.Module]:
         roots = [module for reference in self._modules.values() if (module := reference()) is not None]
@@ -311,7 +311,7 @@ class _Construction:
         return owners
 
     def _move(
-        self, pending: Pending, parameters: list[tuple[nn.Parameter, list[nn.Module]]], moved: list[Read]
+        self, pending: PendingBlock, parameters: list[tuple[nn.Parameter, list[nn.Module]]], moved: list[Recipe]
     ) -> bool:
         """Moves a parameter to meta, if no other tensor uses its memory and the parameter can get memory again later.
 
@@ -331,20 +331,20 @@ class _Construction:
         if type(parameter) is not nn.Parameter or parameter.is_inference():
             pending.owner = None
             return True
-        read = Read(pending.contents, own_view(parameter))
+        recipe = Recipe(pending.contents, strided_view(parameter))
         try:
-            let_wait(parameter, modules, read)
+            let_wait(parameter, modules, recipe)
         except MetaTensorError:
             if any(isinstance(module, nn.RNNBase) for module in modules):
                 pending.owner = None  # Recurrent layers always hold weak references to their parameters: no warning.
             return True
         self.recorder.forget(pending)
-        moved.append(read)
+        moved.append(recipe)
         return True
 
 
 # Deferred contents, with each parameter in their memory and the modules that have it.
-_Owners = dict[int, tuple[Pending, list[tuple[nn.Parameter, list[nn.Module]]]]]
+_Owners = dict[int, tuple[PendingBlock, list[tuple[nn.Parameter, list[nn.Module]]]]]
 
 
 def _why_in_memory(parameters: list[nn.Parameter]) -> str | None:

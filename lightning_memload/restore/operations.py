@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 __all__ = [
-    "Kind",
+    "OperationKind",
     "draws",
     "draws_from_user",
     "empty_call",
+    "fits",
     "kind_of_call",
     "make_like_result",
     "name_of",
@@ -28,7 +29,7 @@ __all__ = [
 _ATEN = torch.ops.aten
 
 
-class Kind(enum.Enum):
+class OperationKind(enum.Enum):
     """What an operation does with the values of its tensors."""
 
     VIEW = "neither reads nor writes values: makes a view, or gives an object other memory"
@@ -52,6 +53,11 @@ _OVERWRITING = {
     "bernoulli_", "cauchy_", "copy_", "exponential_", "eye", "fill_", "geometric_", "log_normal_", "normal_",
     "random_", "uniform_", "zero_"
 }  # fmt: skip
+# Operators in place whose tensors must fit the shape of the first one.
+_BROADCASTING = {
+    "add_", "addcdiv_", "addcmul_", "copy_", "div_", "fmod_", "lerp_", "masked_fill_", "mul_", "pow_", "remainder_",
+    "sub_"
+}  # fmt: skip
 _SIMPLE = {int, float, bool, str, torch.dtype, torch.device, torch.layout}
 _ARITHMETIC = {"add", "sub", "mul", "div"}
 
@@ -63,37 +69,41 @@ def name_of(operator: Any) -> str:
 
 
 @functools.cache
-def _kind_of(operator: Any) -> Kind:
+def _kind_of(operator: Any) -> OperationKind:
     """The kind of an operator."""
     schema, tags, name = operator._schema, operator.tags, name_of(operator)
     aten = operator.namespace == "aten"
     written = [argument for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write]
     if aten and name in _EMPTY and not written:
-        return Kind.EMPTY
+        return OperationKind.EMPTY
     if aten and name in _FILLED and operator._overloadname in ("default", "memory_format"):
-        return Kind.FILLED
+        return OperationKind.FILLED
     if torch.Tag.inplace_view in tags:
-        return Kind.OTHER if name in ("resize_", "resize_as_") else Kind.VIEW
+        return OperationKind.OTHER if name in ("resize_", "resize_as_") else OperationKind.VIEW
     if written:
         first = schema.arguments[0]
         is_first = len(written) == 1 and written[0].name == first.name and str(first.type) == "Tensor"
         if name == "eye":  # torch.nn.init.eye_
-            return Kind.IN_PLACE
-        return Kind.IN_PLACE if is_first and name.endswith("_") and len(schema.returns) == 1 else Kind.OTHER
+            return OperationKind.IN_PLACE
+        return (
+            OperationKind.IN_PLACE
+            if is_first and name.endswith("_") and len(schema.returns) == 1
+            else OperationKind.OTHER
+        )
     if name == "_unsafe_view" or any(result.alias_info for result in schema.returns):
-        return Kind.VIEW
+        return OperationKind.VIEW
     if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
-        return Kind.OTHER
+        return OperationKind.OTHER
     types = {str(result.type) for result in schema.returns}
-    return Kind.NEW if types and types <= {"Tensor", "List[Tensor]", "Tensor[]"} else Kind.OTHER
+    return OperationKind.NEW if types and types <= {"Tensor", "List[Tensor]", "Tensor[]"} else OperationKind.OTHER
 
 
-def kind_of_call(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
+def kind_of_call(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OperationKind:
     """The kind of a call. For some operators it depends on the arguments."""
     kind = _kind_of(operator)
-    if kind is Kind.OTHER and _indexes_by_position(operator, args):
-        return Kind.NEW
-    return Kind.OTHER if kind is Kind.NEW and _updated_in(operator, args, kwargs) else kind
+    if kind is OperationKind.OTHER and _indexes_by_position(operator, args):
+        return OperationKind.NEW
+    return OperationKind.OTHER if kind is OperationKind.NEW and _updated_in(operator, args, kwargs) else kind
 
 
 def _indexes_by_position(operator: Any, args: tuple[Any, ...]) -> bool:
@@ -151,10 +161,22 @@ def overwrites(operator: Any) -> bool:
     return name_of(operator) in _OVERWRITING
 
 
+def fits(operator: Any, target: torch.Tensor, others: list[torch.Tensor]) -> bool:
+    """Whether an operation in place accepts the shapes of its other tensors, as far as that is known."""
+    if name_of(operator) not in _BROADCASTING:
+        return True
+    return all(_broadcasts(other.shape, target.shape) for other in others)
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    sizes = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(size in (1, wanted) for size, wanted in sizes)
+
+
 def empty_call(
     operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any], str, tuple[Any, ...]] | None:
-    """Splits a :attr:`Kind.FILLED` call into one that allocates the memory, and one that writes the values in place.
+    """Splits a :attr:`OperationKind.FILLED` call: one call allocates the memory, one writes the values in place.
 
     Returns:
         The operator that allocates the memory, its positional and keyword arguments, the name of the operator in place,
@@ -181,7 +203,7 @@ def empty_call(
 def make_like_result(
     operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, infer: bool
 ) -> list[torch.Tensor] | None:
-    """Allocates the results of a :attr:`Kind.NEW` call, with their shapes, strides and types, but without values.
+    """Allocates the results of a :attr:`OperationKind.NEW` call, with shapes, strides and types, but without values.
 
     Args:
         operator: The operator.
@@ -239,7 +261,8 @@ def _inferred(
         if shape.is_conj() or shape.is_neg():
             return None
         made.append(torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype, device=next(iter(devices))))
-    return made or None
+    # Some operators return None for results that are not asked for (output_mask of a backward).
+    return made if len(made) == (len(result) if isinstance(result, (tuple, list)) else 1) else None
 
 
 def _on_meta(value: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lightning_memload.restore.storages import Pending, Realised, storage_of
+from lightning_memload.restore.storages import PendingBlock, RealisedParameter, storage_of
 from lightning_memload.restore.tape import Made, in_order
 
 __all__ = ["PendingMemory"]
@@ -27,8 +27,8 @@ class PendingMemory:
     """
 
     def __init__(self) -> None:
-        self.realised: list[Realised] = []
-        self._pending: dict[int, Pending] = {}
+        self.realised: list[RealisedParameter] = []
+        self._pending: dict[int, PendingBlock] = {}
         self.is_paused = False
 
     def give_up(self, reason: str) -> None:
@@ -46,16 +46,16 @@ class PendingMemory:
         finally:
             self.is_paused = before
 
-    def find(self, tensor: torch.Tensor) -> Pending | None:
+    def find(self, tensor: torch.Tensor) -> PendingBlock | None:
         """The deferred contents of a tensor's memory; ``None`` if its memory is ordinary."""
         storage = storage_of(tensor)
         return None if storage is None else self._pending.get(storage._cdata)
 
-    def alive(self) -> list[Pending]:
+    def alive(self) -> list[PendingBlock]:
         """All memory with deferred contents that still has references."""
         return [pending for pending in self._pending.values() if not pending.storage.expired()]
 
-    def realise(self, pending: Pending, reason: str | None = None) -> None:
+    def realise(self, pending: PendingBlock, reason: str | None = None) -> None:
         """Writes the deferred contents of memory, which is ordinary from now on.
 
         Args:
@@ -67,11 +67,11 @@ class PendingMemory:
         if storage is None:
             return
         if pending.owner is not None and reason is not None:
-            self.realised.append(Realised(pending.owner, reason, storage.nbytes(), pending.storage))
+            self.realised.append(RealisedParameter(pending.owner, reason, storage.nbytes(), pending.storage))
         known, others = self._on_the_way(pending)
         pending.contents.write_to(storage, others, known)
 
-    def _on_the_way(self, root: Pending) -> tuple[Made, Made]:
+    def _on_the_way(self, root: PendingBlock) -> tuple[Made, Made]:
         """Finds other memory that takes part when the contents of ``root`` are made.
 
         This avoids repeated work for a model that computes values while it is built: otherwise every value would run
@@ -107,20 +107,20 @@ class PendingMemory:
                 others[key] = storage
         return known, others
 
-    def kept(self) -> list[Realised]:
+    def kept(self) -> list[RealisedParameter]:
         """The realised parameters that still exist."""
         if any(not item.storage.expired() for item in self.realised):
             gc.collect()  # torch.save (2.6) leaves the tensors that it saved in a reference cycle.
         self.realised = [item for item in self.realised if not item.storage.expired()]
         return self.realised
 
-    def forget(self, pending: Pending) -> None:
+    def forget(self, pending: PendingBlock) -> None:
         """Stops recording memory that is overwritten, or whose contents a recipe holds now."""
         self._pending.pop(pending.storage.cdata, None)
 
-    def _adopt(self, tensor: torch.Tensor, *, is_derived: bool = False) -> Pending | None:
+    def _adopt(self, tensor: torch.Tensor, *, is_derived: bool = False) -> PendingBlock | None:
         storage = storage_of(tensor)
         if storage is None or not storage.nbytes():
             return None
-        pending = self._pending[storage._cdata] = Pending(storage, is_derived=is_derived)
+        pending = self._pending[storage._cdata] = PendingBlock(storage, is_derived=is_derived)
         return pending

@@ -25,10 +25,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lightning_memload.checkpoint import span_bytes
 from lightning_memload.frames import callers
 from lightning_memload.restore.operations import (
-    Kind,
+    OperationKind,
     draws,
     draws_from_user,
     empty_call,
+    fits,
     kind_of_call,
     make_like_result,
     name_of,
@@ -38,37 +39,37 @@ from lightning_memload.restore.operations import (
 )
 from lightning_memload.restore.pending_memory import PendingMemory
 from lightning_memload.restore.storages import (
-    Pending,
+    PendingBlock,
     count_alone,
     fill_uninitialized,
     is_all_of,
-    own_view,
     reads_memory_directly,
     storage_of,
+    strided_view,
     unfilled,
     use_count,
 )
-from lightning_memload.restore.tape import Contents, Read, Source, Step, sources_of
+from lightning_memload.restore.tape import Constant, Contents, Recipe, Step, constants_of
 from lightning_memload.storage.pages import file_under
 
 __all__ = ["Recorder", "claim", "set_active", "unrecorded"]
 
-# A source of at most this size is copied at once. That is cheaper than watching it for changes.
+# A constant of at most this size is copied at once. That is cheaper than watching it for changes.
 _COPIED_BYTES = 64 << 10
 # A chain of more steps is not recorded further: its steps run.
 _MOST_STEPS = 100
-# A source in a storage more than this many times its own size is refused, since it would keep the whole storage alive.
+# A constant in a storage more than this many times its own size is refused: it would keep the whole storage alive.
 _MOST_AROUND = 4
 
 
-class _Active(threading.local):
+class _ActiveRecorder(threading.local):
     """The active recorder of this thread."""
 
     def __init__(self) -> None:
         self.recorder: Recorder | None = None
 
 
-_ACTIVE = _Active()
+_ACTIVE = _ActiveRecorder()
 
 
 def set_active(recorder: Recorder | None) -> None:
@@ -104,7 +105,7 @@ class Recorder(PendingMemory):
         super().__init__()
         # Memory that operations allocated during the construction. Only tensors refer to it.
         self._known: dict[int, StorageWeakRef] = {}
-        self._sources: dict[int, list[weakref.ref[Source]]] = {}
+        self._constants: dict[int, list[weakref.ref[Constant]]] = {}
         self._seeds: random.Random | None = None
 
     def expose(self, tensor: torch.Tensor, reason: str | None = None, *, overwritten: bool = False) -> None:
@@ -125,41 +126,41 @@ class Recorder(PendingMemory):
             else:
                 self.realise(pending, reason)
         self._known.pop(storage._cdata, None)
-        self._keep_sources(storage)
+        self._copy_constants(storage)
 
-    def own_sources(self, contents: Iterable[Contents]) -> None:
-        """Copies, at the end of the construction, the sources of contents that other code can still change."""
-        sources = {id(source): source for item in contents for source in sources_of(item)}
-        mine: dict[int, list[Source]] = {}
-        for source in sources.values():
-            mine.setdefault(source.tensor.untyped_storage()._cdata, []).append(source)
+    def keep_constants(self, contents: Iterable[Contents]) -> None:
+        """Copies, at the end of the construction, the constants of contents that other code can still change."""
+        constants = {id(constant): constant for item in contents for constant in constants_of(item)}
+        mine: dict[int, list[Constant]] = {}
+        for constant in constants.values():
+            mine.setdefault(constant.tensor.untyped_storage()._cdata, []).append(constant)
         for group in mine.values():
             if use_count(group[0].tensor) >= count_alone() + len(group):
-                for source in group:
-                    source.keep()
+                for constant in group:
+                    constant.keep()
 
-    def _keep_sources(self, storage: torch.UntypedStorage) -> None:
-        for reference in self._sources.pop(storage._cdata, ()):
-            source = reference()
-            if source is not None:
-                source.keep()
+    def _copy_constants(self, storage: torch.UntypedStorage) -> None:
+        for reference in self._constants.pop(storage._cdata, ()):
+            constant = reference()
+            if constant is not None:
+                constant.keep()
 
     def on_operation(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Records an operation, or runs it, and returns its result."""
         kind = kind_of_call(operator, args, kwargs)
-        if kind is Kind.VIEW:
+        if kind is OperationKind.VIEW:
             result = operator(*args, **kwargs)
             if name_of(operator) == "set_":
                 self._note_loaded(args)
             return result
-        if kind is Kind.EMPTY:
+        if kind is OperationKind.EMPTY:
             with unfilled() as is_filled:
                 result = operator(*args, **kwargs)
             pending = self._adopt(result)
             if pending is not None and is_filled:
-                self._add(pending, fill_uninitialized, (own_view(result),), {}, False, overwriting=True)
+                self._add(pending, fill_uninitialized, (strided_view(result),), {}, False, overwriting=True)
             return result
-        if kind is Kind.FILLED and not draws_from_user(kwargs):
+        if kind is OperationKind.FILLED and not draws_from_user(kwargs):
             call = empty_call(operator, args, kwargs)
             if call is not None:
                 make, rest, how, in_place, value = call
@@ -168,19 +169,19 @@ class Recorder(PendingMemory):
                 pending = self._adopt(result)
                 if pending is not None:
                     drawn = in_place.startswith(("aten.normal_", "aten.uniform_"))
-                    self._add(pending, in_place, (own_view(result), *value), {}, drawn, overwriting=True)
+                    self._add(pending, in_place, (strided_view(result), *value), {}, drawn, overwriting=True)
                     return result
                 if result.is_meta or not result.numel():
                     return result
-        if kind is Kind.IN_PLACE:
+        if kind is OperationKind.IN_PLACE:
             target = kwargs["out"] if "out" in kwargs else args[0]
             if self._record_in_place(operator, target, args, kwargs):
                 return target
-        if kind is Kind.NEW:
+        if kind is OperationKind.NEW:
             waiting = self._record_new(operator, args, kwargs)
             if waiting is not None:
                 return waiting
-        return self._happen(operator, kind, args, kwargs)
+        return self.run(operator, args, kwargs, kind)
 
     def on_initialiser(self, tensor: torch.Tensor, frame: Any) -> bool:
         """Records a whole function of ``torch.nn.init``, which asks on its first line whether there is anything to do.
@@ -203,7 +204,7 @@ class Recorder(PendingMemory):
             return False
         rest = {name: value for name, value in arguments.items() if name != names[0]}
         covers = is_all_of(tensor, tensor.untyped_storage())
-        self._add(pending, call, (own_view(tensor),), rest, True, overwriting=covers)
+        self._add(pending, call, (strided_view(tensor),), rest, True, overwriting=covers)
         return True
 
     def _record_in_place(
@@ -214,10 +215,12 @@ class Recorder(PendingMemory):
             return False
         if name_of(operator) == "eye" and tuple(target.shape) != (args[0], args[-1]):
             return False  # eye() would resize its output.
-        overwriting = overwrites(operator) and is_all_of(target, target.untyped_storage())
         rest = tensors_in((args[1:], kwargs))
+        if not fits(operator, target, rest):
+            return False  # It fails, and leaves the contents as they are.
+        overwriting = overwrites(operator) and is_all_of(target, target.untyped_storage())
         others = [self.find(tensor) for tensor in rest if tensor is not kwargs.get("out")]  # may contain the target
-        terms = self._terms((args, kwargs), pending) if rest else ((own_view(target), *args[1:]), kwargs)
+        terms = self._terms((args, kwargs), pending) if rest else ((strided_view(target), *args[1:]), kwargs)
         if terms is None:
             # The arguments may change later, so the operation runs now. Overwritten contents need not be made first.
             if overwriting and pending not in others:
@@ -248,7 +251,7 @@ class Recorder(PendingMemory):
         for index, result in enumerate(results):
             pending = self._adopt(result, is_derived=derived)
             if pending is not None:
-                target = own_view(result)
+                target = strided_view(result)
                 if name_of(operator) in ("clone", "_to_copy"):
                     self._add(pending, "aten.copy_.default", (target, terms[0][0]), {}, False, overwriting=True)
                 else:
@@ -258,7 +261,10 @@ class Recorder(PendingMemory):
             return tuple(results)
         return results[0] if str(operator._schema.returns[0].type) == "Tensor" else results
 
-    def _happen(self, operator: Any, kind: Kind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(
+        self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], kind: OperationKind = OperationKind.OTHER
+    ) -> Any:
+        """Runs an operation, after making the contents that it reads."""
         reason = f"{name_of(operator).strip('_')}() needs its values"
         if name_of(operator) == "_local_scalar_dense":
             reason = "its value becomes a number"
@@ -268,10 +274,10 @@ class Recorder(PendingMemory):
                 self.realise(pending, reason)
         for tensor in written_in(operator, args, kwargs):
             storage = storage_of(tensor)
-            if storage is not None and self._sources:
-                self._keep_sources(storage)
+            if storage is not None and self._constants:
+                self._copy_constants(storage)
         result = operator(*args, **kwargs)
-        if kind in (Kind.NEW, Kind.FILLED):
+        if kind in (OperationKind.NEW, OperationKind.FILLED):
             for tensor in tensors_in(result):
                 storage = storage_of(tensor)
                 if storage is not None and storage.nbytes() > _COPIED_BYTES:
@@ -292,7 +298,7 @@ class Recorder(PendingMemory):
 
     def _add(
         self,
-        pending: Pending,
+        pending: PendingBlock,
         call: str | Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -305,15 +311,15 @@ class Recorder(PendingMemory):
         pending.contents = Contents(pending.contents.nbytes, pending.contents.device, step)
         pending.num_steps = 1 if overwriting else pending.num_steps + 1
 
-    def _terms(self, value: Any, target: Pending | None) -> Any:
+    def _terms(self, value: Any, target: PendingBlock | None) -> Any:
         """Arguments with a term for each tensor; ``None`` if a tensor may change without a call that is seen."""
         if isinstance(value, torch.Tensor):
             if not reads_memory_directly(value):
                 return None
             pending = self.find(value)
             if pending is None:
-                return self._source(value)
-            return own_view(value) if pending is target else Read(pending.contents, own_view(value))
+                return self._constant(value)
+            return strided_view(value) if pending is target else Recipe(pending.contents, strided_view(value))
         if isinstance(value, dict):
             items = {key: self._terms(item, target) for key, item in value.items()}
             return None if any(items[key] is None and value[key] is not None for key in value) else items
@@ -324,10 +330,10 @@ class Recorder(PendingMemory):
             return type(value)(terms)
         return value
 
-    def _source(self, tensor: torch.Tensor) -> Source | None:
+    def _constant(self, tensor: torch.Tensor) -> Constant | None:
         nbytes = tensor.numel() * tensor.element_size()
         if nbytes <= _COPIED_BYTES:
-            return Source(tensor.detach().clone())
+            return Constant(tensor.detach().clone())
         storage, file = tensor.untyped_storage(), None
         if storage._cdata not in self._known:
             file = file_under(tensor.data_ptr(), span_bytes(tensor)) if tensor.is_cpu else None
@@ -335,9 +341,9 @@ class Recorder(PendingMemory):
                 return None
         elif storage.nbytes() > _MOST_AROUND * nbytes:
             return None
-        source = Source(tensor.detach(), file)
-        self._sources.setdefault(storage._cdata, []).append(weakref.ref(source))
-        return source
+        constant = Constant(tensor.detach(), file)
+        self._constants.setdefault(storage._cdata, []).append(weakref.ref(constant))
+        return constant
 
     def _seed(self) -> int:
         """A seed for one step, from a generator that is seeded from torch's default generator."""

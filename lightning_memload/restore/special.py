@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_memload.checkpoint import ChunkedTensor
 from lightning_memload.restore.overlaps import is_plain_tensor
-from lightning_memload.restore.recipes import WaitingAlias
+from lightning_memload.restore.waiting import WaitingAlias
 
 __all__ = ["assign_special"]
 

@@ -13,24 +13,24 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
-from lightning_memload.restore.tape import Contents, Own
+from lightning_memload.restore.tape import Contents, StridedView
 
 __all__ = [
-    "Pending",
-    "Realised",
+    "PendingBlock",
+    "RealisedParameter",
     "count_alone",
     "fill_uninitialized",
     "is_all_of",
     "is_alone",
-    "own_view",
     "reads_memory_directly",
     "storage_of",
+    "strided_view",
     "unfilled",
     "use_count",
 ]
 
 
-class Pending:
+class PendingBlock:
     """A block of memory with deferred contents.
 
     Attributes:
@@ -61,7 +61,7 @@ class Pending:
 
 
 @dataclass(frozen=True, slots=True)
-class Realised:
+class RealisedParameter:
     """A parameter that got its values during the construction.
 
     Attributes:
@@ -77,9 +77,9 @@ class Realised:
     storage: StorageWeakRef
 
 
-def own_view(tensor: torch.Tensor) -> Own:
+def strided_view(tensor: torch.Tensor) -> StridedView:
     """The view of its memory that a tensor is."""
-    return Own(tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+    return StridedView(tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
 def reads_memory_directly(tensor: torch.Tensor) -> bool:

@@ -1,9 +1,9 @@
 """The recorded operations that make the contents of a block of memory, as a chain of steps that can be replayed.
 
 A step is one operation of torch on one block of memory: an initialiser, an arithmetic operation, a copy from a
-:class:`Source`. A step refers to other memory by the last step of that memory at that time. So the chain of a parameter
-holds only what the parameter depends on. Every replay of a chain gives the same values: a step that draws random
-numbers has its own seed. This file knows nothing of modules.
+:class:`Constant`. A step refers to other memory by the last step of that memory at that time. So the chain of a
+parameter holds only what the parameter depends on. Every replay of a chain gives the same values: a step that draws
+random numbers has its own seed. This file knows nothing of modules.
 """
 
 from __future__ import annotations
@@ -20,16 +20,28 @@ import torch
 from lightning_memload.errors import MetaTensorError
 from lightning_memload.storage.pages import MappedFile
 
-__all__ = ["Contents", "Made", "Own", "Read", "Source", "Step", "holds_data", "in_order", "sources_of", "view_of"]
+__all__ = [
+    "Constant",
+    "Contents",
+    "Made",
+    "Recipe",
+    "Step",
+    "StridedView",
+    "constants_of",
+    "holds_data",
+    "in_order",
+    "undisturbed",
+    "view_of",
+]
 
 # Memory with contents that steps read, by the key of these contents.
 Made = dict[int, torch.UntypedStorage]
 
 
-class Source:
-    """A real tensor that a step reads. Its values do not change as long as a step refers to it.
+class Constant:
+    """An ordinary tensor that a step reads. Its values do not change as long as a step refers to it.
 
-    Copies of a module share their sources, so the deep copy of a source is the source itself.
+    Copies of a module share their constants, so the deep copy of a constant is the constant itself.
 
     Attributes:
         tensor: The values.
@@ -61,15 +73,15 @@ class Source:
         """Copies the values, before other code changes them."""
         self.tensor, self.file = self.read().clone(), None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Constant:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Source, (self.read(),)
+        return Constant, (self.read(),)
 
 
 @dataclass(frozen=True, slots=True)
-class Own:
+class StridedView:
     """A view of the memory that a step writes."""
 
     dtype: torch.dtype
@@ -119,7 +131,7 @@ class Contents:
                 ``storage``.
         """
         if self.last is not None:
-            with _undisturbed():
+            with undisturbed():
                 _replay(self, storage, others or {}, known or {})
 
     def needs(self) -> list[Contents]:
@@ -128,17 +140,17 @@ class Contents:
         if step is None:
             return []
         before = [] if step.previous is None else [Contents(self.nbytes, self.device, step.previous)]
-        return [*before, *(read.contents for read in _reads_in((step.args, step.kwargs)))]
+        return [*before, *(recipe.contents for recipe in _recipes_in((step.args, step.kwargs)))]
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class Recipe:
     """A view of contents."""
 
     contents: Contents
-    view: Own
+    view: StridedView
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Read:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
         return self
 
     def make(self) -> torch.Tensor:
@@ -152,7 +164,7 @@ class Step:
 
     Attributes:
         call: A function, or the name of an operator of torch (operators cannot be pickled).
-        args: Positional arguments, with an :class:`Own`, :class:`Read` or :class:`Source` in place of each tensor.
+        args: Positional arguments, with a :class:`StridedView`, :class:`Recipe` or :class:`Constant` for each tensor.
         kwargs: Keyword arguments, likewise.
         previous: The previous step on the same memory; ``None`` if this step overwrites all of it, or is the first.
         target: The view to which the result is copied; ``None`` if the operation writes in place.
@@ -164,7 +176,7 @@ class Step:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     previous: Step | None
-    target: Own | None = None
+    target: StridedView | None = None
     index: int = 0
     seed: int | None = None
 
@@ -179,13 +191,13 @@ class Step:
             view_of(storage, self.target).copy_(result)
 
 
-def view_of(storage: torch.UntypedStorage, view: Own) -> torch.Tensor:
+def view_of(storage: torch.UntypedStorage, view: StridedView) -> torch.Tensor:
     """Makes a tensor in a storage."""
     return torch.empty(0, dtype=view.dtype, device=storage.device).set_(storage, view.offset, view.size, view.stride)
 
 
-def sources_of(contents: Contents) -> Iterator[Source]:
-    """All sources that contents depend on, each once."""
+def constants_of(contents: Contents) -> Iterator[Constant]:
+    """All constants that contents depend on, each once."""
     seen: set[int] = set()
     left: list[Any] = [contents]
     while left:
@@ -194,21 +206,21 @@ def sources_of(contents: Contents) -> Iterator[Source]:
             left.extend(item)
         elif isinstance(item, dict):
             left.extend(item.values())
-        elif isinstance(item, Read):
+        elif isinstance(item, Recipe):
             left.append(item.contents.last)
         elif isinstance(item, Contents):
             left.append(item.last)
-        elif isinstance(item, (Step, Source)) and id(item) not in seen:
+        elif isinstance(item, (Step, Constant)) and id(item) not in seen:
             seen.add(id(item))
-            if isinstance(item, Source):
+            if isinstance(item, Constant):
                 yield item
             else:
                 left.extend((item.previous, item.args, item.kwargs))
 
 
 def holds_data(contents: Contents) -> bool:
-    """Whether contents depend on a source, and not only on initialisers and numbers in the code."""
-    return next(sources_of(contents), None) is not None
+    """Whether contents depend on a constant, and not only on initialisers and numbers in the code."""
+    return next(constants_of(contents), None) is not None
 
 
 def in_order(contents: Contents, known: Collection[int] = ()) -> list[Contents]:
@@ -274,24 +286,24 @@ def _first_step(contents: Contents) -> Step | None:
     return step
 
 
-def _reads_in(value: Any) -> Iterator[Read]:
-    if isinstance(value, Read):
+def _recipes_in(value: Any) -> Iterator[Recipe]:
+    if isinstance(value, Recipe):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _reads_in(item)
+            yield from _recipes_in(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _reads_in(item)
+            yield from _recipes_in(item)
 
 
 def _filled(value: Any, storage: torch.UntypedStorage, made: Made) -> Any:
     """Replaces the terms in arguments by tensors."""
-    if isinstance(value, Own):
+    if isinstance(value, StridedView):
         return view_of(storage, value)
-    if isinstance(value, Source):
+    if isinstance(value, Constant):
         return value.read()
-    if isinstance(value, Read):
+    if isinstance(value, Recipe):
         return view_of(made[value.contents.key], value.view)
     if isinstance(value, dict):
         return {key: _filled(item, storage, made) for key, item in value.items()}
@@ -307,9 +319,13 @@ def _operator(name: str) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Runs steps as they were recorded, without the caller's autograd, inference and autocast modes."""
+def undisturbed() -> Iterator[None]:
+    """Runs steps as they were recorded, without the modes and the function transforms of the caller."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(torch._C._DisableFuncTorch())
+        if torch._C._len_torch_dispatch_stack():
+            stack.enter_context(torch.utils._python_dispatch._disable_current_modes())
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.inference_mode(False))
         for device in ("cpu", "cuda"):

@@ -29,6 +29,12 @@ _READING = {
     torch.Tensor.tolist, torch.Tensor.__reduce_ex__, torch.Tensor.__deepcopy__, torch.Tensor.__repr__,
     torch.Tensor.__format__, torch.Tensor.apply_, torch.Tensor.map_, torch.Tensor.map2_,
 }  # fmt: skip
+_READING_ALL = {torch.Tensor.map_, torch.Tensor.map2_}
+# Functions that read the values of tensors in lists, with the modes of torch switched off.
+_READING_LISTS = {
+    torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor, torch.Tensor.__getitem__,
+    torch.Tensor.__setitem__,
+}  # fmt: skip
 _IS_META = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]
 _NUMEL = torch.Tensor.numel
 _ASKING = ("_no_grad_trunc_normal_", "orthogonal_")
@@ -85,9 +91,19 @@ class _Operations(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         recorder.is_paused = True
         try:
+            if _is_traced():
+                return recorder.run(func, args, kwargs or {})
             return recorder.on_operation(func, args, kwargs or {})
         finally:
             recorder.is_paused = False
+
+
+def _is_traced() -> bool:
+    """Whether torch traces operations (make_fx, fake tensors, export): it must not see those of the recorder."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    kinds = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(kind) is not None for kind in (kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL))
 
 
 class _Questions(TorchFunctionMode):
@@ -100,18 +116,29 @@ class _Questions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not self._recorder.is_paused:
+            known = self._prepare(func, args, kwargs)
+            if known is not None:
+                return known
+        # The only place that calls: torch.jit.trace compares the places of its calls.
+        return func(*args, **kwargs)
+
+    def _prepare(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Makes what a call reads. Returns the answer to a question of ``torch.nn.init``; ``None`` for other calls."""
         recorder = self._recorder
-        if recorder.is_paused:
-            return func(*args, **kwargs)
         if func in _EXPOSING or func in _READING:
             name = "__cuda_array_interface__" if func.__name__ == "__get__" else func.__name__
             with recorder.paused():
-                for tensor in tensors_in(args[:1]):
+                for tensor in tensors_in(args if func in _READING_ALL else args[:1]):
                     recorder.expose(tensor, f"{name}() reads its memory")
+        elif func in _READING_LISTS:
+            with recorder.paused():
+                for tensor in _in_lists(func, args, kwargs):
+                    recorder.expose(tensor, f"{func.__name__}() reads its value")
         elif func in (_IS_META, _NUMEL):
             # Initialisers that draw until all values are valid, or decompose a matrix, need values. Each first asks
             # whether there is anything to do: is_meta (torch 2.13), numel() (orthogonal_, since torch 1.0).
-            frame = sys._getframe(1)
+            frame = sys._getframe(2)
             if frame.f_globals is nn.init.__dict__ and frame.f_code.co_name in _ASKING:
                 with recorder.paused():
                     is_recorded = recorder.on_initialiser(args[0], frame)
@@ -120,4 +147,11 @@ class _Questions(TorchFunctionMode):
         if torch._C._get_tracing_state() is not None:
             # torch.jit.trace records operations itself, and fails under modes of the dispatcher (torch 2.13).
             self._watch.give_up("torch.jit.trace() is used")
-        return func(*args, **kwargs)
+        return None
+
+
+def _in_lists(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors that a function reads out of lists. A tuple of tensors is no list where it is an index."""
+    is_index = func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+    values = [*args, *kwargs.values(), *(args[1] if is_index and isinstance(args[1], tuple) else ())]
+    return tensors_in([value for value in values if isinstance(value, list if is_index else (list, tuple))])

@@ -281,7 +281,7 @@ class WeightsRestore:
             else:
                 plan.assigned.append(target)
                 plan.memory[target.key] = pages
-        plan.fresh.extend(target for target in plan.streamed if target.tensor.device != session.device)
+        plan.fresh.extend(t for t in plan.streamed if t.tensor.is_meta or t.tensor.device != session.device)
         self._require(session, sum(self._fresh_bytes(target) for target in plan.fresh))
         for target in plan.fresh:
             plan.memory[target.key] = empty_on(target.tensor, session.device, self._final_dtype(target))

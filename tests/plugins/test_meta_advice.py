@@ -142,14 +142,14 @@ def test_a_buffer_without_values(tmp_path: Path) -> None:
 
 
 def test_a_parameter_that_is_watched(tmp_path: Path) -> None:
-    """ "Build it on a real device instead of under meta_init." """
+    """ "Build it on a real device instead of on meta." """
     path = tmp_path / "weights.pt"
     expected = nn.Linear(2, 2)
     torch.save(expected.state_dict(), path)
-    with meta_init():
+    with torch.device("meta"):
         module = nn.Linear(2, 2)
     watching = weakref.ref(module.weight)
-    with pytest.raises(MetaTensorError, match=r"Build it on a real device instead of under meta_init"):
+    with pytest.raises(MetaTensorError, match=r"Build it on a real device instead of on meta"):
         load_weights(module, path)
     module = nn.Linear(2, 2)
     watching = weakref.ref(module.weight)

@@ -14,7 +14,7 @@ from lightning_memload import meta_init
 from lightning_memload.formats import load_mapped
 from lightning_memload.restore import RestoreSession, WeightsRestore
 from lightning_memload.restore.recipes import WaitingParameter
-from lightning_memload.restore.tape import Read
+from lightning_memload.restore.tape import Recipe
 from lightning_memload.transfer import LazyRing, choose_layout
 
 __all__ = ["assert_same_build", "quietly", "raw", "restore", "same_on_meta"]
@@ -112,7 +112,7 @@ def _assert_same_tensor(expected: torch.Tensor, actual: torch.Tensor, name: str,
     assert actual.dtype == expected.dtype, name
     assert actual.requires_grad == expected.requires_grad, name
     assert actual.layout == expected.layout, name
-    assert {key: value for key, value in vars(actual).items() if not isinstance(value, Read)} == vars(expected), name
+    assert {key: value for key, value in vars(actual).items() if not isinstance(value, Recipe)} == vars(expected), name
     if isinstance(expected, nn.parameter.UninitializedTensorMixin):
         return
     assert actual.stride() == expected.stride() or expected.numel() <= 1, name

@@ -8,6 +8,7 @@ import pickle
 import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ def test_what_no_file_holds_is_what_the_constructor_made(
             module = Custom(construct, pretrained)
     else:
         module = meta_init()(Custom)(construct, pretrained)
-    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+    copies = [copy.deepcopy(module), pickle.loads(ForkingPickler.dumps(module))]
     load_weights(module, pretrained / "head.pt", strict=False)
     assert module.head.weight.tolist() == torch.ones(2, 4).tolist()
     for each in (module, *copies):

@@ -1,0 +1,37 @@
+"""Who calls a function of torch, and whether ``torch.compile`` may trace it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["calling_frame", "untraced"]
+
+_T = TypeVar("_T")
+# Not functools.cache: torch.compile warns of it (torch 2.13).
+_UNTRACED: dict[Any, Any] = {}
+
+
+def untraced(call: Callable[..., _T]) -> Callable[..., _T]:
+    """The same function, which ``torch.compile`` runs and does not compile."""
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        return call  # Without torch.compile in use there is nothing to prevent, and its import takes 2 s.
+    if call not in _UNTRACED:
+        _UNTRACED[call] = torch.compiler.disable(call)
+    disabled: Callable[..., _T] = _UNTRACED[call]
+    return disabled
+
+
+def calling_frame(module: str) -> Any:
+    """The frame of the function that called a function of torch, and so code of a module of this package.
+
+    Args:
+        module: Name of this module.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_globals["__name__"].startswith((module, __name__, "torch._dynamo.")):
+        frame = frame.f_back
+    return frame
