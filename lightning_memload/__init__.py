@@ -20,7 +20,7 @@ from lightning_memload.errors import (
     MemloadError,
     MetaTensorError,
     OptimizerMismatchError,
-    UnmappableCheckpoint,
+    UnmappableCheckpointError,
     UnsafeGlobalsError,
 )
 
@@ -41,7 +41,7 @@ __all__ = [
     "OptimizerMismatchError",
     "RestoreReport",
     "StreamingCheckpointIO",
-    "UnmappableCheckpoint",
+    "UnmappableCheckpointError",
     "UnsafeGlobalsError",
     "VerifyReport",
     "WeightsSource",

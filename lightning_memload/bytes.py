@@ -6,8 +6,59 @@ import mmap
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-__all__ = ["FileSpan", "lay_out", "place_in"]
+__all__ = ["FileRange", "FileSpan", "Record", "RecordPart", "lay_out", "place_in"]
+
+
+class Record(NamedTuple):
+    """A contiguous range of bytes with a name and at most one checksum. The data of a tensor is one record or several.
+
+    Attributes:
+        name: The name in messages: the tensor, or else the record's own name in its file.
+        offset: Position of the first byte in the run of all files.
+        nbytes: Length in bytes.
+        crc32: CRC-32 of the bytes, as recorded in the checkpoint. ``None`` if the checkpoint records none.
+    """
+
+    name: str
+    offset: int
+    nbytes: int
+    crc32: int | None
+
+
+class RecordPart(NamedTuple):
+    """A part of a record.
+
+    Attributes:
+        record: The number of the record.
+        start: Position of the first byte in the record.
+        nbytes: Length in bytes.
+    """
+
+    record: int
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """A range of bytes in one file of a directory.
+
+    Attributes:
+        file: Name of the file in the directory.
+        offset: Position of the first byte in the file.
+        nbytes: Length in bytes.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        """The position of its end in the file."""
+        return self.offset + self.nbytes
 
 
 @dataclass(frozen=True, slots=True)

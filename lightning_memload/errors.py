@@ -23,7 +23,7 @@ __all__ = [
     "MemloadError",
     "MetaTensorError",
     "OptimizerMismatchError",
-    "UnmappableCheckpoint",
+    "UnmappableCheckpointError",
     "UnsafeGlobalsError",
     "UnstreamableError",
     "listed",
@@ -216,7 +216,7 @@ class UnsafeGlobalsError(MemloadError, pickle.UnpicklingError):
         self.places = dict(places)
 
 
-class UnmappableCheckpoint(MemloadError, ValueError):
+class UnmappableCheckpointError(MemloadError, ValueError):
     """The checkpoint is sound, but the file does not hold its tensors in usable form: compressed or byte-swapped.
 
     It is no :class:`CheckpointFormatError`, because nothing is damaged.

@@ -177,7 +177,7 @@ class TestBlocks:
         (tmp_path / "a.py").write_text("\n".join(["class A:", *lines, '    """', ""]))
         found = [(line, example.source) for line, example in examples_of(tmp_path / "a.py")]
         assert found == [(5, 'for a in "ab":\n    b = a\n'), (7, "b\n")]
-        assert {"meta.py", "load.py", "callback.py"} <= {file.name for file in SOURCES_WITH_EXAMPLES}
+        assert {"meta.py", "load_weights.py", "callback.py"} <= {file.name for file in SOURCES_WITH_EXAMPLES}
 
     @pytest.mark.parametrize("file", TEXTS, ids=relative)
     def test_yaml_names_what_exists(self, file: Path) -> None:
@@ -281,7 +281,9 @@ class TestPages:
         explained = set(re.findall(r"`memload/(\w+)`", text))
         sources = [file.read_text() for file in sorted((ROOT / "lightning_memload" / "report").glob("*.py"))]
         logged = set(re.findall(r'"memload/(\w+)"', "".join(sources)))
-        logged |= {f"{name}_gib" for name in importlib.import_module("lightning_memload.report.report").MEMORY_FIGURES}
+        logged |= {
+            f"{name}_gib" for name in importlib.import_module("lightning_memload.report.restore_report").MEMORY_FIGURES
+        }
         logged |= {f"{phase}_seconds" for phase in ("open", "weights", "optimizers")}
         assert explained == logged
 

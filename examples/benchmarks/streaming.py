@@ -30,9 +30,10 @@ from common import MIB, aligned, header, median, positive, read_all, synchronize
 from zlib_ng import zlib_ng
 
 from lightning_memload import open_checkpoint
+from lightning_memload.bytes import Record
 from lightning_memload.save import save_torch
 from lightning_memload.storage import LocalFile
-from lightning_memload.transfer import Record, RingLayout, StagingRing, TensorCopy, checksums, engine, transfer
+from lightning_memload.transfer import RingLayout, StagingRing, TensorCopy, checksums, engine, transfer
 
 # Threads x buffers x MiB of a block. Most rings are 128 MiB. The last two of "cuda" are smaller, because a smaller ring
 # may fit into the processor's cache.

@@ -1,6 +1,6 @@
 """From disk to index: which bytes of a file are which tensor, and the file's object with its tensors left there."""
 
-from lightning_memload.checkpoint.chunked import ChunkedTensor, FilePiece
+from lightning_memload.checkpoint.chunked import ChunkedTensor, FileChunk
 from lightning_memload.checkpoint.index import (
     Checkpoint,
     ChunkInfo,
@@ -9,7 +9,7 @@ from lightning_memload.checkpoint.index import (
     TensorInfo,
     span_elements,
 )
-from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
+from lightning_memload.checkpoint.inventory import Damage, Inventory
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, end_loading, span_bytes
 from lightning_memload.checkpoint.missing import hub_advice
 
@@ -18,10 +18,9 @@ __all__ = [
     "ChunkInfo",
     "ChunkedTensor",
     "Damage",
-    "FilePiece",
+    "FileChunk",
     "Inventory",
     "MappedCheckpoint",
-    "Section",
     "SpecialTensor",
     "StorageInfo",
     "TensorInfo",

@@ -19,13 +19,13 @@ from lightning_memload.checkpoint.index import ChunkInfo, span_elements
 from lightning_memload.storage import FileSet, read_fully
 from lightning_memload.units import counted
 
-__all__ = ["ChunkedTensor", "ChunkedValues", "FilePiece", "ValuesInFiles"]
+__all__ = ["ChunkedTensor", "ChunkedValues", "FileChunk", "ValuesInFiles"]
 
 # Of a chunked tensor that somebody touches, read at a time.
 _READ_BLOCK_BYTES = 16 << 20
 
 
-class FilePiece(NamedTuple):
+class FileChunk(NamedTuple):
     """Where a part of a tensor, or all of it, lies.
 
     Attributes:
@@ -41,7 +41,7 @@ class FilePiece(NamedTuple):
     shape: tuple[int, ...]
 
     def within(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of a tensor, of the whole tensor's shape, that this piece is: a view."""
+        """The part of a tensor, of the whole tensor's shape, that this chunk is: a view."""
         if self.shape == tensor.shape:
             return tensor
         return tensor[tuple(slice(start, start + n) for start, n in zip(self.starts, self.shape, strict=True))]
@@ -71,7 +71,7 @@ class ValuesInFiles(Protocol):
         ...
 
     @property
-    def pieces(self) -> tuple[FilePiece, ...]:
+    def chunks(self) -> tuple[FileChunk, ...]:
         """The parts, which cover the tensor without overlap."""
         ...
 
@@ -99,7 +99,7 @@ class ChunkedValues:
         memory: The values, ``None`` until somebody reads them.
     """
 
-    __slots__ = ("__weakref__", "_lock", "dtype", "memory", "name", "pieces", "shape", "source")
+    __slots__ = ("__weakref__", "_lock", "chunks", "dtype", "memory", "name", "shape", "source")
 
     layout = None
 
@@ -110,8 +110,8 @@ class ChunkedValues:
         self.shape = torch.Size(shape)
         self.dtype = dtype
         self.source = source
-        self.pieces = tuple(
-            FilePiece(c.storage.offset + c.storage_offset * dtype.itemsize, c.stride, c.starts, c.shape)
+        self.chunks = tuple(
+            FileChunk(c.storage.offset + c.storage_offset * dtype.itemsize, c.stride, c.starts, c.shape)
             for c in chunks
             if math.prod(c.shape)
         )
@@ -130,23 +130,23 @@ class ChunkedValues:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if self.memory is None:
                 values = torch.empty(self.shape, dtype=self.dtype, device="cpu")
-                for piece in self.pieces:
-                    self._read_piece(piece, piece.within(values))
+                for chunk in self.chunks:
+                    self._read_chunk(chunk, chunk.within(values))
                 self.memory = values
             return self.memory
 
-    def _read_piece(self, piece: FilePiece, destination: torch.Tensor) -> None:
-        length, row_bytes = (piece.shape[0], piece.stride[0] * self.dtype.itemsize) if piece.shape else (1, 0)
-        if row_bytes and piece.stride[0] >= span_elements(piece.shape[1:], piece.stride[1:]):
+    def _read_chunk(self, chunk: FileChunk, destination: torch.Tensor) -> None:
+        length, row_bytes = (chunk.shape[0], chunk.stride[0] * self.dtype.itemsize) if chunk.shape else (1, 0)
+        if row_bytes and chunk.stride[0] >= span_elements(chunk.shape[1:], chunk.stride[1:]):
             rows = max(1, _READ_BLOCK_BYTES // row_bytes)
         else:
             rows = length  # They interlock in the file, so that none can be read without the others.
         for start in range(0, length, rows):
-            part = destination[start : start + rows] if piece.shape else destination
-            data = bytearray(span_elements(part.shape, piece.stride) * self.dtype.itemsize)
-            offset = piece.offset + start * row_bytes
+            part = destination[start : start + rows] if chunk.shape else destination
+            data = bytearray(span_elements(part.shape, chunk.stride) * self.dtype.itemsize)
+            offset = chunk.offset + start * row_bytes
             read_fully(self.source, [memoryview(data)], offset, name_at=lambda _: self.name)
-            part.copy_(torch.frombuffer(data, dtype=self.dtype).as_strided(part.shape, piece.stride))
+            part.copy_(torch.frombuffer(data, dtype=self.dtype).as_strided(part.shape, chunk.stride))
 
 
 class ChunkedTensor(torch.Tensor):
@@ -181,9 +181,9 @@ class ChunkedTensor(torch.Tensor):
         return self._held.source
 
     @property
-    def pieces(self) -> tuple[FilePiece, ...]:
+    def chunks(self) -> tuple[FileChunk, ...]:
         """The parts, which cover the tensor without overlap."""
-        return self._held.pieces
+        return self._held.chunks
 
     @property
     def dense_stride(self) -> tuple[int, ...]:
@@ -258,5 +258,5 @@ class ChunkedTensor(torch.Tensor):
         return self._ordinary(self.read()).__reduce_ex__(protocol)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        parts = counted(len(self.pieces), "part")
+        parts = counted(len(self.chunks), "part")
         return f"ChunkedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, in {parts} of the file)"

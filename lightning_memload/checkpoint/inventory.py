@@ -1,4 +1,4 @@
-"""The inventory of a checkpoint: every section of its files that can be verified, and all damage that was found.
+"""The inventory of a checkpoint: every record of its files that can be verified, and all damage that was found.
 
 Reading an index stops at the first error. Taking an inventory continues and lists all errors: it serves verification,
 not loading. It covers every record with a checksum, not only tensors. Taking one reads no tensor data and runs no code
@@ -9,26 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_memload.bytes import FileSpan, place_in
+from lightning_memload.bytes import FileSpan, Record, place_in
 
-__all__ = ["Damage", "Inventory", "Section"]
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """One contiguous range of bytes with at most one checksum.
-
-    Attributes:
-        key: Its name in messages: the tensor's name, or else the record's.
-        offset: Position of its first byte in the run of all files.
-        nbytes: Its length in bytes.
-        crc32: CRC-32 of its bytes as recorded in the checkpoint. ``None`` if none is recorded.
-    """
-
-    key: str
-    offset: int
-    nbytes: int
-    crc32: int | None
+__all__ = ["Damage", "Inventory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +40,20 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """The sections of a checkpoint, and the damage that was found while listing them.
+    """The records of a checkpoint, and the damage that was found while listing them.
 
     Attributes:
         path: The checkpoint.
         format: Name of its format.
-        files: The files that hold the sections.
-        sections: All sections that can be read, in no particular order. Sections of a hostile file may overlap.
+        files: The files that hold the records.
+        records: All records that can be read, in no particular order. Records of a hostile file may overlap.
         damage: The errors in all other parts.
     """
 
     path: str
     format: str
     files: tuple[FileSpan, ...]
-    sections: tuple[Section, ...]
+    records: tuple[Record, ...]
     damage: tuple[Damage, ...]
 
     def place(self, offset: int) -> tuple[str, int]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lightning_memload.checkpoint.chunked import ChunkedTensor, ChunkedValues, FilePiece
+from lightning_memload.checkpoint.chunked import ChunkedTensor, ChunkedValues, FileChunk
 from lightning_memload.checkpoint.index import Checkpoint, ChunkInfo, span_elements
 from lightning_memload.checkpoint.unread import UnreadStorage, UnreadView
 from lightning_memload.errors import UnsafeGlobalsError
@@ -97,20 +97,20 @@ class MappedCheckpoint:
             return tensor.source is self.source and not tensor.is_read
         return self.mapping is not None and self.mapping.offset_of(tensor) is not None
 
-    def locate(self, tensor: torch.Tensor) -> tuple[FilePiece, ...] | None:
-        """The pieces of the files that hold the tensor's values.
+    def locate(self, tensor: torch.Tensor) -> tuple[FileChunk, ...] | None:
+        """The chunks of the files that hold the tensor's values.
 
         Args:
             tensor: Any tensor.
 
         Returns:
-            One piece for most tensors, several for chunked ones. ``None`` for a tensor that is not in the files, has
+            One chunk for most tensors, several for chunked ones. ``None`` for a tensor that is not in the files, has
             been written since loading, is empty, or whose bytes are not its values (conjugate or negative views,
             subclasses).
         """
         return self.locate_all([tensor])[0]
 
-    def locate_all(self, tensors: Sequence[torch.Tensor]) -> list[tuple[FilePiece, ...] | None]:
+    def locate_all(self, tensors: Sequence[torch.Tensor]) -> list[tuple[FileChunk, ...] | None]:
         """Locates many tensors with one query of the kernel, see :meth:`locate`."""
         offsets = [self._offset_of_values(tensor) for tensor in tensors]
         ranges = [
@@ -120,13 +120,13 @@ class MappedCheckpoint:
         ]
         pristine = iter(self.mapping.are_pristine(ranges) if self.mapping is not None else [])
         return [
-            self._pieces_of(tensor) if offset is None else _whole(tensor, offset) if next(pristine) else None
+            self._chunks_of(tensor) if offset is None else _whole(tensor, offset) if next(pristine) else None
             for offset, tensor in zip(offsets, tensors, strict=True)
         ]
 
-    def _pieces_of(self, tensor: torch.Tensor) -> tuple[FilePiece, ...] | None:
+    def _chunks_of(self, tensor: torch.Tensor) -> tuple[FileChunk, ...] | None:
         if isinstance(tensor, ChunkedTensor) and self.holds(tensor) and tensor.numel():
-            return tensor.pieces
+            return tensor.chunks
         return None
 
     def _offset_of_values(self, tensor: torch.Tensor) -> int | None:
@@ -289,6 +289,6 @@ def span_bytes(tensor: torch.Tensor) -> int:
     return span_elements(tensor.shape, tensor.stride()) * tensor.element_size()
 
 
-def _whole(tensor: torch.Tensor, offset: int) -> tuple[FilePiece, ...]:
+def _whole(tensor: torch.Tensor, offset: int) -> tuple[FileChunk, ...]:
     shape = tuple(tensor.shape)
-    return (FilePiece(offset, tensor.stride(), (0,) * len(shape), shape),)
+    return (FileChunk(offset, tensor.stride(), (0,) * len(shape), shape),)

@@ -12,7 +12,7 @@ import threading
 import torch
 from zlib_ng import zlib_ng
 
-from lightning_memload.checkpoint.chunked import FilePiece
+from lightning_memload.checkpoint.chunked import FileChunk
 from lightning_memload.errors import ChecksumError
 from lightning_memload.storage import FileSet, read_fully
 
@@ -84,7 +84,7 @@ class UnreadView:
         like: A tensor with the same dtype, shape, strides and storage offset.
     """
 
-    __slots__ = ("_memory", "dtype", "layout", "pieces", "shape", "storage")
+    __slots__ = ("_memory", "chunks", "dtype", "layout", "shape", "storage")
 
     def __init__(self, storage: UnreadStorage, like: torch.Tensor) -> None:
         self.storage = storage
@@ -94,7 +94,7 @@ class UnreadView:
         self.layout: tuple[tuple[int, ...], int] | None = (like.stride(), start)
         self._memory: torch.Tensor | None = None
         offset = storage.offset + start * like.dtype.itemsize
-        self.pieces = (FilePiece(offset, like.stride(), (0,) * len(shape), shape),) if like.numel() else ()
+        self.chunks = (FileChunk(offset, like.stride(), (0,) * len(shape), shape),) if like.numel() else ()
 
     @property
     def source(self) -> FileSet:

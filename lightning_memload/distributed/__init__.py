@@ -1,6 +1,6 @@
 """Messages between the processes of one run. Uses ``torch.distributed``, and neither Lightning nor checkpoints."""
 
 from lightning_memload.distributed.companions import Companions, LostCompanion
-from lightning_memload.distributed.writer import Writer
+from lightning_memload.distributed.writer import WriterRank
 
-__all__ = ["Companions", "LostCompanion", "Writer"]
+__all__ = ["Companions", "LostCompanion", "WriterRank"]

@@ -13,7 +13,7 @@ import torch.distributed
 
 from lightning_memload.distributed.companions import KeyValueStore, default_store
 
-__all__ = ["Writer"]
+__all__ = ["WriterRank"]
 
 _PRESENT = "lightning_memload/saves/present"
 _BEGUN = "lightning_memload/saves/begun"
@@ -23,7 +23,7 @@ _FIRST_PAUSE_SECONDS = 0.001
 _LAST_PAUSE_SECONDS = 0.1
 
 
-class Writer:
+class WriterRank:
     """The state of the writing rank in one run. Every rank that takes part has one object.
 
     No method raises: errors of a store that ended with its process group, or with another rank, are ignored.

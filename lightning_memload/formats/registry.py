@@ -2,7 +2,7 @@
 
 A format is recognised by content, never by a suffix. Each format does three things: it indexes a checkpoint without
 reading tensor data or running code from it; it loads it as an ordinary object whose tensors stay in the files; and it
-lists all sections and all damage for verification.
+lists all records and all damage for verification.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from lightning_memload.checkpoint.inventory import Inventory
 from lightning_memload.checkpoint.mapped import MappedCheckpoint
 from lightning_memload.checkpoint.missing import require_exists
 from lightning_memload.collector import paused_collector
-from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpointError
 from lightning_memload.formats.dcp.reader import DcpDirectory
 from lightning_memload.formats.safetensors.reader import Safetensors
 from lightning_memload.formats.tensor_directory.reader import TensorDirectory
 from lightning_memload.formats.torch_zip.reader import TorchZip
 from lightning_memload.formats.torch_zip.shards import TorchShards
-from lightning_memload.storage.mapping import FileMapping
+from lightning_memload.storage.file_mapping import FileMapping
 from lightning_memload.storage.places import is_file, is_folder, names_in, path_of, read_start, size_of
 
 __all__ = [
@@ -72,18 +72,18 @@ class CheckpointFormat(Protocol):
 
         Raises:
             CheckpointFormatError: It is truncated or damaged.
-            UnmappableCheckpoint: It is sound but its tensors cannot stay in the files.
+            UnmappableCheckpointError: It is sound but its tensors cannot stay in the files.
         """
         ...
 
     def take_inventory(self, path: str) -> Inventory:
-        """Lists the sections and the damage of a recognised checkpoint.
+        """Lists the records and the damage of a recognised checkpoint.
 
         Damage is returned in the inventory, not raised. No tensor data is read, and no code from the files runs.
 
         Raises:
             CheckpointFormatError: It is a sound archive of another kind, not a checkpoint.
-            UnmappableCheckpoint: It is compressed, so its bytes cannot be verified in place.
+            UnmappableCheckpointError: It is compressed, so its bytes cannot be verified in place.
             OSError: Reading failed.
         """
         ...
@@ -100,7 +100,7 @@ def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
     Raises:
         FileNotFoundError: The path does not exist.
         CheckpointFormatError: It is a directory of no known format, or a file that ``torch.load`` cannot read either.
-        UnmappableCheckpoint: It is a file of no known format that ``torch.load`` may be able to read.
+        UnmappableCheckpointError: It is a file of no known format that ``torch.load`` may be able to read.
     """
     name = path_of(path)
     require_exists(name)
@@ -117,7 +117,7 @@ def find_format(path: str | os.PathLike[str]) -> CheckpointFormat:
         raise CheckpointFormatError(f"{name} is no regular file, and so no checkpoint.", path=name)
     size = size_of(name)
     if _may_be_legacy(name):
-        raise UnmappableCheckpoint(
+        raise UnmappableCheckpointError(
             f"{name} has none of the known formats ({known}): either it is a file of torch < 1.6 or "
             "_use_new_zipfile_serialization=False, or no checkpoint at all. Load it with torch.load and save it again.",
             path=name,
@@ -179,7 +179,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         TypeError: ``path`` is not a path.
         FileNotFoundError: The path does not exist.
         CheckpointFormatError: It is not such a checkpoint, or it is truncated, damaged or incomplete.
-        UnmappableCheckpoint: It is sound, but compressed, byte-swapped, or of torch < 1.6.
+        UnmappableCheckpointError: It is sound, but compressed, byte-swapped, or of torch < 1.6.
     """
     name = path_of(path)
     with paused_collector():
@@ -204,7 +204,7 @@ def load_mapped(
     Raises:
         FileNotFoundError: The path does not exist.
         CheckpointFormatError: The file is truncated or damaged.
-        UnmappableCheckpoint: The file is sound but cannot be mapped. ``torch.load`` can read it.
+        UnmappableCheckpointError: The file is sound but cannot be mapped. ``torch.load`` can read it.
         InsufficientMemoryError: A single tensor is larger than this machine's memory.
         MemloadError: The whole file is larger than this machine's memory, and torch is older than 2.7.
         UnsafeGlobalsError: ``weights_only`` refuses classes that the file names.
@@ -213,6 +213,6 @@ def load_mapped(
     Peak memory: the object without its tensors.
     """
     if not FileMapping.supported:
-        raise UnmappableCheckpoint(f"Mapping {path} needs Linux.", path=os.fspath(path))
+        raise UnmappableCheckpointError(f"Mapping {path} needs Linux.", path=os.fspath(path))
     name = path_of(path)
     return find_format(name).load(name, weights_only=weights_only, erases=erases)

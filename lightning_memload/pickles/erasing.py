@@ -106,7 +106,7 @@ _REFUSED = _Refused()
 _CONTAINERS = {("collections", "OrderedDict"), ("collections", "Counter")}
 
 
-class _Items(list[Any]):
+class _ErasedItems(list[Any]):
     """Stands for a container, with its items."""
 
 
@@ -184,7 +184,7 @@ class _Eraser(InertUnpickler):
             self._changed = pickle.TUPLE2
             self.append(_REFUSED)
         else:
-            self.append(_Items([arguments]) if isinstance(function, _Container) else _Kept())
+            self.append(_ErasedItems([arguments]) if isinstance(function, _Container) else _Kept())
 
     def _is_tainted(self, value: Any) -> bool:
         """Whether an argument contains a refused object."""
@@ -226,7 +226,7 @@ class _Eraser(InertUnpickler):
             target.extend(items)
 
     def _push_items(self) -> None:
-        self.append(_Items())
+        self.append(_ErasedItems())
 
     def _refuse_instruction(self) -> None:
         raise pickle.UnpicklingError("torch does not read this instruction")

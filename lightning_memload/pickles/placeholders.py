@@ -66,7 +66,7 @@ class Opaque:
         self.parts.append(state)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.holds_items |= not _fills(_Words)
+        self.holds_items |= not _fills(_DictItems)
         self.parts.append((key, value))
 
     def append(self, value: Any) -> None:
@@ -75,7 +75,7 @@ class Opaque:
 
     def extend(self, values: Any) -> None:
         """Keeps items."""
-        self.holds_items |= self.global_name == ("collections", "deque") or not _fills(_Items)
+        self.holds_items |= self.global_name == ("collections", "deque") or not _fills(_ListItems)
         self.parts.extend(values)
 
     def add(self, value: Any) -> None:
@@ -101,19 +101,19 @@ class DefaultDict(dict[Any, Any]):
     @property
     def holds_items(self) -> bool:
         """See :class:`Opaque`."""
-        return bool(self) and not _fills(_Words)
+        return bool(self) and not _fills(_DictItems)
 
 
-class _Words(dict[Any, Any]):
+class _DictItems(dict[Any, Any]):
     """A class that derives dict."""
 
 
-class _Items(list[Any]):
+class _ListItems(list[Any]):
     """A class that derives list."""
 
 
 @functools.cache
-def _fills(kind: type[_Words] | type[_Items]) -> bool:
+def _fills(kind: type[_DictItems] | type[_ListItems]) -> bool:
     """Whether ``weights_only`` puts items into objects of an allowed class, by torch's own word.
 
     Into dicts torch 2.6 does, and 2.10 does not; into lists 2.14 does, and 2.13 does not.

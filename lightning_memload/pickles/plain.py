@@ -38,7 +38,7 @@ class _Name:
         self.what = what
 
 
-class _Kind:
+class _StorageClass:
     """A class of storages."""
 
     __slots__ = ("dtype",)
@@ -63,7 +63,7 @@ class _Arguments(tuple[Any, ...]):
 
 
 # They stand for something in arguments, and must not reach the result.
-_PLACEHOLDERS = frozenset((_Name, _Kind, _Storage, _Arguments))
+_PLACEHOLDERS = frozenset((_Name, _StorageClass, _Storage, _Arguments))
 
 _REBUILD, _PARAMETER, _ORDERED = _Name("tensor"), _Name("parameter"), _Name("dict")
 # What torch (2.6 to 2.13) allows by default under weights_only, and loads the same without it.
@@ -71,16 +71,16 @@ _GLOBALS: dict[bytes, Any] = {
     b"collections\nOrderedDict\n": _ORDERED,
     b"torch._utils\n_rebuild_tensor_v2\n": _REBUILD,
     b"torch._utils\n_rebuild_parameter\n": _PARAMETER,
-    b"torch\nDoubleStorage\n": _Kind(torch.float64),
-    b"torch\nFloatStorage\n": _Kind(torch.float32),
-    b"torch\nHalfStorage\n": _Kind(torch.float16),
-    b"torch\nBFloat16Storage\n": _Kind(torch.bfloat16),
-    b"torch\nLongStorage\n": _Kind(torch.int64),
-    b"torch\nIntStorage\n": _Kind(torch.int32),
-    b"torch\nShortStorage\n": _Kind(torch.int16),
-    b"torch\nCharStorage\n": _Kind(torch.int8),
-    b"torch\nByteStorage\n": _Kind(torch.uint8),
-    b"torch\nBoolStorage\n": _Kind(torch.bool),
+    b"torch\nDoubleStorage\n": _StorageClass(torch.float64),
+    b"torch\nFloatStorage\n": _StorageClass(torch.float32),
+    b"torch\nHalfStorage\n": _StorageClass(torch.float16),
+    b"torch\nBFloat16Storage\n": _StorageClass(torch.bfloat16),
+    b"torch\nLongStorage\n": _StorageClass(torch.int64),
+    b"torch\nIntStorage\n": _StorageClass(torch.int32),
+    b"torch\nShortStorage\n": _StorageClass(torch.int16),
+    b"torch\nCharStorage\n": _StorageClass(torch.int8),
+    b"torch\nByteStorage\n": _StorageClass(torch.uint8),
+    b"torch\nBoolStorage\n": _StorageClass(torch.bool),
 }
 _PROTOCOL = b"\x80\x02"
 _UINT16, _INT32, _UINT32, _DOUBLE = (struct.Struct(layout).unpack_from for layout in ("<H", "<i", "<I", ">d"))
@@ -282,7 +282,7 @@ class _Builder:
 
     def _storage(self, reference: Any) -> _Storage:
         word, kind, key, location, numel = reference
-        sound = type(reference) is _Arguments and type(kind) is _Kind and type(key) is type(location) is str
+        sound = type(reference) is _Arguments and type(kind) is _StorageClass and type(key) is type(location) is str
         if word != "storage" or not sound or type(numel) is not int:
             raise NotPlain
         found = self._storages.get(key)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from lightning_memload.bytes import Record
 from lightning_memload.checkpoint.index import PickledGlobal, SpecialTensor, StorageInfo, TensorInfo
 from lightning_memload.errors import CheckpointFormatError, MemloadError
 from lightning_memload.pickles.placeholders import KNOWN_GLOBALS, STORAGE_DTYPES, GlobalName, Opaque, TypedStorage
@@ -28,7 +29,6 @@ __all__ = [
     "STUB_BYTES",
     "InertUnpickler",
     "PickleContents",
-    "Record",
     "current_name",
     "find_globals",
     "find_storage",
@@ -39,21 +39,6 @@ __all__ = [
 
 # What a file holds of a storage whose bytes lie elsewhere: one element or more of every type.
 STUB_BYTES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One entry of the zip.
-
-    Attributes:
-        offset: Position of its first byte.
-        nbytes: Its length.
-        crc32: CRC-32 of its bytes, ``None`` where the file records none.
-    """
-
-    offset: int
-    nbytes: int
-    crc32: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +71,7 @@ def walk_pickle(
 
     Raises:
         CheckpointFormatError: The pickle is damaged or contradicts the records.
-        UnmappableCheckpoint: Its objects are nested too deeply.
+        UnmappableCheckpointError: Its objects are nested too deeply.
     """
     walker = _StructureUnpickler(path, data, records, elsewhere)
     with _damage_reported(path):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning_memload.checkpoint.index import KeyPath, PickledGlobal, SpecialTensor, TensorInfo, format_path
-from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpointError
 from lightning_memload.pickles.placeholders import (
     DefaultDict,
     GlobalName,
@@ -37,7 +37,7 @@ def collect_tensors(file_name: str, root: Any) -> tuple[tuple[TensorInfo, ...], 
 
     Raises:
         CheckpointFormatError: A tensor does not lie within its storage.
-        UnmappableCheckpoint: The containers are nested too deeply.
+        UnmappableCheckpointError: The containers are nested too deeply.
     """
     found: list[TensorInfo] = []
     special: list[SpecialTensor] = []
@@ -64,7 +64,9 @@ def collect_tensors(file_name: str, root: Any) -> tuple[tuple[TensorInfo, ...], 
         if isinstance(value, SpecialValue):
             special.append(SpecialTensor(path, value.kind, value.dtype, value.shape, value.nbytes))
         if len(path) == MAX_DEPTH:
-            raise UnmappableCheckpoint(f"{file_name} nests its objects more than {MAX_DEPTH} deep.", path=file_name)
+            raise UnmappableCheckpointError(
+                f"{file_name} nests its objects more than {MAX_DEPTH} deep.", path=file_name
+            )
         stack.extend(reversed(children_of(path, value)))
     return tuple(found), tuple(special)
 

@@ -2,6 +2,6 @@
 
 from lightning_memload.plugins.callback import MemoryEfficientRestore
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
-from lightning_memload.plugins.load import load_from_checkpoint
+from lightning_memload.plugins.load_from_checkpoint import load_from_checkpoint
 
 __all__ = ["MemoryEfficientRestore", "StreamingCheckpointIO", "load_from_checkpoint"]

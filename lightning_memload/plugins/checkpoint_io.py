@@ -25,11 +25,11 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_memload.checkpoint import MappedCheckpoint, hub_advice
-from lightning_memload.errors import MemloadError, UnmappableCheckpoint
+from lightning_memload.errors import MemloadError, UnmappableCheckpointError
 from lightning_memload.formats import explain_torch_refusal, load_mapped
 from lightning_memload.pickles import SafeGlobal, allow_globals
 from lightning_memload.plugins.compat import TorchCheckpointIO, classes
-from lightning_memload.plugins.saves import register
+from lightning_memload.plugins.save_log import register
 from lightning_memload.plugins.saving_io import Asynchronous, SaveFormat, SavingIO
 from lightning_memload.storage.places import identity_of, is_folder, is_local
 from lightning_memload.storage.stream import path_or_stream
@@ -185,12 +185,12 @@ class StreamingCheckpointIO(SavingIO):
             local_path, is_readable, is_directory = name, True, is_folder
         try:
             if not _is_cpu(map_location):
-                raise UnmappableCheckpoint(f"map_location={map_location!r} moves the tensors.", path=name)
+                raise UnmappableCheckpointError(f"map_location={map_location!r} moves the tensors.", path=name)
             if not is_readable:
-                raise UnmappableCheckpoint(f"{path} is not a local file.", path=name)
+                raise UnmappableCheckpointError(f"{path} is not a local file.", path=name)
             checkpoint, mapped = load_mapped(local_path, weights_only=weights_only, erases=erases)
             self._before = local_path if is_local(name) else None
-        except UnmappableCheckpoint as reason:
+        except UnmappableCheckpointError as reason:
             if is_directory(local_path):
                 raise  # torch.load cannot load a directory.
             rank_zero_warn(
@@ -236,7 +236,7 @@ def _takes_weights_only(stock: type[TorchCheckpointIO]) -> bool:
     return "weights_only" in inspect.signature(stock.load_checkpoint).parameters
 
 
-class _Loaded(OrderedDict[Any, Any]):
+class _LoadedDict(OrderedDict[Any, Any]):
     """A loaded checkpoint that releases its files when it is deleted.
 
     Copies and pickles of it are plain ``OrderedDict``, which can be loaded everywhere, also with ``weights_only=True``.
@@ -269,7 +269,7 @@ def _detach_at_end(checkpoint: Any, mapped: MappedCheckpoint) -> Any:
     """
     mapped.watch()
     if type(checkpoint) in (dict, OrderedDict):
-        whole = _Loaded(checkpoint)
+        whole = _LoadedDict(checkpoint)
         vars(whole).update(getattr(checkpoint, "__dict__", {}))  # A state dict keeps its _metadata there.
         whole.mapped = mapped
         return whole

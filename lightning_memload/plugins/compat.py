@@ -134,7 +134,7 @@ def package_of(thing: object) -> Package:
     return (_imported() or _PACKAGES)[0]
 
 
-class _Watch(MetaPathFinder):
+class _ImportWatch(MetaPathFinder):
     """Calls a function with a module as soon as the program has imported it.
 
     It is the first entry of ``sys.meta_path``, delegates the search to the other finders, and removes itself when all
@@ -198,7 +198,7 @@ class _WatchedLoader(Loader):
         self._on_loaded(module)
 
 
-def _derive(name: str, watch: _Watch) -> type[Any]:
+def _derive(name: str, watch: _ImportWatch) -> type[Any]:
     """Makes a class that derives from the class ``name`` of every imported package, also of one imported later."""
     first, *_ = _imported()
     base = first.find(name)
@@ -219,7 +219,7 @@ def _derive(name: str, watch: _Watch) -> type[Any]:
 
 def _derive_bases() -> Iterator[type[Any]]:
     _import_one()
-    watch = _Watch()
+    watch = _ImportWatch()
     yield _derive("lightning.pytorch.callbacks.callback.Callback", watch)
     yield _derive("lightning.fabric.plugins.io.torch_io.TorchCheckpointIO", watch)
 

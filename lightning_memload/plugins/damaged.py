@@ -21,7 +21,7 @@ from lightning_memload.errors import (
     CheckpointFormatError,
     CheckpointReadError,
     MemloadError,
-    UnmappableCheckpoint,
+    UnmappableCheckpointError,
     listed,
 )
 from lightning_memload.formats import checkpoints_in, is_checkpoint
@@ -232,7 +232,7 @@ def _verify_own(path: str | None, companions: Companions | None) -> _Finding:
     try:
         report = verify_checkpoint(path, progress=False if companions is None else companions.sign)
         problems = [str(item) for item in report.damage]
-    except UnmappableCheckpoint:
+    except UnmappableCheckpointError:
         problems = []  # The format of torch < 1.6, or compressed: it has no checksums.
     except CheckpointFormatError as error:
         problems = [str(error)]

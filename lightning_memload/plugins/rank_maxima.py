@@ -17,7 +17,7 @@ __all__ = ["reduce_maxima"]
 _ABSENT = -1
 
 
-class _Gathered(Metric):
+class _GatheredMaxima(Metric):
     """One row of integers per rank. torchmetrics synchronises it by messages, not by a collective operation."""
 
     full_state_update = False
@@ -53,7 +53,7 @@ def reduce_maxima(
     Returns:
         The maximum of each name that at least one rank knows, and the ranks that answered.
     """
-    metric = _Gathered(len(names) + 1, companions)
+    metric = _GatheredMaxima(len(names) + 1, companions)
     metric.update(torch.tensor([rank, *(figures.get(name, _ABSENT) for name in names)], dtype=torch.int64))
     rows = metric.compute()
     ranks = tuple(int(rank) for rank in rows[:, 0])

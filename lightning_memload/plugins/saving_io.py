@@ -24,7 +24,7 @@ from lightning_memload.errors import CheckpointWriteError
 from lightning_memload.plugins.choices import check_choice
 from lightning_memload.plugins.compat import TorchCheckpointIO
 from lightning_memload.plugins.pending import PendingSaves
-from lightning_memload.plugins.saves import MeasuredSave, SaveObserver, register
+from lightning_memload.plugins.save_log import MeasuredSave, SaveObserver, register
 from lightning_memload.save import (
     BackgroundSave,
     Save,

@@ -14,7 +14,7 @@ from lightning_memload.plugins.exposed import ExposedParameters
 from lightning_memload.plugins.mixed_imports import name_mixed_imports
 from lightning_memload.plugins.request import RestoreOptions
 from lightning_memload.plugins.run import RestoreRun
-from lightning_memload.plugins.saves import step_of_loggers
+from lightning_memload.plugins.save_log import step_of_loggers
 from lightning_memload.plugins.seams import (
     around_load,
     before_move,

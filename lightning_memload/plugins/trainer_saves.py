@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_memload.distributed import Writer
+from lightning_memload.distributed import WriterRank
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
 from lightning_memload.plugins.compat import classes
 from lightning_memload.plugins.onlookers import (
@@ -19,7 +19,7 @@ from lightning_memload.plugins.onlookers import (
     warn_of_loggers_without_directories,
 )
 from lightning_memload.plugins.pending import Gate
-from lightning_memload.plugins.saves import SaveLog
+from lightning_memload.plugins.save_log import SaveLog
 from lightning_memload.save import tensors_of_optimizers
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ class TrainerSaves:
 
     def __init__(self, trainer: pl.Trainer, io: StreamingCheckpointIO, *, logs: bool) -> None:
         self._io = io
-        self._writer: Writer | None = None
+        self._writer: WriterRank | None = None
         if io.asynchronous == "until_step":
-            self._writer = Writer(trainer.world_size, is_here=trainer.is_global_zero)
+            self._writer = WriterRank(trainer.world_size, is_here=trainer.is_global_zero)
             self._writer.arrive()
         if io.format != "torch":
             warn_of_loggers_without_directories(trainer.loggers)

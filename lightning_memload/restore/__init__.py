@@ -1,7 +1,7 @@
 """From a mapped checkpoint into modules and optimizers, through torch's own ``load_state_dict``."""
 
 from lightning_memload.restore.allocation import meta_names
-from lightning_memload.restore.load import LoadOptions, load_weights
+from lightning_memload.restore.load_weights import LoadOptions, load_weights
 from lightning_memload.restore.matching import WeightsMatch, module_keys, refused_by_torch, require_match
 from lightning_memload.restore.meta import meta_init
 from lightning_memload.restore.optimizer import OptimizerRestore

@@ -33,7 +33,7 @@ from lightning_memload.restore.recipes import let_wait
 from lightning_memload.restore.recording import Recorder
 from lightning_memload.restore.storages import PendingBlock, is_alone, strided_view
 from lightning_memload.restore.tape import Recipe
-from lightning_memload.restore.watching import Watch
+from lightning_memload.restore.watching import OperationWatch
 
 __all__ = ["meta_init"]
 
@@ -195,7 +195,7 @@ class _Construction:
 
     def __init__(self) -> None:
         self.recorder = Recorder()
-        self._watch = Watch(self.recorder)
+        self._watch = OperationWatch(self.recorder)
         self._excluded: list[type[nn.Module]] = []
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
         self.took_memory = False

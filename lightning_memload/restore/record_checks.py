@@ -6,9 +6,10 @@ import functools
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
+from lightning_memload.bytes import Record
 from lightning_memload.checkpoint import Checkpoint, MappedCheckpoint
 from lightning_memload.errors import ChecksumError
-from lightning_memload.transfer import Record, TransferStats, compare_records
+from lightning_memload.transfer import TransferStats, compare_records
 
 __all__ = ["RecordChecks"]
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from lightning_memload.bytes import Record
 from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.errors import ChecksumError, InsufficientMemoryError
 from lightning_memload.memory import free_device_bytes
@@ -22,7 +23,7 @@ from lightning_memload.restore.given_pages import GivenPages
 from lightning_memload.restore.record_checks import RecordChecks
 from lightning_memload.restore.recording import claim
 from lightning_memload.restore.whole import WholeCheckpoint, is_worth_reading
-from lightning_memload.transfer import LazyRing, Record, StagingRing, TensorCopy, TransferStats, transfer
+from lightning_memload.transfer import LazyRing, StagingRing, TensorCopy, TransferStats, transfer
 from lightning_memload.units import format_bytes
 
 __all__ = ["Move", "RestoreSession"]
@@ -123,13 +124,13 @@ class RestoreSession:
         copies = []
         ordinary = []
         located = self.checkpoint.locate_all([item.value for item in moves])
-        for item, pieces in zip(moves, located, strict=True):
-            if pieces is None:
+        for item, chunks in zip(moves, located, strict=True):
+            if chunks is None:
                 ordinary.append(item)
                 continue
-            for piece in pieces:
-                destination = piece.within(item.destination)
-                copies.append(TensorCopy(item.name, piece.offset, item.value.dtype, piece.stride, destination))
+            for chunk in chunks:
+                destination = chunk.within(item.destination)
+                copies.append(TensorCopy(item.name, chunk.offset, item.value.dtype, chunk.stride, destination))
         self.stats += transfer(
             self.checkpoint.source,
             copies,
@@ -229,12 +230,12 @@ class RestoreSession:
         """
         given: list[torch.Tensor | None] = []
         offsets: list[int] = []
-        for tensor, pieces in zip(tensors, self.checkpoint.locate_all(tensors), strict=True):
-            is_one = pieces is not None and len(pieces) == 1
-            pages = self._pages.give(tensor, pieces[0].offset) if pieces is not None and is_one else None
+        for tensor, chunks in zip(tensors, self.checkpoint.locate_all(tensors), strict=True):
+            is_one = chunks is not None and len(chunks) == 1
+            pages = self._pages.give(tensor, chunks[0].offset) if chunks is not None and is_one else None
             given.append(pages)
-            if pieces is not None and pages is not None:
-                offsets.append(pieces[0].offset)
+            if chunks is not None and pages is not None:
+                offsets.append(chunks[0].offset)
         if self._verifies_pages:
             self.stats += self._checks.compare(offsets)
         return given
@@ -254,10 +255,10 @@ class RestoreSession:
         chosen: list[tuple[torch.Tensor, int]] = []
         records: dict[int, Record] = {}
         room = _ALL_SMALL_BYTES
-        for tensor, pieces in zip(tensors, self.checkpoint.locate_all(tensors), strict=True):
-            if pieces is None or len(pieces) > 1 or tensor.nbytes > min(room, _SMALL_BYTES):
+        for tensor, chunks in zip(tensors, self.checkpoint.locate_all(tensors), strict=True):
+            if chunks is None or len(chunks) > 1 or tensor.nbytes > min(room, _SMALL_BYTES):
                 continue
-            offset = pieces[0].offset
+            offset = chunks[0].offset
             for record in self._checks.at([offset]):
                 if offset < record.offset + record.nbytes:
                     records[offset] = record

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from lightning_memload.restore.operations import tensors_in
 from lightning_memload.restore.recording import Recorder, set_active
 
-__all__ = ["Watch"]
+__all__ = ["OperationWatch"]
 
 # Methods that read memory without the dispatcher. After those in _EXPOSING, other code may keep the address.
 _EXPOSING = {
@@ -40,7 +40,7 @@ _NUMEL = torch.Tensor.numel
 _ASKING = ("_no_grad_trunc_normal_", "orthogonal_")
 
 
-class Watch:
+class OperationWatch:
     """A context that passes every operation of this thread to a recorder.
 
     The base class of such modes is in a private module of torch (2.6 to 2.14). There is no public one.
@@ -107,7 +107,7 @@ def _is_traced() -> bool:
 
 
 class _Questions(TorchFunctionMode):
-    def __init__(self, recorder: Recorder, watch: Watch) -> None:
+    def __init__(self, recorder: Recorder, watch: OperationWatch) -> None:
         super().__init__()
         self._recorder = recorder
         self._watch = watch

@@ -46,7 +46,7 @@ _CHECK_BYTES = 4 << 20
 
 
 @dataclass(slots=True)
-class _Plan:
+class _FillPlan:
     """How the tensors of one module get their values. Each step of a load fills its part.
 
     Attributes:
@@ -243,13 +243,13 @@ class WeightsRestore:
 
     def _classify(
         self, session: RestoreSession, root: nn.Module, module: nn.Module, state_dict: dict[str, Any], prefix: str
-    ) -> _Plan:
+    ) -> _FillPlan:
         """Decides for each target how it gets its value. What is in no list of the plan is copied by torch."""
         by_tensor: dict[int, list[Target]] = {}
         for target in find_targets(module, state_dict, prefix):
             by_tensor.setdefault(id(target.tensor), []).append(target)
         # Where the value is the tensor itself, the hook of a parent has filled it.
-        plan = _Plan({key: found for key, found in by_tensor.items() if found[-1].value is not found[-1].tensor})
+        plan = _FillPlan({key: found for key, found in by_tensor.items() if found[-1].value is not found[-1].tensor})
         last = [found[-1] for found in plan.targets.values()]
         held = {target.key for target in last if session.checkpoint.holds(target.value)}
         if not held and not any(target.tensor.is_meta for target in last):
@@ -271,7 +271,7 @@ class WeightsRestore:
                 plan.streamed.append(target)  # torch refuses the others, expanded buffers, and names them.
         return plan
 
-    def _allocate(self, session: RestoreSession, plan: _Plan) -> None:
+    def _allocate(self, session: RestoreSession, plan: _FillPlan) -> None:
         """Finds pages and allocates memory. A target without pages of its own is streamed."""
         targets, plan.assigned = plan.assigned, []
         pages_of_all = session.pages_of([target.value for target in targets]) if targets else []
@@ -287,7 +287,7 @@ class WeightsRestore:
             plan.memory[target.key] = empty_on(target.tensor, session.device, self._final_dtype(target))
 
     @staticmethod
-    def _commit(session: RestoreSession, plan: _Plan, module: nn.Module) -> None:
+    def _commit(session: RestoreSession, plan: _FillPlan, module: nn.Module) -> None:
         """Gives the module its new memory, in torch's order. All values have arrived."""
         filled = [found[-1] for found in plan.targets.values() if found[-1].key in plan.memory]
         with without_weak_references(module):
@@ -295,7 +295,7 @@ class WeightsRestore:
         session.free_at_end(old)
         session.bytes_assigned += sum(plan.memory[target.key].nbytes for target in plan.assigned)
 
-    def _hand_back(self, plan: _Plan, state_dict: dict[str, Any]) -> None:
+    def _hand_back(self, plan: _FillPlan, state_dict: dict[str, Any]) -> None:
         """Puts the module's own tensors into the state dict under all of their keys, for torch to find."""
         for target in (*plan.streamed, *plan.assigned):
             for alias in plan.targets[id(target.tensor)]:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_memload.checkpoint import MappedCheckpoint
-from lightning_memload.errors import CheckpointFormatError, MetaTensorError, UnmappableCheckpoint, listed
+from lightning_memload.errors import CheckpointFormatError, MetaTensorError, UnmappableCheckpointError, listed
 from lightning_memload.formats import explain_torch_refusal, load_mapped
 from lightning_memload.pickles import SafeGlobal, allow_globals, check_safe_globals, holds_refused
 from lightning_memload.restore.allocation import meta_names
@@ -215,7 +215,7 @@ def open_any(
     with allow_globals(safe_globals):
         try:
             return load_mapped(name, weights_only=weights_only, erases=erases)
-        except UnmappableCheckpoint as error:
+        except UnmappableCheckpointError as error:
             if is_folder(name):
                 raise  # torch.load reads only files
             reason = error

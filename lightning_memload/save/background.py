@@ -28,7 +28,7 @@ from lightning_memload.frames import callers, owner
 from lightning_memload.save.saving import Save, SaveStats
 from lightning_memload.storage.replacement import SetAside
 from lightning_memload.transfer import Latch, start_thread
-from lightning_memload.transfer.writing import Order
+from lightning_memload.transfer.writing import WriteOrder
 
 __all__ = ["BackgroundSave", "is_in_step", "tensors_of_optimizers"]
 
@@ -171,7 +171,7 @@ class BackgroundSave:
         stats: SaveStats | None = None
         try:
             if not self._published.is_set():
-                self._write(Order(self._is_written_first, self._end_first))
+                self._write(WriteOrder(self._is_written_first, self._end_first))
             stats = self._save.settle()
         except BaseException as error:
             self._error = error
@@ -184,7 +184,7 @@ class BackgroundSave:
             for latch in (self._published, self._first, self._ended):
                 latch.set()
 
-    def _write(self, order: Order | None) -> None:
+    def _write(self, order: WriteOrder | None) -> None:
         """Writes and publishes everything. After an error nothing is published."""
         try:
             self._save.write(order)

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Container, Mapping, Sequence
 
 from lightning_memload.errors import CheckpointFormatError, listed
-from lightning_memload.formats.safetensors.layout import RunTarget, WeightsFile, find_weights
+from lightning_memload.formats.safetensors.layout import ContiguousWriter, WeightsFile, find_weights
 from lightning_memload.formats.tensor_directory.linking import LinkingFiles
 from lightning_memload.formats.tensor_directory.manifest import (
     MANIFEST_FILE,
@@ -30,13 +30,13 @@ from lightning_memload.formats.tensor_directory.manifest import (
 )
 from lightning_memload.formats.tensor_directory.reader import make_manifest
 from lightning_memload.formats.torch_zip.reader import TorchZip
+from lightning_memload.pickles.pickling import Pickled, pickle_object
 from lightning_memload.pickles.structure import STUB_BYTES
-from lightning_memload.pickles.writing import Pickled, pickle_object
 from lightning_memload.save.saving import DEFAULT_BUDGET_BYTES, Save, SaveStats, default_save_threads
-from lightning_memload.save.torch_file import Archive
+from lightning_memload.save.torch_file import TorchFileWriter
 from lightning_memload.storage.replacement import Replacement, put_back
-from lightning_memload.transfer.sinks import LocalSink, Split
-from lightning_memload.transfer.writing import Content, Order, Records, size_of
+from lightning_memload.transfer.sinks import LocalSink, SplitWriter
+from lightning_memload.transfer.writing import Content, WriteEngine, WriteOrder, size_of
 
 __all__ = ["plan_directory_save", "save_directory"]
 
@@ -122,12 +122,12 @@ def plan_directory_save(
     put_back(target)
     threads = default_save_threads() if num_threads is None else num_threads
     if safetensors:
-        return Save(target, lambda: _WithSafetensors(obj, host_budget_bytes, threads), durable=durable)
+        return Save(target, lambda: _SafetensorsWriter(obj, host_budget_bytes, threads), durable=durable)
     old = {} if link_unchanged_from is None else _linkable_files(os.path.realpath(link_unchanged_from))
-    return Save(target, lambda: _Directory(obj, host_budget_bytes, threads, old), durable=durable)
+    return Save(target, lambda: _DirectoryWriter(obj, host_budget_bytes, threads, old), durable=durable)
 
 
-class _Directory:
+class _DirectoryWriter:
     """Plans a directory with one file for each storage, written or linked to an old one, see :class:`Plan`."""
 
     is_directory = streamed = True
@@ -136,47 +136,45 @@ class _Directory:
         self, obj: object, host_budget_bytes: int, num_threads: int, old_files: Mapping[tuple[str, int], str]
     ) -> None:
         pickled = pickle_object(obj, stubs=lambda storage: True)
-        with_bytes = [stretch for stretch in pickled.stretches if stretch.nbytes]
+        with_bytes = [saved for saved in pickled.saved_storages if saved.nbytes]
         # A stable sort: storages of equal size keep the object's order, so the next save chooses the same ones.
-        largest = sorted(with_bytes, key=lambda stretch: -stretch.nbytes)[:_MAX_FILES]
-        outside = {stretch.storage._cdata for stretch in largest}
+        largest = sorted(with_bytes, key=lambda saved: -saved.nbytes)[:_MAX_FILES]
+        outside = {saved.storage._cdata for saved in largest}
         if len(outside) < len(with_bytes):
             pickled = pickle_object(obj, stubs=lambda storage: storage._cdata in outside)
-        self.stretches = pickled.stretches
+        self.saved_storages = pickled.saved_storages
         self._state, self._keys = _divide(pickled, outside)
-        own = [pickled.stretches[key] for key in self._keys]
-        self._records = Records([*self._state.contents, *own], host_budget_bytes, num_threads)
+        own = [pickled.saved_storages[key] for key in self._keys]
+        self._records = WriteEngine([*self._state.contents, *own], host_budget_bytes, num_threads)
         self.num_threads, self.staging_bytes = self._records.num_threads, self._records.staging_bytes
-        self._old_names = [
-            old_files.get((str(key), stretch.nbytes)) for key, stretch in zip(self._keys, own, strict=True)
-        ]
-        self.nbytes = self._state.nbytes + sum(stretch.nbytes for stretch in own)
+        self._old_names = [old_files.get((str(key), saved.nbytes)) for key, saved in zip(self._keys, own, strict=True)]
+        self.nbytes = self._state.nbytes + sum(saved.nbytes for saved in own)
         linkable = zip(own, self._old_names, strict=True)
-        self.bytes_linkable = sum(stretch.nbytes for stretch, old_name in linkable if old_name is not None)
+        self.bytes_linkable = sum(saved.nbytes for saved, old_name in linkable if old_name is not None)
         self.bytes_linked = 0
         self._storages: list[StorageFile] = []
 
-    def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
+    def write(self, place: Replacement, *, durable: bool, order: WriteOrder | None) -> int:
         """Writes all files except the manifest."""
         folder = place.temporary_path
         os.mkdir(os.path.join(folder, TENSORS_FOLDER))
-        own = [self.stretches[key] for key in self._keys]
+        own = [self.saved_storages[key] for key in self._keys]
         files = LinkingFiles(
             [os.path.join(folder, storage_file(str(key))) for key in self._keys],
-            [stretch.nbytes for stretch in own],
+            [saved.nbytes for saved in own],
             self._old_names,
             start_writeback=durable,
         )
         with open(os.path.join(folder, STATE_FILE), "xb") as state, contextlib.closing(files):
             sink = LocalSink(state.fileno(), start_writeback=durable)
             of_state = len(self._state.contents)
-            target = Split((of_state, self._state.target(sink)), (len(own), files))
+            target = SplitWriter((of_state, self._state.target(sink)), (len(own), files))
             crc32s = self._records.write(target, order)
             self._state.write_end(sink, crc32s[:of_state])
         self.bytes_linked = files.bytes_linked
         self._storages = [
-            StorageFile(str(key), stretch.nbytes, crc32, str(stretch.storage.device))
-            for key, stretch, crc32 in zip(self._keys, own, crc32s[of_state:], strict=True)
+            StorageFile(str(key), saved.nbytes, crc32, str(saved.storage.device))
+            for key, saved, crc32 in zip(self._keys, own, crc32s[of_state:], strict=True)
         ]
         return self.nbytes - self.bytes_linked
 
@@ -191,7 +189,7 @@ class _Directory:
         _complete(place, self._storages, None)
 
 
-class _WithSafetensors:
+class _SafetensorsWriter:
     """Plans a directory with the weights in one file and everything else in another, see :class:`Plan`."""
 
     is_directory = streamed = True
@@ -200,19 +198,19 @@ class _WithSafetensors:
 
     def __init__(self, obj: object, host_budget_bytes: int, num_threads: int) -> None:
         weights = find_weights(obj)
-        self._weights = WeightsFile.of(weights, pickle_object(obj).stretches)
+        self._weights = WeightsFile.of(weights, pickle_object(obj).saved_storages)
         places = self._weights.places
         pickled = pickle_object(obj, stubs=lambda storage: storage._cdata in places)
-        for stretch in pickled.stretches:
-            place = places.get(stretch.storage._cdata)
-            if place is not None and self._weights.contents[place] != stretch:
+        for saved in pickled.saved_storages:
+            place = places.get(saved.storage._cdata)
+            if place is not None and self._weights.contents[place] != saved:
                 # The object gives other tensors on the second pickling, so all storages stay in state.pt.
                 places.clear()
                 pickled = pickle_object(obj)
                 break
-        self.stretches = pickled.stretches
+        self.saved_storages = pickled.saved_storages
         self._state, self._keys = _divide(pickled, places)
-        self._records = Records([*self._state.contents, *self._weights.contents], host_budget_bytes, num_threads)
+        self._records = WriteEngine([*self._state.contents, *self._weights.contents], host_budget_bytes, num_threads)
         self.num_threads, self.staging_bytes = self._records.num_threads, self._records.staging_bytes
         self.nbytes = self._state.nbytes + self._weights.nbytes
         self._crc32s: list[int] = []
@@ -224,14 +222,15 @@ class _WithSafetensors:
                 stacklevel=2,
             )
 
-    def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
+    def write(self, place: Replacement, *, durable: bool, order: WriteOrder | None) -> int:
         """Writes both files."""
         folder, weights, of_state = place.temporary_path, self._weights, len(self._state.contents)
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open(os.path.join(folder, name), "xb")) for name in (STATE_FILE, WEIGHTS_FILE)]
             state, beside = (LocalSink(file.fileno(), start_writeback=durable) for file in files)
-            target = Split(
-                (of_state, self._state.target(state)), (len(weights.contents), RunTarget(beside, weights.offsets))
+            target = SplitWriter(
+                (of_state, self._state.target(state)),
+                (len(weights.contents), ContiguousWriter(beside, weights.offsets)),
             )
             crc32s = self._records.write(target, order)
             self._state.write_end(state, crc32s[:of_state])
@@ -244,22 +243,20 @@ class _WithSafetensors:
         runs = list(zip(weights.offsets, map(size_of, weights.contents), self._crc32s, strict=True))
         header, storages, copies = runs[0], [], dict(enumerate(runs[1:], start=1))
         for key in self._keys:
-            storage = self.stretches[key].storage
+            storage = self.saved_storages[key].storage
             offset, nbytes, crc32 = copies.pop(weights.places[storage._cdata])
             storages.append(StorageFile(str(key), nbytes, crc32, str(storage.device), offset))
         layout = WeightsLayout(weights.nbytes, header[1], header[2], tuple(copies.values()))
         _complete(place, storages, layout)
 
 
-def _divide(pickled: Pickled, outside: Container[int]) -> tuple[Archive, list[int]]:
+def _divide(pickled: Pickled, outside: Container[int]) -> tuple[TorchFileWriter, list[int]]:
     """``state.pt`` with stubs for the storages outside of it (given by ``_cdata``), and the numbers of these."""
-    keys = [
-        key for key, stretch in enumerate(pickled.stretches) if stretch.nbytes and stretch.storage._cdata in outside
-    ]
-    contents: list[Content] = list(pickled.stretches)
+    keys = [key for key, saved in enumerate(pickled.saved_storages) if saved.nbytes and saved.storage._cdata in outside]
+    contents: list[Content] = list(pickled.saved_storages)
     for key in keys:
         contents[key] = bytes(STUB_BYTES)
-    return Archive(pickled, contents), keys
+    return TorchFileWriter(pickled, contents), keys
 
 
 def _complete(place: Replacement, storages: Sequence[StorageFile], weights: WeightsLayout | None) -> None:

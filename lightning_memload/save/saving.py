@@ -19,12 +19,12 @@ from typing import Protocol
 from lightning_memload.collector import paused_collector
 from lightning_memload.errors import CheckpointWriteError
 from lightning_memload.formats.tensor_directory.manifest import foreign_names, is_tensor_directory
-from lightning_memload.pickles.writing import Stretch
+from lightning_memload.pickles.pickling import SavedStorage
 from lightning_memload.storage.replacement import Replacement
 from lightning_memload.transfer import available_cpus
-from lightning_memload.transfer.writing import Order
+from lightning_memload.transfer.writing import WriteOrder
 
-__all__ = ["DEFAULT_BUDGET_BYTES", "Clock", "Plan", "Save", "SaveStats", "default_save_threads", "stats_of"]
+__all__ = ["DEFAULT_BUDGET_BYTES", "CheckpointWriter", "Clock", "Save", "SaveStats", "default_save_threads", "stats_of"]
 
 DEFAULT_BUDGET_BYTES = 128 << 20
 # Most file systems let one thread at a time write to a file. The other threads copy and compute checksums meanwhile;
@@ -68,7 +68,7 @@ class SaveStats:
     streamed: bool
 
 
-class Plan(Protocol):
+class CheckpointWriter(Protocol):
     """What one save writes, in one format."""
 
     is_directory: bool
@@ -79,7 +79,7 @@ class Plan(Protocol):
     bytes_linked: int
 
     @property
-    def stretches(self) -> Sequence[Stretch]:
+    def saved_storages(self) -> Sequence[SavedStorage]:
         """The memory that must stay unchanged until it is written."""
         ...
 
@@ -88,7 +88,7 @@ class Plan(Protocol):
         """The disk space in bytes if nothing can be linked. ``None`` if it is unknown."""
         ...
 
-    def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
+    def write(self, place: Replacement, *, durable: bool, order: WriteOrder | None) -> int:
         """Writes everything into a temporary sibling.
 
         Args:
@@ -146,11 +146,11 @@ class Save:
         Exception: Planning failed. Nothing has been written.
     """
 
-    def __init__(self, path: str, plan: Callable[[], Plan], *, durable: bool) -> None:
+    def __init__(self, path: str, plan: Callable[[], CheckpointWriter], *, durable: bool) -> None:
         self.path = path
         self._durable = durable
         self._clock = Clock()
-        self._plan: Plan | None = plan()
+        self._plan: CheckpointWriter | None = plan()
         self._nbytes = self._plan.nbytes
         self._names: Sequence[str] = ()
         self._clock.lap()
@@ -177,7 +177,7 @@ class Save:
             self.abandon()
             raise
 
-    def write(self, order: Order | None = None) -> None:
+    def write(self, order: WriteOrder | None = None) -> None:
         """Writes everything to a temporary sibling. On return the tensors are no longer needed or referenced.
 
         Raises:
@@ -242,7 +242,7 @@ class Save:
             raise _failure(self.path, self._nbytes, error, is_committed=is_committed) from error
 
 
-def stats_of(path: str, plan: Plan, bytes_written: int, clock: Clock) -> SaveStats:
+def stats_of(path: str, plan: CheckpointWriter, bytes_written: int, clock: Clock) -> SaveStats:
     """The figures of a save. The clock has two laps (planning, writing), and a third one after the commit."""
     started, pickled, written = clock.times[:3]
     ended = clock.times[-1]
@@ -250,8 +250,8 @@ def stats_of(path: str, plan: Plan, bytes_written: int, clock: Clock) -> SaveSta
         path=path,
         bytes_written=bytes_written,
         bytes_linked=plan.bytes_linked,
-        tensor_bytes=sum(stretch.nbytes for stretch in plan.stretches),
-        num_storages=len(plan.stretches),
+        tensor_bytes=sum(saved.nbytes for saved in plan.saved_storages),
+        num_storages=len(plan.saved_storages),
         seconds=ended - started,
         pickle_seconds=pickled - started,
         write_seconds=written - pickled,
@@ -267,7 +267,7 @@ def default_save_threads() -> int:
     return min(_MAX_THREADS, available_cpus())
 
 
-def _check_space(path: str, plan: Plan) -> None:
+def _check_space(path: str, plan: CheckpointWriter) -> None:
     free_bytes = _free_bytes(path)
     # bytes_linkable is an upper bound: a file is linked only if a comparison finds equal bytes.
     if free_bytes is not None and plan.nbytes is not None and free_bytes < plan.nbytes - plan.bytes_linkable:

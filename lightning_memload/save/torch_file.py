@@ -15,32 +15,32 @@ from typing import IO
 import torch
 from zlib_ng import zlib_ng
 
+from lightning_memload.bytes import RecordPart
 from lightning_memload.errors import UnstreamableError
 from lightning_memload.formats.torch_zip.layout import (
     ALIGNMENT_BYTES,
-    Entry,
+    ZipEntry,
     data_descriptor,
     directory,
     directory_bytes,
     lay_out,
     local_header,
 )
-from lightning_memload.pickles.writing import Pickled, Stretch, pickle_object
+from lightning_memload.pickles.pickling import Pickled, SavedStorage, pickle_object
 from lightning_memload.save.saving import (
     DEFAULT_BUDGET_BYTES,
+    CheckpointWriter,
     Clock,
-    Plan,
     Save,
     SaveStats,
     default_save_threads,
     stats_of,
 )
 from lightning_memload.storage.replacement import Replacement, put_back
-from lightning_memload.transfer.sinks import LocalSink, Sink, StreamSink, Target
-from lightning_memload.transfer.write_plan import Piece
-from lightning_memload.transfer.writing import Content, Order, Records, size_of
+from lightning_memload.transfer.sinks import LocalSink, RecordWriter, Sink, StreamSink
+from lightning_memload.transfer.writing import Content, WriteEngine, WriteOrder, size_of
 
-__all__ = ["Archive", "plan_torch_save", "save_torch", "write_torch"]
+__all__ = ["TorchFileWriter", "plan_torch_save", "save_torch", "write_torch"]
 
 # The name of the top folder that torch.save uses when it writes to a buffer.
 _ARCHIVE = "archive"
@@ -117,7 +117,7 @@ def write_torch(obj: object, file: IO[bytes], *, name: str, host_budget_bytes: i
     clock = Clock()
     plan = _plan(obj, name, host_budget_bytes, num_threads=1)
     clock.lap()
-    if isinstance(plan, _File):
+    if isinstance(plan, _TorchZipWriter):
         plan.write_to(StreamSink(file))
         bytes_written = plan.nbytes
     else:
@@ -128,7 +128,7 @@ def write_torch(obj: object, file: IO[bytes], *, name: str, host_budget_bytes: i
     return stats_of(name, plan, bytes_written, clock)
 
 
-class Archive:
+class TorchFileWriter:
     """The layout of a torch zip file before it is written: every byte except the checksums is known.
 
     Args:
@@ -155,9 +155,9 @@ class Archive:
         (self._identity,) = lay_out([(f"{_ARCHIVE}/.data/serialization_id", 40)], start=self._entries[-1].end)
         self.nbytes: int = self._identity.end + directory_bytes([*self._entries, self._identity])
 
-    def target(self, sink: Sink) -> Target:
-        """The target of the contents, for :class:`Records`."""
-        return _Entries(sink, self._entries)
+    def target(self, sink: Sink) -> RecordWriter:
+        """The target of the contents, for :class:`WriteEngine`."""
+        return _ZipWriter(sink, self._entries)
 
     def write_end(self, sink: Sink, crc32s: Sequence[int]) -> None:
         """Writes the last record and the directory of the archive.
@@ -179,8 +179,8 @@ class Archive:
         sink.write(tail, self._identity.header_offset)
 
 
-class _File:
-    """Plans one torch zip file that holds everything, see :class:`Plan`."""
+class _TorchZipWriter:
+    """Plans one torch zip file that holds everything, see :class:`CheckpointWriter`."""
 
     is_directory = False
     streamed = True
@@ -188,19 +188,19 @@ class _File:
     names = ()
 
     def __init__(self, pickled: Pickled, host_budget_bytes: int, num_threads: int) -> None:
-        self.stretches = pickled.stretches
-        self._archive = Archive(pickled, pickled.stretches)
-        self._records = Records(self._archive.contents, host_budget_bytes, num_threads)
+        self.saved_storages = pickled.saved_storages
+        self._archive = TorchFileWriter(pickled, pickled.saved_storages)
+        self._records = WriteEngine(self._archive.contents, host_budget_bytes, num_threads)
         self.num_threads = self._records.num_threads
         self.staging_bytes = self._records.staging_bytes
         self.nbytes: int = self._archive.nbytes
 
-    def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
-        """Writes everything to the temporary file, see :class:`Plan`."""
+    def write(self, place: Replacement, *, durable: bool, order: WriteOrder | None) -> int:
+        """Writes everything to the temporary file, see :class:`CheckpointWriter`."""
         self.write_to(LocalSink(place.descriptor, start_writeback=durable), order)
         return self.nbytes
 
-    def write_to(self, sink: Sink, order: Order | None = None) -> None:
+    def write_to(self, sink: Sink, order: WriteOrder | None = None) -> None:
         """Writes the file. With one thread and without an order, the writes are sequential.
 
         Raises:
@@ -212,20 +212,20 @@ class _File:
         """Nothing is left to do."""
 
 
-class _ByTorch:
-    """Plans a file that ``torch.save`` writes, see :class:`Plan`."""
+class _TorchSaveWriter:
+    """Plans a file that ``torch.save`` writes, see :class:`CheckpointWriter`."""
 
     is_directory = streamed = False
     num_threads, staging_bytes, bytes_linkable, bytes_linked = 1, 0, 0, 0
     names = ()
-    stretches: tuple[Stretch, ...] = ()
+    saved_storages: tuple[SavedStorage, ...] = ()
     nbytes: int | None = None
 
     def __init__(self, obj: object) -> None:
         self._obj = obj
 
-    def write(self, place: Replacement, *, durable: bool, order: Order | None) -> int:
-        """Writes everything to the temporary file, see :class:`Plan`."""
+    def write(self, place: Replacement, *, durable: bool, order: WriteOrder | None) -> int:
+        """Writes everything to the temporary file, see :class:`CheckpointWriter`."""
         with os.fdopen(os.dup(place.descriptor), "wb") as file:
             torch.save(self._obj, file)
         return os.fstat(place.descriptor).st_size
@@ -234,36 +234,36 @@ class _ByTorch:
         """Nothing is left to do."""
 
 
-class _Entries:
-    """Writes records as entries of a zip archive, see :class:`Target`."""
+class _ZipWriter:
+    """Writes records as entries of a zip archive, see :class:`RecordWriter`."""
 
-    def __init__(self, sink: Sink, entries: Sequence[Entry]) -> None:
+    def __init__(self, sink: Sink, entries: Sequence[ZipEntry]) -> None:
         self._sink = sink
         self._entries = entries
 
-    def write(self, pieces: Sequence[Piece], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
+    def write(self, parts: Sequence[RecordPart], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
         """Writes the data with its local headers and descriptors."""
-        first = self._entries[pieces[0].record]
-        offset = first.data_offset + pieces[0].start if pieces[0].start else first.header_offset
+        first = self._entries[parts[0].record]
+        offset = first.data_offset + parts[0].start if parts[0].start else first.header_offset
         buffers: list[bytes | memoryview] = []
         late: tuple[bytes, int] | None = None
-        for piece, view, crc32 in zip(pieces, data, crc32s, strict=True):
-            entry = self._entries[piece.record]
-            if not piece.start:
+        for part, view, crc32 in zip(parts, data, crc32s, strict=True):
+            entry = self._entries[part.record]
+            if not part.start:
                 buffers.append(local_header(entry))
             buffers.append(view)
             if crc32 is None:
                 continue
-            if piece.start + piece.nbytes == entry.nbytes:
+            if part.start + part.nbytes == entry.nbytes:
                 buffers.append(data_descriptor(entry, crc32))
-            else:  # the last piece of this record has been written already, without the descriptor
+            else:  # the last part of this record has been written already, without the descriptor
                 late = data_descriptor(entry, crc32), entry.data_end
         self._sink.write(buffers, offset)
         if late is not None:
             self._sink.write([late[0]], late[1])
 
 
-def _plan(obj: object, name: str, host_budget_bytes: int, num_threads: int) -> Plan:
+def _plan(obj: object, name: str, host_budget_bytes: int, num_threads: int) -> CheckpointWriter:
     try:
         pickled = pickle_object(obj)
     except UnstreamableError as reason:
@@ -272,5 +272,5 @@ def _plan(obj: object, name: str, host_budget_bytes: int, num_threads: int) -> P
             f"{reason}.",
             stacklevel=2,
         )
-        return _ByTorch(obj)
-    return _File(pickled, host_budget_bytes, num_threads)
+        return _TorchSaveWriter(obj)
+    return _TorchZipWriter(pickled, host_budget_bytes, num_threads)

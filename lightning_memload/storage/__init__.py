@@ -1,17 +1,17 @@
 """Where bytes are: places, open files, mappings of them, leases on them, and what replaces a file in one step."""
 
+from lightning_memload.storage.file_mapping import FileMapping
 from lightning_memload.storage.file_set import FileSet
 from lightning_memload.storage.lease import FileWatch
 from lightning_memload.storage.local import LocalFile
-from lightning_memload.storage.mapping import FileMapping
 from lightning_memload.storage.reservation import Reservation, map_or_reserve
-from lightning_memload.storage.source import ByteSource, FilePart, Place, StoredFile, read_fully
+from lightning_memload.storage.source import ByteSource, FileView, Place, StoredFile, read_fully
 
 __all__ = [
     "ByteSource",
     "FileMapping",
-    "FilePart",
     "FileSet",
+    "FileView",
     "FileWatch",
     "LocalFile",
     "Place",

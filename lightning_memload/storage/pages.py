@@ -1,4 +1,4 @@
-"""Which file lies under a stretch of memory, and whether it is still what it was.
+"""Which file lies under a range of memory, and whether it is still what it was.
 
 Pages of a file are not copied while nothing needs them, so a rewrite in place shows through. A file that is replaced by
 another one of the same name does no harm: the pages are those of the old one.
@@ -49,7 +49,7 @@ class MappedFile:
 
 
 def file_under(address: int, nbytes: int) -> MappedFile | None:
-    """The file whose private pages a stretch of memory is, ``None`` if it is other memory or that cannot be told.
+    """The file whose private pages a range of memory is, ``None`` if it is other memory or that cannot be told.
 
     Nor can a file be told that was written this very moment: its time would not show that it is written once more.
     """

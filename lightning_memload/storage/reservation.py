@@ -10,9 +10,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
+from lightning_memload.storage.file_mapping import FileMapping, page_ranges
 from lightning_memload.storage.file_set import FileSet
 from lightning_memload.storage.kernel import map_memory, move_memory, reserve_addresses, unmap_memory
-from lightning_memload.storage.mapping import FileMapping, page_ranges
 from lightning_memload.storage.source import read_fully
 
 __all__ = ["Reservation", "map_or_reserve"]

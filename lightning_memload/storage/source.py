@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 from lightning_memload.errors import CheckpointReadError
 
-__all__ = ["ByteSource", "FilePart", "Place", "StoredFile", "read_fully"]
+__all__ = ["ByteSource", "FileView", "Place", "StoredFile", "read_fully"]
 
 # The kernel takes at most 1024 buffers in one preadv (IOV_MAX).
 _MAX_BUFFERS_PER_READ = 1024
@@ -238,7 +238,7 @@ class Place(ABC):
         yield is_same
 
 
-class FilePart:
+class FileView:
     """A part of a file that is read like a separate file.
 
     The constructor reads its first and last bytes: formats keep their headers there, and parse them with a dozen small

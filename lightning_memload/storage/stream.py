@@ -15,7 +15,7 @@ __all__ = ["path_or_stream"]
 _BUFFER_BYTES = 4 << 20
 
 
-class _Stream(io.RawIOBase):
+class _StoredStream(io.RawIOBase):
     def __init__(self, file: StoredFile) -> None:
         super().__init__()
         self._file = file
@@ -57,4 +57,4 @@ def path_or_stream(path: str) -> str | io.BufferedReader:
     Raises:
         OSError: The file cannot be opened.
     """
-    return path if is_local(path) else io.BufferedReader(_Stream(open_file(path)), _BUFFER_BYTES)
+    return path if is_local(path) else io.BufferedReader(_StoredStream(open_file(path)), _BUFFER_BYTES)

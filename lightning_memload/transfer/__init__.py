@@ -1,7 +1,7 @@
 """Moves bytes between files and tensors: the plan, the staging ring with its hard budget, and the threads."""
 
 from lightning_memload.transfer.compare import compare_records
-from lightning_memload.transfer.copies import Record, TensorCopy, TransferStats
+from lightning_memload.transfer.copies import TensorCopy, TransferStats
 from lightning_memload.transfer.engine import transfer
 from lightning_memload.transfer.staging import (
     MIN_BUDGET_BYTES,
@@ -26,7 +26,6 @@ __all__ = [
     "MIN_BUDGET_BYTES",
     "Latch",
     "LazyRing",
-    "Record",
     "RingLayout",
     "StagingRing",
     "TensorCopy",

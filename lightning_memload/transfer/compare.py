@@ -9,11 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from lightning_memload.bytes import Record
 from lightning_memload.errors import ChecksumError
 from lightning_memload.storage import ByteSource, read_fully
 from lightning_memload.transfer.checksums import PartialChecksums
-from lightning_memload.transfer.copies import Record, TransferStats, checksum_error
-from lightning_memload.transfer.plan import Range, Read, plan_reads
+from lightning_memload.transfer.copies import TransferStats, checksum_error
+from lightning_memload.transfer.plan import Read, TargetRange, plan_reads
 from lightning_memload.transfer.threads import run_threads
 
 __all__ = ["compare_records"]
@@ -53,7 +54,7 @@ def compare_records(
     if not records:
         return TransferStats()
     started = time.perf_counter()
-    ranges = [Range(number, record.offset, record.nbytes) for number, record in enumerate(records)]
+    ranges = [TargetRange(number, record.offset, record.nbytes) for number, record in enumerate(records)]
     reads = plan_reads(ranges, block_bytes=_BLOCK_BYTES)
     comparison = _Comparison(source, records, reads, on_progress, on_damage)
     num_threads = min(num_threads, len(reads))

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from lightning_memload.bytes import Record
 from lightning_memload.errors import ChecksumError
 from lightning_memload.storage import ByteSource
 
-__all__ = ["Record", "TensorCopy", "TransferStats", "checksum_error"]
+__all__ = ["TensorCopy", "TransferStats", "checksum_error"]
 
 
 class TensorCopy(NamedTuple):
@@ -29,16 +30,6 @@ class TensorCopy(NamedTuple):
     dtype: torch.dtype
     stride: tuple[int, ...]
     destination: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """Bytes of the file whose CRC-32 is known."""
-
-    name: str
-    offset: int
-    nbytes: int
-    crc32: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +63,14 @@ class TransferStats:
 def checksum_error(source: ByteSource, record: Record, actual: int) -> ChecksumError:
     """Returns the error for a record whose bytes do not have the CRC-32 that the file records."""
     path, position = source.place(record.offset)
+    recorded = record.crc32
+    assert recorded is not None  # Only records with a checksum are compared.
     return ChecksumError(
         f"{path} is damaged: the {record.nbytes} bytes of {record.name} at byte {position} have CRC-32 "
-        f"{actual:#010x}, but the file records {record.crc32:#010x}. Resume from another checkpoint.",
+        f"{actual:#010x}, but the file records {recorded:#010x}. Resume from another checkpoint.",
         path=path,
         key=record.name,
         offset=position,
-        expected=record.crc32,
+        expected=recorded,
         actual=actual,
     )

@@ -20,12 +20,22 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_memload.bytes import Record
 from lightning_memload.checkpoint import span_elements
 from lightning_memload.storage import ByteSource, read_fully
 from lightning_memload.transfer.checksums import PartialChecksums
-from lightning_memload.transfer.copies import Record, TensorCopy, TransferStats, checksum_error
+from lightning_memload.transfer.copies import TensorCopy, TransferStats, checksum_error
 from lightning_memload.transfer.cuda_context import on_stream
-from lightning_memload.transfer.plan import Check, Piece, Range, Read, Segment, plan_checks, plan_reads, split_strided
+from lightning_memload.transfer.plan import (
+    Read,
+    RecordSegment,
+    Segment,
+    TargetRange,
+    TensorBlock,
+    plan_checks,
+    plan_reads,
+    split_strided,
+)
 from lightning_memload.transfer.staging import StagingRing
 from lightning_memload.transfer.threads import run_threads
 
@@ -84,11 +94,11 @@ def transfer(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One read and its use: either raw segments, or one piece of a tensor that must be rearranged."""
+    """One read and its use: either raw segments, or one block of a tensor that must be rearranged."""
 
     read: Read
-    checks: tuple[Check, ...] = ()
-    piece: Piece | None = None
+    checks: tuple[RecordSegment, ...] = ()
+    block: TensorBlock | None = None
 
 
 class _Transfer:
@@ -113,7 +123,7 @@ class _Transfer:
         self._is_raw = [_is_raw(copy) for copy in copies]
         jobs = self._plan(block_bytes)
         self._jobs, self._num_jobs = iter(jobs), len(jobs)
-        needs_ring = self._device is not None or any(job.piece is not None for job in jobs)
+        needs_ring = self._device is not None or any(job.block is not None for job in jobs)
         self._ring = ring() if needs_ring else None
         layout = self._ring.layout if self._ring else None
         if layout and (num_threads > layout.num_threads or block_bytes > layout.block_bytes):
@@ -137,23 +147,25 @@ class _Transfer:
 
     def _plan(self, block_bytes: int) -> list[_Job]:
         ranges = []
-        pieces: list[tuple[Read, Piece]] = []
+        blocks: list[tuple[Read, TensorBlock]] = []
         for number, copy in enumerate(self._copies):
             itemsize = copy.dtype.itemsize
             if self._is_raw[number]:
-                ranges.append(Range(number, copy.offset, copy.destination.numel() * itemsize))
+                ranges.append(TargetRange(number, copy.offset, copy.destination.numel() * itemsize))
                 continue
             shape = tuple(copy.destination.shape)
-            for piece in split_strided(shape, copy.stride, max_span=max(1, block_bytes // itemsize)):
-                nbytes = piece.span * itemsize
+            for block in split_strided(shape, copy.stride, max_span=max(1, block_bytes // itemsize)):
+                nbytes = block.span * itemsize
                 segment = Segment(0, nbytes, number, 0)
-                pieces.append((Read(copy.offset + piece.offset * itemsize, nbytes, (segment,)), piece))
+                blocks.append((Read(copy.offset + block.offset * itemsize, nbytes, (segment,)), block))
         raw_bytes = block_bytes if self._device is not None else min(block_bytes, _DIRECT_BLOCK_BYTES)
-        reads: list[tuple[Read, Piece | None]] = [(read, None) for read in plan_reads(ranges, block_bytes=raw_bytes)]
-        reads.extend(pieces)
+        reads: list[tuple[Read, TensorBlock | None]] = [
+            (read, None) for read in plan_reads(ranges, block_bytes=raw_bytes)
+        ]
+        reads.extend(blocks)
         reads.sort(key=lambda item: item[0].offset)
         checks, _ = plan_checks([read for read, _ in reads], [(r.offset, r.nbytes) for r in self._records])
-        return [_Job(read, check, piece) for (read, piece), check in zip(reads, checks, strict=True)]
+        return [_Job(read, check, block) for (read, block), check in zip(reads, checks, strict=True)]
 
     def run(self) -> TransferStats:
         started = time.perf_counter()
@@ -198,7 +210,7 @@ class _Transfer:
             # Both modes belong to a thread.
             with torch.inference_mode(self._inference_mode), torch.no_grad():
                 while (job := self._next_job()) is not None:
-                    if self._device is None and job.piece is None:
+                    if self._device is None and job.block is None:
                         self._read_directly(job)
                     else:
                         buffer = self._empty.get()
@@ -241,7 +253,7 @@ class _Transfer:
             if self._on_progress is not None:
                 self._on_progress(nbytes)
 
-    def _verify(self, check: Check, parts: Sequence[memoryview]) -> None:
+    def _verify(self, check: RecordSegment, parts: Sequence[memoryview]) -> None:
         actual = self._checksums.update(check.record, check.record_start, parts)
         if actual is None:
             return
@@ -291,8 +303,8 @@ class _Transfer:
 
     def _copy(self, job: _Job, buffer: _Buffer) -> None:
         read = job.read
-        if job.piece is not None:
-            buffer.rearrange(self._copies[read.segments[0].target], job.piece, read.nbytes)
+        if job.block is not None:
+            buffer.rearrange(self._copies[read.segments[0].target], job.block, read.nbytes)
             return
         for segment in read.segments:
             target = self._bytes[segment.target]
@@ -338,16 +350,16 @@ class _Buffer:
         if self._event is not None:
             self._event.record(self._stream)
 
-    def rearrange(self, copy: TensorCopy, piece: Piece, nbytes: int) -> None:
-        """Copies one piece and converts it on the destination's device."""
+    def rearrange(self, copy: TensorCopy, block: TensorBlock, nbytes: int) -> None:
+        """Copies one block and converts it on the destination's device."""
         device = copy.destination.device
         values = self.tensor[:nbytes]
         if device.type != "cpu":
             if self._scratch is None:
                 self._scratch = torch.empty_like(self.tensor, device=device)
             values = self._scratch[:nbytes].copy_(values, non_blocking=self._stream is not None)
-        piece_values = values.view(copy.dtype).as_strided(piece.shape, copy.stride)
-        index = tuple(slice(start, start + size) for start, size in zip(piece.starts, piece.shape, strict=True))
+        piece_values = values.view(copy.dtype).as_strided(block.shape, copy.stride)
+        index = tuple(slice(start, start + size) for start, size in zip(block.starts, block.shape, strict=True))
         copy.destination[index].copy_(piece_values)
 
 

@@ -15,13 +15,22 @@ from typing import NamedTuple
 
 from lightning_memload.checkpoint import span_elements
 
-__all__ = ["Check", "Piece", "Range", "Read", "Segment", "plan_checks", "plan_reads", "split_strided"]
+__all__ = [
+    "Read",
+    "RecordSegment",
+    "Segment",
+    "TargetRange",
+    "TensorBlock",
+    "plan_checks",
+    "plan_reads",
+    "split_strided",
+]
 
 # Records are aligned to 64 bytes after headers of about 100 bytes. Reading such a gap is cheaper than a second read.
 MAX_GAP_BYTES = 4096
 
 
-class Range(NamedTuple):
+class TargetRange(NamedTuple):
     """The bytes of one target: ``nbytes`` of the file from ``offset`` on."""
 
     target: int
@@ -47,7 +56,7 @@ class Read:
     segments: tuple[Segment, ...]
 
 
-class Check(NamedTuple):
+class RecordSegment(NamedTuple):
     """Part of a read that belongs to a record: ``nbytes`` from ``start`` on, at ``record_start`` in the record."""
 
     start: int
@@ -57,13 +66,13 @@ class Check(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorBlock:
     """A part of a strided tensor that spans at most one block.
 
     Attributes:
         starts: Index of its first element, per dimension.
-        shape: Sizes of the piece.
-        offset: Distance from the tensor's first element to the piece's first element, in elements.
+        shape: Sizes of the block.
+        offset: Distance from the tensor's first element to the block's first element, in elements.
         span: Number of elements from the first to the last, both and all gaps included.
     """
 
@@ -73,7 +82,7 @@ class Piece:
     span: int
 
 
-def plan_reads(ranges: Iterable[Range], *, block_bytes: int, max_gap_bytes: int = MAX_GAP_BYTES) -> list[Read]:
+def plan_reads(ranges: Iterable[TargetRange], *, block_bytes: int, max_gap_bytes: int = MAX_GAP_BYTES) -> list[Read]:
     """Plans the reads that fill all ranges.
 
     Args:
@@ -106,9 +115,9 @@ def plan_reads(ranges: Iterable[Range], *, block_bytes: int, max_gap_bytes: int 
     return reads
 
 
-def _cut_run(ranges: Sequence[Range], run_start: int, run_end: int, block_bytes: int) -> Iterable[Read]:
+def _cut_run(ranges: Sequence[TargetRange], run_start: int, run_end: int, block_bytes: int) -> Iterable[Read]:
     """Splits one run into reads. ``ranges`` are sorted by offset."""
-    active: list[Range] = []
+    active: list[TargetRange] = []
     upcoming = 0
     for start in range(run_start, run_end, block_bytes):
         end = min(start + block_bytes, run_end)
@@ -130,7 +139,9 @@ def _cut_run(ranges: Sequence[Range], run_start: int, run_end: int, block_bytes:
             yield Read(start + low, high - low, tuple(segments))
 
 
-def plan_checks(reads: Sequence[Read], records: Sequence[tuple[int, int]]) -> tuple[list[tuple[Check, ...]], list[int]]:
+def plan_checks(
+    reads: Sequence[Read], records: Sequence[tuple[int, int]]
+) -> tuple[list[tuple[RecordSegment, ...]], list[int]]:
     """Assigns the bytes of the reads to the records whose checksums they are part of.
 
     Only records that the reads cover completely can be checked. A byte that is in two reads counts once.
@@ -142,7 +153,7 @@ def plan_checks(reads: Sequence[Read], records: Sequence[tuple[int, int]]) -> tu
     Returns:
         The checks of each read, and the positions of the records that are checked.
     """
-    checks: list[list[Check]] = [[] for _ in reads]
+    checks: list[list[RecordSegment]] = [[] for _ in reads]
     checked: list[int] = []
     first_read = 0
     for position, (offset, nbytes) in enumerate(records):
@@ -152,14 +163,14 @@ def plan_checks(reads: Sequence[Read], records: Sequence[tuple[int, int]]) -> tu
         while first_read < len(reads) and reads[first_read].offset + reads[first_read].nbytes <= offset:
             first_read += 1
         covered = offset
-        found: list[tuple[int, Check]] = []
+        found: list[tuple[int, RecordSegment]] = []
         for number in range(first_read, len(reads)):
             read = reads[number]
             if read.offset > covered or covered >= end:
                 break
             high = min(read.offset + read.nbytes, end)
             if high > covered:
-                found.append((number, Check(covered - read.offset, high - covered, position, covered - offset)))
+                found.append((number, RecordSegment(covered - read.offset, high - covered, position, covered - offset)))
                 covered = high
         if covered >= end:
             checked.append(position)
@@ -168,18 +179,18 @@ def plan_checks(reads: Sequence[Read], records: Sequence[tuple[int, int]]) -> tu
     return [tuple(of_read) for of_read in checks], checked
 
 
-def split_strided(shape: Sequence[int], stride: Sequence[int], *, max_span: int) -> list[Piece]:
-    """Splits a strided tensor into pieces that each fit into one block.
+def split_strided(shape: Sequence[int], stride: Sequence[int], *, max_span: int) -> list[TensorBlock]:
+    """Splits a strided tensor into blocks that each fit into one block.
 
-    Splits along the dimension with the largest stride first, so that the pieces are in file order.
+    Splits along the dimension with the largest stride first, so that the blocks are in file order.
 
     Args:
         shape: Sizes of the tensor.
         stride: Strides of the tensor in elements, none negative.
-        max_span: Maximum span of a piece in elements, at least 1.
+        max_span: Maximum span of a block in elements, at least 1.
 
     Returns:
-        Pieces that cover every index exactly once, ordered by their first element. Empty for an empty tensor.
+        Blocks that cover every index exactly once, ordered by their first element. Empty for an empty tensor.
 
     Raises:
         ValueError: ``max_span`` is not positive.
@@ -188,13 +199,13 @@ def split_strided(shape: Sequence[int], stride: Sequence[int], *, max_span: int)
         raise ValueError(f"max_span must be at least 1, got {max_span}")
     if 0 in shape:
         return []
-    pieces: list[Piece] = []
+    blocks: list[TensorBlock] = []
     stack = [(tuple(0 for _ in shape), tuple(shape))]
     while stack:
         starts, sizes = stack.pop()
         span = span_elements(sizes, stride)
         if span <= max_span:
-            pieces.append(Piece(starts, sizes, sum(i * s for i, s in zip(starts, stride, strict=True)), span))
+            blocks.append(TensorBlock(starts, sizes, sum(i * s for i, s in zip(starts, stride, strict=True)), span))
             continue
         axis = max((d for d in range(len(sizes)) if sizes[d] > 1), key=lambda d: stride[d])
         inner_span = span - (sizes[axis] - 1) * stride[axis]
@@ -207,5 +218,5 @@ def split_strided(shape: Sequence[int], stride: Sequence[int], *, max_span: int)
                     (*sizes[:axis], count, *sizes[axis + 1 :]),
                 )
             )
-    pieces.sort(key=lambda piece: piece.offset)
-    return pieces
+    blocks.sort(key=lambda block: block.offset)
+    return blocks

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import IO, Protocol
 
-from lightning_memload.transfer.write_plan import Piece
+from lightning_memload.bytes import RecordPart
 
-__all__ = ["LocalSink", "Sink", "Split", "StreamSink", "Target"]
+__all__ = ["LocalSink", "RecordWriter", "Sink", "SplitWriter", "StreamSink"]
 
 
 class Sink(Protocol):
@@ -78,16 +78,16 @@ class StreamSink:
             self._position += len(buffer)
 
 
-class Target(Protocol):
+class RecordWriter(Protocol):
     """The destination of records: for example one archive, or one file for each record."""
 
-    def write(self, pieces: Sequence[Piece], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
-        """Writes the pieces of one write. Called by several threads at once.
+    def write(self, parts: Sequence[RecordPart], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
+        """Writes the parts of one write. Called by several threads at once.
 
         Args:
-            pieces: Pieces that are adjacent in the order of the records.
-            data: The bytes of each piece.
-            crc32s: For each piece: the CRC-32 of its record if this piece is the last of the record to arrive, else
+            parts: Parts that are adjacent in the order of the records.
+            data: The bytes of each part.
+            crc32s: For each part: the CRC-32 of its record if this part is the last of the record to arrive, else
                 ``None``.
 
         Raises:
@@ -96,23 +96,23 @@ class Target(Protocol):
         ...
 
 
-class Split:
-    """Combines several targets into one.
+class SplitWriter:
+    """Combines several writers into one.
 
     Args:
-        parts: Pairs of a number of records and the target for them, in the order of the records.
+        writers: Pairs of a number of records and the writer for them, in the order of the records.
     """
 
-    def __init__(self, *parts: tuple[int, Target]) -> None:
-        self._ends = list(accumulate(count for count, _ in parts))
-        self._parts = parts
+    def __init__(self, *writers: tuple[int, RecordWriter]) -> None:
+        self._ends = list(accumulate(count for count, _ in writers))
+        self._writers = writers
 
-    def write(self, pieces: Sequence[Piece], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
-        """Passes each piece to the target of its record, see :class:`Target`."""
+    def write(self, parts: Sequence[RecordPart], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
+        """Passes each part to the target of its record, see :class:`RecordWriter`."""
         start = 0
-        for end, (count, target) in zip(self._ends, self._parts, strict=True):
-            stop = start + sum(piece.record < end for piece in pieces[start:])
+        for end, (count, target) in zip(self._ends, self._writers, strict=True):
+            stop = start + sum(part.record < end for part in parts[start:])
             if stop > start:
-                moved = [piece._replace(record=piece.record - end + count) for piece in pieces[start:stop]]
+                moved = [part._replace(record=part.record - end + count) for part in parts[start:stop]]
                 target.write(moved, data[start:stop], crc32s[start:stop])
             start = stop

@@ -1,4 +1,4 @@
-"""Threads that share one piece of work: their number, their start and their end.
+"""Threads that share one task: their number, their start and their end.
 
 Each thread takes the next item until no item is left. If one thread fails, or the caller is interrupted, the others
 end after their current item. No thread outlives the call. If no thread can be started, the calling thread does the

@@ -3,49 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-__all__ = ["Piece", "plan_writes"]
+from lightning_memload.bytes import RecordPart
 
-
-class Piece(NamedTuple):
-    """A part of a record's data: ``nbytes`` bytes from byte ``start``."""
-
-    record: int
-    start: int
-    nbytes: int
+__all__ = ["plan_writes"]
 
 
-def plan_writes(sizes: Sequence[int], *, block_bytes: int, max_pieces: int) -> list[tuple[Piece, ...]]:
+def plan_writes(sizes: Sequence[int], *, block_bytes: int, max_parts: int) -> list[tuple[RecordPart, ...]]:
     """Divides records into writes: small records share a write, a large record is split into several writes.
 
     Args:
         sizes: Bytes of each record, in the order of the archive.
         block_bytes: Maximum data of one write in bytes, at least 1.
-        max_pieces: Maximum number of records in one write, at least 1.
+        max_parts: Maximum number of records in one write, at least 1.
 
     Returns:
-        The pieces of each write, in the order of the archive. Every byte of every record is in exactly one piece. A
-        record without data is one empty piece. The pieces of a write are adjacent in the archive. Each write of a split
-        record holds one piece of it and nothing else.
+        The parts of each write, in the order of the archive. Every byte of every record is in exactly one part. A
+        record without data is one empty part. The parts of a write are adjacent in the archive. Each write of a split
+        record holds one part of it and nothing else.
 
     Raises:
         ValueError: A limit is not positive.
     """
-    if block_bytes < 1 or max_pieces < 1:
-        raise ValueError(f"block_bytes and max_pieces must be at least 1, got {block_bytes} and {max_pieces}")
-    writes: list[tuple[Piece, ...]] = []
-    together: list[Piece] = []
+    if block_bytes < 1 or max_parts < 1:
+        raise ValueError(f"block_bytes and max_parts must be at least 1, got {block_bytes} and {max_parts}")
+    writes: list[tuple[RecordPart, ...]] = []
+    together: list[RecordPart] = []
     room = block_bytes
     for record, nbytes in enumerate(sizes):
-        if together and (nbytes > room or len(together) == max_pieces):
+        if together and (nbytes > room or len(together) == max_parts):
             writes.append(tuple(together))
             together, room = [], block_bytes
         if nbytes > block_bytes:
             for start in range(0, nbytes, block_bytes):
-                writes.append((Piece(record, start, min(block_bytes, nbytes - start)),))
+                writes.append((RecordPart(record, start, min(block_bytes, nbytes - start)),))
             continue
-        together.append(Piece(record, 0, nbytes))
+        together.append(RecordPart(record, 0, nbytes))
         room -= nbytes
     if together:
         writes.append(tuple(together))

@@ -17,30 +17,31 @@ from dataclasses import dataclass
 import torch
 from zlib_ng import zlib_ng
 
-from lightning_memload.pickles.writing import Stretch
+from lightning_memload.bytes import RecordPart
+from lightning_memload.pickles.pickling import SavedStorage
 from lightning_memload.transfer.cuda_context import on_device, on_stream
-from lightning_memload.transfer.sinks import Target
+from lightning_memload.transfer.sinks import RecordWriter
 from lightning_memload.transfer.staging import MIN_BUDGET_BYTES, RingLayout, StagingRing, choose_layout
 from lightning_memload.transfer.threads import run_threads
-from lightning_memload.transfer.write_plan import Piece, plan_writes
+from lightning_memload.transfer.write_plan import plan_writes
 
-__all__ = ["Content", "Gathered", "Order", "Records", "memory_of", "size_of"]
+__all__ = ["Content", "GatheredBytes", "WriteEngine", "WriteOrder", "memory_of", "size_of"]
 
 # Small enough to stay in the core's cache: the checksum reads the bytes first, and the write reads them again.
 _DIRECT_BLOCK_BYTES = 1 << 20
 # Copying so few bytes takes less time than making a view of them, and starts the collector less often.
 _TINY_BYTES = 1024
-# Each piece has three buffers: header, data and descriptor. One pwritev takes at most 1024 buffers (IOV_MAX).
-_MAX_PIECES = 1024 // 3
+# Each part has three buffers: header, data and descriptor. One pwritev takes at most 1024 buffers (IOV_MAX).
+_MAX_PARTS = 1024 // 3
 
 _GATHERED_ELEMENTS = 64 << 10
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Gathered:
+class GatheredBytes:
     """The elements of a non-contiguous tensor as contiguous bytes, in the order of the elements.
 
-    The bytes are gathered piece by piece. Each piece takes its own size in memory on the tensor's device, and 512 KiB
+    The bytes are gathered part by part. Each part takes its own size in memory on the tensor's device, and 512 KiB
     for positions.
 
     Args:
@@ -71,7 +72,7 @@ class Gathered:
         return values.view(torch.uint8)
 
 
-Content = bytes | Stretch | Gathered
+Content = bytes | SavedStorage | GatheredBytes
 
 
 def size_of(content: Content) -> int:
@@ -80,7 +81,7 @@ def size_of(content: Content) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class WriteOrder:
     """Which storages are written first, and what to call when they are written.
 
     Attributes:
@@ -92,7 +93,7 @@ class Order:
     on_first: Callable[[], object]
 
 
-class Records:
+class WriteEngine:
     """The records of one save, with the threads and staging buffers to write them.
 
     Args:
@@ -125,7 +126,7 @@ class Records:
         self.num_threads = num_threads
         self.staging_bytes = self._layout.nbytes if self._layout else 0
 
-    def write(self, target: Target, order: Order | None = None) -> list[int]:
+    def write(self, target: RecordWriter, order: WriteOrder | None = None) -> list[int]:
         """Writes all records. Blocks until the target has all bytes.
 
         After an error the target has some of the bytes, and all threads have ended.
@@ -154,25 +155,25 @@ class Records:
 class _Writing:
     def __init__(
         self,
-        target: Target,
+        target: RecordWriter,
         contents: Sequence[Content],
         sizes: Sequence[int],
         ring: StagingRing | None,
         made: Mapping[torch.device, torch.cuda.Event],
-        order: Order | None,
+        order: WriteOrder | None,
     ) -> None:
         self._target = target
         self._contents = contents
         self._sizes = sizes
         block_bytes = ring.layout.block_bytes if ring else _DIRECT_BLOCK_BYTES
-        writes = plan_writes(sizes, block_bytes=block_bytes, max_pieces=_MAX_PIECES)
+        writes = plan_writes(sizes, block_bytes=block_bytes, max_parts=_MAX_PARTS)
         self._num_first = 1  # one extra count: released when all threads have started
         self._on_first = None if order is None else order.on_first
         if order is not None:
             urgent = [not isinstance(content, bytes) and order.first(content.storage) for content in contents]
-            later = [not any(urgent[piece.record] for piece in pieces) for pieces in writes]
+            later = [not any(urgent[part.record] for part in parts) for parts in writes]
             self._num_first += later.count(False)
-            writes = [pieces for _, pieces in sorted(zip(later, writes, strict=True), key=lambda pair: pair[0])]
+            writes = [parts for _, parts in sorted(zip(later, writes, strict=True), key=lambda pair: pair[0])]
         self._num_writes = len(writes)
         self._next = enumerate(writes, start=1)
         self._buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
@@ -184,8 +185,8 @@ class _Writing:
         self._lock = threading.Lock()
         self._stopped = False
         self._crc32s = [0] * len(contents)
-        # For records in several pieces: start, length and CRC-32 of each piece so far, and the bytes still missing.
-        self._parts: dict[int, list[tuple[int, int, int]]] = {}
+        # For records in several parts: start, length and CRC-32 of each part so far, and the bytes still missing.
+        self._known_crc32s: dict[int, list[tuple[int, int, int]]] = {}
         self._missing = list(sizes)
 
     def run(self, num_threads: int) -> list[int]:
@@ -219,11 +220,11 @@ class _Writing:
 
     def _write_all(self, num_first: int) -> None:
         while (write := self._next_write()) is not None:
-            number, pieces = write
+            number, parts = write
             with ExitStack() as stack:
-                data = self._to_host(pieces, stack)
-                crc32s = [self._add_crc32(piece, zlib_ng.crc32(view)) for piece, view in zip(pieces, data, strict=True)]
-                self._target.write(pieces, data, crc32s)
+                data = self._to_host(parts, stack)
+                crc32s = [self._add_crc32(part, zlib_ng.crc32(view)) for part, view in zip(parts, data, strict=True)]
+                self._target.write(parts, data, crc32s)
             if number < num_first:
                 self._finish_first()
 
@@ -234,38 +235,38 @@ class _Writing:
                 return
         self._on_first()
 
-    def _next_write(self) -> tuple[int, tuple[Piece, ...]] | None:
+    def _next_write(self) -> tuple[int, tuple[RecordPart, ...]] | None:
         with self._lock:
             return None if self._stopped else next(self._next, None)
 
-    def _to_host(self, pieces: tuple[Piece, ...], stack: ExitStack) -> list[memoryview]:
-        """The bytes of all pieces in host memory. They are valid while the stack is open."""
+    def _to_host(self, parts: tuple[RecordPart, ...], stack: ExitStack) -> list[memoryview]:
+        """The bytes of all parts in host memory. They are valid while the stack is open."""
         found = []
         buffer: torch.Tensor | None = None
         used = 0
         devices: set[torch.device] = set()
-        tiny = _Copies(sum(piece.nbytes for piece in pieces if piece.nbytes <= _TINY_BYTES))
-        for piece in pieces:
-            content = self._contents[piece.record]
+        tiny = _Copies(sum(part.nbytes for part in parts if part.nbytes <= _TINY_BYTES))
+        for part in parts:
+            content = self._contents[part.record]
             if isinstance(content, bytes):
-                found.append(memoryview(content)[piece.start : piece.start + piece.nbytes])
-            elif not piece.nbytes:
+                found.append(memoryview(content)[part.start : part.start + part.nbytes])
+            elif not part.nbytes:
                 found.append(memoryview(b""))
-            elif isinstance(content, Gathered) and content.is_in_host_memory:
-                found.append(content.gather(piece.start, piece.nbytes).numpy().data)
-            elif isinstance(content, Stretch) and content.is_in_host_memory:
-                address = content.storage.data_ptr() + content.start + piece.start
-                is_tiny = piece.nbytes <= _TINY_BYTES
-                found.append(tiny.copy(address, piece.nbytes) if is_tiny else memory_of(address, piece.nbytes))
+            elif isinstance(content, GatheredBytes) and content.is_in_host_memory:
+                found.append(content.gather(part.start, part.nbytes).numpy().data)
+            elif isinstance(content, SavedStorage) and content.is_in_host_memory:
+                address = content.storage.data_ptr() + content.start + part.start
+                is_tiny = part.nbytes <= _TINY_BYTES
+                found.append(tiny.copy(address, part.nbytes) if is_tiny else memory_of(address, part.nbytes))
             else:
                 if buffer is None:
                     buffer = self._buffers.get()
                     stack.callback(self._buffers.put, buffer)
-                staged = buffer[used : used + piece.nbytes]
-                self._copy(content, piece, staged)
+                staged = buffer[used : used + part.nbytes]
+                self._copy(content, part, staged)
                 devices.add(content.storage.device)
-                found.append(memory_of(staged.data_ptr(), piece.nbytes))
-                used += piece.nbytes
+                found.append(memory_of(staged.data_ptr(), part.nbytes))
+                used += part.nbytes
         for device in devices:
             if device in self._streams:
                 event = torch.cuda.Event()
@@ -273,33 +274,33 @@ class _Writing:
                 event.synchronize()
         return found
 
-    def _copy(self, content: Stretch | Gathered, piece: Piece, staged: torch.Tensor) -> None:
+    def _copy(self, content: SavedStorage | GatheredBytes, part: RecordPart, staged: torch.Tensor) -> None:
         device = content.storage.device
         with on_stream(self._streams.get(device)):
-            if isinstance(content, Gathered):
-                values = content.gather(piece.start, piece.nbytes)
+            if isinstance(content, GatheredBytes):
+                values = content.gather(part.start, part.nbytes)
             else:
                 values = torch.empty(0, dtype=torch.uint8, device=device)
-                values.set_(content.storage, content.start + piece.start, (piece.nbytes,), (1,))
+                values.set_(content.storage, content.start + part.start, (part.nbytes,), (1,))
             staged.copy_(values, non_blocking=device in self._streams)
 
-    def _add_crc32(self, piece: Piece, crc32: int) -> int | None:
-        """Adds the checksum of a piece. Returns the checksum of the record if this piece completes it."""
-        if piece.nbytes == self._sizes[piece.record]:
-            self._crc32s[piece.record] = crc32
+    def _add_crc32(self, part: RecordPart, crc32: int) -> int | None:
+        """Adds the checksum of a part. Returns the checksum of the record if this part completes it."""
+        if part.nbytes == self._sizes[part.record]:
+            self._crc32s[part.record] = crc32
             return crc32
         with self._lock:
-            parts = self._parts.setdefault(piece.record, [])
-            parts.append((piece.start, piece.nbytes, crc32))
-            self._missing[piece.record] -= piece.nbytes
-            if self._missing[piece.record]:
+            known = self._known_crc32s.setdefault(part.record, [])
+            known.append((part.start, part.nbytes, crc32))
+            self._missing[part.record] -= part.nbytes
+            if self._missing[part.record]:
                 return None
-            del self._parts[piece.record]
-        parts.sort()
-        _, _, whole = parts[0]
-        for _, length, part in parts[1:]:
-            whole = zlib_ng.crc32_combine(whole, part, length)
-        self._crc32s[piece.record] = whole
+            del self._known_crc32s[part.record]
+        known.sort()
+        _, _, whole = known[0]
+        for _, length, crc32 in known[1:]:
+            whole = zlib_ng.crc32_combine(whole, crc32, length)
+        self._crc32s[part.record] = whole
         return whole
 
 

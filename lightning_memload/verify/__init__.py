@@ -9,7 +9,7 @@ from lightning_memload.verify.siblings import (
     judge_sibling,
     list_siblings,
 )
-from lightning_memload.verify.verify import VerifyReport, verify_checkpoint
+from lightning_memload.verify.verification import VerifyReport, verify_checkpoint
 
 __all__ = [
     "Siblings",

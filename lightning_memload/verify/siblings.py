@@ -16,7 +16,7 @@ from typing import Literal
 
 from lightning_memload.errors import MemloadError
 from lightning_memload.formats import find_format, open_checkpoint
-from lightning_memload.verify.verify import verify_checkpoint
+from lightning_memload.verify.verification import verify_checkpoint
 
 __all__ = [
     "Siblings",
@@ -126,12 +126,12 @@ def fingerprint(path: str) -> str | None:
         The fingerprint. ``None`` if the checkpoint has bytes without a checksum, or cannot be read.
     """
     try:
-        sections = find_format(path).take_inventory(path).sections
+        records = find_format(path).take_inventory(path).records
     except (MemloadError, OSError):
         return None
-    if any(section.crc32 is None and section.nbytes for section in sections):
+    if any(record.crc32 is None and record.nbytes for record in records):
         return None
-    words = sorted(f"{section.key} {section.nbytes} {section.crc32}" for section in sections)
+    words = sorted(f"{record.name} {record.nbytes} {record.crc32}" for record in records)
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 

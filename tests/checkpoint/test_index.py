@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lightning_memload.checkpoint import Checkpoint
-from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpointError
 from lightning_memload.formats import open_checkpoint
 from tests.formats.files import (
     ALL_DTYPES,
@@ -269,7 +269,7 @@ class TestNotMappable:
     @pytest.mark.parametrize("protocol", [1, 2, 4])
     def test_legacy_format(self, path: Path, protocol: int) -> None:
         torch.save(nested(), path, _use_new_zipfile_serialization=False, pickle_protocol=protocol)
-        with pytest.raises(UnmappableCheckpoint, match="none of the known formats"):
+        with pytest.raises(UnmappableCheckpointError, match="none of the known formats"):
             open_checkpoint(path)
 
     def test_what_only_the_directory_calls_compressed_is_damaged(self, path: Path) -> None:
@@ -285,7 +285,7 @@ class TestNotMappable:
         with zipfile.ZipFile(tmp_path / "plain") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
             for name in plain.namelist():
                 packed.writestr(name, plain.read(name))
-        with pytest.raises(UnmappableCheckpoint, match="compressed") as caught:
+        with pytest.raises(UnmappableCheckpointError, match="compressed") as caught:
             open_checkpoint(path)
         # A sound file is not a damaged one.
         assert not isinstance(caught.value, CheckpointFormatError)
@@ -294,7 +294,7 @@ class TestNotMappable:
     def test_other_byte_order(self, path: Path) -> None:
         pickled = b"\x80\x02" + tensor_pickle(storage_pickle()) + b"."
         write_zip(path, pickled, {"0": bytes(16)}, byteorder=b"big" if sys.byteorder == "little" else b"little")
-        with pytest.raises(UnmappableCheckpoint, match="byte order"):
+        with pytest.raises(UnmappableCheckpointError, match="byte order"):
             open_checkpoint(path)
         write_zip(path, pickled, {"0": bytes(16)}, byteorder=None)
         assert len(open_checkpoint(path)) == 1
@@ -305,7 +305,7 @@ class TestNotMappable:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(path))
-        with pytest.raises(UnmappableCheckpoint, match=r"TorchScript archive\. torch\.jit\.load reads it"):
+        with pytest.raises(UnmappableCheckpointError, match=r"TorchScript archive\. torch\.jit\.load reads it"):
             open_checkpoint(path)
 
     @pytest.mark.parametrize("content", [b"", b"P", b"hello world" * 100, b"PK\x03\x04", b"PK\x03\x04" + bytes(500)])
@@ -315,7 +315,7 @@ class TestNotMappable:
             open_checkpoint(path)
         assert caught.value.path == str(path)
         # Nor is it one that the ordinary way would read.
-        assert not isinstance(caught.value, UnmappableCheckpoint)
+        assert not isinstance(caught.value, UnmappableCheckpointError)
 
     def test_a_zip_of_something_else(self, path: Path) -> None:
         with zipfile.ZipFile(path, "w") as archive:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import mmap
 
-from lightning_memload.bytes import lay_out
+from lightning_memload.bytes import Record, lay_out
 from lightning_memload.checkpoint import Inventory
-from lightning_memload.checkpoint.inventory import Damage, Section
+from lightning_memload.checkpoint.inventory import Damage
 
 
 def test_a_section_is_found_in_its_file() -> None:
     files = lay_out([("a", 10), ("b", 20)])
-    section = Section("weight", mmap.PAGESIZE + 4, 8, None)
-    inventory = Inventory("folder", "toy", files, (section,), ())
-    assert inventory.place(section.offset) == ("b", 4)
+    record = Record("weight", mmap.PAGESIZE + 4, 8, None)
+    inventory = Inventory("folder", "toy", files, (record,), ())
+    assert inventory.place(record.offset) == ("b", 4)
     assert inventory.place(3) == ("a", 3)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed
 from torch.distributed import HashStore
 
-from lightning_memload.distributed import Writer, writer
+from lightning_memload.distributed import WriterRank, writer
 
 
 @pytest.fixture
@@ -18,8 +18,8 @@ def store(monkeypatch: pytest.MonkeyPatch) -> HashStore:
     return store
 
 
-def make(rank: int, world_size: int = 2) -> Writer:
-    return Writer(world_size, is_here=rank == 0)
+def make(rank: int, world_size: int = 2) -> WriterRank:
+    return WriterRank(world_size, is_here=rank == 0)
 
 
 def run_once() -> None:

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from lightning_memload.bytes import Record
 from lightning_memload.checkpoint import (
     Checkpoint,
     ChunkedTensor,
     ChunkInfo,
-    FilePiece,
+    FileChunk,
     MappedCheckpoint,
     TensorInfo,
     span_elements,
@@ -33,14 +34,7 @@ from lightning_memload.checkpoint.index import KeyPath, format_path
 from lightning_memload.formats import CheckpointFormat
 from lightning_memload.formats.registry import FORMATS
 from lightning_memload.save import save_directory
-from lightning_memload.transfer import (
-    Record,
-    RingLayout,
-    StagingRing,
-    TensorCopy,
-    TransferStats,
-    transfer,
-)
+from lightning_memload.transfer import RingLayout, StagingRing, TensorCopy, TransferStats, transfer
 from tests.formats.files import ALL_DTYPES, as_bytes, from_file, layouts, of_dtype, save_dcp, tensors_of
 
 
@@ -232,7 +226,7 @@ def raw_bytes(index: Checkpoint, info: TensorInfo) -> bytes:
         data = bytearray(from_file(Path(path), (position, position + nbytes)))
         assert len(data) == nbytes
         values = torch.frombuffer(data, dtype=info.dtype).as_strided(part.shape, part.stride)
-        FilePiece(offset, part.stride, part.starts, part.shape).within(whole).copy_(values)
+        FileChunk(offset, part.stride, part.starts, part.shape).within(whole).copy_(values)
     return as_bytes(whole)
 
 

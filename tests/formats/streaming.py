@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from lightning_memload.bytes import Record
 from lightning_memload.checkpoint import Checkpoint, MappedCheckpoint
-from lightning_memload.transfer import Record, StagingRing, TensorCopy, choose_layout, transfer
+from lightning_memload.transfer import StagingRing, TensorCopy, choose_layout, transfer
 
 
 def stream(index: Checkpoint, mapped: MappedCheckpoint, *, verify: bool = True) -> dict[str, torch.Tensor]:

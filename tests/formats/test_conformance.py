@@ -26,7 +26,7 @@ from lightning_memload.checkpoint import (
 from lightning_memload.errors import CheckpointFormatError, ChecksumError, MemloadError
 from lightning_memload.formats import CheckpointFormat, load_mapped, open_checkpoint
 from lightning_memload.formats.registry import FORMATS, find_format
-from lightning_memload.storage.mapping import FileMapping
+from lightning_memload.storage.file_mapping import FileMapping
 from lightning_memload.transfer import (
     RingLayout,
     choose_layout,

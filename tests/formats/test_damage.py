@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_memload.checkpoint import Checkpoint
-from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpointError
 from lightning_memload.formats import load_mapped, open_checkpoint
 from tests.formats.files import save_bytes, storage_pickle, tensor_pickle, write_zip
 from tests.formats.growth import assert_indexed_in_linear_time
@@ -168,7 +168,7 @@ import sys, time
 sys.set_int_max_str_digits(4300)
 from lightning_memload.formats import open_checkpoint
 from lightning_memload.memory.host import read_status
-from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpointError
 import resource, pathlib
 resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))
 RESULT = {}
@@ -176,7 +176,7 @@ for path in sorted(pathlib.Path(ARGS["folder"]).iterdir()):
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     try:
         outcome = f"{len(open_checkpoint(path))} tensors"
-    except (CheckpointFormatError, UnmappableCheckpoint) as error:
+    except (CheckpointFormatError, UnmappableCheckpointError) as error:
         outcome = type(error).__name__
         assert len(str(error)) < 2000, str(error)[:3000]
     seconds = time.perf_counter() - start
@@ -246,7 +246,7 @@ for path in sorted(pathlib.Path(ARGS["folder"]).iterdir()):
         too_large = {name: result for name, result in results.items() if result[2] > 100}
         assert not too_slow
         assert not too_large
-        assert results["deep-lists"][0] == "UnmappableCheckpoint"
+        assert results["deep-lists"][0] == "UnmappableCheckpointError"
         assert results["many-references"][0] == "50000 tensors"
         assert results["big-number-key"][0] == "1 tensors"
         for name in ("tuple-bomb-as-storage-id", "bytearray", "no-stop", "extension"):
@@ -259,7 +259,7 @@ for path in sorted(pathlib.Path(ARGS["folder"]).iterdir()):
         torch.save(value, path)
         assert len(open_checkpoint(path)) == 1
         write_zip(path, b"\x80\x02" + b"]" * 1001 + b"a" * 1000 + b".")
-        with pytest.raises(UnmappableCheckpoint, match="more than 1000 deep"):
+        with pytest.raises(UnmappableCheckpointError, match="more than 1000 deep"):
             open_checkpoint(path)
 
 

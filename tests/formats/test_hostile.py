@@ -292,11 +292,11 @@ def never_answers(path: Path) -> None:
 
 ALL = ("open", "load", "verify")
 REFUSED = {"open": "CheckpointFormatError", "load": "CheckpointFormatError", "verify": "damaged"}
-UNMAPPABLE = {"open": "UnmappableCheckpoint", "load": "UnmappableCheckpoint"}
+UNMAPPABLE = {"open": "UnmappableCheckpointError", "load": "UnmappableCheckpointError"}
 
 CASES: dict[Callable[[Path], None], dict[str, str]] = {
     absurd_directory: REFUSED,
-    deflated: {**UNMAPPABLE, "verify": "UnmappableCheckpoint"},
+    deflated: {**UNMAPPABLE, "verify": "UnmappableCheckpointError"},
     overlapping: REFUSED,
     shifted: REFUSED,
     traversing: REFUSED,

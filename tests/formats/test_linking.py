@@ -14,12 +14,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_memload.bytes import RecordPart
 from lightning_memload.errors import CheckpointWriteError
 from lightning_memload.formats import load_mapped
 from lightning_memload.formats.tensor_directory import linking
 from lightning_memload.formats.tensor_directory.linking import LinkingFiles
 from lightning_memload.save import SaveStats, save_directory, saving
-from lightning_memload.transfer.write_plan import Piece
 from lightning_memload.verify import verify_checkpoint
 
 MIB = 1 << 20
@@ -193,7 +193,7 @@ def test_descriptors_are_let_go(tmp_path: Path, old: Path, frozen: torch.Tensor)
         [str(tmp_path / "no" / "file")], [8], [str(old / "tensors" / "00002.bin")], start_writeback=False
     )
     with pytest.raises(FileNotFoundError), contextlib.closing(files):
-        files.write([Piece(0, 0, 4)], [memoryview(bytearray(4))], [None])
+        files.write([RecordPart(0, 0, 4)], [memoryview(bytearray(4))], [None])
     assert held() == before
 
 
@@ -211,8 +211,8 @@ def test_any_difference_in_any_order(
     files = LinkingFiles([str(folder / "new")], [nbytes], [str(folder / "old")], start_writeback=False)
     with contextlib.closing(files):
         for start in starts:
-            piece = memoryview(after)[start : start + block]
-            files.write([Piece(0, start, len(piece))], [piece], [None])
+            part = memoryview(after)[start : start + block]
+            files.write([RecordPart(0, start, len(part))], [part], [None])
     assert (folder / "new").read_bytes() == after
     assert (folder / "old").read_bytes() == before
     assert files.bytes_linked == (nbytes if after == before else 0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_memload.checkpoint import span_bytes
-from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint, UnsafeGlobalsError
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpointError, UnsafeGlobalsError
 from lightning_memload.formats import load_mapped
 from tests.formats.files import (
     ALL_DTYPES,
@@ -154,7 +154,7 @@ class TestWeightsOnly:
 
 def test_what_cannot_be_mapped_says_so(path: Path) -> None:
     torch.save(nested(), path, _use_new_zipfile_serialization=False)
-    with pytest.raises(UnmappableCheckpoint, match="none of the known formats"):
+    with pytest.raises(UnmappableCheckpointError, match="none of the known formats"):
         load_mapped(path)
 
 

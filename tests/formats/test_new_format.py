@@ -14,15 +14,8 @@ from torch import nn
 
 import tests.lightning as L
 from lightning_memload import MemoryEfficientRestore, load_weights, meta_init, open_checkpoint, verify_checkpoint
-from lightning_memload.checkpoint import (
-    Checkpoint,
-    Inventory,
-    MappedCheckpoint,
-    Section,
-    StorageInfo,
-    TensorInfo,
-    end_loading,
-)
+from lightning_memload.bytes import Record
+from lightning_memload.checkpoint import Checkpoint, Inventory, MappedCheckpoint, StorageInfo, TensorInfo, end_loading
 from lightning_memload.cli import main
 from lightning_memload.errors import CheckpointFormatError, ChecksumError
 from lightning_memload.formats import registry
@@ -96,8 +89,8 @@ class Toy:
 
     def take_inventory(self, path: str) -> Inventory:
         index = self.read_index(path)
-        sections = [Section(item.key, item.offset, item.nbytes, item.crc32) for item in index.storages]
-        return Inventory(path, self.name, index.files, tuple(sections), ())
+        records = [Record(item.key, item.offset, item.nbytes, item.crc32) for item in index.storages]
+        return Inventory(path, self.name, index.files, tuple(records), ())
 
     def _index(self, source: FileSet) -> Checkpoint:
         (file,) = source.files

@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
 from lightning_memload.checkpoint import Checkpoint, SpecialTensor
-from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpointError
 from lightning_memload.formats import load_mapped, open_checkpoint
 from lightning_memload.formats.safetensors.reader import MAX_HEADER_BYTES, Safetensors
-from lightning_memload.storage.mapping import FileMapping
+from lightning_memload.storage.file_mapping import FileMapping
 from lightning_memload.verify import verify_checkpoint
 from tests.formats.files import as_bytes, from_file, of_dtype
 from tests.formats.growth import assert_indexed_in_linear_time
@@ -684,7 +684,7 @@ class TestShards:
 def test_the_other_byte_order(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(SMALL, path)
     monkeypatch.setattr("sys.byteorder", "big")
-    with pytest.raises(UnmappableCheckpoint, match="little-endian, but this machine is big-endian"):
+    with pytest.raises(UnmappableCheckpointError, match="little-endian, but this machine is big-endian"):
         Safetensors().read_index(str(path))
 
 

@@ -23,7 +23,7 @@ from lightning_memload.errors import (
     CheckpointReadError,
     ChecksumError,
     MemloadError,
-    UnmappableCheckpoint,
+    UnmappableCheckpointError,
 )
 from lightning_memload.formats import load_mapped, open_checkpoint
 from lightning_memload.formats.tensor_directory import reader as tensor_directory
@@ -556,5 +556,5 @@ class TestDamagedFiles:
     def test_a_bomb_in_the_state(self, sound: Path) -> None:
         write_zip(sound / "state.pt", b"\x80\x02" + b"]" * 2000 + b"a" * 1999 + b".")
         edited(sound, lambda m: m["state"].update(nbytes=(sound / "state.pt").stat().st_size))
-        with pytest.raises(UnmappableCheckpoint, match="more than 1000 deep"):
+        with pytest.raises(UnmappableCheckpointError, match="more than 1000 deep"):
             open_checkpoint(sound)

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from lightning_memload.errors import CheckpointFormatError
 from lightning_memload.formats import load_mapped, open_checkpoint
-from lightning_memload.pickles.writing import Stretch
+from lightning_memload.pickles.pickling import SavedStorage
 from lightning_memload.save import SaveStats, save_directory
-from lightning_memload.transfer.writing import Gathered
+from lightning_memload.transfer.writing import GatheredBytes
 from lightning_memload.verify import verify_checkpoint
 from tests.formats.files import ALL_DTYPES, as_bytes, layouts, of_dtype, tensors_of
 from tests.fresh_process import run_fresh
@@ -204,7 +204,7 @@ def test_through_the_staging_buffer(path: Path, num_threads: int, monkeypatch: p
     weight = torch.randn((9 << 18) + 1)
     weights = {"weight": weight, "turned": torch.randn(700, 900).t(), "narrow": of_dtype(torch.bfloat16, 999_999)[::3]}
     with monkeypatch.context() as patch:
-        for kind in (Stretch, Gathered):
+        for kind in (SavedStorage, GatheredBytes):
             patch.setattr(kind, "is_in_host_memory", property(lambda self: False))
         stats = save_directory(
             {"state_dict": weights, "state": torch.ones(1 << 20)}, path, host_budget_bytes=4 << 20,

@@ -13,16 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_memload.bytes import RecordPart
 from lightning_memload.formats.torch_zip.layout import (
     ALIGNMENT_BYTES,
-    Entry,
+    ZipEntry,
     data_descriptor,
     directory,
     directory_bytes,
     lay_out,
     local_header,
 )
-from lightning_memload.transfer.write_plan import Piece, plan_writes
+from lightning_memload.transfer.write_plan import plan_writes
 from tests.formats.files import save_sparse
 
 GIB = 1 << 30
@@ -46,7 +47,7 @@ def archive(records: Sequence[tuple[str, bytes]]) -> bytes:
     return stream.getvalue()
 
 
-def assert_bytes_are_torchs(path: Path) -> list[Entry]:
+def assert_bytes_are_torchs(path: Path) -> list[ZipEntry]:
     """Compares everything in a file of torch that is not data."""
     with zipfile.ZipFile(path) as opened:
         infos = opened.infolist()
@@ -121,34 +122,34 @@ def test_impossible_records_are_refused(record: tuple[str, int]) -> None:
 
 
 @given(st.lists(st.integers(0, 100), max_size=30), st.integers(1, 60), st.integers(1, 5))
-def test_writes_cover_every_byte_once_in_order(nbytes: list[int], block_bytes: int, max_pieces: int) -> None:
-    writes = plan_writes(nbytes, block_bytes=block_bytes, max_pieces=max_pieces)
+def test_writes_cover_every_byte_once_in_order(nbytes: list[int], block_bytes: int, max_parts: int) -> None:
+    writes = plan_writes(nbytes, block_bytes=block_bytes, max_parts=max_parts)
     covered = [0] * len(nbytes)
     seen = []
     for write in writes:
-        assert sum(piece.nbytes for piece in write) <= block_bytes
-        assert 1 <= len(write) <= max_pieces
-        for piece in write:
-            assert piece.start == covered[piece.record]
-            covered[piece.record] += piece.nbytes
-            seen.append((piece.record, piece.start))
-            assert len(write) == 1 or piece.nbytes == nbytes[piece.record]
+        assert sum(part.nbytes for part in write) <= block_bytes
+        assert 1 <= len(write) <= max_parts
+        for part in write:
+            assert part.start == covered[part.record]
+            covered[part.record] += part.nbytes
+            seen.append((part.record, part.start))
+            assert len(write) == 1 or part.nbytes == nbytes[part.record]
     assert covered == nbytes
     assert seen == sorted(seen)
     assert {record for record, _ in seen} == set(range(len(nbytes)))
 
 
 def test_small_records_share_a_write_and_large_ones_are_cut() -> None:
-    assert plan_writes([2, 0, 3, 12, 4], block_bytes=5, max_pieces=9) == [
-        (Piece(0, 0, 2), Piece(1, 0, 0), Piece(2, 0, 3)),
-        (Piece(3, 0, 5),),
-        (Piece(3, 5, 5),),
-        (Piece(3, 10, 2),),
-        (Piece(4, 0, 4),),
+    assert plan_writes([2, 0, 3, 12, 4], block_bytes=5, max_parts=9) == [
+        (RecordPart(0, 0, 2), RecordPart(1, 0, 0), RecordPart(2, 0, 3)),
+        (RecordPart(3, 0, 5),),
+        (RecordPart(3, 5, 5),),
+        (RecordPart(3, 10, 2),),
+        (RecordPart(4, 0, 4),),
     ]
 
 
-@pytest.mark.parametrize(("block_bytes", "max_pieces"), [(0, 1), (1, 0)])
-def test_limits_must_be_positive(block_bytes: int, max_pieces: int) -> None:
+@pytest.mark.parametrize(("block_bytes", "max_parts"), [(0, 1), (1, 0)])
+def test_limits_must_be_positive(block_bytes: int, max_parts: int) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
-        plan_writes([1], block_bytes=block_bytes, max_pieces=max_pieces)
+        plan_writes([1], block_bytes=block_bytes, max_parts=max_parts)

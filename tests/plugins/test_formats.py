@@ -21,7 +21,7 @@ from lightning_memload import (
     open_checkpoint,
     save_directory,
 )
-from lightning_memload.errors import UnmappableCheckpoint
+from lightning_memload.errors import UnmappableCheckpointError
 from tests.formats.files import save_dcp
 from tests.plugins.harness import (
     TRUSTED,
@@ -37,7 +37,7 @@ from tests.plugins.harness import (
 
 def test_what_a_directory_cannot_do_is_said(tmp_path: Path) -> None:
     save_directory({"state_dict": {}}, tmp_path / "directory")
-    with pytest.raises(UnmappableCheckpoint, match="map_location='meta' moves the tensors"):
+    with pytest.raises(UnmappableCheckpointError, match="map_location='meta' moves the tensors"):
         StreamingCheckpointIO().load_checkpoint(tmp_path / "directory", map_location="meta")
 
 

@@ -28,7 +28,7 @@ import torch
 from lightning_memload import verify_checkpoint
 from lightning_memload.formats import load_mapped
 from lightning_memload.memory import MemoryMonitor
-from lightning_memload.pickles.writing import Stretch
+from lightning_memload.pickles.pickling import SavedStorage
 from lightning_memload.save import save_directory, save_torch, write_torch
 from lightning_memload.storage import replacement
 
@@ -104,10 +104,10 @@ def measure(path: str, num_bytes: int, known_bytes: int, host_budget_mib: int) -
     with measured("ours"):
         ours.save_checkpoint(state, path)
     with measured("staged"):
-        in_host_memory = Stretch.is_in_host_memory
-        Stretch.is_in_host_memory = property(lambda self: False)  # type: ignore[assignment, method-assign]
+        in_host_memory = SavedStorage.is_in_host_memory
+        SavedStorage.is_in_host_memory = property(lambda self: False)  # type: ignore[assignment, method-assign]
         ours.save_checkpoint(state, path)
-        Stretch.is_in_host_memory = in_host_memory  # type: ignore[method-assign]
+        SavedStorage.is_in_host_memory = in_host_memory  # type: ignore[method-assign]
     assert ours.last_save is not None
     results["staged"]["staging_bytes"] = ours.last_save.staging_bytes
     with measured("stream"):

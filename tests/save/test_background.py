@@ -22,11 +22,11 @@ import torch
 from lightning_memload import CheckpointWriteError
 from lightning_memload.errors import ChangedMeanwhileError
 from lightning_memload.formats import load_mapped
-from lightning_memload.pickles.writing import Stretch
+from lightning_memload.pickles.pickling import SavedStorage
 from lightning_memload.save import BackgroundSave, plan_directory_save, plan_torch_save, tensors_of_optimizers
 from lightning_memload.storage import descriptors
 from lightning_memload.transfer import sinks, writing
-from lightning_memload.transfer.writing import Order, Records
+from lightning_memload.transfer.writing import WriteEngine, WriteOrder
 from tests.fresh_process import run_fresh
 
 BLOCK_BYTES = 1024
@@ -358,17 +358,17 @@ def test_threads_descriptors_and_hooks_are_flat(path: Path) -> None:
 def test_the_order_of_writes() -> None:
     """First what must be first, then the rest; told when the first part is done."""
     contents = [torch.full((1 << 19,), float(number)).untyped_storage() for number in range(4)]
-    stretches = [Stretch(storage, 0, storage.nbytes()) for storage in contents]
+    stretches = [SavedStorage(storage, 0, storage.nbytes()) for storage in contents]
     written: list[Any] = []
 
     class Target:
         def write(self, pieces: Any, data: Any, crc32s: Any) -> None:
             written.extend(piece.record for piece in pieces)
 
-    records = Records(stretches, 1 << 20, 1)
+    records = WriteEngine(stretches, 1 << 20, 1)
     told: list[int] = []
     urgent = [contents[1]._cdata, contents[3]._cdata]
-    records.write(Target(), Order(lambda s: s._cdata in urgent, lambda: told.append(len(written))))
+    records.write(Target(), WriteOrder(lambda s: s._cdata in urgent, lambda: told.append(len(written))))
     assert written == [1, 1, 3, 3, 0, 0, 2, 2]
     (count,) = told
     assert count >= 4

@@ -15,7 +15,7 @@ import torch
 from lightning_memload import verify_checkpoint
 from lightning_memload.errors import CheckpointFormatError, CheckpointWriteError
 from lightning_memload.formats import load_mapped, open_checkpoint
-from lightning_memload.pickles.writing import Stretch
+from lightning_memload.pickles.pickling import SavedStorage
 from lightning_memload.save import directory as writer
 from lightning_memload.save import save_directory, save_torch
 from lightning_memload.storage import replacement
@@ -65,7 +65,7 @@ class TestWhatIsWritten:
         weight = torch.randn((9 << 18) + 1)
         saved = {"weight": weight, "view": weight[5 << 18 : 6 << 18], "small": torch.ones(3)}
         with monkeypatch.context() as patch:
-            patch.setattr(Stretch, "is_in_host_memory", property(lambda self: False))
+            patch.setattr(SavedStorage, "is_in_host_memory", property(lambda self: False))
             stats = save_directory(saved, path, host_budget_bytes=4 << 20, num_threads=3)
         assert 0 < stats.staging_bytes <= 4 << 20
         loaded, _ = load_mapped(path, weights_only=True)

@@ -18,11 +18,12 @@ import pytest
 import torch
 
 from lightning_memload import CheckpointWriteError, open_checkpoint
+from lightning_memload.bytes import Record
 from lightning_memload.formats import load_mapped
-from lightning_memload.pickles.writing import Stretch
+from lightning_memload.pickles.pickling import SavedStorage
 from lightning_memload.save import save_torch, write_torch
 from lightning_memload.storage import LocalFile
-from lightning_memload.transfer import Record, StagingRing, TensorCopy, choose_layout, transfer
+from lightning_memload.transfer import StagingRing, TensorCopy, choose_layout, transfer
 from tests.formats.files import ALL_DTYPES, as_bytes, layouts, nested, of_dtype, tensors_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -64,7 +65,7 @@ READERS: dict[str, Any] = {
 @pytest.fixture
 def staged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Host memory goes through the staging ring, as a device's would."""
-    monkeypatch.setattr(Stretch, "is_in_host_memory", property(lambda self: False))
+    monkeypatch.setattr(SavedStorage, "is_in_host_memory", property(lambda self: False))
 
 
 def assert_same(loaded: Any, obj: Any) -> None:

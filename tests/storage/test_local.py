@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lightning_memload.storage import ByteSource, FilePart, LocalFile
+from lightning_memload.storage import ByteSource, FileView, LocalFile
 
 PAGE = mmap.PAGESIZE
 SIZE = 24 << 20
@@ -149,7 +149,7 @@ class TestReading:
     def test_part(self, nbytes: int, path: Path) -> None:
         expected = path.read_bytes()[777 : 777 + nbytes]
         with LocalFile(path) as file:
-            part = FilePart(file, "part", 777, nbytes)
+            part = FileView(file, "part", 777, nbytes)
             assert (part.name, part.size_bytes) == ("part", nbytes)
             for start in (0, 3, 1023, 1024, nbytes // 2, max(0, nbytes - 1024), nbytes, nbytes + 9):
                 for length in (0, 1, 1000, 1025, 1 << 62):

@@ -32,7 +32,7 @@ from lightning_memload.errors import (
     CheckpointFormatError,
     CheckpointReadError,
     ChecksumError,
-    UnmappableCheckpoint,
+    UnmappableCheckpointError,
     UnsafeGlobalsError,
 )
 from lightning_memload.formats import CheckpointFormat, load_mapped
@@ -382,7 +382,7 @@ class TestErrors:
 
     def test_a_file_that_only_torch_reads(self, bucket: ToyBucket) -> None:
         url = write(bucket, "old.pt", {"a": torch.ones(3)}, _use_new_zipfile_serialization=False)
-        with pytest.raises(UnmappableCheckpoint, match="none of the known formats"):
+        with pytest.raises(UnmappableCheckpointError, match="none of the known formats"):
             open_checkpoint(url)
         module = nn.Linear(300, 300)
         expected = nn.Linear(300, 300)
@@ -393,7 +393,7 @@ class TestErrors:
 
     def test_files_at_a_place_cannot_be_mapped(self, bucket: ToyBucket) -> None:
         source = FileSet([write(bucket, "w.pt", {})])
-        with pytest.raises(UnmappableCheckpoint, match=r"toy://bucket/w\.pt is not on a disk of this machine"):
+        with pytest.raises(UnmappableCheckpointError, match=r"toy://bucket/w\.pt is not on a disk of this machine"):
             FileMapping(source)
         assert FileWatch(source).begin() == "it is not on a disk of this machine"
 

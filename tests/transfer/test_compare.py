@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from lightning_memload import CheckpointReadError, ChecksumError
+from lightning_memload.bytes import Record
 from lightning_memload.storage import LocalFile
-from lightning_memload.transfer import Record, compare_records
+from lightning_memload.transfer import compare_records
 
 
 def write(path: Path, sizes: Sequence[int], gap: int = 7) -> list[Record]:

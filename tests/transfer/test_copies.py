@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from lightning_memload.bytes import Record
 from lightning_memload.errors import ChecksumError
-from lightning_memload.transfer import Record, TransferStats
+from lightning_memload.transfer import TransferStats
 from lightning_memload.transfer.copies import checksum_error
 
 

@@ -16,18 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_memload.bytes import Record
 from lightning_memload.errors import CheckpointReadError, ChecksumError
 from lightning_memload.formats import load_mapped
 from lightning_memload.storage import ByteSource
-from lightning_memload.transfer import (
-    Record,
-    RingLayout,
-    StagingRing,
-    TensorCopy,
-    TransferStats,
-    choose_layout,
-    transfer,
-)
+from lightning_memload.transfer import RingLayout, StagingRing, TensorCopy, TransferStats, choose_layout, transfer
 from lightning_memload.transfer.engine import _Buffer, _Transfer
 from tests.formats.files import ALL_DTYPES, as_bytes, layouts, of_dtype
 from tests.fresh_process import run_fresh
@@ -176,9 +169,9 @@ class TestValues:
         for name, value in loaded.items():
             destination = make(expected[name])
             wanted.append(make(expected[name]).copy_(expected[name]))
-            (piece,) = mapped.locate(value) or [None]
-            assert (piece is None) == (value.numel() == 0)
-            copies.append(TensorCopy(name, piece.offset if piece else 0, value.dtype, value.stride(), destination))
+            (chunk,) = mapped.locate(value) or [None]
+            assert (chunk is None) == (value.numel() == 0)
+            copies.append(TensorCopy(name, chunk.offset if chunk else 0, value.dtype, value.stride(), destination))
         records = [Record(s.key, s.offset, s.nbytes, s.crc32) for s in mapped.index.storages if s.crc32 is not None]
         move(mapped.source, copies, records=records, **options)
         for copy, want in zip(copies, wanted, strict=True):
@@ -539,6 +532,7 @@ class TestMemory:
 import torch, threading
 from lightning_memload.memory import MemoryMonitor
 from lightning_memload.memory.host import read_status
+from lightning_memload.bytes import Record
 from lightning_memload.transfer import *
 from lightning_memload.formats import load_mapped
 path, mib = ARGS["path"], 1 << 20

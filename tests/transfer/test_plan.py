@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zlib_ng import zlib_ng
 
-from lightning_memload.transfer.plan import Range, Read, plan_checks, plan_reads, split_strided
+from lightning_memload.transfer.plan import Read, TargetRange, plan_checks, plan_reads, split_strided
 
 FILE = bytes((7 * n + n // 256) % 256 for n in range(5000))
 
 spans = st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 900)), max_size=12)
 
 
-def as_ranges(of: list[tuple[int, int]]) -> list[Range]:
-    return [Range(number, offset, nbytes) for number, (offset, nbytes) in enumerate(of)]
+def as_ranges(of: list[tuple[int, int]]) -> list[TargetRange]:
+    return [TargetRange(number, offset, nbytes) for number, (offset, nbytes) in enumerate(of)]
 
 
 class TestReads:

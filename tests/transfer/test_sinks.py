@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from lightning_memload.transfer.sinks import LocalSink, Split, StreamSink
-from lightning_memload.transfer.write_plan import Piece
+from lightning_memload.bytes import RecordPart
+from lightning_memload.transfer.sinks import LocalSink, SplitWriter, StreamSink
 
 
 def write(path: Path, buffers: Sequence[bytes | memoryview], offset: int, **options: Any) -> bytes:
@@ -65,23 +65,23 @@ class TestStreamSink:
 
 class Noting:
     def __init__(self) -> None:
-        self.written: list[tuple[Piece, bytes, int | None]] = []
+        self.written: list[tuple[RecordPart, bytes, int | None]] = []
 
-    def write(self, pieces: Sequence[Piece], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
+    def write(self, pieces: Sequence[RecordPart], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
         self.written += [(piece, bytes(view), crc) for piece, view, crc in zip(pieces, data, crc32s, strict=True)]
 
 
 class TestSplit:
     def test_each_record_goes_to_its_target_under_its_number_there(self) -> None:
         first, none, second = Noting(), Noting(), Noting()
-        split = Split((2, first), (0, none), (3, second))
-        pieces = [Piece(1, 4, 1), Piece(2, 0, 1), Piece(4, 0, 2)]
+        split = SplitWriter((2, first), (0, none), (3, second))
+        pieces = [RecordPart(1, 4, 1), RecordPart(2, 0, 1), RecordPart(4, 0, 2)]
         split.write(pieces, [memoryview(b"a"), memoryview(b"b"), memoryview(b"cd")], [7, None, 9])
-        assert first.written == [(Piece(1, 4, 1), b"a", 7)]
+        assert first.written == [(RecordPart(1, 4, 1), b"a", 7)]
         assert none.written == []
-        assert second.written == [(Piece(0, 0, 1), b"b", None), (Piece(2, 0, 2), b"cd", 9)]
+        assert second.written == [(RecordPart(0, 0, 1), b"b", None), (RecordPart(2, 0, 2), b"cd", 9)]
 
     def test_a_write_of_one_target_leaves_the_others_alone(self) -> None:
         first, second = Noting(), Noting()
-        Split((1, first), (1, second)).write([Piece(1, 0, 1)], [memoryview(b"a")], [None])
+        SplitWriter((1, first), (1, second)).write([RecordPart(1, 0, 1)], [memoryview(b"a")], [None])
         assert (first.written, len(second.written)) == ([], 1)

@@ -9,15 +9,16 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lightning_memload.bytes import FileRange, Record
 from lightning_memload.checkpoint.index import ChunkInfo, PickledGlobal, SpecialTensor, StorageInfo, TensorInfo
-from lightning_memload.checkpoint.inventory import Damage, Section
-from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
-from lightning_memload.formats.dcp.metadata import METADATA_NAME, Entry, SavedTensor
+from lightning_memload.checkpoint.inventory import Damage
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpointError
+from lightning_memload.formats.dcp.metadata import METADATA_NAME, SavedTensor
 from lightning_memload.formats.torch_zip.records import pickle_is_sound, read_records, read_zip_inventory
 from lightning_memload.pickles.structure import PickleContents, walk_pickle
-from lightning_memload.storage import FilePart, FileSet
+from lightning_memload.storage import FileSet, FileView
 
-__all__ = ["DcpObject", "DcpTensor", "Entries"]
+__all__ = ["DcpObject", "DcpTensor", "EntryReader"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class DcpTensor:
 class DcpObject:
     """Stands for any other object in the saved object, which is not loaded yet."""
 
-    part: FilePart
+    view: FileView
     tensors: tuple[TensorInfo, ...]
     storages: tuple[StorageInfo, ...]
     pickled: bytes
@@ -39,7 +40,7 @@ class DcpObject:
     special: tuple[SpecialTensor, ...]
 
 
-class Entries:
+class EntryReader:
     """Reads the entries in the files of a directory.
 
     Args:
@@ -57,50 +58,50 @@ class Entries:
         self.starts = {os.path.basename(span.path): span.start for span in source.spans}
         self._walked: dict[Any, PickleContents] = {}
 
-    def take_inventory(self, entry: Entry, label: str) -> tuple[list[Section], list[Damage], bool]:
+    def take_inventory(self, entry: FileRange, label: str) -> tuple[list[Record], list[Damage], bool]:
         """The records of an entry, their damage, and whether the records that describe it are sound.
 
         Raises:
-            UnmappableCheckpoint: The records are compressed.
+            UnmappableCheckpointError: The records are compressed.
         """
         file, start = self.files[entry.file], self.starts[entry.file] + entry.offset
-        part = FilePart(file, f"{file.name}, the entry of {label} at byte {entry.offset}", entry.offset, entry.nbytes)
-        sections, damage = read_zip_inventory(part, start)
-        readable = not damage and pickle_is_sound(part, sections, start)
-        named = [replace(section, key=f"{label} ({section.key.partition('/')[2]})") for section in sections]
+        view = FileView(file, f"{file.name}, the entry of {label} at byte {entry.offset}", entry.offset, entry.nbytes)
+        records, damage = read_zip_inventory(view, start)
+        readable = not damage and pickle_is_sound(view, records, start)
+        named = [record._replace(name=f"{label} ({record.name.partition('/')[2]})") for record in records]
         placed = [replace(item, path=file.name, key=label, offset=entry.offset + (item.offset or 0)) for item in damage]
         return named, placed, readable
 
-    def read_item(self, name: str, item: SavedTensor | Entry) -> DcpTensor | DcpObject:
-        """Indexes an item of the metadata: a tensor in parts, or an entry that holds another object.
+    def read_item(self, name: str, item: SavedTensor | FileRange) -> DcpTensor | DcpObject:
+        """Indexes an item of the metadata: a tensor in chunks, or an entry that holds another object.
 
         Raises:
             CheckpointFormatError: An entry is damaged, or does not match the metadata.
-            UnmappableCheckpoint: Its tensors cannot stay in the file.
+            UnmappableCheckpointError: Its tensors cannot stay in the file.
         """
-        if isinstance(item, Entry):
+        if isinstance(item, FileRange):
             return self._read_entry(name, item)
         chunks = []
-        for part in item.parts:
-            entry = self._read_entry(name, part.entry)
+        for chunk in item.chunks:
+            entry = self._read_entry(name, chunk.entry)
             found = entry.tensors[0] if len(entry.tensors) == 1 and entry.tensors[0].path == () else None
-            if found is None or (found.dtype, found.shape) != (item.dtype, part.shape):
+            if found is None or (found.dtype, found.shape) != (item.dtype, chunk.shape):
                 holds = f"{found.dtype} of shape {found.shape}" if found is not None else "no single tensor"
                 raise CheckpointFormatError(
-                    f"{entry.part.name}: the part at {part.starts} of {name} is {item.dtype} of shape {part.shape} in "
-                    f"{METADATA_NAME}, but what lies there is {holds}. The files belong to different checkpoints, or "
-                    "are damaged. Resume from another checkpoint.",
-                    path=self.files[part.entry.file].name,
+                    f"{entry.view.name}: the chunk at {chunk.starts} of {name} is {item.dtype} of shape {chunk.shape} "
+                    f"in {METADATA_NAME}, but what lies there is {holds}. The files belong to different checkpoints, "
+                    "or are damaged. Resume from another checkpoint.",
+                    path=self.files[chunk.entry.file].name,
                 )
             if found.nbytes > found.storage.nbytes or b"conj" in entry.pickled or b"neg" in entry.pickled:
                 # torch writes such an entry for conjugate views only.
                 raise CheckpointFormatError(
-                    f"{entry.part.name}: the part at {part.starts} of {name} is a view ({found.nbytes} bytes of a "
+                    f"{entry.view.name}: the chunk at {chunk.starts} of {name} is a view ({found.nbytes} bytes of a "
                     f"storage of {found.storage.nbytes}, perhaps conjugate), whose bytes are not its values. Save "
                     "tensor.resolve_conj().contiguous() instead.",
-                    path=self.files[part.entry.file].name,
+                    path=self.files[chunk.entry.file].name,
                 )
-            chunks.append(ChunkInfo(part.starts, part.shape, found.stride, found.storage_offset, found.storage))
+            chunks.append(ChunkInfo(chunk.starts, chunk.shape, found.stride, found.storage_offset, found.storage))
         first = chunks[0]
         info = TensorInfo(
             (), item.dtype, item.shape, first.stride, first.storage_offset, first.storage,
@@ -108,17 +109,17 @@ class Entries:
         )  # fmt: skip
         return DcpTensor(info)
 
-    def _read_entry(self, name: str, entry: Entry) -> DcpObject:
+    def _read_entry(self, name: str, entry: FileRange) -> DcpObject:
         """Indexes one entry, which is a small archive. Runs no code of it."""
         file = self.files[entry.file]
-        part = FilePart(file, f"{file.name}, the entry of {name} at byte {entry.offset}", entry.offset, entry.nbytes)
+        view = FileView(file, f"{file.name}, the entry of {name} at byte {entry.offset}", entry.offset, entry.nbytes)
         try:
-            records, pickled = read_records(part)
+            records, pickled = read_records(view)
             # Parts of equal shape have equal pickles, and walking a pickle is the slowest step, so it is cached.
             same = (pickled, tuple((key, record.nbytes) for key, record in records.items()))
             if same not in self._walked:
-                self._walked[same] = walk_pickle(part.name, pickled, records)
-        except (CheckpointFormatError, UnmappableCheckpoint) as error:
+                self._walked[same] = walk_pickle(view.name, pickled, records)
+        except (CheckpointFormatError, UnmappableCheckpointError) as error:
             error.path = file.name
             raise
         found = self._walked[same]
@@ -130,4 +131,4 @@ class Entries:
             key = f"{entry.file}:{entry.offset}/{storage.key}"
             placed[storage.key] = StorageInfo(key, start + record.offset, storage.nbytes, crc32, storage.location)
         moved = tuple(tensor._replace(storage=placed[tensor.storage.key]) for tensor in found.tensors)
-        return DcpObject(part, moved, tuple(placed.values()), pickled, found.globals, found.special)
+        return DcpObject(view, moved, tuple(placed.values()), pickled, found.globals, found.special)

@@ -2,7 +2,7 @@
 
 ``torch.distributed.checkpoint`` pickles its own records there and reads them back with plain ``pickle``, which runs
 any code that the file names. Here the records become inert ones, and all other names are refused. Every number is
-checked before it is used: the parts of a tensor cover it exactly once, and each part has an entry. Nothing of
+checked before it is used: the chunks of a tensor cover it exactly once, and each chunk has an entry. Nothing of
 ``torch.distributed`` is imported, so this works on a torch that was built without it.
 """
 
@@ -19,46 +19,27 @@ from typing import Any
 
 import torch
 
+from lightning_memload.bytes import FileRange
 from lightning_memload.checkpoint.index import KeyPath
 from lightning_memload.errors import CheckpointFormatError, listed
-from lightning_memload.formats.dcp.unpickler import ForeignGlobal, InertRecord, MetadataUnpickler
+from lightning_memload.formats.dcp.unpickler import ForeignGlobal, InertObject, MetadataUnpickler
 from lightning_memload.storage.places import read_start, size_of
 
-__all__ = ["METADATA_NAME", "Entry", "Metadata", "Part", "SavedTensor", "read_metadata", "survey_metadata"]
+__all__ = ["METADATA_NAME", "Metadata", "SavedChunk", "SavedTensor", "read_metadata", "survey_metadata"]
 
 METADATA_NAME = ".metadata"
 # Larger than any size or element count of a torch tensor, which are 64-bit signed integers.
 _TOO_LARGE = 1 << 63
 _MAX_DIMENSIONS = 64
-# A million parts take some 200 MiB.
+# A million chunks take some 200 MiB.
 _MAX_METADATA_BYTES = 1 << 30
 # No real state dict is nested deeper. The assembly is recursive, so the depth must be limited.
 _MAX_DEPTH = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A range of a file that holds one saved object.
-
-    Attributes:
-        file: Name of the file in the directory.
-        offset: Position of its first byte in the file.
-        nbytes: Its length in bytes.
-    """
-
-    file: str
-    offset: int
-    nbytes: int
-
-    @property
-    def end(self) -> int:
-        """The position of its end in the file."""
-        return self.offset + self.nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One part of a tensor.
+class SavedChunk:
+    """One chunk of a tensor, stored by itself.
 
     Attributes:
         starts: Index of its first element in the tensor, for every dimension.
@@ -68,16 +49,16 @@ class Part:
 
     starts: tuple[int, ...]
     shape: tuple[int, ...]
-    entry: Entry
+    entry: FileRange
 
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """One tensor of the checkpoint, and the parts that cover it without overlap."""
+    """One tensor of the checkpoint, and the chunks that cover it without overlap."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    chunks: tuple[SavedChunk, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +71,9 @@ class Metadata:
         entries: Every entry, and its name in messages.
     """
 
-    items: dict[str, SavedTensor | Entry]
+    items: dict[str, SavedTensor | FileRange]
     paths: dict[str, KeyPath]
-    entries: dict[Entry, str]
+    entries: dict[FileRange, str]
 
 
 def read_metadata(path: str) -> Metadata:
@@ -107,7 +88,7 @@ def read_metadata(path: str) -> Metadata:
     Raises:
         CheckpointFormatError: It is damaged or inconsistent, or names a class that such a file never holds.
 
-    Peak memory: a few times the size of the file, which has some hundred bytes for each part of a tensor.
+    Peak memory: a few times the size of the file, which has some hundred bytes for each chunk of a tensor.
     """
     metadata, problems = survey_metadata(path)
     if problems:
@@ -168,7 +149,7 @@ class _Reader:
     def read(self) -> tuple[Metadata, list[str]]:
         saved = self._mapping(self._field(self._root, "Metadata", "state_dict_metadata"), "state_dict_metadata")
         places = self._read_places()
-        items: dict[str, SavedTensor | Entry] = {}
+        items: dict[str, SavedTensor | FileRange] = {}
         missing: list[str] = []
         for name, item in saved.items():
             with self._collecting_errors():
@@ -180,7 +161,7 @@ class _Reader:
                 f"{self._path} has no entry for {len(missing)} of its parts: {listed(missing)}. The save was not "
                 "finished, or the file is damaged. Resume from another checkpoint."
             )
-        entries: dict[Entry, str] = {}
+        entries: dict[FileRange, str] = {}
         for (name, starts), entry in places.items():
             if entry is not None:
                 entries.setdefault(entry, f"{name} at {starts}" if starts and any(starts) else name)
@@ -195,11 +176,11 @@ class _Reader:
             self._problems.append(str(error))
 
     def _read_item(
-        self, name: Any, item: Any, places: Mapping[tuple[str, Any], Entry | None], missing: list[str]
-    ) -> SavedTensor | Entry | None:
+        self, name: Any, item: Any, places: Mapping[tuple[str, Any], FileRange | None], missing: list[str]
+    ) -> SavedTensor | FileRange | None:
         if not isinstance(name, str):
             raise self._damaged(f"an item is called {reprlib.repr(name)}, which is no string")
-        kind = type(item).__name__ if isinstance(item, InertRecord) else None
+        kind = type(item).__name__ if isinstance(item, InertObject) else None
         if kind == "TensorStorageMetadata":
             return self._read_tensor(name, item, places, missing)
         if kind != "BytesStorageMetadata":
@@ -208,9 +189,9 @@ class _Reader:
             missing.append(name)
         return places.get((name, None))
 
-    def _read_places(self) -> dict[tuple[str, tuple[int, ...] | None], Entry | None]:
-        """The entry of each part. ``None`` for a part whose entry is invalid."""
-        places: dict[tuple[str, tuple[int, ...] | None], Entry | None] = {}
+    def _read_places(self) -> dict[tuple[str, tuple[int, ...] | None], FileRange | None]:
+        """The entry of each chunk. ``None`` for a chunk whose entry is invalid."""
+        places: dict[tuple[str, tuple[int, ...] | None], FileRange | None] = {}
         stored = self._mapping(self._field(self._root, "Metadata", "storage_data"), "storage_data")
         for key, info in stored.items():
             with self._collecting_errors():
@@ -224,7 +205,7 @@ class _Reader:
                 places[name, starts] = self._read_place(name, info)
         return places
 
-    def _read_place(self, name: str, info: Any) -> Entry:
+    def _read_place(self, name: str, info: Any) -> FileRange:
         file = self._field(info, "_StorageInfo", "relative_path")
         offset, nbytes = self._field(info, "_StorageInfo", "offset"), self._field(info, "_StorageInfo", "length")
         transforms = self._field(info, "_StorageInfo", "transform_descriptors", None)
@@ -238,23 +219,23 @@ class _Reader:
                 "torch.distributed.checkpoint.format_utils.dcp_to_torch_save.",
                 path=self._path,
             )
-        return Entry(file, offset, nbytes)
+        return FileRange(file, offset, nbytes)
 
     def _read_tensor(
-        self, name: str, item: Any, places: Mapping[tuple[str, Any], Entry | None], missing: list[str]
+        self, name: str, item: Any, places: Mapping[tuple[str, Any], FileRange | None], missing: list[str]
     ) -> SavedTensor | None:
         shape = self._integers(self._field(item, "TensorStorageMetadata", "size"), f"the shape of {name}")
         dtype = self._read_dtype(name, self._field(item, "TensorStorageMetadata", "properties"))
         if math.prod(size or 1 for size in shape) * dtype.itemsize >= _TOO_LARGE:
             raise self._damaged(f"{name} has the absurd shape {shape}")
-        chunks = self._field(item, "TensorStorageMetadata", "chunks")
-        if not isinstance(chunks, list):
-            raise self._damaged(f"the chunks of {name} are {reprlib.repr(chunks)}")
-        parts: dict[tuple[int, ...], Part] = {}
+        saved = self._field(item, "TensorStorageMetadata", "chunks")
+        if not isinstance(saved, list):
+            raise self._damaged(f"the chunks of {name} are {reprlib.repr(saved)}")
+        chunks: dict[tuple[int, ...], SavedChunk] = {}
         absent = False
-        for chunk in chunks:
-            starts = self._integers(self._field(chunk, "ChunkStorageMetadata", "offsets"), f"a chunk of {name}")
-            sizes = self._integers(self._field(chunk, "ChunkStorageMetadata", "sizes"), f"a chunk of {name}")
+        for item_chunk in saved:
+            starts = self._integers(self._field(item_chunk, "ChunkStorageMetadata", "offsets"), f"a chunk of {name}")
+            sizes = self._integers(self._field(item_chunk, "ChunkStorageMetadata", "sizes"), f"a chunk of {name}")
             ends = [start + size for start, size in zip(starts, sizes, strict=False)]
             if not len(starts) == len(sizes) == len(shape) or any(map(operator.gt, ends, shape)):
                 raise self._damaged(
@@ -266,11 +247,11 @@ class _Reader:
                     missing.append(f"{name} at {starts}")
                 absent = True
                 continue
-            if parts.setdefault(starts, Part(starts, sizes, entry)).shape != sizes:
+            if chunks.setdefault(starts, SavedChunk(starts, sizes, entry)).shape != sizes:
                 raise self._damaged(f"two chunks of {name} begin at {starts}")
         if absent:
             return None
-        full = [part for part in parts.values() if math.prod(part.shape)]
+        full = [chunk for chunk in chunks.values() if math.prod(chunk.shape)]
         overlap = _find_overlap(full)
         if overlap is not None:
             first, second = overlap
@@ -278,16 +259,16 @@ class _Reader:
                 f"two chunks of {name} overlap, the one at {first.starts} of sizes {first.shape} and the one at "
                 f"{second.starts} of sizes {second.shape}"
             )
-        held, numel = sum(math.prod(part.shape) for part in full), math.prod(shape)
-        if held != numel or not parts:
+        held, numel = sum(math.prod(chunk.shape) for chunk in full), math.prod(shape)
+        if held != numel or not chunks:
             raise self._damaged(
                 f"its chunks hold {held} of the {numel} elements of {name}, whose shape is {shape}: a rank's part is "
                 "missing"
             )
-        return SavedTensor(dtype, shape, tuple(full) or (next(iter(parts.values())),))
+        return SavedTensor(dtype, shape, tuple(full) or (next(iter(chunks.values())),))
 
     def _read_dtype(self, name: str, properties: Any) -> torch.dtype:
-        state = properties.state if isinstance(properties, InertRecord) else None
+        state = properties.state if isinstance(properties, InertObject) else None
         dtype = state[0] if isinstance(state, tuple) and state else None
         if isinstance(state, dict):
             dtype = state.get("dtype")
@@ -310,7 +291,7 @@ class _Reader:
         return paths
 
     def _field(self, record: Any, kind: str, field: str, *default: Any) -> Any:
-        if type(record).__name__ != kind or not isinstance(record, InertRecord) or not isinstance(record.state, dict):
+        if type(record).__name__ != kind or not isinstance(record, InertObject) or not isinstance(record.state, dict):
             raise self._damaged(f"it holds {reprlib.repr(record)} where torch writes a {kind}")
         if field not in record.state and not default:
             raise self._damaged(f"a {kind} lacks its {field}")
@@ -333,24 +314,24 @@ class _Reader:
         )
 
 
-def _find_overlap(parts: Sequence[Part]) -> tuple[Part, Part] | None:
-    """Two parts that share an element, or ``None``. No part may be empty.
+def _find_overlap(chunks: Sequence[SavedChunk]) -> tuple[SavedChunk, SavedChunk] | None:
+    """Two chunks that share an element, or ``None``. No chunk may be empty.
 
-    Sweeps along the dimension with the most distinct starts, so that few parts are compared at a time: a sharded tensor
-    has as many parts as there are ranks.
+    Sweeps along the dimension with the most distinct starts, so that few chunks are compared at a time: a sharded
+    tensor has as many chunks as there are ranks.
     """
-    if len(parts) < 2:
+    if len(chunks) < 2:
         return None
-    axis = max(range(len(parts[0].starts)), key=lambda d: len({part.starts[d] for part in parts}), default=None)
+    axis = max(range(len(chunks[0].starts)), key=lambda d: len({chunk.starts[d] for chunk in chunks}), default=None)
     if axis is None:
-        return parts[0], parts[1]
-    alive: list[Part] = []
-    for part in sorted(parts, key=lambda p: p.starts[axis]):
-        alive = [other for other in alive if other.starts[axis] + other.shape[axis] > part.starts[axis]]
+        return chunks[0], chunks[1]
+    alive: list[SavedChunk] = []
+    for chunk in sorted(chunks, key=lambda p: p.starts[axis]):
+        alive = [other for other in alive if other.starts[axis] + other.shape[axis] > chunk.starts[axis]]
         for other in alive:
-            if all(map(_intersect, part.starts, part.shape, other.starts, other.shape)):
-                return other, part
-        alive.append(part)
+            if all(map(_intersect, chunk.starts, chunk.shape, other.starts, other.shape)):
+                return other, chunk
+        alive.append(chunk)
     return None
 
 

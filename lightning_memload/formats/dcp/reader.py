@@ -1,8 +1,8 @@
 """Reads directories of ``torch.distributed.checkpoint``, as Lightning's FSDP and ModelParallel strategies save them.
 
-``.metadata`` maps each part of each tensor to a range of a file, and each range is a small archive of ``torch.save``.
+``.metadata`` maps each chunk of each tensor to a range of a file, and each range is a small archive of ``torch.save``.
 So the bytes of every tensor are known, with their CRC-32, and the tensors can stay in the files. They are chunked
-tensors, because a part can start at any byte. The object is assembled as it was saved. A checkpoint of a Trainer gets
+tensors, because a chunk can start at any byte. The object is assembled as it was saved. A checkpoint of a Trainer gets
 the ordinary form, with ``state_dict``, ``optimizer_states`` and the content of ``meta.pt``. Optimizer states stay under
 the names of their parameters, as the strategies save them.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from lightning_memload.bytes import FileRange, Record
 from lightning_memload.checkpoint.index import (
     Checkpoint,
     ChunkInfo,
@@ -29,19 +30,12 @@ from lightning_memload.checkpoint.index import (
     TensorInfo,
     format_path,
 )
-from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
+from lightning_memload.checkpoint.inventory import Damage, Inventory
 from lightning_memload.checkpoint.mapped import MappedCheckpoint
-from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint, UnsafeGlobalsError, listed
-from lightning_memload.formats.dcp.entries import DcpObject, DcpTensor, Entries
-from lightning_memload.formats.dcp.metadata import (
-    METADATA_NAME,
-    Entry,
-    Metadata,
-    SavedTensor,
-    read_metadata,
-    survey_metadata,
-)
-from lightning_memload.formats.dcp.structure import assemble, map_leaves, rename_for_trainer, walk_leaves
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpointError, UnsafeGlobalsError, listed
+from lightning_memload.formats.dcp.assembly import assemble, map_leaves, rename_for_trainer, walk_leaves
+from lightning_memload.formats.dcp.entries import DcpObject, DcpTensor, EntryReader
+from lightning_memload.formats.dcp.metadata import METADATA_NAME, Metadata, SavedTensor, read_metadata, survey_metadata
 from lightning_memload.formats.torch_zip.reader import TorchZip, read_index
 from lightning_memload.formats.torch_zip.records import pickle_is_sound, read_records, read_zip_inventory
 from lightning_memload.pickles.erasing import RefusedGlobal
@@ -73,7 +67,7 @@ class DcpDirectory:
         """Indexes the directory.
 
         Raises:
-            CheckpointFormatError: A file is missing, truncated or damaged, or the parts of a tensor do not cover it.
+            CheckpointFormatError: A file is missing, truncated or damaged, or the chunks of a tensor do not cover it.
         """
         directory = _open(path)
         directory.source.close()
@@ -107,21 +101,21 @@ class DcpDirectory:
         # The metadata file is last, so the offsets of the other files equal those of an index.
         source = FileSet([os.path.join(path, name) for name in (*names, METADATA_NAME)])
         with contextlib.closing(source):
-            sections = [Section(METADATA_NAME, source.spans[-1].start, source.spans[-1].nbytes, None)]
-            entries = Entries(source)
-            sound: set[Entry] = set()
+            records = [Record(METADATA_NAME, source.spans[-1].start, source.spans[-1].nbytes, None)]
+            entries = EntryReader(source)
+            sound: set[FileRange] = set()
             for entry, label in metadata.entries.items():
                 # A missing or truncated file is already in the damage.
                 if entry.file in entries.files and entry.end <= entries.files[entry.file].size_bytes:
                     found, wrong, readable = entries.take_inventory(entry, label)
-                    sections += found
+                    records += found
                     damage += wrong
                     sound.update([entry] if readable else [])
             readable = True
             if names[:1] == [_EXTRA_NAME]:
                 found, wrong = read_zip_inventory(source.files[0])
                 readable = pickle_is_sound(source.files[0], found)
-                sections += found
+                records += found
                 damage += wrong
             leaves: dict[str, DcpTensor | DcpObject] = {}
             for name, item in metadata.items.items():
@@ -132,8 +126,8 @@ class DcpDirectory:
             # Unreadable records are found later, when their checksums are verified.
             if not damage and readable and sound.issuperset(metadata.entries) and len(leaves) == len(metadata.items):
                 with _collecting_errors(damage, None):
-                    _Directory(path, metadata, entries, leaves)
-            return Inventory(path, self.name, source.spans, tuple(sections), tuple(damage))
+                    _CheckedDirectory(path, metadata, entries, leaves)
+            return Inventory(path, self.name, source.spans, tuple(records), tuple(damage))
 
 
 @contextlib.contextmanager
@@ -141,25 +135,25 @@ def _collecting_errors(damage: list[Damage], key: str | None) -> Iterator[None]:
     """Records an error as damage and continues."""
     try:
         yield
-    except UnmappableCheckpoint:
+    except UnmappableCheckpointError:
         pass  # An inventory does not need mappable tensors.
     except CheckpointFormatError as error:
         damage.append(Damage(error.path, str(error), key=key))
 
 
-def _part_within(item: SavedTensor | Entry, entries: set[Entry]) -> SavedTensor | Entry | None:
+def _part_within(item: SavedTensor | FileRange, entries: set[FileRange]) -> SavedTensor | FileRange | None:
     """The part of an item that is in the given entries. ``None`` if no part is."""
-    if isinstance(item, Entry):
+    if isinstance(item, FileRange):
         return item if item in entries else None
-    parts = tuple(part for part in item.parts if part.entry in entries)
-    return replace(item, parts=parts) if parts else None
+    chunks = tuple(chunk for chunk in item.chunks if chunk.entry in entries)
+    return replace(item, chunks=chunks) if chunks else None
 
 
-class _Directory:
+class _CheckedDirectory:
     """One directory after all checks: its files, its index, and the saved object with placeholders for its leaves."""
 
     def __init__(
-        self, path: str, metadata: Metadata, entries: Entries, leaves: dict[str, DcpTensor | DcpObject]
+        self, path: str, metadata: Metadata, entries: EntryReader, leaves: dict[str, DcpTensor | DcpObject]
     ) -> None:
         self._path = path
         self.source = entries.source
@@ -187,7 +181,7 @@ class _Directory:
                 info = leaf.info
                 chunks = info.chunks or (_only_chunk(info),)
                 return checkpoint.chunked_tensor(info.shape, info.dtype, chunks, name=format_path(path))
-            data = io.BytesIO(leaf.part.pread(leaf.part.size_bytes, 0))
+            data = io.BytesIO(leaf.view.pread(leaf.view.size_bytes, 0))
             try:
                 return torch.load(data, map_location="cpu", weights_only=weights_only)
             except pickle.UnpicklingError as error:
@@ -238,7 +232,7 @@ def _read_numbers(leaf: Any) -> list[int]:
     """The numbers of an optimizer's parameters, from the leaf that lists them. Parameter names are skipped."""
     if not isinstance(leaf, DcpObject):
         return []
-    ids = read_structure(leaf.part.name, leaf.pickled, read_records(leaf.part)[0])
+    ids = read_structure(leaf.view.name, leaf.pickled, read_records(leaf.view)[0])
     return [number for number in ids if type(number) is int] if isinstance(ids, list) else []
 
 
@@ -252,16 +246,16 @@ def _read_extra_structure(file: StoredFile) -> dict[Any, Any]:
     return extra
 
 
-def _open(path: str) -> _Directory:
+def _open(path: str) -> _CheckedDirectory:
     """Reads a directory and requires that everything in it is sound. Its source stays open."""
     _require_metadata(path)
     metadata = read_metadata(os.path.join(path, METADATA_NAME))
     source = FileSet(_find_files(path, metadata))
     try:
         with _advising_conversion(path):
-            entries = Entries(source)
+            entries = EntryReader(source)
             leaves = {name: entries.read_item(name, item) for name, item in metadata.items.items()}
-            return _Directory(path, metadata, entries, leaves)
+            return _CheckedDirectory(path, metadata, entries, leaves)
     except BaseException:
         source.close()
         raise
@@ -287,14 +281,14 @@ def _require_metadata(path: str) -> None:
 
 @contextlib.contextmanager
 def _advising_conversion(path: str) -> Iterator[None]:
-    """Adds to :class:`UnmappableCheckpoint` the advice to convert the directory.
+    """Adds to :class:`UnmappableCheckpointError` the advice to convert the directory.
 
     ``torch.load`` cannot read a directory, so there is no other way to load it.
     """
     try:
         yield
-    except UnmappableCheckpoint as reason:
-        raise UnmappableCheckpoint(
+    except UnmappableCheckpointError as reason:
+        raise UnmappableCheckpointError(
             f"{reason} On the system that saved it, convert {path} to one file with Lightning's "
             "consolidate_checkpoint, or with torch.distributed.checkpoint.format_utils.dcp_to_torch_save, and load "
             "that file.",

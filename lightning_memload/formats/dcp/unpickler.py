@@ -1,6 +1,6 @@
 """Unpickles the ``.metadata`` of a distributed checkpoint into inert records. No code of the file runs.
 
-``torch.distributed.checkpoint`` pickles instances of its own classes. Here each becomes an :class:`InertRecord`, which
+``torch.distributed.checkpoint`` pickles instances of its own classes. Here each becomes an :class:`InertObject`, which
 keeps arguments and state and has no behaviour. Any class or function from elsewhere is refused.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 from lightning_memload.pickles.structure import InertUnpickler
 
-__all__ = ["ForeignGlobal", "InertRecord", "MetadataUnpickler"]
+__all__ = ["ForeignGlobal", "InertObject", "MetadataUnpickler"]
 
 # Modules of the classes that torch's own planners and writers pickle.
 _RECORD_MODULES = ("torch.distributed", "torch.serialization", "pathlib")
@@ -24,13 +24,13 @@ class ForeignGlobal(Exception):
     """The pickle names a class or function that such a file never holds."""
 
 
-class InertRecord:
+class InertObject:
     """Stands for an instance of any class that the pickle names: holds its arguments and state, has no behaviour."""
 
     args: tuple[Any, ...]
     state: Any
 
-    def __new__(cls, *args: Any) -> InertRecord:
+    def __new__(cls, *args: Any) -> InertObject:
         """Keeps the arguments."""
         self = super().__new__(cls)
         self.args, self.state = args, None
@@ -52,7 +52,7 @@ class MetadataUnpickler(InertUnpickler):
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
-        self._classes: dict[tuple[str, str], type[InertRecord]] = {}
+        self._classes: dict[tuple[str, str], type[InertObject]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a class or function.
@@ -70,7 +70,7 @@ class MetadataUnpickler(InertUnpickler):
         if not any(module == known or module.startswith(f"{known}.") for known in _RECORD_MODULES):
             raise ForeignGlobal(f"{reprlib.repr(module)}.{reprlib.repr(name)}".replace("'", ""))
         if (module, name) not in self._classes:
-            self._classes[module, name] = type(name, (InertRecord,), {})
+            self._classes[module, name] = type(name, (InertObject,), {})
         return self._classes[module, name]
 
     def persistent_load(self, saved_id: Any) -> Any:

@@ -113,7 +113,7 @@ def read_header(file: StoredFile, start: int) -> Header:
     tensors: list[TensorInfo] = []
     special: list[SpecialTensor] = []
     ranges: dict[str, tuple[int, int]] = {}
-    kinds: dict[tuple[object, ...], _Kind] = {}
+    kinds: dict[tuple[object, ...], _EntryType] = {}
     for key, entry in header.items():
         kind, begin, end = _parse_entry(path, key, entry, kinds)
         if data_start + end > size:
@@ -132,7 +132,7 @@ def read_header(file: StoredFile, start: int) -> Header:
     return Header(tuple(tensors), tuple(special), ranges, metadata, data_start)
 
 
-class _Kind(NamedTuple):
+class _EntryType(NamedTuple):
     """What the dtype and the shape of an entry say. Thousands of tensors have the same.
 
     Attributes:
@@ -150,7 +150,9 @@ class _Kind(NamedTuple):
     unknown: str = ""
 
 
-def _parse_entry(path: str, key: str, entry: object, kinds: dict[tuple[object, ...], _Kind]) -> tuple[_Kind, int, int]:
+def _parse_entry(
+    path: str, key: str, entry: object, kinds: dict[tuple[object, ...], _EntryType]
+) -> tuple[_EntryType, int, int]:
     """Returns the dtype and shape, the first byte and one past the last, relative to the end of the header.
 
     Args:
@@ -186,16 +188,16 @@ def _parse_entry(path: str, key: str, entry: object, kinds: dict[tuple[object, .
     return kind, begin, end
 
 
-def _parse_kind(path: str, key: str, dtype_name: str, shape: tuple[int, ...]) -> _Kind:
+def _parse_kind(path: str, key: str, dtype_name: str, shape: tuple[int, ...]) -> _EntryType:
     dtype = _DTYPES.get(dtype_name)
     if dtype is None:
         if not _DTYPE_NAME.fullmatch(dtype_name):
             raise _entry_error(path, key, f"has dtype {short(dtype_name)}, which is not a dtype name. {COPY_AGAIN}")
-        return _Kind(None, shape, unknown=f"dtype {dtype_name}")
+        return _EntryType(None, shape, unknown=f"dtype {dtype_name}")
     if dtype_name == "F4":
         # Two elements per byte. torch counts bytes, and safetensors does the same when it loads.
         if not shape or shape[-1] % 2:
-            return _Kind(None, shape, unknown="dtype F4 of an odd last size")
+            return _EntryType(None, shape, unknown="dtype F4 of an odd last size")
         shape = (*shape[:-1], shape[-1] // 2)
     # Zeros are skipped: even for an empty tensor, torch multiplies the other sizes to compute the strides.
     nbytes = dtype.itemsize
@@ -204,7 +206,7 @@ def _parse_kind(path: str, key: str, dtype_name: str, shape: tuple[int, ...]) ->
         if nbytes >= _LIMIT:
             what = f"has shape {short(shape)}, but no tensor has 2**63 bytes or more. {COPY_AGAIN}"
             raise _entry_error(path, key, what)
-    return _Kind(dtype, shape, _contiguous_stride(shape), 0 if 0 in shape else nbytes)
+    return _EntryType(dtype, shape, _contiguous_stride(shape), 0 if 0 in shape else nbytes)
 
 
 def _entry_error(path: str, key: str, what: str) -> CheckpointFormatError:

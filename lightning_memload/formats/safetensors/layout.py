@@ -16,14 +16,14 @@ from itertools import accumulate
 
 import torch
 
+from lightning_memload.bytes import RecordPart
 from lightning_memload.checkpoint import span_elements
 from lightning_memload.formats.safetensors.header import SAFETENSORS_DTYPES
-from lightning_memload.pickles.writing import Stretch
+from lightning_memload.pickles.pickling import SavedStorage
 from lightning_memload.transfer.sinks import Sink
-from lightning_memload.transfer.write_plan import Piece
-from lightning_memload.transfer.writing import Content, Gathered, size_of
+from lightning_memload.transfer.writing import Content, GatheredBytes, size_of
 
-__all__ = ["RunTarget", "WeightsFile", "find_weights"]
+__all__ = ["ContiguousWriter", "WeightsFile", "find_weights"]
 
 # The header is padded to this, so that the values start aligned for vector instructions.
 _ALIGNMENT_BYTES = 64
@@ -64,15 +64,15 @@ class WeightsFile:
     left_out: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, weights: Mapping[str, torch.Tensor], stretches: Sequence[Stretch]) -> WeightsFile:
+    def of(cls, weights: Mapping[str, torch.Tensor], saved_storages: Sequence[SavedStorage]) -> WeightsFile:
         """Lays out the file.
 
         Args:
             weights: The tensors by name.
-            stretches: The part of each storage that the checkpoint needs.
+            saved_storages: The part of each storage that the checkpoint needs.
         """
         file = cls()
-        needed = {stretch.storage._cdata: (stretch.start, stretch.nbytes) for stretch in stretches}
+        needed = {saved.storage._cdata: (saved.start, saved.nbytes) for saved in saved_storages}
         first_names: dict[object, str] = {}
         ties: dict[str, str] = {}
         held: list[tuple[str, torch.Tensor]] = []
@@ -93,12 +93,14 @@ class WeightsFile:
             storage, start, nbytes = _place(tensor)
             if tensor.numel() and tensor.is_contiguous() and needed.get(storage._cdata) == (start, nbytes):
                 file.places[storage._cdata] = len(file.contents)
-            file.contents.append(Stretch(storage, start, nbytes) if tensor.is_contiguous() else Gathered(tensor))
+            file.contents.append(
+                SavedStorage(storage, start, nbytes) if tensor.is_contiguous() else GatheredBytes(tensor)
+            )
         *file.offsets, file.nbytes = accumulate(map(size_of, file.contents), initial=0)
         return file
 
 
-class RunTarget:
+class ContiguousWriter:
     """A target for one file in which the records follow one another without gaps.
 
     Args:
@@ -110,9 +112,9 @@ class RunTarget:
         self._sink = sink
         self._offsets = offsets
 
-    def write(self, pieces: Sequence[Piece], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
-        """Writes adjacent pieces with one call, see :class:`Target`."""
-        self._sink.write(data, self._offsets[pieces[0].record] + pieces[0].start)
+    def write(self, parts: Sequence[RecordPart], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
+        """Writes adjacent parts with one call, see :class:`Target`."""
+        self._sink.write(data, self._offsets[parts[0].record] + parts[0].start)
 
 
 def _header(held: Sequence[tuple[str, torch.Tensor]], ties: Mapping[str, str]) -> bytes:

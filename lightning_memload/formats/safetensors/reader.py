@@ -12,10 +12,11 @@ import warnings
 
 import torch
 
+from lightning_memload.bytes import Record
 from lightning_memload.checkpoint.index import Checkpoint, SpecialTensor, TensorInfo
-from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
+from lightning_memload.checkpoint.inventory import Damage, Inventory
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, end_loading
-from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint, listed
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpointError, listed
 from lightning_memload.formats.json_text import MAX_HEADER_BYTES, short
 from lightning_memload.formats.safetensors.header import PREFIX_BYTES, read_header, starts_like_header
 from lightning_memload.formats.shard_index import (
@@ -58,7 +59,7 @@ class Safetensors:
 
         Raises:
             CheckpointFormatError: A file is truncated or damaged, or shards are missing.
-            UnmappableCheckpoint: This machine is big-endian.
+            UnmappableCheckpointError: This machine is big-endian.
         """
         source = FileSet(_find_files(path))
         try:
@@ -76,7 +77,7 @@ class Safetensors:
 
         Raises:
             CheckpointFormatError: As for :meth:`read_index`.
-            UnmappableCheckpoint: This machine is big-endian.
+            UnmappableCheckpointError: This machine is big-endian.
         """
         source = FileSet(_find_files(path))
         try:
@@ -97,7 +98,7 @@ class Safetensors:
 
     def take_inventory(self, path: str) -> Inventory:
         """Returns the tensors and the headers, all without a checksum. See :class:`CheckpointFormat`."""
-        sections: list[Section] = []
+        records: list[Record] = []
         damage: list[Damage] = []
         try:
             files = _find_files(path)
@@ -111,20 +112,20 @@ class Safetensors:
                 except CheckpointFormatError as error:
                     damage.append(Damage(file.name, str(error)))
                     continue
-                sections.append(Section("the header", span.start, header.nbytes, None))
-                sections += [
-                    Section(key, span.start + begin, end - begin, None) for key, (begin, end) in header.ranges.items()
+                records.append(Record("the header", span.start, header.nbytes, None))
+                records += [
+                    Record(key, span.start + begin, end - begin, None) for key, (begin, end) in header.ranges.items()
                 ]
             if not damage:
                 try:
                     _read_index(path, source)
-                except UnmappableCheckpoint:
+                except UnmappableCheckpointError:
                     pass  # An inventory does not need tensors that can be mapped.
                 except CheckpointFormatError as error:
                     damage.append(Damage(path, str(error)))
         finally:
             source.close()
-        return Inventory(path, self.name, source.spans, tuple(sections), tuple(damage))
+        return Inventory(path, self.name, source.spans, tuple(records), tuple(damage))
 
 
 def _mapped_tensor(info: TensorInfo, mapping: FileMapping) -> torch.Tensor:
@@ -164,7 +165,7 @@ def _find_files(path: str) -> list[str]:
 
 def _read_index(path: str, source: FileSet) -> Checkpoint:
     if sys.byteorder != "little":
-        raise UnmappableCheckpoint(
+        raise UnmappableCheckpointError(
             f"{path} is little-endian, but this machine is big-endian. Its tensors must be byte-swapped before use.",
             path=path,
         )

@@ -1,7 +1,7 @@
 """Writes one file for each record, or hard-links the file of the previous checkpoint if its bytes are equal.
 
-Neither checksums nor version counters are trusted: each piece is compared with the old file before it is written. A
-tensor is copied from its device only once. If a later piece differs, the equal pieces are copied from the old file. A
+Neither checksums nor version counters are trusted: each part is compared with the old file before it is written. A
+tensor is copied from its device only once. If a later part differs, the equal parts are copied from the old file. A
 file that differs from its first bytes on, as every trained one does, costs a read of one page. A linked file is one
 file with two names: a change in place changes both checkpoints.
 """
@@ -15,8 +15,8 @@ import stat
 import threading
 from collections.abc import Sequence
 
+from lightning_memload.bytes import RecordPart
 from lightning_memload.transfer.sinks import LocalSink
-from lightning_memload.transfer.write_plan import Piece
 
 __all__ = ["LinkingFiles"]
 
@@ -42,7 +42,7 @@ class LinkingFiles:
         self, names: Sequence[str], sizes: Sequence[int], old_names: Sequence[str | None], *, start_writeback: bool
     ) -> None:
         self._files = [
-            _File(name, nbytes, old_name, start_writeback)
+            _GrowingFile(name, nbytes, old_name, start_writeback)
             for name, nbytes, old_name in zip(names, sizes, old_names, strict=True)
         ]
 
@@ -51,10 +51,10 @@ class LinkingFiles:
         """Size of the files that have been linked so far."""
         return sum(file.nbytes for file in self._files if file.is_linked)
 
-    def write(self, pieces: Sequence[Piece], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
-        """Writes or compares pieces, in any order and from any thread, see :class:`Target`."""
-        for piece, view in zip(pieces, data, strict=True):
-            self._files[piece.record].take(view, piece.start)
+    def write(self, parts: Sequence[RecordPart], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
+        """Writes or compares parts, in any order and from any thread, see :class:`Target`."""
+        for part, view in zip(parts, data, strict=True):
+            self._files[part.record].take(view, part.start)
 
     def close(self) -> None:
         """Closes the old files."""
@@ -62,7 +62,7 @@ class LinkingFiles:
             file.close()
 
 
-class _File:
+class _GrowingFile:
     """One file that is being written, and the old file to compare it with."""
 
     def __init__(self, name: str, nbytes: int, old_name: str | None, start_writeback: bool) -> None:
@@ -73,7 +73,7 @@ class _File:
         self._start_writeback = start_writeback
         self._lock = threading.Lock()
         self._old = -1
-        # Start and length of the equal pieces. They are written only if another piece differs.
+        # Start and length of the equal parts. They are written only if another part differs.
         self._same: list[tuple[int, int]] = []
         self._missing = nbytes
 
@@ -107,7 +107,7 @@ class _File:
         if _has_bytes(self._old, start, view):
             return True
         with self._lock:
-            self._old_name = None  # the other pieces need not be compared
+            self._old_name = None  # the other parts need not be compared
         return False
 
     def _open_old(self, name: str) -> bool:
@@ -120,7 +120,7 @@ class _File:
         return False
 
     def _write(self, view: memoryview, start: int) -> None:
-        # The first piece to arrive creates the file.
+        # The first part to arrive creates the file.
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(self._name, flags, 0o666)
         try:

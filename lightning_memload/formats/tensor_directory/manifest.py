@@ -111,7 +111,7 @@ class Manifest:
         """Name and size of every file except the manifest."""
         return files_of(self.state_bytes, self.storages, self.weights)
 
-    def stretches(self) -> list[tuple[str, str, int, int, int | None]]:
+    def ranges(self) -> list[tuple[str, str, int, int, int | None]]:
         """Each range outside of ``state.pt``: its file, its name in messages, its offset, its size and its CRC-32."""
         found: list[tuple[str, str, int, int, int | None]] = []
         weights = self.weights
@@ -264,8 +264,8 @@ def _weights(path: str, content: Mapping[str, Any], storages: Sequence[StorageFi
     if weights.header_bytes > MAX_HEADER_BYTES + 8:  # 8 bytes hold the length of the header
         raise damaged(path, f"it gives the header of {WEIGHTS_FILE} {weights.header_bytes} bytes.")
     end = 0
-    stretches = [(0, weights.header_bytes), *within, *((offset, nbytes) for offset, nbytes, _ in copies)]
-    for offset, nbytes in sorted(stretches):
+    ranges = [(0, weights.header_bytes), *within, *((offset, nbytes) for offset, nbytes, _ in copies)]
+    for offset, nbytes in sorted(ranges):
         if offset != end:
             raise damaged(path, f"what it places in {WEIGHTS_FILE} ends at byte {end} and goes on at {offset}.")
         end += nbytes

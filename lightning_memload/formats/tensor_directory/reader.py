@@ -15,16 +15,15 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from zlib_ng import zlib_ng
 
-from lightning_memload.bytes import lay_out
+from lightning_memload.bytes import Record, lay_out
 from lightning_memload.checkpoint.index import Checkpoint, StorageInfo
-from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
+from lightning_memload.checkpoint.inventory import Damage, Inventory
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, end_loading
-from lightning_memload.errors import CheckpointFormatError, MemloadError, UnmappableCheckpoint, listed
+from lightning_memload.errors import CheckpointFormatError, MemloadError, UnmappableCheckpointError, listed
 from lightning_memload.formats.tensor_directory.manifest import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -42,7 +41,7 @@ from lightning_memload.formats.tensor_directory.manifest import (
     render_manifest,
     storage_file,
 )
-from lightning_memload.formats.torch_zip.reader import load_what_is_allowed, name_sections
+from lightning_memload.formats.torch_zip.reader import load_what_is_allowed, name_records
 from lightning_memload.formats.torch_zip.records import pickle_is_sound, read_records, read_zip_inventory
 from lightning_memload.pickles.structure import walk_pickle
 from lightning_memload.storage import FileMapping, FileSet, map_or_reserve
@@ -107,27 +106,27 @@ class TensorDirectory:
         sound = [file for file in expected if file[0] not in wrong and os.path.join(path, TENSORS_FOLDER) not in wrong]
         files = lay_out(sound)
         places = {file.path: file.start for file in files}
-        sections = []
-        for name, key, offset, nbytes, crc32 in manifest.stretches():
+        records = []
+        for name, key, offset, nbytes, crc32 in manifest.ranges():
             start = places.get(os.path.join(path, name))
             if start is not None:
-                sections.append(Section(key, start + offset, nbytes, crc32))
+                records.append(Record(key, start + offset, nbytes, crc32))
         state = os.path.join(path, STATE_FILE)
         names: dict[int, str] = {}
         if state in places:
             with open_file(state) as file:
                 of_state, problems = read_zip_inventory(file, places[state])
-                sections += of_state
+                records += of_state
                 damage += problems
                 readable = not damage and pickle_is_sound(file, of_state, places[state])
             if readable:
                 try:
-                    names = name_sections(_read_index(path))
-                except UnmappableCheckpoint:
+                    names = name_records(_read_index(path))
+                except UnmappableCheckpointError:
                     pass  # An inventory does not need mappable tensors.
                 except CheckpointFormatError as error:
                     damage.append(Damage(path, str(error)))
-        named = tuple(replace(section, key=names.get(section.offset, section.key)) for section in sections)
+        named = tuple(record._replace(name=names.get(record.offset, record.name)) for record in records)
         return Inventory(path, self.name, files, named, tuple(damage))
 
 

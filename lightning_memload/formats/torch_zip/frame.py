@@ -12,7 +12,7 @@ import zipfile
 from typing import Any
 
 from lightning_memload.checkpoint.inventory import Damage
-from lightning_memload.storage.source import FilePart, StoredFile
+from lightning_memload.storage.source import FileView, StoredFile
 
 __all__ = ["MAX_DIRECTORY_BYTES", "check_end", "check_entry", "is_folder", "read_entries"]
 
@@ -35,14 +35,14 @@ _MAX_UINT16 = 0xFFFF
 _MAX_UINT32 = 0xFFFFFFFF
 
 
-class _Stream:
+class _BoundedStream:
     """The file methods that ``zipfile`` needs to list an archive.
 
     Refuses reads that are too large for a directory: ``zipfile`` would allocate the memory first, and a hostile sparse
     file takes no disk space.
     """
 
-    def __init__(self, file: StoredFile | FilePart) -> None:
+    def __init__(self, file: StoredFile | FileView) -> None:
         self._file = file
         self._position = 0
 
@@ -68,7 +68,7 @@ class _Stream:
         return data
 
 
-def read_entries(file: StoredFile | FilePart) -> list[zipfile.ZipInfo]:
+def read_entries(file: StoredFile | FileView) -> list[zipfile.ZipInfo]:
     """The entries of the directory at the end of a zip archive.
 
     Raises:
@@ -78,7 +78,7 @@ def read_entries(file: StoredFile | FilePart) -> list[zipfile.ZipInfo]:
 
     Peak memory: some 7 times the size of the directory.
     """
-    with zipfile.ZipFile(_Stream(file)) as archive:
+    with zipfile.ZipFile(_BoundedStream(file)) as archive:
         return archive.infolist()
 
 
@@ -87,7 +87,7 @@ def is_folder(entry: zipfile.ZipInfo) -> bool:
     return entry.filename.endswith("/") and entry.file_size == 0
 
 
-def check_entry(file: StoredFile | FilePart, entry: zipfile.ZipInfo, data_offset: int) -> Damage | None:
+def check_entry(file: StoredFile | FileView, entry: zipfile.ZipInfo, data_offset: int) -> Damage | None:
     """Compares the directory's entry of a record with the local header before its data and the descriptor after it.
 
     Args:
@@ -135,14 +135,14 @@ def check_entry(file: StoredFile | FilePart, entry: zipfile.ZipInfo, data_offset
     return None
 
 
-def _read_descriptor(file: StoredFile | FilePart, offset: int, *, is_large: bool) -> dict[str, Any]:
+def _read_descriptor(file: StoredFile | FileView, offset: int, *, is_large: bool) -> dict[str, Any]:
     layout = _DESCRIPTOR_64 if is_large else _DESCRIPTOR
     data = file.pread(layout.size, offset)
     values = layout.unpack(data) if len(data) == layout.size else (data, None, None, None)
     return dict(zip(("magic", "CRC-32", "packed size", "size"), values, strict=True))
 
 
-def check_end(file: StoredFile | FilePart, entries: list[zipfile.ZipInfo]) -> list[Damage]:
+def check_end(file: StoredFile | FileView, entries: list[zipfile.ZipInfo]) -> list[Damage]:
     """Compares the end records of the archive with its directory and the entries in it."""
     found: list[Damage] = []
 
@@ -204,7 +204,7 @@ def check_end(file: StoredFile | FilePart, entries: list[zipfile.ZipInfo]) -> li
     return found
 
 
-def _walk(file: StoredFile | FilePart, start: int, nbytes: int) -> int:
+def _walk(file: StoredFile | FileView, start: int, nbytes: int) -> int:
     """The sum of the sizes that the directory's entries declare. ``zipfile`` does not check the last one."""
     data = file.pread(min(nbytes, MAX_DIRECTORY_BYTES), start)
     position = 0

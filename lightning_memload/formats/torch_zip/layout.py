@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 __all__ = [
     "ALIGNMENT_BYTES",
-    "Entry",
+    "ZipEntry",
     "data_descriptor",
     "directory",
     "directory_bytes",
@@ -40,7 +40,7 @@ _PADDING_ID = b"FB"
 _PADDING = struct.Struct("<2sH")
 
 
-class Entry(NamedTuple):
+class ZipEntry(NamedTuple):
     """The place of one record in the archive.
 
     Attributes:
@@ -73,7 +73,7 @@ class Entry(NamedTuple):
         return self.nbytes >= _MAX_UINT32 or self.header_offset >= _MAX_UINT32
 
 
-def lay_out(records: Iterable[tuple[str, int]], *, start: int = 0) -> list[Entry]:
+def lay_out(records: Iterable[tuple[str, int]], *, start: int = 0) -> list[ZipEntry]:
     """Places the records one after the other.
 
     Args:
@@ -92,12 +92,12 @@ def lay_out(records: Iterable[tuple[str, int]], *, start: int = 0) -> list[Entry
         if nbytes < 0 or length > 0xFFFF:
             raise ValueError(f"a record of {nbytes} bytes with a name of {length} bytes cannot be stored")
         unpadded = start + _LOCAL_HEADER.size + length + len(_zip64_field(nbytes, start)) + _PADDING.size
-        entries.append(Entry(name, nbytes, start, -(-unpadded // ALIGNMENT_BYTES) * ALIGNMENT_BYTES))
+        entries.append(ZipEntry(name, nbytes, start, -(-unpadded // ALIGNMENT_BYTES) * ALIGNMENT_BYTES))
         start = entries[-1].end
     return entries
 
 
-def local_header(entry: Entry) -> bytes:
+def local_header(entry: ZipEntry) -> bytes:
     """The bytes from the entry's header to its data: header, name, zip64 field, padding."""
     name = entry.name.encode()
     # The compressed size is in the descriptor and the directory. It is 0 here, as in torch's files.
@@ -109,7 +109,7 @@ def local_header(entry: Entry) -> bytes:
     return fixed + name + extra
 
 
-def data_descriptor(entry: Entry, crc32: int) -> bytes:
+def data_descriptor(entry: ZipEntry, crc32: int) -> bytes:
     """The bytes after the entry's data. Empty for an entry without data."""
     if not entry.nbytes:
         return b""
@@ -117,7 +117,7 @@ def data_descriptor(entry: Entry, crc32: int) -> bytes:
     return descriptor.pack(b"PK\x07\x08", crc32, entry.nbytes, entry.nbytes)
 
 
-def directory(entries: Sequence[Entry], crc32s: Sequence[int]) -> bytes:
+def directory(entries: Sequence[ZipEntry], crc32s: Sequence[int]) -> bytes:
     """The bytes after the last record: the central directory, and the end records of zip64 and of plain zip.
 
     Args:
@@ -147,7 +147,7 @@ def directory(entries: Sequence[Entry], crc32s: Sequence[int]) -> bytes:
     )
 
 
-def directory_bytes(entries: Iterable[Entry]) -> int:
+def directory_bytes(entries: Iterable[ZipEntry]) -> int:
     """Size of what :func:`directory` returns."""
     central = sum(
         _CENTRAL_HEADER.size + len(entry.name.encode()) + len(_zip64_field(entry.nbytes, entry.header_offset))
@@ -156,7 +156,7 @@ def directory_bytes(entries: Iterable[Entry]) -> int:
     return central + _END_64.size + _END_LOCATOR_64.size + _END.size
 
 
-def _flags(entry: Entry) -> int:
+def _flags(entry: ZipEntry) -> int:
     return _FLAG_UTF8 | (_FLAG_DESCRIPTOR if entry.nbytes else 0)
 
 
@@ -171,7 +171,7 @@ def _zip64_field(nbytes: int, header_offset: int, *, compressed_nbytes: int | No
     return struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers)
 
 
-def _central_header(entry: Entry, crc32: int) -> bytes:
+def _central_header(entry: ZipEntry, crc32: int) -> bytes:
     name = entry.name.encode()
     extra = _zip64_field(entry.nbytes, entry.header_offset)
     size = entry.nbytes if entry.nbytes < _MAX_UINT32 else _MAX_UINT32

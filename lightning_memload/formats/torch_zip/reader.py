@@ -14,12 +14,11 @@ import os
 import pickle
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lightning_memload.bytes import lay_out
+from lightning_memload.bytes import Record, lay_out
 from lightning_memload.checkpoint.index import Checkpoint, StorageInfo
 from lightning_memload.checkpoint.inventory import Damage, Inventory
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, end_loading
@@ -27,7 +26,7 @@ from lightning_memload.errors import (
     CheckpointFormatError,
     InsufficientMemoryError,
     MemloadError,
-    UnmappableCheckpoint,
+    UnmappableCheckpointError,
     UnsafeGlobalsError,
 )
 from lightning_memload.formats.torch_zip.hollow import hollow_copy, memory_file
@@ -38,7 +37,6 @@ from lightning_memload.pickles.plain import NotPlain, build_plain
 from lightning_memload.pickles.structure import (
     STUB_BYTES,
     PickleContents,
-    Record,
     find_storage,
     storages_of_objects,
     walk_pickle,
@@ -46,7 +44,7 @@ from lightning_memload.pickles.structure import (
 from lightning_memload.storage import FileMapping, FileSet, LocalFile, Reservation, StoredFile, map_or_reserve
 from lightning_memload.storage.places import is_file, open_file
 
-__all__ = ["TorchZip", "load_onto", "load_what_is_allowed", "name_sections", "read_index"]
+__all__ = ["TorchZip", "load_onto", "load_what_is_allowed", "name_records", "read_index"]
 
 # What torch's messages have in common (2.6 to 2.13).
 _NOT_HANDED_OVER = "Callable map_location not supported"
@@ -98,20 +96,20 @@ class TorchZip:
         """Every record of the file, the pickle and the small ones too, see :class:`CheckpointFormat`.
 
         Raises:
-            UnmappableCheckpoint: The records are compressed.
+            UnmappableCheckpointError: The records are compressed.
         """
         with open_file(path) as file:
             files = lay_out([(path, file.size_bytes)])
-            sections, damage = read_zip_inventory(file)
+            records, damage = read_zip_inventory(file)
             names: dict[int, str] = {}
-            if not damage and pickle_is_sound(file, sections):
+            if not damage and pickle_is_sound(file, records):
                 try:
-                    names = name_sections(read_index(file))
-                except UnmappableCheckpoint:
+                    names = name_records(read_index(file))
+                except UnmappableCheckpointError:
                     pass  # Nobody asks here whether the tensors can be used as they lie.
                 except CheckpointFormatError as error:
                     damage.append(Damage(path, str(error)))
-        named = tuple(replace(section, key=names.get(section.offset, section.key)) for section in sections)
+        named = tuple(record._replace(name=names.get(record.offset, record.name)) for record in records)
         return Inventory(path, self.name, files, named, tuple(damage))
 
 
@@ -129,7 +127,7 @@ def read_index(file: StoredFile) -> Checkpoint:
 
     Raises:
         CheckpointFormatError: The file is truncated, or its parts contradict one another.
-        UnmappableCheckpoint: The records are compressed or of the other byte order.
+        UnmappableCheckpointError: The records are compressed or of the other byte order.
     """
     records, pickled = read_records(file)
     return _make_index(file, walk_pickle(file.name, pickled, records))
@@ -208,7 +206,7 @@ def load_onto(
 
     Raises:
         CheckpointFormatError: The file changed since the index was read, or torch finds it damaged.
-        UnmappableCheckpoint: A tensor is of a subclass whose storage torch gives to nobody.
+        UnmappableCheckpointError: A tensor is of a subclass whose storage torch gives to nobody.
         InsufficientMemoryError: See :class:`TorchZip`, as for all others.
     """
     if isinstance(mapping, Reservation) and (index.globals or index.special):
@@ -230,7 +228,7 @@ def load_onto(
             if isinstance(error, pickle.UnpicklingError):
                 raise explain_refusal(index, error) from error
             if _NOT_HANDED_OVER in str(error):
-                raise UnmappableCheckpoint(
+                raise UnmappableCheckpointError(
                     f"{file.name} holds a tensor of a subclass that torch builds in the ordinary way only.",
                     path=file.name,
                 ) from error
@@ -322,7 +320,7 @@ def _storage_on(mapping: FileMapping, info: StorageInfo) -> torch.UntypedStorage
     return mapping.storage(info.offset, info.nbytes) if info.nbytes else torch.UntypedStorage(0)
 
 
-def name_sections(index: Checkpoint) -> dict[int, str]:
+def name_records(index: Checkpoint) -> dict[int, str]:
     """The name of a tensor for the offset of each storage that has one."""
     names: dict[int, str] = {}
     for tensor in index:

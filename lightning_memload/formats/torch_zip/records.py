@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 from zlib_ng import zlib_ng
 
+from lightning_memload.bytes import Record
 from lightning_memload.checkpoint.foreign import describe_zip
-from lightning_memload.checkpoint.inventory import Damage, Section
-from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint, listed
+from lightning_memload.checkpoint.inventory import Damage
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpointError, listed
 from lightning_memload.formats.torch_zip.frame import check_end, check_entry, is_folder, read_entries
-from lightning_memload.pickles.structure import Record
 from lightning_memload.storage.places import read_start
-from lightning_memload.storage.source import FilePart, StoredFile
+from lightning_memload.storage.source import FileView, StoredFile
 
 __all__ = ["is_zip", "pickle_is_sound", "read_records", "read_zip_inventory"]
 
@@ -34,7 +34,7 @@ def is_zip(path: str) -> bool:
     return read_start(path, len(_ZIP_MAGIC)) == _ZIP_MAGIC
 
 
-def read_records(file: StoredFile | FilePart) -> tuple[dict[str, Record], bytes]:
+def read_records(file: StoredFile | FileView) -> tuple[dict[str, Record], bytes]:
     """Reads the records and the pickle of an archive.
 
     Args:
@@ -46,7 +46,7 @@ def read_records(file: StoredFile | FilePart) -> tuple[dict[str, Record], bytes]
 
     Raises:
         CheckpointFormatError: The archive is truncated or damaged, or ``torch.save`` did not write it.
-        UnmappableCheckpoint: The records are compressed or of the other byte order, or it is a TorchScript archive.
+        UnmappableCheckpointError: The records are compressed or byte-swapped, or it is a TorchScript archive.
     """
     start = file.pread(len(_ZIP_MAGIC), 0)
     if start != _ZIP_MAGIC:
@@ -58,12 +58,12 @@ def read_records(file: StoredFile | FilePart) -> tuple[dict[str, Record], bytes]
     records = _read_directory(file)
     order = records.get("byteorder")
     if order is not None and (order.nbytes > _MAX_ORDER_BYTES or _read_small(file, order) != sys.byteorder.encode()):
-        raise UnmappableCheckpoint(
+        raise UnmappableCheckpointError(
             f"{file.name} was saved on a machine of the other byte order; its tensors must be byte-swapped to be used.",
             path=file.name,
         )
     if records["data.pkl"].nbytes > _MAX_PICKLE_BYTES:
-        raise UnmappableCheckpoint(
+        raise UnmappableCheckpointError(
             f"{file.name} holds {records['data.pkl'].nbytes} bytes of pickled objects besides its tensors, and the "
             f"limit is {_MAX_PICKLE_BYTES}.",
             path=file.name,
@@ -71,17 +71,17 @@ def read_records(file: StoredFile | FilePart) -> tuple[dict[str, Record], bytes]
     return records, _read_small(file, records["data.pkl"])
 
 
-def pickle_is_sound(file: StoredFile | FilePart, sections: Sequence[Section], start: int = 0) -> bool:
+def pickle_is_sound(file: StoredFile | FileView, records: Sequence[Record], start: int = 0) -> bool:
     """Whether the records that an index is made from match their checksums. Verification reports those that do not."""
-    for section in sections:
-        if section.key.partition("/")[2] in ("data.pkl", "byteorder") and section.nbytes <= _MAX_PICKLE_BYTES:
-            data = file.pread(section.nbytes, section.offset - start)
-            if section.crc32 is not None and zlib_ng.crc32(data) != section.crc32:
+    for record in records:
+        if record.name.partition("/")[2] in ("data.pkl", "byteorder") and record.nbytes <= _MAX_PICKLE_BYTES:
+            data = file.pread(record.nbytes, record.offset - start)
+            if record.crc32 is not None and zlib_ng.crc32(data) != record.crc32:
                 return False
     return True
 
 
-def read_zip_inventory(file: StoredFile | FilePart, start: int = 0) -> tuple[list[Section], list[Damage]]:
+def read_zip_inventory(file: StoredFile | FileView, start: int = 0) -> tuple[list[Record], list[Damage]]:
     """Every record of a torch zip file that can be read, and the damage of the others.
 
     Args:
@@ -90,38 +90,38 @@ def read_zip_inventory(file: StoredFile | FilePart, start: int = 0) -> tuple[lis
 
     Raises:
         CheckpointFormatError: It is a sound archive, but ``torch.save`` did not write it.
-        UnmappableCheckpoint: The records are compressed, or it is a TorchScript archive.
+        UnmappableCheckpointError: The records are compressed, or it is a TorchScript archive.
         OSError: Reading failed.
     """
     try:
         entries = _read_entries(file)
     except CheckpointFormatError as error:
         return [], [Damage(file.name, str(error))]
-    sections: list[Section] = []
+    records: list[Record] = []
     damage: list[Damage] = []
     foreign = _find_foreign(file, entries)
     for entry in entries:
         try:
             record = _locate(file, entry)
-        except UnmappableCheckpoint as error:
+        except UnmappableCheckpointError as error:
             raise (foreign or error) from None
         except CheckpointFormatError as error:
             damage.append(Damage(file.name, str(error), key=entry.filename, offset=entry.header_offset))
             continue
         problem = check_entry(file, entry, record.offset)
         damage += [problem] if problem is not None else []
-        sections.append(Section(entry.filename, start + record.offset, record.nbytes, record.crc32))
+        records.append(record._replace(offset=start + record.offset))
     damage += check_end(file, entries)
     if foreign is not None:
         if not damage:
             raise foreign
         damage.append(Damage(file.name, str(foreign)))
-    return sections, damage
+    return records, damage
 
 
 def _find_foreign(
-    file: StoredFile | FilePart, entries: Sequence[zipfile.ZipInfo]
-) -> CheckpointFormatError | UnmappableCheckpoint | None:
+    file: StoredFile | FileView, entries: Sequence[zipfile.ZipInfo]
+) -> CheckpointFormatError | UnmappableCheckpointError | None:
     """The error for an archive that ``torch.save`` did not write. ``None`` if it did."""
     names = [entry.filename for entry in entries if not is_folder(entry)]
     records = [name for _, name in _own_records(entries)]
@@ -136,7 +136,7 @@ def _find_foreign(
             path=file.name,
         )
     # torch.load can read a TorchScript archive, so this one is not damaged.
-    kind = UnmappableCheckpoint if "constants.pkl" in records else CheckpointFormatError
+    kind = UnmappableCheckpointError if "constants.pkl" in records else CheckpointFormatError
     return kind(f"{file.name} is not what torch.save writes. {describe_zip(names)}", path=file.name)
 
 
@@ -147,7 +147,7 @@ def _own_records(entries: Sequence[zipfile.ZipInfo]) -> list[tuple[zipfile.ZipIn
     return [(entry, name) for entry, (folder, slash, name) in own if folder == top and slash]
 
 
-def _read_directory(file: StoredFile | FilePart) -> dict[str, Record]:
+def _read_directory(file: StoredFile | FileView) -> dict[str, Record]:
     """The records by their name in the top folder of the archive (``data.pkl``, ``data/0``)."""
     entries = _read_entries(file)
     foreign = _find_foreign(file, entries)
@@ -165,7 +165,7 @@ def _read_directory(file: StoredFile | FilePart) -> dict[str, Record]:
     return records
 
 
-def _read_entries(file: StoredFile | FilePart) -> list[zipfile.ZipInfo]:
+def _read_entries(file: StoredFile | FileView) -> list[zipfile.ZipInfo]:
     try:
         return read_entries(file)
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, MemoryError) as error:
@@ -177,12 +177,12 @@ def _read_entries(file: StoredFile | FilePart) -> list[zipfile.ZipInfo]:
         ) from error
 
 
-def _locate(file: StoredFile | FilePart, entry: zipfile.ZipInfo) -> Record:
+def _locate(file: StoredFile | FileView, entry: zipfile.ZipInfo) -> Record:
     """Locates the data of a record, and checks its local header.
 
     Raises:
         CheckpointFormatError: The entry is wrong, or the file is truncated.
-        UnmappableCheckpoint: The record is compressed.
+        UnmappableCheckpointError: The record is compressed.
     """
     in_file = 0 <= entry.header_offset < file.size_bytes
     header = file.pread(_LOCAL_HEADER.size, entry.header_offset) if in_file else b""
@@ -197,7 +197,7 @@ def _locate(file: StoredFile | FilePart, entry: zipfile.ZipInfo) -> Record:
     if entry.compress_type != method and (damage := check_entry(file, entry, offset)) is not None:
         raise CheckpointFormatError(damage.problem, path=file.name)
     if entry.compress_type != zipfile.ZIP_STORED:
-        raise UnmappableCheckpoint(
+        raise UnmappableCheckpointError(
             f"{file.name} holds its record {entry.filename!r} compressed, so the file does not hold the plain bytes of "
             "its tensors.",
             path=file.name,
@@ -216,10 +216,10 @@ def _locate(file: StoredFile | FilePart, entry: zipfile.ZipInfo) -> Record:
         )
     # torch.serialization.set_crc32_options(False) and skip_data() leave the field zero, so zero means "not recorded". A
     # record whose true CRC-32 is zero (one in four billion) is not verified, which is better than a false error.
-    return Record(offset, entry.file_size, entry.CRC or None)
+    return Record(entry.filename, offset, entry.file_size, entry.CRC or None)
 
 
-def _refuse_overlaps(file: StoredFile | FilePart, records: dict[str, Record]) -> None:
+def _refuse_overlaps(file: StoredFile | FileView, records: dict[str, Record]) -> None:
     """Raises if records overlap: overlaps would let a small file expand to a hundred thousand times its size."""
     end, before = 0, ""
     for name, record in sorted(records.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
@@ -232,7 +232,7 @@ def _refuse_overlaps(file: StoredFile | FilePart, records: dict[str, Record]) ->
         end, before = record.offset + record.nbytes, name
 
 
-def _read_small(file: StoredFile | FilePart, record: Record) -> bytes:
+def _read_small(file: StoredFile | FileView, record: Record) -> bytes:
     data = file.pread(record.nbytes, record.offset)
     if record.crc32 is not None and zlib_ng.crc32(data) != record.crc32:
         raise CheckpointFormatError(

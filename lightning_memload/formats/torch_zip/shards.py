@@ -10,11 +10,11 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from lightning_memload.bytes import FileSpan, lay_out
+from lightning_memload.bytes import FileSpan, Record, lay_out
 from lightning_memload.checkpoint.index import Checkpoint, TensorInfo
-from lightning_memload.checkpoint.inventory import Damage, Inventory, Section
+from lightning_memload.checkpoint.inventory import Damage, Inventory
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, end_loading
-from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpoint
+from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpointError
 from lightning_memload.formats.shard_index import (
     WHOLE_TORCH,
     find_shards,
@@ -56,7 +56,7 @@ class TorchShards:
 
         Raises:
             CheckpointFormatError: A shard does not hold a dict.
-            UnmappableCheckpoint: A shard cannot be mapped.
+            UnmappableCheckpointError: A shard cannot be mapped.
             UnsafeGlobalsError: A shard holds globals that ``weights_only`` forbids.
         """
         source = FileSet(_find_files(path))
@@ -90,20 +90,20 @@ class TorchShards:
             files = _find_files(path)
         except CheckpointFormatError as error:
             return Inventory(path, self.name, (), (), (Damage(path, str(error)),))
-        sections: list[Section] = []
+        records: list[Record] = []
         damage: list[Damage] = []
         spans = lay_out((file, size_of(file) or 0) for file in files)
         for span in spans:
             try:
                 found = TorchZip().take_inventory(span.path)
-            except UnmappableCheckpoint:
+            except UnmappableCheckpointError:
                 raise
             except CheckpointFormatError as error:
                 damage.append(Damage(span.path, str(error)))
                 continue
-            sections += [replace(section, offset=section.offset + span.start) for section in found.sections]
+            records += [record._replace(offset=record.offset + span.start) for record in found.records]
             damage += found.damage
-        return Inventory(path, self.name, spans, tuple(sections), tuple(damage))
+        return Inventory(path, self.name, spans, tuple(records), tuple(damage))
 
 
 def _find_files(path: str) -> list[str]:
@@ -111,7 +111,7 @@ def _find_files(path: str) -> list[str]:
     assert files is not None  # recognizes() accepted the path
     for file in files:
         if not is_zip(file) and is_file(file):
-            kind = UnmappableCheckpoint if read_start(file, 2).startswith(b"\x80") else CheckpointFormatError
+            kind = UnmappableCheckpointError if read_start(file, 2).startswith(b"\x80") else CheckpointFormatError
             raise kind(
                 f"{file}, a shard of {path}, does not have the format that torch.save writes since torch 1.6. "
                 "Download it again, or load it with torch.load and save it again.",

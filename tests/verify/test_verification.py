@@ -17,18 +17,19 @@ from safetensors.torch import save_file
 
 from lightning_memload import (
     CheckpointFormatError,
-    UnmappableCheckpoint,
+    UnmappableCheckpointError,
     VerifyReport,
     open_checkpoint,
     save_directory,
     verify_checkpoint,
 )
+from lightning_memload.bytes import FileRange
 from lightning_memload.formats import load_mapped
-from lightning_memload.formats.dcp.metadata import Entry, SavedTensor, read_metadata
+from lightning_memload.formats.dcp.metadata import SavedTensor, read_metadata
 from lightning_memload.formats.registry import FORMATS
 from lightning_memload.formats.torch_zip.reader import read_zip_inventory
 from lightning_memload.storage import FileSet, LocalFile
-from lightning_memload.verify import verify as verify_module
+from lightning_memload.verify import verification as verify_module
 from tests.formats.dcp_shards import change, chunks_of, place_of, sharded, write_shards
 from tests.formats.files import as_bytes, save_bytes, save_sparse, tensors_of, write_zip
 from tests.fresh_process import run_fresh
@@ -195,11 +196,11 @@ class TestTorch:
 
     def test_what_cannot_be_verified_is_an_error(self, tmp_path: Path) -> None:
         write_zip(tmp_path / "packed", b"\x80\x02N.", compression=zipfile.ZIP_DEFLATED)
-        with pytest.raises(UnmappableCheckpoint, match="compressed"):
+        with pytest.raises(UnmappableCheckpointError, match="compressed"):
             verify_checkpoint(tmp_path / "packed")
         (tmp_path / "old").mkdir()
         torch.save({}, tmp_path / "old" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-        with pytest.raises(UnmappableCheckpoint, match=r"since torch 1\.6"):
+        with pytest.raises(UnmappableCheckpointError, match=r"since torch 1\.6"):
             verify_checkpoint(tmp_path / "old")
         (tmp_path / "text").write_text("hello")
         with pytest.raises(CheckpointFormatError, match="none of the known formats"):
@@ -376,7 +377,7 @@ class TestDcp:
         sound = verify_checkpoint(path)
         entries = read_metadata(str(path / ".metadata")).items
 
-        def entry_of(name: str, rank: int) -> Entry:
+        def entry_of(name: str, rank: int) -> FileRange:
             item = entries[name]
             assert isinstance(item, SavedTensor)
             return item.parts[rank].entry

@@ -22,7 +22,7 @@ from lightning_memload.checkpoint import span_elements
 from lightning_memload.errors import UnstreamableError
 from lightning_memload.pickles.structure import STUB_BYTES
 
-__all__ = ["Pickled", "Stretch", "pickle_object"]
+__all__ = ["Pickled", "SavedStorage", "pickle_object"]
 
 # The default of torch.save, which all supported versions read.
 _PROTOCOL = 2
@@ -32,7 +32,7 @@ _WINDOW_ALIGNMENT_BYTES = 64
 _NO_STORAGES = frozenset((str, int, bool, float, type(None), tuple, list, dict, OrderedDict))
 
 
-class Stretch(NamedTuple):
+class SavedStorage(NamedTuple):
     """The part of a storage that is saved: ``nbytes`` bytes from byte ``start``. Keeps the storage alive."""
 
     storage: torch.UntypedStorage
@@ -51,11 +51,11 @@ class Pickled:
 
     Attributes:
         data: The pickle.
-        stretches: The bytes of each storage. Their keys in the pickle are "0", "1" and so on.
+        saved_storages: The bytes of each storage. Their keys in the pickle are "0", "1" and so on.
     """
 
     data: bytes
-    stretches: tuple[Stretch, ...]
+    saved_storages: tuple[SavedStorage, ...]
 
 
 def pickle_object(obj: object, *, stubs: Callable[[torch.UntypedStorage], bool] | None = None) -> Pickled:
@@ -69,7 +69,7 @@ def pickle_object(obj: object, *, stubs: Callable[[torch.UntypedStorage], bool] 
             stub, unless it is empty. ``None``: no storage is.
 
     Returns:
-        The pickle and the stretches. The stretches refer to the tensors' own memory.
+        The pickle and the saved_storages. The saved_storages refer to the tensors' own memory.
 
     Raises:
         UnstreamableError: A storage has no memory to read its bytes from.
@@ -133,11 +133,11 @@ class _Pickler(pickle.Pickler):
 
     def pickle(self, obj: object) -> Pickled:
         self.dump(obj)
-        stretches = []
+        saved_storages = []
         for identity, use in self._uses.items():
             start, end = self._windows.get(identity, (0, use.storage.nbytes()))
-            stretches.append(Stretch(use.storage, start, end - start))
-        return Pickled(self._stream.getvalue(), tuple(stretches))
+            saved_storages.append(SavedStorage(use.storage, start, end - start))
+        return Pickled(self._stream.getvalue(), tuple(saved_storages))
 
     def windows(self) -> dict[int, tuple[int, int]]:
         """The used byte range of each storage of which only a part is used, by identity of the storage."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_memload.memory import MemoryPeaks
-from lightning_memload.report.saves import SaveReport
+from lightning_memload.report.save_report import SaveReport
 from lightning_memload.save import SaveStats
 
 GIB = 2**30

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from lightning_memload.errors import CheckpointReadError, DetachedError, UnmappableCheckpoint
+from lightning_memload.errors import CheckpointReadError, DetachedError, UnmappableCheckpointError
 from lightning_memload.storage.file_set import FileSet
 from lightning_memload.storage.kernel import map_file, map_memory, move_memory, reserve_addresses, unmap_memory
 from lightning_memload.storage.lease import FileWatch
@@ -57,7 +57,7 @@ class FileMapping:
 
     Raises:
         DetachedError: A file is being changed already.
-        UnmappableCheckpoint: A file is at a place whose files the kernel cannot map.
+        UnmappableCheckpointError: A file is at a place whose files the kernel cannot map.
         OSError: The kernel refuses the mapping.
     """
 
@@ -97,7 +97,9 @@ class FileMapping:
     def _map_files(self) -> None:
         if not self.source.can_map:
             path = next(file.name for file in self.source.files if file not in self.source.mappable)
-            raise UnmappableCheckpoint(f"{path} is not on a disk of this machine, so it cannot be mapped.", path=path)
+            raise UnmappableCheckpointError(
+                f"{path} is not on a disk of this machine, so it cannot be mapped.", path=path
+            )
         for file, span in zip(self.source.mappable, self.source.spans, strict=True):
             if span.nbytes:
                 descriptor = file.open_descriptor()

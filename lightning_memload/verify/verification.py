@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lightning_memload.checkpoint import Damage, Inventory, Section
+from lightning_memload.bytes import Record
+from lightning_memload.checkpoint import Damage, Inventory
 from lightning_memload.collector import paused_collector
 from lightning_memload.errors import MemloadError
 from lightning_memload.formats import find_format
@@ -110,7 +111,7 @@ def verify_checkpoint(
         TypeError: ``path`` is not a path.
         FileNotFoundError: Nothing exists at this path.
         CheckpointFormatError: The path is not a checkpoint of a known format.
-        UnmappableCheckpoint: The checkpoint is compressed, so its bytes cannot be verified in place.
+        UnmappableCheckpointError: The checkpoint is compressed, so its bytes cannot be verified in place.
         OSError: The directory of the file could not be read. Later errors count as damage.
 
     Peak memory: 1 MiB per thread, plus the index (about 2 KiB for every tensor), a few hundred bytes for every MiB of
@@ -166,36 +167,36 @@ class _Verification:
         self.format = inventory.format
         self.damage = list(inventory.damage)
         self._inventory = inventory
-        self._sections = self._apart(inventory.sections)
-        self.total_bytes = sum(section.nbytes for section in self._sections)
+        self._records = self._apart(inventory.records)
+        self.total_bytes = sum(record.nbytes for record in self._records)
         self.num_threads = max(1, min(num_threads, -(-self.total_bytes // _BLOCK_BYTES)))
         self.bytes_verified = self.bytes_without_checksum = self.num_verified = 0
         self._done_bytes = 0
         self._unreadable: set[int] = set()
-        self._checksums = PartialChecksums([section.nbytes for section in self._sections])
+        self._checksums = PartialChecksums([record.nbytes for record in self._records])
         self._lock = threading.Lock()
         self._stopped = False
-        self._reads = _cut_into_reads(self._sections)
+        self._reads = _cut_into_reads(self._records)
         self._progress: Callable[[int, int], None] | None = None
 
-    def _apart(self, sections: Sequence[Section]) -> list[Section]:
-        """Returns the sections in file order, without those that overlap an earlier one: no byte is read twice."""
-        kept: list[Section] = []
+    def _apart(self, records: Sequence[Record]) -> list[Record]:
+        """Returns the records in file order, without those that overlap an earlier one: no byte is read twice."""
+        kept: list[Record] = []
         end = 0
-        for section in sorted(sections, key=lambda section: (section.offset, section.nbytes)):
-            if section.nbytes == 0:
+        for record in sorted(records, key=lambda record: (record.offset, record.nbytes)):
+            if record.nbytes == 0:
                 continue
-            if section.offset < end:
-                path, position = self._inventory.place(section.offset)
-                problem = f"{path} is damaged: {section.key} begins at byte {position}, within {kept[-1].key}."
-                self.damage.append(Damage(path, problem, key=section.key, offset=position))
+            if record.offset < end:
+                path, position = self._inventory.place(record.offset)
+                problem = f"{path} is damaged: {record.name} begins at byte {position}, within {kept[-1].name}."
+                self.damage.append(Damage(path, problem, key=record.name, offset=position))
                 continue
-            kept.append(section)
-            end = section.offset + section.nbytes
+            kept.append(record)
+            end = record.offset + record.nbytes
         return kept
 
     def read_all(self, progress: Callable[[int, int], None] | None) -> None:
-        """Reads every section."""
+        """Reads every record."""
         self._progress = progress
         source = FileSet([span.path for span in self._inventory.files])
         try:
@@ -231,58 +232,58 @@ class _Verification:
                     self._progress(self._done_bytes, self.total_bytes)
 
     def _take(self, part: _Part, data: memoryview, error: str | None) -> None:
-        section = self._sections[part.section]
+        record = self._records[part.record]
         if error is not None:
             with self._lock:
-                if part.section in self._unreadable:
+                if part.record in self._unreadable:
                     return
-                self._unreadable.add(part.section)
+                self._unreadable.add(part.record)
                 path, position = self._inventory.place(part.offset)
-                problem = f"{path} cannot be read at byte {position}, within {section.key}: {error}."
-                self.damage.append(Damage(path, problem, key=section.key, offset=position))
+                problem = f"{path} cannot be read at byte {position}, within {record.name}: {error}."
+                self.damage.append(Damage(path, problem, key=record.name, offset=position))
             return
-        if section.crc32 is None:
+        if record.crc32 is None:
             with self._lock:
                 self.bytes_without_checksum += part.nbytes
             return
-        actual = self._checksums.update(part.section, part.start, [data])
+        actual = self._checksums.update(part.record, part.start, [data])
         if actual is None:
             return
         with self._lock:
-            if actual == section.crc32:
-                self.bytes_verified += section.nbytes
+            if actual == record.crc32:
+                self.bytes_verified += record.nbytes
                 self.num_verified += 1
                 return
-            path, position = self._inventory.place(section.offset)
+            path, position = self._inventory.place(record.offset)
             problem = (
-                f"{path} is damaged: the {section.nbytes} bytes of {section.key} at byte {position} have CRC-32 "
-                f"{actual:#010x}, but {section.crc32:#010x} is recorded."
+                f"{path} is damaged: the {record.nbytes} bytes of {record.name} at byte {position} have CRC-32 "
+                f"{actual:#010x}, but {record.crc32:#010x} is recorded."
             )
             self.damage.append(
-                Damage(path, problem, key=section.key, offset=position, expected=section.crc32, actual=actual)
+                Damage(path, problem, key=record.name, offset=position, expected=record.crc32, actual=actual)
             )
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Part of one section: ``nbytes`` from ``start`` on, at ``offset`` in the run of all files."""
+    """Part of one record: ``nbytes`` from ``start`` on, at ``offset`` in the run of all files."""
 
-    section: int
+    record: int
     start: int
     offset: int
     nbytes: int
 
 
-def _cut_into_reads(sections: Sequence[Section]) -> Iterator[list[_Part]]:
-    """Divides sections, in file order, into reads of at most one block.
+def _cut_into_reads(records: Sequence[Record]) -> Iterator[list[_Part]]:
+    """Divides records, in file order, into reads of at most one block.
 
-    Small adjacent sections share a read. A large section is split. The reads are generated one at a time, so that the
+    Small adjacent records share a read. A large record is split. The reads are generated one at a time, so that the
     plan of a large checkpoint takes no memory.
     """
     together: list[_Part] = []
-    for number, section in enumerate(sections):
-        for start in range(0, section.nbytes, _BLOCK_BYTES):
-            part = _Part(number, start, section.offset + start, min(_BLOCK_BYTES, section.nbytes - start))
+    for number, record in enumerate(records):
+        for start in range(0, record.nbytes, _BLOCK_BYTES):
+            part = _Part(number, start, record.offset + start, min(_BLOCK_BYTES, record.nbytes - start))
             if together:
                 end = together[-1].offset + together[-1].nbytes
                 if part.offset - end > MAX_GAP_BYTES or part.offset + part.nbytes - together[0].offset > _BLOCK_BYTES:

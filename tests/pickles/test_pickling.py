@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_memload.errors import UnstreamableError
-from lightning_memload.pickles.writing import pickle_object
+from lightning_memload.pickles.pickling import pickle_object
 from lightning_memload.save import save_torch
 from tests.formats.files import ALL_DTYPES, as_bytes, layouts, nested, of_dtype
 
@@ -82,7 +82,7 @@ def test_views_bring_what_they_span(
         start = data.draw(st.integers(0, 399))
         step = data.draw(st.integers(1, 9))
         views.append(base[start : data.draw(st.integers(start, 400)) : step])
-    (stretch,) = pickle_object(views).stretches
+    (stretch,) = pickle_object(views).saved_storages
     spans = [(v.storage_offset(), v.storage_offset() + (v.numel() - 1) * v.stride(0) + 1) for v in views if v.numel()]
     first, end = (min(s for s, _ in spans), max(e for _, e in spans)) if spans else (0, 0)
     used_bytes = (end - first) * dtype.itemsize
@@ -113,7 +113,7 @@ def test_a_storage_that_is_saved_itself_is_saved_whole() -> None:
         with pytest.raises(RuntimeError, match="view the same data as different types"):
             pickle_object(obj)
     typed = torch.storage.TypedStorage(wrap_storage=buffer.untyped_storage(), dtype=torch.float32, _internal=True)
-    (stretch,) = pickle_object([buffer[:3], typed]).stretches
+    (stretch,) = pickle_object([buffer[:3], typed]).saved_storages
     assert (stretch.start, stretch.nbytes) == (0, 400)
 
 
@@ -144,7 +144,7 @@ class Restless:
 
 def test_what_differs_from_pickling_to_pickling_is_saved_whole() -> None:
     buffer = torch.arange(1000.0)
-    (stretch,) = pickle_object(Restless(buffer)).stretches
+    (stretch,) = pickle_object(Restless(buffer)).saved_storages
     assert (stretch.start, stretch.nbytes) == (0, 4000)
 
 
@@ -155,5 +155,5 @@ def test_a_storage_without_memory_is_not_streamable() -> None:
 
 def test_nothing_is_copied() -> None:
     tensor = torch.ones(1000)
-    (stretch,) = pickle_object({"a": tensor}).stretches
+    (stretch,) = pickle_object({"a": tensor}).saved_storages
     assert stretch.storage.data_ptr() == tensor.data_ptr()

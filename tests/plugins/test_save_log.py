@@ -12,7 +12,7 @@ from tests.lightning.pytorch.loggers.logger import Logger
 import tests.lightning as L
 from lightning_memload import MemoryEfficientRestore
 from lightning_memload.memory import MemoryMonitor
-from lightning_memload.plugins.saves import SaveLog
+from lightning_memload.plugins.save_log import SaveLog
 from lightning_memload.report import SaveReport
 from lightning_memload.save import SaveStats
 from tests.plugins.harness import TRUSTED, make_trainer

@@ -15,7 +15,7 @@ import torch
 from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.formats import load_mapped
 from lightning_memload.storage import FileSet
-from lightning_memload.storage.mapping import FileMapping
+from lightning_memload.storage.file_mapping import FileMapping
 from tests.formats.files import as_bytes, layouts
 from tests.fresh_process import run_fresh
 from tests.storage.watching import traces
@@ -202,7 +202,7 @@ RESULT = [copied, peak, equal, written, left, again, before - read_status().anon
         assert freed >= 100 << 20
 
     def test_a_failure_leaves_the_tensors_as_they_are(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from lightning_memload.storage import mapping
+        from lightning_memload.storage import file_mapping as mapping
 
         def refuse(*args: object) -> None:
             raise OSError(12, "no memory")
