@@ -33,7 +33,7 @@ from lightning_memload import open_checkpoint
 from lightning_memload.bytes import Record
 from lightning_memload.save import save_torch
 from lightning_memload.storage import LocalFile
-from lightning_memload.transfer import RingLayout, StagingRing, TensorCopy, checksums, engine, transfer
+from lightning_memload.transfer import RingLayout, StagingRing, TensorCopy, buffer, checksums, engine, transfer
 
 # Threads x buffers x MiB of a block. Most rings are 128 MiB. The last two of "cuda" are smaller, because a smaller ring
 # may fit into the processor's cache.
@@ -155,8 +155,8 @@ def timed() -> Iterator[dict[str, float]]:
     with (
         mock.patch.object(LocalFile, "readv", take("read", LocalFile.readv)),
         mock.patch.object(checksums, "zlib_ng", checks),
-        mock.patch.object(engine._Buffer, "wait", take("wait", engine._Buffer.wait)),
-        mock.patch.object(engine._Buffer, "mark", take("record", engine._Buffer.mark)),
+        mock.patch.object(buffer.Buffer, "wait", take("wait", buffer.Buffer.wait)),
+        mock.patch.object(buffer.Buffer, "mark", take("record", buffer.Buffer.mark)),
         mock.patch.object(torch.Tensor, "copy_", take("copy", torch.Tensor.copy_)),
         mock.patch.object(engine._Transfer, "run", take("whole", engine._Transfer.run)),
     ):

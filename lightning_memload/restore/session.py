@@ -57,7 +57,7 @@ class RestoreSession:
         checkpoint: The mapping of the loaded checkpoint.
         device: The device of the training.
         ring: The staging ring. Its layout is the budget. The session closes it.
-        verify: Compare the CRC-32 of every record that is read completely.
+        verify: Compare the CRC-32 of every record with a tensor that is read.
         check_fit: Refuse a restore that cannot fit before the first byte is moved.
         drop_behind: Remove from the page cache what was not in it before the read, see :class:`LocalFile`.
         verify_pages: Also compare the CRC-32 of every record whose pages :meth:`pages_of` gives away. This reads them.

@@ -23,6 +23,7 @@ import torch
 from lightning_memload.bytes import Record
 from lightning_memload.checkpoint import span_elements
 from lightning_memload.storage import ByteSource, read_fully
+from lightning_memload.transfer.buffer import Buffer
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.copies import TensorCopy, TransferStats, checksum_error
 from lightning_memload.transfer.cuda_context import on_stream
@@ -32,6 +33,7 @@ from lightning_memload.transfer.plan import (
     Segment,
     TargetRange,
     TensorBlock,
+    complete_records,
     plan_checks,
     plan_reads,
     split_strided,
@@ -65,7 +67,7 @@ def transfer(
         ring: Returns the staging ring. Called only if a destination is not in CPU memory or values must be converted.
         num_threads: Number of threads that read.
         block_bytes: Maximum length of one read, at most the ring's block.
-        records: Checksums to compare. A record is compared only if the copies need all of its bytes.
+        records: Checksums to compare. All bytes of these records are read, also those that no copy needs.
         on_progress: Called after every read with its length in bytes, from the threads, one call at a time.
 
     Returns:
@@ -134,11 +136,11 @@ class _Transfer:
             _bytes_of(copy.destination) if raw else None for copy, raw in zip(copies, self._is_raw, strict=True)
         ]
         # Queue of free buffers. ``None`` is the stop sentinel.
-        self._empty: queue.SimpleQueue[_Buffer | None] = queue.SimpleQueue()
+        self._empty: queue.SimpleQueue[Buffer | None] = queue.SimpleQueue()
         for view, tensor in zip(self._ring.views, self._ring.tensors, strict=True) if self._ring else ():
-            self._empty.put(_Buffer(view, tensor, self._stream))
+            self._empty.put(Buffer(view, tensor, self._stream))
         # Queue of filled buffers. Each thread puts ``None`` when it ends.
-        self._full: queue.SimpleQueue[tuple[_Job, _Buffer] | None] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[tuple[_Job, Buffer] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._stopped = False
         self._bytes_read = 0
@@ -164,7 +166,12 @@ class _Transfer:
         ]
         reads.extend(blocks)
         reads.sort(key=lambda item: item[0].offset)
-        checks, _ = plan_checks([read for read, _ in reads], [(r.offset, r.nbytes) for r in self._records])
+        records = [(record.offset, record.nbytes) for record in self._records]
+        others = complete_records([read for read, _ in reads], records, block_bytes=raw_bytes)
+        if others:
+            reads.extend((read, None) for read in others)
+            reads.sort(key=lambda item: item[0].offset)
+        checks, _ = plan_checks([read for read, _ in reads], records)
         return [_Job(read, check, block) for (read, block), check in zip(reads, checks, strict=True)]
 
     def run(self) -> TransferStats:
@@ -230,7 +237,7 @@ class _Transfer:
 
     def _copy_all(self, running: int) -> None:
         """Copies from the staging buffers to the destinations, in the calling thread, until all threads have ended."""
-        under_way: deque[_Buffer] = deque()
+        under_way: deque[Buffer] = deque()
         with torch.no_grad(), on_stream(self._stream):
             while running:
                 while under_way and under_way[0].is_free():
@@ -284,6 +291,8 @@ class _Transfer:
                 skip = position - segment.start
                 parts.append((position, self._cpu_bytes(segment, skip)))
                 position = end
+        if position < job.read.nbytes:  # Bytes of a record that no target wants.
+            parts.append((position, memoryview(bytearray(job.read.nbytes - position))))
         self._read(job, parts)
         for segment in again:
             # An earlier target of this read has the same bytes: a tie or a view.
@@ -301,7 +310,7 @@ class _Transfer:
         address = start + segment.target_start + skip
         return memoryview((ctypes.c_char * length).from_address(address)).cast("B")
 
-    def _copy(self, job: _Job, buffer: _Buffer) -> None:
+    def _copy(self, job: _Job, buffer: Buffer) -> None:
         read = job.read
         if job.block is not None:
             buffer.rearrange(self._copies[read.segments[0].target], job.block, read.nbytes)
@@ -323,44 +332,6 @@ class _Transfer:
             if copy.offset <= offset < copy.offset + span * copy.dtype.itemsize:
                 return copy.name
         return None
-
-
-class _Buffer:
-    """One staging buffer, with the event that marks the end of its last copy."""
-
-    def __init__(self, view: memoryview, tensor: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
-        self.view = view
-        self.tensor = tensor
-        self.address = tensor.data_ptr()
-        self._stream = stream
-        self._event = torch.cuda.Event() if stream is not None else None
-        self._scratch: torch.Tensor | None = None
-
-    def is_free(self) -> bool:
-        """Whether the buffer may be overwritten."""
-        return self._event is None or self._event.query()
-
-    def wait(self) -> None:
-        """Blocks until the buffer may be overwritten."""
-        if self._event is not None:
-            self._event.synchronize()
-
-    def mark(self) -> None:
-        """Marks the buffer as in use until all copies that are queued so far have ended."""
-        if self._event is not None:
-            self._event.record(self._stream)
-
-    def rearrange(self, copy: TensorCopy, block: TensorBlock, nbytes: int) -> None:
-        """Copies one block and converts it on the destination's device."""
-        device = copy.destination.device
-        values = self.tensor[:nbytes]
-        if device.type != "cpu":
-            if self._scratch is None:
-                self._scratch = torch.empty_like(self.tensor, device=device)
-            values = self._scratch[:nbytes].copy_(values, non_blocking=self._stream is not None)
-        piece_values = values.view(copy.dtype).as_strided(block.shape, copy.stride)
-        index = tuple(slice(start, start + size) for start, size in zip(block.starts, block.shape, strict=True))
-        copy.destination[index].copy_(piece_values)
 
 
 def _is_raw(copy: TensorCopy) -> bool:

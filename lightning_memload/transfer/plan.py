@@ -21,6 +21,7 @@ __all__ = [
     "Segment",
     "TargetRange",
     "TensorBlock",
+    "complete_records",
     "plan_checks",
     "plan_reads",
     "split_strided",
@@ -137,6 +138,38 @@ def _cut_run(ranges: Sequence[TargetRange], run_start: int, run_end: int, block_
             if low:
                 segments = [Segment(s.start - low, s.nbytes, s.target, s.target_start) for s in segments]
             yield Read(start + low, high - low, tuple(segments))
+
+
+def complete_records(reads: Sequence[Read], records: Sequence[tuple[int, int]], *, block_bytes: int) -> list[Read]:
+    """Plans reads of what the other reads leave out of their records, so that the checksums can be compared.
+
+    A tensor that is a part of a larger storage needs only a part of the record. Damage of this part would not be found.
+
+    Args:
+        reads: The reads for the targets, in file order.
+        records: File offset and length of every record, in file order, not overlapping.
+        block_bytes: Maximum length of one read.
+
+    Returns:
+        Reads without segments, for records of which the other reads have a part.
+    """
+    found: list[Read] = []
+    first_read = 0
+    for offset, nbytes in records:
+        covered, end = offset, offset + nbytes
+        while first_read < len(reads) and reads[first_read].offset + reads[first_read].nbytes <= offset:
+            first_read += 1
+        number = first_read
+        if number == len(reads) or reads[number].offset >= end:
+            continue
+        while covered < end:
+            has_read = number < len(reads) and reads[number].offset < end
+            start = reads[number].offset if has_read else end
+            for at in range(covered, start, block_bytes):
+                found.append(Read(at, min(block_bytes, start - at), ()))
+            covered = max(covered, start, reads[number].offset + reads[number].nbytes if has_read else end)
+            number += 1
+    return found
 
 
 def plan_checks(

@@ -21,7 +21,8 @@ from lightning_memload.errors import CheckpointReadError, ChecksumError
 from lightning_memload.formats import load_mapped
 from lightning_memload.storage import ByteSource
 from lightning_memload.transfer import RingLayout, StagingRing, TensorCopy, TransferStats, choose_layout, transfer
-from lightning_memload.transfer.engine import _Buffer, _Transfer
+from lightning_memload.transfer.buffer import Buffer
+from lightning_memload.transfer.engine import _Transfer
 from tests.formats.files import ALL_DTYPES, as_bytes, layouts, of_dtype
 from tests.fresh_process import run_fresh
 
@@ -143,7 +144,7 @@ def pretend_a_device(self: _Transfer, block_bytes: int) -> Any:
 def device_that_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose buffers are never free, so that all threads come to wait for one."""
     monkeypatch.setattr(_Transfer, "_plan", pretend_a_device)
-    monkeypatch.setattr(_Buffer, "is_free", lambda self: False)
+    monkeypatch.setattr(Buffer, "is_free", lambda self: False)
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
@@ -389,16 +390,16 @@ class TestReading:
     def test_a_device_that_fails_ends_threads_that_wait_for_buffers(
         self, failing: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def fail(self: _Buffer) -> None:
+        def fail(self: Buffer) -> None:
             raise RuntimeError("CUDA error")
 
-        monkeypatch.setattr(_Buffer, "mark" if failing == "copy" else "wait", fail)
+        monkeypatch.setattr(Buffer, "mark" if failing == "copy" else "wait", fail)
         with pytest.raises(RuntimeError, match="CUDA error"):
             move(*converted(40), block=5000)
 
     @pytest.mark.usefixtures("device_that_is_busy")
     def test_interruptions_one_after_the_other_end_all_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def interrupt(self: _Buffer) -> None:
+        def interrupt(self: Buffer) -> None:
             raise KeyboardInterrupt
 
         interruptions: list[int] = []
@@ -410,7 +411,7 @@ class TestReading:
                 raise KeyboardInterrupt
             stop(self)
 
-        monkeypatch.setattr(_Buffer, "wait", interrupt)
+        monkeypatch.setattr(Buffer, "wait", interrupt)
         monkeypatch.setattr(_Transfer, "_stop", interrupted)
         with pytest.raises(KeyboardInterrupt):
             move(*converted(40), block=5000)
@@ -418,13 +419,13 @@ class TestReading:
 
     def test_the_calling_thread_alone_talks_to_a_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
         threads: set[str] = set()
-        rearrange = _Buffer.rearrange
+        rearrange = Buffer.rearrange
 
-        def note(self: _Buffer, *arguments: Any) -> None:
+        def note(self: Buffer, *arguments: Any) -> None:
             threads.add(threading.current_thread().name.partition("_")[0])
             rearrange(self, *arguments)
 
-        monkeypatch.setattr(_Buffer, "rearrange", note)
+        monkeypatch.setattr(Buffer, "rearrange", note)
         source, copies = converted(40)
         move(source, copies, block=5000)
         assert threads == {"memload"}  # for the CPU all of them convert
@@ -523,7 +524,9 @@ class TestChecksums:
         stats = move(Memory(bytes(damaged)), [copies[0], copies[2]], records=records)
         assert stats.bytes_verified == records[0].nbytes + records[2].nbytes
         part = TensorCopy("part", copies[1].offset, torch.int32, (1,), torch.zeros(100, dtype=torch.int32))
-        assert move(Memory(bytes(damaged)), [part], records=records).bytes_verified == 0
+        with pytest.raises(ChecksumError):  # A part of a damaged record
+            move(Memory(bytes(damaged)), [part], records=records)
+        assert move(Memory(bytes(data)), [part], records=records).bytes_verified == records[1].nbytes
 
 
 @pytest.mark.memory

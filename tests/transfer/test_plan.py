@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zlib_ng import zlib_ng
 
-from lightning_memload.transfer.plan import Read, TargetRange, plan_checks, plan_reads, split_strided
+from lightning_memload.transfer.plan import (
+    Read,
+    TargetRange,
+    complete_records,
+    plan_checks,
+    plan_reads,
+    split_strided,
+)
 
 FILE = bytes((7 * n + n // 256) % 256 for n in range(5000))
 
@@ -92,6 +99,23 @@ class TestChecks:
         edges = sorted(set(cuts))
         records = [(a, b - a) for a, b in itertools.pairwise(edges)]
         self.verify([Read(offset, nbytes, ()) for offset, nbytes in sorted(reads)], records)
+
+    @settings(max_examples=300, deadline=None)
+    @given(wanted=spans, block=st.integers(1, 700), cuts=st.lists(st.integers(0, 4900), max_size=14))
+    def test_reads_of_unwanted_bytes_complete_the_records(
+        self, wanted: list[tuple[int, int]], block: int, cuts: list[int]
+    ) -> None:
+        records = [(a, b - a) for a, b in itertools.pairwise(sorted(set(cuts)))][::2]
+        reads = plan_reads(as_ranges(wanted), block_bytes=block)
+        others = complete_records(reads, records, block_bytes=block)
+        assert all(0 < read.nbytes <= block and not read.segments for read in others)
+        own = {byte for read in reads for byte in range(read.offset, read.offset + read.nbytes)}
+        extra = [byte for read in others for byte in range(read.offset, read.offset + read.nbytes)]
+        touched = [n for n, (offset, nbytes) in enumerate(records) if own & {*range(offset, offset + nbytes)}]
+        missing = {byte for n in touched for byte in range(records[n][0], sum(records[n]))} - own
+        assert sorted(extra) == sorted(missing)  # each byte once, and none besides
+        everything = sorted([*reads, *others], key=lambda read: read.offset)
+        assert plan_checks(everything, records)[1] == touched
 
     def verify(self, reads: list[Read], records: list[tuple[int, int]]) -> None:
         checks, checked = plan_checks(reads, records)

@@ -380,7 +380,7 @@ class TestDcp:
         def entry_of(name: str, rank: int) -> FileRange:
             item = entries[name]
             assert isinstance(item, SavedTensor)
-            return item.parts[rank].entry
+            return item.chunks[rank].entry
 
         (path / "__1_0.distcp").unlink()
         os.truncate(path / "__2_0.distcp", entry_of("b", 2).offset + 5)  # "a" before it is still whole
@@ -407,7 +407,7 @@ class TestDcp:
             (".metadata", r"it places c in '\.\./c'"),
             (".metadata", r"chunks of a overlap"),
             (".metadata", r"keys that lead to d are \(\)"),
-            ("__0_0.distcp", r"the part at \(0, 0\) of b is torch\.int32 of .* what lies there is torch\.float32"),
+            ("__0_0.distcp", r"the chunk at \(0, 0\) of b is torch\.int32 of .* what lies there is torch\.float32"),
             ("__1_0.distcp", r"is missing"),
             ("__2_0.distcp", r"is truncated: .metadata declares data through byte \d+, but the file is only \d+ bytes"),
             ("__3_0.distcp", r"of a at \(3, 0\) .* have CRC-32"),
