@@ -52,6 +52,8 @@ def _build_again(kind: type[MemloadError], args: tuple[object, ...]) -> MemloadE
 class CheckpointFormatError(MemloadError, ValueError):
     """The file is not a checkpoint that can be indexed: it is truncated, inconsistent, or of an unknown format.
 
+    Also raised if its pickle does not have the CRC-32 that the file records.
+
     Attributes:
         path: The file.
         intact_sibling: An intact checkpoint in the same directory, ``None`` if none is known.

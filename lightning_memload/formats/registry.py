@@ -1,8 +1,8 @@
 """The registry of checkpoint formats, and the protocol that each format implements.
 
-A format is recognised by content, never by a suffix. Each format does three things: it indexes a checkpoint without
-reading tensor data or running code from it; it loads it as an ordinary object whose tensors stay in the files; and it
-lists all records and all damage for verification.
+A format is recognised by content, never by a suffix. Each format does four things: it recognises a checkpoint; it
+indexes it without reading tensor data or running code from it; it loads it as an ordinary object whose tensors stay in
+the files; and it lists all records and all damage for verification.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 
 class CheckpointFormat(Protocol):
-    """One format. It has three ways to read a checkpoint, one method for each. Writing is not part of it."""
+    """One format: a name and four methods. One recognises a checkpoint, three read it. Writing is not part of it."""
 
     @property
     def name(self) -> str:
@@ -192,7 +192,7 @@ def load_mapped(
     """Loads a checkpoint without reading its tensors.
 
     Args:
-        path: A local checkpoint of any known format.
+        path: A checkpoint of any known format, on the local disk or at another known place.
         weights_only: Passed to ``torch.load`` unchanged.
         erases: If ``weights_only`` refuses classes of the checkpoint, load everything else. Refused objects are
             replaced by tuples that hold ``RefusedGlobal``, and the mapping's ``refusal`` is the error that would

@@ -56,8 +56,9 @@ class MemoryEfficientRestore(Callback):
             if this callback installs the CheckpointIO.
         num_threads: Number of reading threads. ``None``: up to 12 for a GPU and 4 for the CPU, shared between the
             processes of a host.
-        verify: Compare the CRC-32 that the file records for every tensor, before its values are used. With ``False``,
-            assigned weights are not read before their first use.
+        verify: Compare the weights and optimizer states that are read with the CRC-32 that the file records for them,
+            before training or evaluation starts. No effect on formats without checksums. With ``False``, assigned
+            weights are not read before their first use.
         check_fit: Compare needed and free memory of device and host before the first byte is read, and raise if the
             checkpoint does not fit.
         log: Print a table with the time and memory of the restore, and log it as ``memload/...`` to every logger of the

@@ -75,12 +75,15 @@ class RestoreReport:
         device: The device of the module.
         global_step: The restored step, ``None`` if the checkpoint has none.
         phases: The phases, in their order in time.
-        total: The whole restore: from the request to load the checkpoint to the start of training or evaluation.
+        total: The whole restore: from the request to load the checkpoint to the start of training or evaluation. It
+            begins at the callback's ``setup`` if Lightning's or another plugin's code loads the checkpoint and the
+            restore is only measured. It ends with the last weight if the weights come from ``weights_from``.
         bytes_verified: Bytes whose CRC-32 was compared with the one recorded in the file.
         bytes_assigned: Bytes of parameters whose memory now is pages of the file.
-        bytes_copied_ordinarily: Bytes that torch copied: tensors that are not in the mapped file, such as a hook's.
+        bytes_copied_ordinarily: Bytes that torch copied: only tensors of the file that were changed in memory.
         match: How the names of the checkpoint's weights match those of the module. ``None`` if all match.
-        bytes_kept: Bytes of the checkpoint that other objects still refer to after the restore.
+        bytes_kept: Bytes of the checkpoint that other objects still refer to after the restore; they became ordinary
+            memory.
         staging_bytes: Host memory of the staging ring.
         num_threads: Number of reading threads.
         rank: The rank of this process.

@@ -90,7 +90,8 @@ def load_weights(
             ``torch.serialization.safe_globals`` does.
         host_budget_mib: Upper limit of host memory for staging, in MiB.
         num_threads: Number of reading threads. ``None``: up to 12 for a GPU and 4 for the CPU.
-        verify: Compare every tensor that is read with the CRC-32 that the file records for it.
+        verify: Compare every tensor that is read with the CRC-32 that the file records for it. No effect on tensors
+            that ``mode="assign"`` maps, and on formats without checksums.
         check_fit: Compare needed with free memory before the first byte is read, and refuse weights that cannot fit.
 
     Returns:

@@ -1,6 +1,7 @@
-"""Compares the checksums of records without loading them: records of pages that become a module's memory.
+"""Compares the checksums of records without loading them.
 
-The pages stay in the page cache, and later accesses to the module's memory use them from there.
+It serves pages that become a module's memory, and small tensors that torch copies. Both are used later from the page
+cache.
 """
 
 from __future__ import annotations

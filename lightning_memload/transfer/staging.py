@@ -1,4 +1,7 @@
-"""The staging ring: the only host memory that a transfer allocates, with a hard budget.
+"""The staging ring: the buffers between the file and a device, with a hard budget.
+
+Beside it, a transfer allocates host memory only for gaps between the tensors of a read into CPU memory (``engine.py``),
+and for the buffers of a comparison of checksums, 1 MiB per thread (``compare.py``).
 
 All buffers are parts of one anonymous mapping. It is created once, pinned for CUDA, and returned to the kernel when the
 ring is closed. Pinned allocations of torch are not used: torch rounds them up to powers of two and keeps them cached.
