@@ -336,3 +336,59 @@ class TestTexts:
     @pytest.mark.parametrize("text", ["runs/work/last.ckpt", "{folder}/home/last.ckpt", "/proc/self/status", "a / b"])
     def test_other_text_passes(self, text: str) -> None:
         assert text_complaints(text) == []
+
+
+# Sizes ----------------------------------------------------------------------------------------------------------------
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_DEPTH = 400, 60, 5
+# One branch for each instruction of a pickle, as in an interpreter.
+LONG_FUNCTIONS = {"lightning_memload/pickles/plain.py: _run"}
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.FunctionDef)
+
+
+def code_lines(function: ast.FunctionDef) -> int:
+    """The lines of a function without its docstring."""
+    first = function.body[0]
+    is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    docstring_lines = (first.end_lineno or 0) - first.lineno + 1 if is_docstring else 0
+    return (function.end_lineno or 0) - function.lineno + 1 - docstring_lines
+
+
+def depth(node: ast.AST) -> int:
+    """How deeply blocks are nested within a node. An ``elif`` is at the level of its ``if``."""
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        is_elif = isinstance(node, ast.If) and isinstance(child, ast.If) and [child] == node.orelse
+        deepest = max(deepest, depth(child) + (isinstance(child, BLOCKS) and not is_elif))
+    return deepest
+
+
+@pytest.mark.parametrize(
+    "file", sorted((REPOSITORY / PACKAGE).rglob("*.py")), ids=lambda f: f"{f.parent.name}/{f.name}"
+)
+def test_files_and_functions_are_short(file: Path) -> None:
+    text, name = file.read_text(), file.relative_to(REPOSITORY).as_posix()
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    long = {f"{name}: {node.name}" for node in functions if code_lines(node) > MAX_FUNCTION_LINES}
+    assert long <= LONG_FUNCTIONS
+    assert {node.name for node in functions if depth(node) > MAX_DEPTH} == set()
+
+
+def test_sizes_are_measured() -> None:
+    text = """
+def function():
+    \"\"\"A docstring.
+
+    Two more lines.
+    \"\"\"
+    for a in b:
+        if a:
+            pass
+        elif b:
+            with c:
+                pass
+"""
+    (function,) = ast.parse(text).body
+    assert isinstance(function, ast.FunctionDef)
+    assert (code_lines(function), depth(function)) == (7, 3)

@@ -222,6 +222,16 @@ class TestBlocks:
         assert 'File "bad.md", line 7' in failures["bad.md"]
 
 
+def classes() -> dict[str, list[str]]:
+    """The files in which a class of each name is defined, private ones without their underscore."""
+    found: dict[str, list[str]] = {}
+    for file in sorted((ROOT / "lightning_memload").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name.lstrip("_"), []).append(relative(file))
+    return found
+
+
 class TestNames:
     @pytest.mark.parametrize("file", TEXTS, ids=relative)
     def test_paths_in_the_text_exist(self, file: Path) -> None:
@@ -247,6 +257,18 @@ class TestNames:
         rows = re.findall(r"^\| (\d+) \| ([^|]*) \|", house, re.MULTILINE)
         shown = {room: int(floor) for floor, rooms in rows for room in re.findall(r"`(\w+)`", rooms)}
         assert shown == FLOORS
+
+    def test_classes_are_told_apart_by_name(self) -> None:
+        assert {name: files for name, files in classes().items() if len(files) > 1} == {}
+
+    @pytest.mark.parametrize("synonym", ["section", "stretch", "piece", "fragment", "slice", "extent"])
+    def test_other_words_of_the_glossary_are_not_used(self, synonym: str) -> None:
+        """Each of them once meant a run of bytes, beside the words of the glossary."""
+        used = {name for name in classes() if synonym in re.findall("[a-z]+", re.sub("([A-Z])", r" \1", name).lower())}
+        for file in sorted((ROOT / "lightning_memload").rglob("*.py")):
+            names = {node.arg for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.arg)}
+            used |= {f"{file.name}: {name}" for name in names if synonym in name.split("_") or f"{synonym}s" in name}
+        assert used == set()
 
     def test_glossary_names_classes_that_exist(self) -> None:
         glossary = (ROOT / "CONTRIBUTING.md").read_text().partition("## Glossary")[2].partition("\n## ")[0]
