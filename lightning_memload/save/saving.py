@@ -129,6 +129,12 @@ class Clock:
         return self.times[-1] - self.times[start]
 
 
+def _pause_of_collector() -> contextlib.AbstractContextManager[None]:
+    """Pauses the collector, only in the main thread: another thread would undo what the main thread does with it."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return paused_collector() if is_main else contextlib.nullcontext()
+
+
 class Save:
     """A save to a local path: all at once by :meth:`run`, or by :meth:`write`, :meth:`publish` and :meth:`settle`.
 
@@ -150,7 +156,8 @@ class Save:
         self.path = path
         self._durable = durable
         self._clock = Clock()
-        self._plan: CheckpointWriter | None = plan()
+        with _pause_of_collector():
+            self._plan: CheckpointWriter | None = plan()
         self._nbytes = self._plan.nbytes
         self._names: Sequence[str] = ()
         self._clock.lap()
@@ -164,11 +171,9 @@ class Save:
             CheckpointWriteError: There is not enough space, or writing failed or is not allowed.
             Exception: ``torch.save`` writes the file, and pickling failed.
         """
-        # Only in the main thread: another thread would undo what the main thread does with the collector meanwhile.
         is_short = self._nbytes is not None and self._nbytes <= _SHORT_BYTES
-        is_short = is_short and threading.current_thread() is threading.main_thread()
         try:
-            with paused_collector() if is_short else contextlib.nullcontext():
+            with _pause_of_collector() if is_short else contextlib.nullcontext():
                 self.write()
             with self._cleaned_up_on_error() as place:
                 place.commit(durable=self._durable, names=self._names)
