@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:meta_init built:UserWarning"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.(jit|ao.quantization).*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:FutureWarning"),
 ]
 X = torch.tensor([[0, 1, 5]])
 
@@ -333,6 +334,7 @@ def test_what_only_asks_for_shape_and_device_makes_no_values() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")
 def test_a_compiled_module() -> None:
     expected = Net()
     with meta_init():

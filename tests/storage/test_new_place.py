@@ -326,7 +326,7 @@ def test_readers_know_no_disk() -> None:
     assert OF_THE_SYSTEM.search("if os.path.isfile(path):")
     assert OF_THE_SYSTEM.search("with open(path) as file:")
     package = Path(places.__file__).parents[1]
-    files = [*package.glob("formats/**/*.py"), *package.glob("checkpoint/*.py"), package / "verify" / "verify.py"]
+    files = [*package.glob("formats/**/*.py"), *package.glob("checkpoint/*.py"), package / "verify" / "verification.py"]
     found = {file.relative_to(package).as_posix() for file in files if OF_THE_SYSTEM.search(file.read_text())}
     assert found == LOCAL_ONLY
 
