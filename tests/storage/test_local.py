@@ -97,10 +97,11 @@ class TestDropBehind:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             os.pread(file.fileno(), SIZE // 2, 0)
         half = SIZE // PAGE // 2
-        assert cached_pages(cold, 0, half) == half
+        warm = cached_pages(cold, 0, half)
+        assert warm >= half - 64  # Under load the kernel takes single pages back.
         with LocalFile(cold, drop_behind=True) as source:
             read_all(source, 1 << 20)
-        assert cached_pages(cold, 0, half) == half
+        assert cached_pages(cold, 0, half) >= warm - 64
         assert cached_pages(cold, half) <= half // 3
 
     def test_where_nobody_can_tell_the_cache_is_left_alone(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
