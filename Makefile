@@ -26,10 +26,10 @@ help: ## Show this list
 check: $(INSTALLED) ## Check style, types and the unit tests of every room, in less than a minute
 	@$(MAKE) --no-print-directory --jobs 2 lint typecheck unit
 
-# Every third case: the first one of each test among them. `make test` runs all.
+# Every tenth case: the first one of each test among them. `make test` runs all.
 .PHONY: unit
 unit: $(INSTALLED) ## Run the tests that start neither a process nor a Trainer
-	@$(BIN)/python -m pytest -q --unit --every 3
+	@$(BIN)/python -m pytest -q --unit --every 10
 
 .PHONY: test
 test: $(INSTALLED) test-names ## Run the test suite (tests that need a GPU are skipped without one)
