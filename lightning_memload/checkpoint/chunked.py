@@ -21,7 +21,7 @@ from lightning_memload.units import counted
 
 __all__ = ["ChunkedTensor", "ChunkedValues", "FileChunk", "ValuesInFiles"]
 
-# Of a chunked tensor that somebody touches, read at a time.
+# The most that is read at a time when a chunked tensor is used.
 _READ_BLOCK_BYTES = 16 << 20
 
 
@@ -96,7 +96,7 @@ class ChunkedValues:
         name: What to call it in messages.
 
     Attributes:
-        memory: The values, ``None`` until somebody reads them.
+        memory: The values, ``None`` until they are read.
     """
 
     __slots__ = ("__weakref__", "_lock", "chunks", "dtype", "memory", "name", "shape", "source")
@@ -150,7 +150,7 @@ class ChunkedValues:
 
 
 class ChunkedTensor(torch.Tensor):
-    """A CPU tensor whose values lie in several places of the files, until somebody uses them.
+    """A CPU tensor whose values lie in several places of the files until they are used.
 
     Any operation reads the whole tensor into ordinary memory first, and all later ones see that memory: those on this
     object and on what ``detach()`` or ``.data`` made of it. What only asks for shape, dtype or device reads nothing.

@@ -1,7 +1,7 @@
 """The JSON of the safetensors format, which may be hostile: how it is read, and how a message shows what it says.
 
 It is parsed more strictly than the standard library does by itself: a key that stands twice, a number or a text that
-nobody can use is damage, not a value. What is shown is cut short.
+no format can use is damage, not a value. What is shown is cut short.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def parse_json(data: bytes, path: str, what: str) -> Any:
         what: What to call it in messages.
 
     Raises:
-        CheckpointFormatError: It is no JSON, too deep, has a key twice, or numbers or texts that nobody can use.
+        CheckpointFormatError: It is no JSON, too deep, has a key twice, or unusable numbers or texts.
     """
     try:
         return json.loads(

@@ -96,7 +96,7 @@ def read_structure(path: str, data: bytes, records: Mapping[str, Record]) -> Any
 
 
 def find_globals(stream: io.BytesIO) -> tuple[PickledGlobal, ...]:
-    """The classes and functions that the pickle at the position of a stream names, whatever it says of its storages.
+    """The classes and functions that the pickle at the position of a stream names. Its storages are ignored.
 
     Args:
         stream: The pickle. Afterwards its position is the end of the pickle.
@@ -195,7 +195,7 @@ def _damage_reported(path: str) -> Iterator[None]:
 
 
 def _load_bytearray8(unpickler: Any) -> None:
-    """Reads before it allocates; pickle's own version allocates whatever length the file announces."""
+    """Reads before it allocates; pickle's own version allocates any length that the file announces."""
     (nbytes,) = struct.unpack("<Q", unpickler.read(8))
     unpickler.append(bytearray(unpickler.read(nbytes)))
 

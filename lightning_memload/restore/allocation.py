@@ -223,7 +223,7 @@ def without_memory(kind: type[_Tensor], view: StridedView, requires_grad: bool) 
 
 
 def set_in_place(tensor: torch.Tensor, new: torch.Tensor) -> None:
-    """Gives a waiting tensor other memory in place. Whatever refers to the tensor, in C++ too, sees this memory."""
+    """Gives a waiting tensor other memory in place. All references to the tensor, from C++ too, see this memory."""
     # torch asks whether this is possible from meta. Below autograd the question arrives in _on_operation.
     with torch._C.DisableTorchFunctionSubclass(), torch._C._AutoDispatchBelowAutograd():
         vars(tensor)["_is_set"] = True

@@ -60,7 +60,7 @@ class WholeCheckpoint:
 
         Args:
             checkpoint: The checkpoint. It must have a mapping.
-            verify: Compute the checksum of each storage whose bytes nobody has changed.
+            verify: Compute the checksum of each storage that is unchanged in memory.
 
         Returns:
             ``None`` if the checkpoint has released its files already.

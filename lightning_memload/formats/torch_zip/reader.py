@@ -106,7 +106,7 @@ class TorchZip:
                 try:
                     names = name_records(read_index(file))
                 except UnmappableCheckpointError:
-                    pass  # Nobody asks here whether the tensors can be used as they lie.
+                    pass  # Whether the tensors can be used as they lie is not asked here.
                 except CheckpointFormatError as error:
                     damage.append(Damage(path, str(error)))
         named = tuple(record._replace(name=names.get(record.offset, record.name)) for record in records)
@@ -186,7 +186,7 @@ def load_what_is_allowed(
         with memory_file([(0, erased.archive)]) as archive, torch.serialization.safe_globals([*erased.markers]):
             all_of_them = {storage.key for storage in index.storages if storage.nbytes}
             loaded = load_onto(mapping, index, archive, weights_only=True, stubs=all_of_them)
-    except Exception:  # whatever the reason is, it is not why the file was refused
+    except Exception:  # This reason is not the one for which the file was refused.
         raise refusal from None
     return loaded, refusal
 
@@ -206,7 +206,7 @@ def load_onto(
 
     Raises:
         CheckpointFormatError: The file changed since the index was read, or torch finds it damaged.
-        UnmappableCheckpointError: A tensor is of a subclass whose storage torch gives to nobody.
+        UnmappableCheckpointError: A tensor is of a subclass whose storage torch does not give access to.
         InsufficientMemoryError: See :class:`TorchZip`, as for all others.
     """
     if isinstance(mapping, Reservation) and (index.globals or index.special):
