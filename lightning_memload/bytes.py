@@ -6,9 +6,9 @@ import mmap
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-__all__ = ["FileRange", "FileSpan", "Record", "RecordPart", "lay_out", "place_in"]
+__all__ = ["FileRange", "FileSpan", "Record", "RecordPart", "after", "lay_out", "place_in"]
 
 
 class Record(NamedTuple):
@@ -95,3 +95,12 @@ def place_in(files: Sequence[FileSpan], offset: int) -> tuple[str, int]:
     """The file at an offset of the run of all files, and the position within that file."""
     span = files[bisect_right(files, offset, key=lambda file: file.start) - 1]
     return span.path, offset - span.start
+
+
+def after(buffers: Sequence[Any], count: int) -> Sequence[Any]:
+    """What is left of buffers, ``bytes`` or byte views, when their first ``count`` bytes are read or written."""
+    done = 0
+    while done < len(buffers) and count >= len(buffers[done]):
+        count -= len(buffers[done])
+        done += 1
+    return [memoryview(buffers[done])[count:], *buffers[done + 1 :]] if count else buffers[done:]

@@ -6,7 +6,7 @@ import mmap
 
 import pytest
 
-from lightning_memload.bytes import FileSpan, lay_out, place_in
+from lightning_memload.bytes import FileSpan, after, lay_out, place_in
 
 PAGE = mmap.PAGESIZE
 
@@ -43,3 +43,11 @@ def test_every_byte_of_every_file_is_found() -> None:
     for file in files:
         for position in (0, file.nbytes - 1):
             assert place_in(files, file.start + position) == (file.path, position)
+
+
+@pytest.mark.parametrize("count", range(8))
+def test_buffers_after_some_bytes(count: int) -> None:
+    buffers = [memoryview(b"abc"), b"", memoryview(b"de"), b"fg", b""]
+    left = after(buffers, count)
+    assert b"".join(left) == b"abcdefg"[count:]
+    assert all(left[:1])  # A write of empty buffers would never end.

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from lightning_memload.frames import outward
+
 __all__ = ["calling_frame", "untraced"]
 
 _T = TypeVar("_T")
@@ -31,7 +33,6 @@ def calling_frame(module: str) -> Any:
     Args:
         module: Name of this module.
     """
-    frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_globals["__name__"].startswith((module, __name__, "torch._dynamo.")):
-        frame = frame.f_back
-    return frame
+    own = (module, __name__, "torch._dynamo.")
+    frames = outward(sys._getframe(1))
+    return next((frame for frame in frames if not frame.f_globals["__name__"].startswith(own)), None)

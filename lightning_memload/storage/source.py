@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
+from lightning_memload.bytes import after
 from lightning_memload.errors import CheckpointReadError
 
 __all__ = ["ByteSource", "FileView", "Place", "StoredFile", "read_fully"]
@@ -85,13 +86,7 @@ def read_fully(
                 offset=position,
             )
         offset += count
-        done = 0
-        while done < len(batch) and count >= len(batch[done]):
-            count -= len(batch[done])
-            done += 1
-        buffers = buffers[done:]
-        if count:
-            buffers = [buffers[0][count:], *buffers[1:]]
+        buffers = after(buffers, count)
 
 
 class StoredFile(ABC):

@@ -167,11 +167,12 @@ class _Transfer:
         reads.extend(blocks)
         reads.sort(key=lambda item: item[0].offset)
         records = [(record.offset, record.nbytes) for record in self._records]
-        others = complete_records([read for read, _ in reads], records, block_bytes=raw_bytes)
-        if others:
+        checks, checked = plan_checks([read for read, _ in reads], records)
+        if len(checked) < len(records):
+            others = complete_records([read for read, _ in reads], records, block_bytes=raw_bytes)
             reads.extend((read, None) for read in others)
             reads.sort(key=lambda item: item[0].offset)
-        checks, _ = plan_checks([read for read, _ in reads], records)
+            checks, _ = plan_checks([read for read, _ in reads], records)
         return [_Job(read, check, block) for (read, block), check in zip(reads, checks, strict=True)]
 
     def run(self) -> TransferStats:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import IO, Protocol
 
-from lightning_memload.bytes import RecordPart
+from lightning_memload.bytes import RecordPart, after
 
 __all__ = ["LocalSink", "RecordWriter", "Sink", "SplitWriter", "StreamSink"]
 
@@ -45,15 +45,7 @@ class LocalSink:
         while buffers:
             count = os.pwritev(self._descriptor, buffers, offset)
             offset += count
-            if count == sum(map(len, buffers)):
-                break
-            done = 0
-            while done < len(buffers) and count >= len(buffers[done]):
-                count -= len(buffers[done])
-                done += 1
-            buffers = buffers[done:]
-            if count:
-                buffers = [memoryview(buffers[0])[count:], *buffers[1:]]
+            buffers = after(buffers, count)
         if self._start_writeback:
             # POSIX_FADV_DONTNEED makes Linux start writing dirty pages to the disk. It drops them only once clean.
             os.posix_fadvise(self._descriptor, start, offset - start, os.POSIX_FADV_DONTNEED)

@@ -6,13 +6,13 @@ file attributes and padding are not compared, because no reader of checkpoints u
 
 from __future__ import annotations
 
-import os
 import struct
 import zipfile
 from typing import Any
 
 from lightning_memload.checkpoint.inventory import Damage
 from lightning_memload.storage.source import FileView, StoredFile
+from lightning_memload.storage.stream import FilePosition
 
 __all__ = ["MAX_DIRECTORY_BYTES", "check_end", "check_entry", "is_folder", "read_entries"]
 
@@ -35,7 +35,7 @@ _MAX_UINT16 = 0xFFFF
 _MAX_UINT32 = 0xFFFFFFFF
 
 
-class _BoundedStream:
+class _BoundedStream(FilePosition):
     """The file methods that ``zipfile`` needs to list an archive.
 
     Refuses reads that are too large for a directory: ``zipfile`` would allocate the memory first, and a hostile sparse
@@ -43,26 +43,13 @@ class _BoundedStream:
     """
 
     def __init__(self, file: StoredFile | FileView) -> None:
+        super().__init__(file)
         self._file = file
-        self._position = 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size_bytes}[whence]
-        if start + offset < 0:
-            raise ValueError(f"byte {start + offset} is before the start")
-        self._position = start + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
 
     def read(self, nbytes: int = -1) -> bytes:
         if nbytes > MAX_DIRECTORY_BYTES:
             raise zipfile.BadZipFile(f"it declares a size of {nbytes} bytes, and the limit is {MAX_DIRECTORY_BYTES}")
-        left = max(0, self._file.size_bytes - self._position)
+        left = max(0, self._size_bytes - self._position)
         data = self._file.pread(left if nbytes < 0 else min(nbytes, left), self._position)
         self._position += len(data)
         return data
