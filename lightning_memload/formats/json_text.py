@@ -7,6 +7,7 @@ no format can use is damage, not a value. What is shown is cut short.
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = ["COPY_AGAIN", "MAX_HEADER_BYTES", "parse_json", "short"]
 # The format's own limit. It bounds what a lying length can make us read; an index of shards is held to it as well.
 MAX_HEADER_BYTES = 100_000_000
 _MAX_DIGITS = 20
+_MANY_DIGITS = re.compile(rb"[0-9]{%d}" % (_MAX_DIGITS + 1))
 
 COPY_AGAIN = "The file is damaged, or safetensors did not write it: copy or download it again."
 
@@ -40,10 +42,11 @@ def parse_json(data: bytes, path: str, what: str) -> Any:
     Raises:
         CheckpointFormatError: It is no JSON, too deep, has a key twice, or unusable numbers or texts.
     """
+    # What cannot occur is not looked for in each of thousands of entries.
+    to_object = _unique_texts if b"\\u" in data else _unique_keys
+    to_integer = _short_integer if _MANY_DIGITS.search(data) else int
     try:
-        return json.loads(
-            data.decode(), object_pairs_hook=_unique_keys, parse_int=_short_integer, parse_constant=_no_constant
-        )
+        return json.loads(data.decode(), object_pairs_hook=to_object, parse_int=to_integer, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointFormatError(
             f"{path}: {what}, {len(data)} bytes of JSON, cannot be read ({error}). {COPY_AGAIN}", path=path
@@ -56,9 +59,14 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys: set[str] = set()
         twice = next(key for key, _ in pairs if key in keys or keys.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"it has the key {short(twice)} twice, so which one is meant cannot be told")
-    # Half of a surrogate pair is no text: it could neither be printed nor compared with a parameter's name.
-    "".join(found).encode()
     return found
+
+
+def _unique_texts(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Half of a surrogate pair is no text: it could neither be printed nor compared with a parameter's name. Only an
+    # escape can write one.
+    "".join(key for key, _ in pairs).encode()
+    return _unique_keys(pairs)
 
 
 def _short_integer(digits: str) -> int:

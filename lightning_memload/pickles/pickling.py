@@ -14,6 +14,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,12 @@ _PROTOCOL = 2
 # Windows start at multiples of this, so that every element type keeps its alignment.
 _WINDOW_ALIGNMENT_BYTES = 64
 # What nearly every question of pickle is about, told apart by one look at its type.
-_NO_STORAGES = frozenset((str, int, bool, float, type(None), tuple, list, dict, OrderedDict))
+_NO_STORAGES = frozenset(
+    (
+        *(str, int, bool, float, type(None), tuple, list, dict, OrderedDict, FunctionType, type),
+        *(torch.Tensor, torch.nn.Parameter, torch.Size, type(torch.FloatStorage)),
+    )
+)
 
 
 class SavedStorage(NamedTuple):
@@ -160,7 +166,12 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         """Reduces a tensor with torch's own method, records the use of its storage, and adapts the offset."""
-        if not isinstance(obj, torch.Tensor) or type(obj) in copyreg.dispatch_table:
+        kind = type(obj)
+        if kind in copyreg.dispatch_table:
+            return NotImplemented
+        if kind is OrderedDict and not obj and not vars(obj):
+            return kind, ()  # Each tensor holds one, for its hooks. The bytes are the same as without these lines.
+        if not isinstance(obj, torch.Tensor):
             return NotImplemented
         reduced = obj.__reduce_ex__(_PROTOCOL)
         if not isinstance(reduced, tuple) or len(reduced) != 2:
@@ -219,28 +230,25 @@ class _Pickler(pickle.Pickler):
             untyped, dtype, kind = storage, torch.uint8, torch.UntypedStorage
         itemsize = dtype.itemsize
         location = torch.serialization.location_tag(untyped)
-        use = self._use_of(untyped, dtype, has_memory=location != "meta")
-        numel = use.nbytes // itemsize
-        window = self._windows.get(untyped._cdata) if self._windows else None
+        identity = untyped._cdata
+        nbytes = untyped.nbytes()
+        if nbytes:
+            address = 0 if location == "meta" else untyped.data_ptr()
+            if not address:
+                raise UnstreamableError(f"a storage of {nbytes} bytes on {untyped.device} has no memory")
+            # Loading cannot view one storage as two types, so torch refuses to save it.
+            if self._dtypes.setdefault(address, dtype) is not dtype:
+                raise RuntimeError(
+                    "Cannot save multiple tensors or storages that view the same data as different types"
+                )
+        use = self._uses.get(identity)
+        if use is None:
+            use = self._uses[identity] = _Use(untyped, str(len(self._uses)), nbytes, nbytes)
+        use.nbytes = nbytes
+        numel = nbytes // itemsize
+        window = self._windows.get(identity)
         if window is not None:
             numel = (window[1] - window[0]) // itemsize
         if numel and self._stubs is not None and self._stubs(untyped):
             numel = STUB_BYTES // itemsize
         return use, ("storage", kind, use.key, location, numel), itemsize
-
-    def _use_of(self, storage: torch.UntypedStorage, dtype: torch.dtype, *, has_memory: bool) -> _Use:
-        nbytes = storage.nbytes()
-        if nbytes:
-            address = storage.data_ptr() if has_memory else 0
-            if not address:
-                raise UnstreamableError(f"a storage of {nbytes} bytes on {storage.device} has no memory")
-            # Loading cannot view one storage as two types, so torch refuses to save it.
-            if self._dtypes.setdefault(address, dtype) != dtype:
-                raise RuntimeError(
-                    "Cannot save multiple tensors or storages that view the same data as different types"
-                )
-        use = self._uses.get(storage._cdata)
-        if use is None:
-            use = self._uses[storage._cdata] = _Use(storage, str(len(self._uses)), nbytes, nbytes)
-        use.nbytes = nbytes
-        return use

@@ -27,6 +27,7 @@ __all__ = [
     "replace_data",
     "set_in_place",
     "stand_in",
+    "tensors_of",
     "with_other_memory",
     "without_memory",
     "without_weak_references",
@@ -144,8 +145,18 @@ def without_weak_references(root: nn.Module) -> Iterator[None]:
             layer._init_flat_weights()
 
 
+def tensors_of(root: nn.Module) -> Iterator[torch.Tensor]:
+    """All parameters and buffers of a module and its submodules. Their names take several times as long."""
+    for module in root.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                yield tensor
+
+
 def meta_names(module: nn.Module) -> tuple[list[str], list[str]]:
     """Names of the parameters and of the buffers of a module that are still on the meta device."""
+    if not any(tensor.is_meta for tensor in tensors_of(module)):
+        return [], []
     return (
         [name for name, parameter in module.named_parameters() if parameter.is_meta],
         [name for name, buffer in module.named_buffers() if buffer.is_meta],

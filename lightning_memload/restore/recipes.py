@@ -15,10 +15,18 @@ import torch
 from torch import nn
 
 from lightning_memload.errors import MetaTensorError
-from lightning_memload.restore.allocation import carry_over, is_free
+from lightning_memload.restore.allocation import carry_over, is_free, tensors_of
 from lightning_memload.restore.questions import is_copyable
 from lightning_memload.restore.tape import Recipe, holds_data
-from lightning_memload.restore.waiting import OWN_ATTRIBUTES, WaitingAlias, WaitingParameter, give_memory, settle
+from lightning_memload.restore.waiting import (
+    OWN_ATTRIBUTES,
+    FilledAlias,
+    FilledParameter,
+    WaitingAlias,
+    WaitingParameter,
+    give_memory,
+    settle,
+)
 
 __all__ = [
     "WaitingParameter",
@@ -28,6 +36,8 @@ __all__ = [
     "names_of_data",
     "remove_load_hooks",
 ]
+
+_NOT_ORDINARY = frozenset((WaitingParameter, WaitingAlias, FilledParameter, FilledAlias))
 
 
 def let_wait(parameter: nn.Parameter, modules: Collection[nn.Module], recipe: Recipe) -> None:
@@ -103,13 +113,14 @@ def follow_recipes(
 
     Peak memory: the values, and one parameter twice if device, type or strides differ from those of its recipe.
     """
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        if type(parameter) is WaitingParameter and (names is None or name in names):
-            parameter.follow(name, device, dtype)
-        settle(parameter)
-    for _, buffer in root.named_buffers():
-        if isinstance(buffer, WaitingAlias):
-            buffer.follow()
+    if any(type(tensor) in _NOT_ORDINARY for tensor in tensors_of(root)):
+        for name, parameter in root.named_parameters(remove_duplicate=False):
+            if type(parameter) is WaitingParameter and (names is None or name in names):
+                parameter.follow(name, device, dtype)
+            settle(parameter)
+        for _, buffer in root.named_buffers():
+            if isinstance(buffer, WaitingAlias):
+                buffer.follow()
     remove_load_hooks(root)
 
 

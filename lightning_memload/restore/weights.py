@@ -18,7 +18,13 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_memload.checkpoint import ChunkedTensor
 from lightning_memload.errors import ChecksumError
-from lightning_memload.restore.allocation import empty_on, materialize, replace_data, without_weak_references
+from lightning_memload.restore.allocation import (
+    empty_on,
+    materialize,
+    replace_data,
+    tensors_of,
+    without_weak_references,
+)
 from lightning_memload.restore.matching import WeightsMatch, match_weights, module_keys
 from lightning_memload.restore.overlaps import (
     PLAIN_TYPES,
@@ -196,16 +202,12 @@ class WeightsRestore:
         """Whether all tensors of the module are in CPU memory, where torch can copy values to them, and stay there."""
         if session.device.type != "cpu" or (self._assign and not self._keep_memory):
             return False
-        return all(
-            tensor is None or tensor.is_cpu
-            for module in root.modules()
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-        )
+        return all(tensor.is_cpu for tensor in tensors_of(root))
 
     def _leave(self, session: RestoreSession, root: nn.Module, state_dict: dict[str, Any]) -> None:
         """Leaves small tensors of modules that load in their own way to torch, which copies them into their memory."""
         values = [v for v in state_dict.values() if type(v) in PLAIN_TYPES and id(v) not in self._versions]
-        on_meta = any(tensor.is_meta for tensor in (*root.parameters(), *root.buffers())) if values else False
+        on_meta = any(tensor.is_meta for tensor in tensors_of(root)) if values else False
         self._left = {} if self._assign or on_meta else session.leave_small(values)
         self._is_damaged = any(error is not None for _, error in self._left.values())
 

@@ -44,6 +44,8 @@ __all__ = ["TorchFileWriter", "plan_torch_save", "save_torch", "write_torch"]
 
 # The name of the top folder that torch.save uses when it writes to a buffer.
 _ARCHIVE = "archive"
+# What a thread should have to write. With less, Python's lock and the thread's start cost more than it saves.
+_THREAD_BYTES = 8 << 20
 
 
 def save_torch(
@@ -65,7 +67,8 @@ def save_torch(
         path: A local file in an existing directory. A symbolic link at this path is replaced, not its target. A
             directory of ``save_directory`` is replaced too.
         host_budget_bytes: Maximum host memory for staging tensors from devices.
-        num_threads: Number of writing threads. ``None`` means the number of CPUs, at most 4.
+        num_threads: Maximum number of writing threads, of which each has up to 8 MiB to write or more. ``None`` means
+            the number of CPUs, at most 4.
         durable: Return only when the file is on the disk, so that it survives a power failure.
 
     Returns:
@@ -190,7 +193,8 @@ class _TorchZipWriter:
     def __init__(self, pickled: Pickled, host_budget_bytes: int, num_threads: int) -> None:
         self.saved_storages = pickled.saved_storages
         self._archive = TorchFileWriter(pickled, pickled.saved_storages)
-        self._records = WriteEngine(self._archive.contents, host_budget_bytes, num_threads)
+        most_threads = -(-sum(map(size_of, self._archive.contents)) // _THREAD_BYTES)
+        self._records = WriteEngine(self._archive.contents, host_budget_bytes, min(num_threads, most_threads))
         self.num_threads = self._records.num_threads
         self.staging_bytes = self._records.staging_bytes
         self.nbytes: int = self._archive.nbytes

@@ -16,6 +16,8 @@ from lightning_memload.formats.json_text import parse_json, short
         (b'{"a": {"a": 1}}', {"a": {"a": 1}}),
         (b"18446744073709551615", 2**64 - 1),
         ('"ä\\u00e4"'.encode(), "ää"),
+        (b'{"\\ud83d\\ude00": 1}', {"\N{GRINNING FACE}": 1}),
+        (b'{"' + b"1" * 21 + b'": 1}', {"1" * 21: 1}),
     ],
 )
 def test_ordinary_json(text: bytes, value: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,16 @@ def with_attribute() -> torch.Tensor:
     return tensor
 
 
+def ordered() -> OrderedDict[str, Any]:
+    empty: Any = OrderedDict()
+    noted: Any = OrderedDict()
+    noted.note = "kept"
+    return OrderedDict(empty=empty, again=empty, noted=noted, tensor=torch.ones(2))
+
+
 OBJECTS: dict[str, Any] = {
     "nothing": lambda: None,
+    "ordered": ordered,
     "nested": nested,
     "layouts": layouts,
     "dtypes": lambda: {str(dtype): of_dtype(dtype) for dtype in ALL_DTYPES},

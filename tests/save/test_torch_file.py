@@ -128,10 +128,19 @@ def verify(path: Path) -> int:
 @pytest.mark.parametrize("num_threads", [1, 2, 7])
 def test_checksums_are_right(tmp_path: Path, num_threads: int) -> None:
     stats = save_torch(everything(), tmp_path / "file.pt", num_threads=num_threads)
+    assert stats.num_threads == num_threads
     with zipfile.ZipFile(tmp_path / "file.pt") as archive:
         assert archive.testzip() is None
         assert all(info.CRC for info in archive.infolist() if info.file_size)
     assert verify(tmp_path / "file.pt") == stats.tensor_bytes
+
+
+def test_a_second_thread_has_8_mib_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    small, large = torch.zeros(7 * MIB, dtype=torch.uint8), torch.zeros(9 * MIB, dtype=torch.uint8)
+    assert save_torch(small, tmp_path / "small.pt", num_threads=4).num_threads == 1
+    assert save_torch(large, tmp_path / "large.pt", num_threads=4).num_threads == 2
+    assert save_torch(large, tmp_path / "one.pt", num_threads=1).num_threads == 1
 
 
 @pytest.mark.usefixtures("staged")

@@ -91,21 +91,24 @@ def lay_out(records: Iterable[tuple[str, int]], *, start: int = 0) -> list[ZipEn
         length = len(name.encode())
         if nbytes < 0 or length > 0xFFFF:
             raise ValueError(f"a record of {nbytes} bytes with a name of {length} bytes cannot be stored")
-        unpadded = start + _LOCAL_HEADER.size + length + len(_zip64_field(nbytes, start)) + _PADDING.size
-        entries.append(ZipEntry(name, nbytes, start, -(-unpadded // ALIGNMENT_BYTES) * ALIGNMENT_BYTES))
-        start = entries[-1].end
+        unpadded = start + _LOCAL_HEADER.size + length + _PADDING.size
+        if nbytes >= _MAX_UINT32 or start >= _MAX_UINT32:
+            unpadded += len(_zip64_field(nbytes, start))
+        entry = ZipEntry(name, nbytes, start, -(-unpadded // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
+        entries.append(entry)
+        start = entry.end
     return entries
 
 
 def local_header(entry: ZipEntry) -> bytes:
     """The bytes from the entry's header to its data: header, name, zip64 field, padding."""
-    name = entry.name.encode()
+    text, nbytes, start, data_start = entry
+    name = text.encode()
     # The compressed size is in the descriptor and the directory. It is 0 here, as in torch's files.
-    extra = _zip64_field(entry.nbytes, entry.header_offset, compressed_nbytes=0)
-    used = _LOCAL_HEADER.size + len(name) + len(extra) + _PADDING.size
-    padding = entry.data_offset - entry.header_offset - used
+    extra = _zip64_field(nbytes, start, compressed_nbytes=0)
+    padding = data_start - start - (_LOCAL_HEADER.size + len(name) + len(extra) + _PADDING.size)
     extra += _PADDING.pack(_PADDING_ID, padding) + b"Z" * padding
-    fixed = _LOCAL_HEADER.pack(b"PK\x03\x04", 0, _flags(entry), 0, 0, 0, 0, 0, 0, len(name), len(extra))
+    fixed = _LOCAL_HEADER.pack(b"PK\x03\x04", 0, _flags(nbytes), 0, 0, 0, 0, 0, 0, len(name), len(extra))
     return fixed + name + extra
 
 
@@ -156,8 +159,8 @@ def directory_bytes(entries: Iterable[ZipEntry]) -> int:
     return central + _END_64.size + _END_LOCATOR_64.size + _END.size
 
 
-def _flags(entry: ZipEntry) -> int:
-    return _FLAG_UTF8 | (_FLAG_DESCRIPTOR if entry.nbytes else 0)
+def _flags(nbytes: int) -> int:
+    return _FLAG_UTF8 | _FLAG_DESCRIPTOR if nbytes else _FLAG_UTF8
 
 
 def _zip64_field(nbytes: int, header_offset: int, *, compressed_nbytes: int | None = None) -> bytes:
@@ -172,11 +175,12 @@ def _zip64_field(nbytes: int, header_offset: int, *, compressed_nbytes: int | No
 
 
 def _central_header(entry: ZipEntry, crc32: int) -> bytes:
-    name = entry.name.encode()
-    extra = _zip64_field(entry.nbytes, entry.header_offset)
-    size = entry.nbytes if entry.nbytes < _MAX_UINT32 else _MAX_UINT32
-    offset = entry.header_offset if entry.header_offset < _MAX_UINT32 else _MAX_UINT32
+    text, nbytes, start, _ = entry
+    name = text.encode()
+    extra = _zip64_field(nbytes, start)
+    size = nbytes if nbytes < _MAX_UINT32 else _MAX_UINT32
+    offset = start if start < _MAX_UINT32 else _MAX_UINT32
     fixed = _CENTRAL_HEADER.pack(
-        b"PK\x01\x02", 0, 0, _flags(entry), 0, 0, 0, crc32, size, size, len(name), len(extra), 0, 0, 0, 0, offset
+        b"PK\x01\x02", 0, 0, _flags(nbytes), 0, 0, 0, crc32, size, size, len(name), len(extra), 0, 0, 0, 0, offset
     )
     return fixed + name + extra
