@@ -232,6 +232,9 @@ def give_memory(parameter: WaitingParameter) -> None:
 
 
 def _on_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if [*map(type, args)] == [WaitingParameter] and func in questions.WITHOUT_VALUES and not kwargs:
+        with torch._C.DisableTorchFunctionSubclass():  # the most frequent case: a restore asks ten such questions
+            return func(*args)
     caller = calling_frame(__name__)
     # nn.Parameter(...) detaches its argument, and refuses results of another class.
     is_made = caller is not None and caller.f_code is nn.Parameter.__new__.__code__
@@ -363,9 +366,6 @@ def _device_of(tensor: torch.Tensor) -> torch.device:
         return tensor.untyped_storage().device
 
 
-# Memory ---------------------------------------------------------------------------------------------------------------
-
-
 def _memory_of(tensor: WaitingParameter | WaitingAlias) -> FutureMemory:
     if isinstance(tensor, WaitingAlias):
         return tensor.memory
@@ -388,8 +388,7 @@ def _become_ordinary(tensor: WaitingParameter | WaitingAlias, new: torch.Tensor)
             torch.utils.swap_tensors(tensor, ordinary)
         else:
             set_in_place(tensor, new)
-            filled: Any = FilledParameter if isinstance(tensor, WaitingParameter) else FilledAlias
-            tensor.__class__ = filled
+            tensor.__class__ = FilledParameter if isinstance(tensor, WaitingParameter) else FilledAlias  # type: ignore
         vars(tensor).clear()
         vars(tensor).update(others)
 
