@@ -2,9 +2,10 @@
 
 Every row is one short function that builds a GPT-2 with an untied head, loads it, and returns it on the device. Every
 row runs once in each repetition, in a fresh process. All rows read files with the same weights. Each process first
-loads a tiny model, so imports, the CUDA context and other one-time costs are not measured. Measured are: building the
-model, loading it, and then reading every weight once, which includes the cost of a file that is only mapped. Memory is
-the rise above the level before the row.
+loads a tiny model, which takes the one-time costs: imports, the CUDA context, and with the meta device 1.4 to 4.8 s of
+torch. Its time has a column of its own, "first model". Measured are then: building the model, loading it, and reading
+every weight once, which includes the cost of a file that is only mapped. Memory is the rise above the level before the
+row.
 
     python examples/benchmarks/weight_loading.py --size gpt2-xl --device cuda --output weight-loading.json
 
@@ -62,7 +63,17 @@ SIZES = {
     "tiny": gpt.GPTConfig(num_layers=2, num_heads=2, width=64, vocabulary_size=256, context_length=64),
     **gpt.SIZES,
 }
-PACKAGES = ("safetensors", "accelerate", "fastsafetensors", "runai-model-streamer", "tensorizer", "instanttensor")
+PACKAGES = (
+    "safetensors",
+    "accelerate",
+    "fastsafetensors",
+    "runai-model-streamer",
+    "tensorizer",
+    "instanttensor",
+    "flashpack",
+)
+# A method, which safetensors has since 0.9.0rc1.
+PREFETCH = "safetensors.safe_open.prefetch"
 ROW_TIMEOUT_SECONDS = 300
 LEAST_COMPARED_BYTES = 16 << 20  # A ratio to less memory than this would be noise.
 
@@ -106,6 +117,11 @@ class Files:
         return self.folder / "model.tensors"
 
     @property
+    def flashpack(self) -> Path:
+        """The state dict in flashpack's own format. Exists only where flashpack is installed."""
+        return self.folder / "model.flashpack"
+
+    @property
     def digest(self) -> Path:
         """The digest of the weights. It is written last: if it exists, the other files are complete."""
         return self.folder / "digest"
@@ -125,7 +141,7 @@ class Row:
         reads: The attribute of ``Files`` that names its file.
         group: ``"usual"`` (torch alone), ``"ours"`` (this project) or ``"peer"`` (another package).
         load: Builds the model, loads it, and returns it.
-        requires: The module that must be installed.
+        requires: The module that must be installed, or ``PREFETCH``.
         only: The only type of device that it supports. ``None``: every type.
     """
 
@@ -269,6 +285,27 @@ def safetensors_copy(config: gpt.GPTConfig, files: Files, device: torch.device) 
     return model
 
 
+def prefetched(config: gpt.GPTConfig, files: Files, device: torch.device, threads: int) -> nn.Module:
+    """The tensors of ``safe_open(...).prefetch()`` belong to the caller, so no copy is needed."""
+    with torch.device("meta"):
+        model = GPT2(config)
+    with safe_open(files.safetensors, framework="pt") as file, file.prefetch(device=str(device), threads=threads) as it:
+        model.load_state_dict(dict(it), assign=True)
+    return model
+
+
+@row("safetensors 0.9: `prefetch`, 8 threads", reads="safetensors", group="peer", requires=PREFETCH, only="cuda")
+def safetensors_prefetch_8(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
+    """Reads with the default number of threads."""
+    return prefetched(config, files, device, threads=8)
+
+
+@row("safetensors 0.9: `prefetch`, 16 threads", reads="safetensors", group="peer", requires=PREFETCH, only="cuda")
+def safetensors_prefetch_16(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
+    """Reads with more threads, as its authors do in their measurements."""
+    return prefetched(config, files, device, threads=16)
+
+
 @row("accelerate: `load_checkpoint_and_dispatch`", reads="safetensors", group="peer", requires="accelerate")
 def accelerate(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
     """Loads all layers onto one device."""
@@ -313,6 +350,17 @@ def tensorizer(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.
         model = GPT2(config)
     with TensorDeserializer(str(files.tensorizer), device=device) as file:
         file.load_into_module(model)
+    return model
+
+
+@row("flashpack, its own format", reads="flashpack", group="peer", requires="flashpack")
+def flashpack(config: gpt.GPTConfig, files: Files, device: torch.device) -> nn.Module:
+    """All weights are parts of a few large buffers."""
+    from flashpack import assign_from_file
+
+    with torch.device("meta"):
+        model = GPT2(config)
+    assign_from_file(model, str(files.flashpack), device=device)
     return model
 
 
@@ -383,7 +431,9 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
+    started = time.perf_counter()
     read_once(load(SIZES["tiny"], Files(options.data / "tiny"), device))
+    first_seconds = time.perf_counter() - started
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -399,6 +449,7 @@ def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
     peaks = monitor.peaks
     file_start_bytes = peaks.rss_start_bytes - (peaks.anonymous_start_bytes or 0) - (peaks.shmem_start_bytes or 0)
     return {
+        "first_seconds": first_seconds,
         "seconds": loaded - started,
         "read_once_seconds": ended - started,
         "gpu_peak_bytes": above(peaks.cuda_allocated_start_bytes, peaks.cuda_allocated_peak_bytes),
@@ -452,7 +503,13 @@ def save_model(config: gpt.GPTConfig, files: Files, device: torch.device) -> Non
         serializer = TensorSerializer(str(files.tensorizer))
         serializer.write_module(model)
         serializer.close()
-    for source in (files.pt, files.safetensors, files.tensors, files.tensorizer):
+    try:
+        from flashpack import pack_to_file
+    except ImportError:
+        pass
+    else:
+        pack_to_file(state_dict, str(files.flashpack), target_dtype=None)
+    for source in (files.pt, files.safetensors, files.tensors, files.tensorizer, files.flashpack):
         for path in parts(source):
             flush(path)
     files.digest.write_text(digest(model, []))
@@ -477,6 +534,9 @@ def unavailable(options: argparse.Namespace) -> dict[str, str]:
     for name in options.rows:
         if ROWS[name].only not in (None, torch.device(options.device).type):
             reasons[name] = f"only for {ROWS[name].only}"
+        elif ROWS[name].requires == PREFETCH:
+            if not hasattr(safe_open, "prefetch"):
+                reasons[name] = "needs safetensors 0.9"
         elif importlib.util.find_spec(ROWS[name].requires) is None:
             reasons[name] = "not installed"
     return reasons
@@ -558,14 +618,17 @@ COLUMNS = {
     "RSS, GiB": ("host_rss_peak_bytes", GIB),
     "loaded, s": ("seconds", 1),
     "and read once, s": ("read_once_seconds", 1),
+    "first model, s": ("first_seconds", 1),
 }
 
 
 def cells(report: dict[str, Any], name: str) -> list[str]:
     """Return one row of the table: label, file that it reads, figures, and whether the weights are right."""
     entry = report["rows"][name]
-    figures = [number(entry[figure], unit) for figure, unit in COLUMNS.values()]
-    reads = {"tensors": "a folder", "tensorizer": "its own"}.get(ROWS[name].reads, f"`.{ROWS[name].reads}`")
+    figures = [number(entry.get(figure), unit) for figure, unit in COLUMNS.values()]
+    reads = {"tensors": "a folder", "tensorizer": "its own", "flashpack": "its own"}.get(
+        ROWS[name].reads, f"`.{ROWS[name].reads}`"
+    )
     return [ROWS[name].label, reads, *figures, "yes" if entry["correct"] else "**no**"]
 
 
