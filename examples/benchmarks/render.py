@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import curves
 import frozen
 import growth
 import save
@@ -34,6 +35,7 @@ TITLES = {
     "weight-loading": "Loading weights",
     "frozen": "Saving a finetuning",
     "growth": "Many small modules and tensors",
+    "curves": "Growth with size, tensors and threads",
 }
 
 
@@ -99,6 +101,7 @@ def summary(results: list[dict[str, Any]]) -> str:
 def render(result: dict[str, Any]) -> str:
     """Return one result as a Markdown table with its machine, versions and command."""
     renderers = {
+        "curves": render_curves,
         "frozen": render_frozen,
         "growth": render_growth,
         "resume": render_resume,
@@ -108,6 +111,29 @@ def render(result: dict[str, Any]) -> str:
     table = renderers[result["benchmark"]](result)
     # A remark tells what a reader must know to interpret the figures.
     return f"{table}\n\n{result['remark']}" if "remark" in result else table
+
+
+def render_curves(result: dict[str, Any]) -> str:
+    """Return the pictures that ``draw.py`` draws, and the table below them."""
+    versions = result["versions"]
+    name = "cpu" if result["machine"]["gpu"] is None else "gpu"
+    picture = "Seconds and host memory of five works, along the size, the tensors and the threads"
+    rows = [f"| {' | '.join(row)} |" for row in curves.table(result)]
+    return "\n".join(
+        [
+            f"{place(result)}, torch {versions['torch']}. The file is in the page cache. Along one axis the other two "
+            f"stay fixed: {curves.NUM_TENSORS} tensors of {result['fixed_gigabytes']:g} GB in all, and the default "
+            "number of threads.",
+            "",
+            *(f"![{picture}](assets/curves-{name}-{variant}.svg#only-{variant})" for variant in ("light", "dark")),
+            "",
+            "| | along | GB | tensors | threads | seconds | host, MiB |",
+            "|---|---|---:|---:|---:|---:|---:|",
+            *rows,
+            "",
+            f"`{result['command']}`",
+        ]
+    )
 
 
 def render_growth(result: dict[str, Any]) -> str:
