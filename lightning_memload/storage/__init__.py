@@ -5,7 +5,15 @@ from lightning_memload.storage.file_set import FileSet
 from lightning_memload.storage.lease import FileWatch
 from lightning_memload.storage.local import LocalFile
 from lightning_memload.storage.reservation import Reservation, map_or_reserve
-from lightning_memload.storage.source import ByteSource, FileView, Place, StoredFile, read_fully
+from lightning_memload.storage.source import (
+    ByteSource,
+    FileView,
+    Place,
+    StoredFile,
+    checksum_error,
+    describe_mismatch,
+    read_fully,
+)
 
 __all__ = [
     "ByteSource",
@@ -17,6 +25,8 @@ __all__ = [
     "Place",
     "Reservation",
     "StoredFile",
+    "checksum_error",
+    "describe_mismatch",
     "map_or_reserve",
     "read_fully",
 ]

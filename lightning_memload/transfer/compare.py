@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 from lightning_memload.bytes import Record
 from lightning_memload.errors import ChecksumError
-from lightning_memload.storage import ByteSource, read_fully
+from lightning_memload.storage import ByteSource, checksum_error, read_fully
 from lightning_memload.transfer.checksums import PartialChecksums
-from lightning_memload.transfer.copies import TransferStats, checksum_error
+from lightning_memload.transfer.copies import TransferStats
 from lightning_memload.transfer.plan import Read, TargetRange, plan_reads
 from lightning_memload.transfer.threads import run_threads
 
