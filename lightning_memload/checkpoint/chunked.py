@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from lightning_memload.checkpoint.index import ChunkInfo, span_elements
 from lightning_memload.storage import FileSet, read_fully
+from lightning_memload.torch_private import make_wrapper_subclass, no_torch_function, tree_map_only
 from lightning_memload.units import counted
 
 __all__ = ["ChunkedTensor", "ChunkedValues", "FileChunk", "ValuesInFiles"]
@@ -166,9 +166,7 @@ class ChunkedTensor(torch.Tensor):
         """Makes the tensor; ``__init__`` comes too late for a tensor."""
         cpu = torch.device("cpu")
         stride, offset = values.layout or (None, None)
-        self: ChunkedTensor = torch.Tensor._make_wrapper_subclass(
-            cls, values.shape, stride, offset, dtype=values.dtype, device=cpu
-        )
+        self: ChunkedTensor = make_wrapper_subclass(cls, values.shape, stride, offset, dtype=values.dtype, device=cpu)
         self._held = values
         return self
 
@@ -222,7 +220,7 @@ class ChunkedTensor(torch.Tensor):
         return func(*args, **kwargs)
 
     # What the documentation of __torch_dispatch__ prescribes; else torch would make results instances of this class.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function  # type: ignore[assignment]
 
     # These go to the memory without an operation, and this object has none.
     def numpy(self, *args: Any, **kwargs: Any) -> Any:

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 import torch
 
+from lightning_memload.torch_private import default_store
+
 __all__ = ["Companions", "KeyValueStore", "LostCompanion"]
 
 _ANNOUNCED = "lightning_memload/announced"
@@ -233,13 +235,3 @@ class Companions:
             time.sleep(pause)
             pause = min(2 * pause, _LAST_POLL_SECONDS)
         return json.loads(self._store.get(key))
-
-
-def default_store() -> KeyValueStore:
-    """Returns the store of the default process group.
-
-    torch (2.6 to 2.14) has no public name for it. A separate store would need an address that all ranks know.
-    """
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    return _get_default_store()

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_memload.errors import IncompatibleWeightsError, listed
 from lightning_memload.restore.recipes import fill_before_load
 from lightning_memload.restore.state_dict import suggest_renaming
+from lightning_memload.torch_private import FORESEEN_LOADING, IncompatibleKeys
 
 __all__ = [
     "ADVICE",
@@ -35,9 +35,6 @@ __all__ = [
 NOTHING_CHANGED = "Nothing was changed."
 OTHERS_LOADED = "Other weights were loaded."
 ADVICE = "Use rename= or strip_prefix= for other names, exclude= for new layers."
-
-# Loading code whose result is known in advance: torch's default, and the batch norms', which add a missing counter.
-_FORESEEN = (nn.Module._load_from_state_dict, nn.modules.batchnorm._NormBase._load_from_state_dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +66,7 @@ class WeightsMatch:
 
 
 def match_weights(
-    module: nn.Module, given: Collection[str], keys: _IncompatibleKeys, wants: Callable[[str], bool] = lambda _: True
+    module: nn.Module, given: Collection[str], keys: IncompatibleKeys, wants: Callable[[str], bool] = lambda _: True
 ) -> WeightsMatch | None:
     """Describes the differences that a ``load_state_dict`` found.
 
@@ -205,7 +202,7 @@ def _entries(module: nn.Module) -> Iterator[tuple[str, Any, bool]]:
 def _has_own_way(module: nn.Module) -> bool:
     """Whether a module has its own loading code or hooks, so that the result of loading it cannot be predicted."""
     loads = type(module)._load_from_state_dict
-    overrides = type(module).load_state_dict is not nn.Module.load_state_dict or loads not in _FORESEEN
+    overrides = type(module).load_state_dict is not nn.Module.load_state_dict or loads not in FORESEEN_LOADING
     # Hooks of the restore change no names. A post-hook may remove missing keys from the result.
     hooks = (*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values())
     return overrides or any(not is_of_restore(hook) for hook in hooks)

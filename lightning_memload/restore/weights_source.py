@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.errors import CheckpointFormatError, MetaTensorError, UnmappableCheckpointError, listed
@@ -47,6 +46,7 @@ from lightning_memload.restore.state_dict import (
 from lightning_memload.restore.weights import WeightsRestore
 from lightning_memload.storage.places import is_folder, path_of
 from lightning_memload.storage.stream import path_or_stream
+from lightning_memload.torch_private import IncompatibleKeys
 
 __all__ = ["WeightsSource", "open_any"]
 
@@ -139,7 +139,7 @@ class WeightsSource:
         dtype: torch.dtype | None = None,
         assign: bool = False,
         may_match_nothing: bool = False,
-    ) -> tuple[_IncompatibleKeys, WeightsMatch | None]:
+    ) -> tuple[IncompatibleKeys, WeightsMatch | None]:
         """Loads a state dict, as :meth:`open` returns it, into a module.
 
         ``dtype`` is the floating-point type of the parameters (``None``: their present type). ``assign`` maps them onto
@@ -163,7 +163,7 @@ class WeightsSource:
         assigned = assign_special(module, state_dict)
         restore = WeightsRestore(module, session, dtype=dtype, assign=assign, strict=False)
         try:
-            keys: _IncompatibleKeys = module.load_state_dict(state_dict, strict=False)
+            keys: IncompatibleKeys = module.load_state_dict(state_dict, strict=False)
         except RuntimeError as error:
             # Modules with their own loading code: require_match() cannot predict what they refuse.
             refused = refused_by_torch(module, error, None, path=path)
