@@ -30,8 +30,7 @@ from lightning_memload.restore.matching import (
     incompatible,
     match_weights,
     module_keys,
-    refused_by_torch,
-    require_match,
+    short_errors,
 )
 from lightning_memload.restore.recipes import follow_recipes
 from lightning_memload.restore.session import RestoreSession
@@ -157,21 +156,15 @@ class WeightsSource:
         wants = key_filter(self.include, self.exclude)
         path = os.fspath(self.path)
         state_dict = self._with_compiled_names(state_dict, module)
-        require_match(module, state_dict, wants, strict=self.strict, path=path)
-        state_dict = copy.copy(state_dict)
-        assert isinstance(state_dict, dict)
-        assigned = assign_special(module, state_dict)
-        restore = WeightsRestore(module, session, dtype=dtype, assign=assign, strict=False)
-        try:
-            keys: IncompatibleKeys = module.load_state_dict(state_dict, strict=False)
-        except RuntimeError as error:
-            # Modules with their own loading code: require_match() cannot predict what they refuse.
-            refused = refused_by_torch(module, error, None, path=path)
-            if refused is None:
-                raise
-            raise refused from error
-        finally:
-            restore.remove()
+        with short_errors(module, state_dict, wants, strict=self.strict, path=path):
+            state_dict = copy.copy(state_dict)
+            assert isinstance(state_dict, dict)
+            assigned = assign_special(module, state_dict)
+            restore = WeightsRestore(module, session, dtype=dtype, assign=assign, strict=False)
+            try:
+                keys: IncompatibleKeys = module.load_state_dict(state_dict, strict=False)
+            finally:
+                restore.remove()
         keys.missing_keys[:] = [name for name in keys.missing_keys if name not in assigned]
         match = match_weights(module, state_dict, keys, wants)
         if match is not None and (self.strict or (match.is_nothing and not may_match_nothing)):
