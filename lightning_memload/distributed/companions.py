@@ -31,7 +31,7 @@ _AGREEING = "lightning_memload/agreeing"
 _EXCHANGE_SECONDS = 5.0
 # A rank that reads a checkpoint gives a sign of life at least this often.
 _SIGN_SECONDS = 5.0
-# The default timeout of a collective with NCCL is as long.
+# This is also the default timeout of a collective with NCCL.
 _SILENCE_SECONDS = 600.0
 _FIRST_POLL_SECONDS = 0.001
 _LAST_POLL_SECONDS = 0.1

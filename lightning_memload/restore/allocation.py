@@ -210,8 +210,8 @@ def empty_on(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | No
     """Uninitialised memory for a tensor, with its strides.
 
     Args:
-        tensor: Whose shape and strides to take.
-        device: Where to allocate.
+        tensor: The tensor whose shape and strides the memory gets.
+        device: The device of the memory.
         dtype: Type for floating-point tensors, ``None`` for the tensor's own. Others keep theirs.
     """
     target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype

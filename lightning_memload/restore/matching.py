@@ -300,7 +300,7 @@ def incompatible(
         missing: Names that the checkpoint lacks.
         unexpected: Names that the module lacks.
         mismatched: For each name whose shapes differ, the shape on disk and the one in the module.
-        done: What has happened to the module.
+        done: A sentence that says whether the module was changed.
         advice: What the user can do.
         others: Other problems, as sentences.
         strict: Whether missing and unexpected names are errors. If so, the message mentions ``strict=False``.

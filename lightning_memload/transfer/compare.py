@@ -1,7 +1,6 @@
 """Compares the checksums of records without loading them.
 
-It serves pages that become a module's memory, and small tensors that torch copies. Both are used later from the page
-cache.
+It is used for pages that become a module's memory, and for small tensors that torch copies later out of the page cache.
 """
 
 from __future__ import annotations
