@@ -54,7 +54,7 @@ def test_tensors_without_memory_of_their_own() -> None:
 )
 def test_whether_a_tensor_is_all_of_its_memory(make: object, expected: bool) -> None:
     base = torch.arange(12.0)
-    tensor = make(base)  # type: ignore[operator]
+    tensor = make(base)
     assert is_all_of(tensor, base.untyped_storage()) is expected
 
 

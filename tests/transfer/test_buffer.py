@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lightning_memload.transfer.buffer import Buffer
@@ -11,7 +13,8 @@ from lightning_memload.transfer.plan import TensorBlock
 
 def buffer_with(values: torch.Tensor) -> Buffer:
     data = values.contiguous().view(torch.uint8).clone()
-    return Buffer(memoryview(data.numpy()), data, None)
+    view: Any = data.numpy()
+    return Buffer(memoryview(view), data, None)
 
 
 def test_a_block_goes_to_its_place() -> None:
