@@ -30,7 +30,7 @@ __all__ = ["Pickled", "SavedStorage", "pickle_object"]
 _PROTOCOL = 2
 # Windows start at multiples of this, so that every element type keeps its alignment.
 _WINDOW_ALIGNMENT_BYTES = 64
-# What nearly every question of pickle is about, told apart by one look at its type.
+# Most objects that pickle asks about have one of these types. They are no storages.
 _NO_STORAGES = frozenset(
     (
         *(str, int, bool, float, type(None), tuple, list, dict, OrderedDict, FunctionType, type),

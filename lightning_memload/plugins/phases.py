@@ -45,7 +45,7 @@ _COLLECT_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a restore did, for its report.
+    """The result of a restore, for its report.
 
     Attributes:
         path: The checkpoint.

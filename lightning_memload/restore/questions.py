@@ -1,4 +1,4 @@
-"""What calls on tensors can be answered without their values."""
+"""The calls on tensors that can be answered without their values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where bytes are: places, open files, mappings of them, leases on them, and what replaces a file in one step."""
+"""Places of files: open files, mappings of them, leases on them, and the replacement of a file in one step."""
 
 from lightning_memload.storage.file_mapping import FileMapping
 from lightning_memload.storage.file_set import FileSet

@@ -1,4 +1,4 @@
-"""What bytes are read from: a source, an open file, and a place of files.
+"""The sources of bytes: the protocol of a source, an open file, and a place of files.
 
 A source fills buffers from an offset and names the file at an offset. Several threads use a source at once, so it has
 no position. A read may be short; :func:`read_fully` reads all bytes or raises.
