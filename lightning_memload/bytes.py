@@ -15,7 +15,7 @@ class Record(NamedTuple):
     """A contiguous range of bytes with a name and at most one checksum. The data of a tensor is one record or several.
 
     Attributes:
-        name: The name in messages: the tensor, or else the record's own name in its file.
+        name: The name in messages: that of the tensor, or that of the record in its file if it is no tensor.
         offset: Position of the first byte in the run of all files.
         nbytes: Length in bytes.
         crc32: CRC-32 of the bytes, as recorded in the checkpoint. ``None`` if the checkpoint records none.
@@ -28,7 +28,7 @@ class Record(NamedTuple):
 
 
 class RecordPart(NamedTuple):
-    """A part of a record.
+    """Contiguous bytes of a record.
 
     Attributes:
         record: The number of the record.
@@ -98,7 +98,7 @@ def place_in(files: Sequence[FileSpan], offset: int) -> tuple[str, int]:
 
 
 def after(buffers: Sequence[Any], count: int) -> Sequence[Any]:
-    """What is left of buffers, ``bytes`` or byte views, when their first ``count`` bytes are read or written."""
+    """Returns buffers (``bytes`` or byte views) without their first ``count`` bytes, which are done."""
     done = 0
     while done < len(buffers) and count >= len(buffers[done]):
         count -= len(buffers[done])

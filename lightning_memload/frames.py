@@ -1,4 +1,4 @@
-"""The calls that a thread is in. Only they tell some things, such as whether an optimizer's step is running."""
+"""The functions that a thread is running. Some facts follow only from them: whether an optimizer's step is running."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class TestFloors:
 
     def test_every_room_of_the_design_is_read(self) -> None:
         read = {module_name(file).split(".")[1] for file in package_files() if file.parent.name != PACKAGE}
-        files = {"errors", "units", "collector", "bytes", "frames", "__main__"}
+        files = {"errors", "units", "collector", "bytes", "frames", "torch_private", "__main__"}
         assert read == set(FLOORS) - files
 
     @pytest.mark.parametrize(

@@ -13,24 +13,24 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from lightning_memload.checkpoint.index import ChunkInfo, span_elements
 from lightning_memload.storage import FileSet, read_fully
+from lightning_memload.torch_private import make_wrapper_subclass, no_torch_function, tree_map_only
 from lightning_memload.units import counted
 
 __all__ = ["ChunkedTensor", "ChunkedValues", "FileChunk", "ValuesInFiles"]
 
-# The most that is read at a time when a chunked tensor is used.
+# When a chunked tensor is used, at most this much is read at a time.
 _READ_BLOCK_BYTES = 16 << 20
 
 
 class FileChunk(NamedTuple):
-    """Where a part of a tensor, or all of it, lies.
+    """The place in the files of a part of a tensor, or of all of it.
 
     Attributes:
-        offset: Position of its first element.
-        stride: Strides there, in elements.
+        offset: Position of its first element, in bytes.
+        stride: Strides in the file, in elements.
         starts: Position of its first element in the tensor, for every dimension.
         shape: Sizes of the part.
     """
@@ -41,7 +41,7 @@ class FileChunk(NamedTuple):
     shape: tuple[int, ...]
 
     def within(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of a tensor, of the whole tensor's shape, that this chunk is: a view."""
+        """Returns the part of a whole tensor that this chunk describes, as a view."""
         if self.shape == tensor.shape:
             return tensor
         return tensor[tuple(slice(start, start + n) for start, n in zip(self.starts, self.shape, strict=True))]
@@ -86,14 +86,14 @@ class ValuesInFiles(Protocol):
 
 
 class ChunkedValues:
-    """What a chunked tensor and its detached twins share: the parts in the files, or the values in memory.
+    """The parts in the files, or the values in memory. A chunked tensor and the results of its ``detach()`` share them.
 
     Args:
         shape: Sizes of the tensor.
         dtype: Its element type.
         chunks: Its parts.
         source: The files.
-        name: What to call it in messages.
+        name: Its name in messages.
 
     Attributes:
         memory: The values, ``None`` until they are read.
@@ -140,7 +140,7 @@ class ChunkedValues:
         if row_bytes and chunk.stride[0] >= span_elements(chunk.shape[1:], chunk.stride[1:]):
             rows = max(1, _READ_BLOCK_BYTES // row_bytes)
         else:
-            rows = length  # They interlock in the file, so that none can be read without the others.
+            rows = length  # Their ranges in the file overlap, so no row can be read without the others.
         for start in range(0, length, rows):
             part = destination[start : start + rows] if chunk.shape else destination
             data = bytearray(span_elements(part.shape, chunk.stride) * self.dtype.itemsize)
@@ -152,11 +152,11 @@ class ChunkedValues:
 class ChunkedTensor(torch.Tensor):
     """A CPU tensor whose values lie in several places of the files until they are used.
 
-    Any operation reads the whole tensor into ordinary memory first, and all later ones see that memory: those on this
-    object and on what ``detach()`` or ``.data`` made of it. What only asks for shape, dtype or device reads nothing.
+    The first operation reads the whole tensor into ordinary memory. All later operations use that memory, also those on
+    the results of ``detach()`` and ``.data``. A question for the shape, the dtype or the device reads nothing.
 
     Args:
-        values: Where the values are.
+        values: The values in the files.
     """
 
     _held: ValuesInFiles
@@ -166,9 +166,7 @@ class ChunkedTensor(torch.Tensor):
         """Makes the tensor; ``__init__`` comes too late for a tensor."""
         cpu = torch.device("cpu")
         stride, offset = values.layout or (None, None)
-        self: ChunkedTensor = torch.Tensor._make_wrapper_subclass(
-            cls, values.shape, stride, offset, dtype=values.dtype, device=cpu
-        )
+        self: ChunkedTensor = make_wrapper_subclass(cls, values.shape, stride, offset, dtype=values.dtype, device=cpu)
         self._held = values
         return self
 
@@ -201,14 +199,14 @@ class ChunkedTensor(torch.Tensor):
         return self._held.memory is not None
 
     def read(self) -> torch.Tensor:
-        """The values as an ordinary tensor: read from the files at first, the same tensor ever after.
+        """Returns the values as an ordinary tensor. Only the first call reads; later calls return the same tensor.
 
         Checksums are not compared.
 
         Raises:
             CheckpointReadError: Reading failed.
 
-        Peak memory: the tensor, and 16 MiB, or the largest part where its rows interlock in the file.
+        Peak memory: the tensor, and 16 MiB. If the rows of a part overlap in the file: the tensor and that part.
         """
         return self._held.read()
 
@@ -221,10 +219,10 @@ class ChunkedTensor(torch.Tensor):
         args, kwargs = tree_map_only(ChunkedTensor, ChunkedTensor.read, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    # What the documentation of __torch_dispatch__ prescribes; else torch would make results instances of this class.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    # As the documentation of __torch_dispatch__ says. Otherwise results would be instances of this class.
+    __torch_function__ = no_torch_function  # type: ignore[assignment]
 
-    # These go to the memory without an operation, and this object has none.
+    # These methods read memory without an operation, and this object has no memory.
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         """As for any tensor."""
         return self.read().numpy(*args, **kwargs)
@@ -245,7 +243,7 @@ class ChunkedTensor(torch.Tensor):
         return self.read().untyped_storage()
 
     def _ordinary(self, values: torch.Tensor) -> torch.Tensor:
-        """Values as what this tensor is: a parameter, a tensor that requires a gradient, or another tensor."""
+        """Returns values as the same kind of tensor: a parameter, or a tensor that requires a gradient or does not."""
         if isinstance(self, torch.nn.Parameter):
             return torch.nn.Parameter(values, self.requires_grad)
         return values.detach().requires_grad_() if self.requires_grad else values

@@ -126,11 +126,11 @@ class PickledGlobal:
     """A class or function that the pickled objects of a checkpoint name. Loading them imports it.
 
     Attributes:
-        module: Where it is defined.
-        qualname: Its name there.
+        module: The module that defines it.
+        qualname: Its name in that module.
         path: Keys from the root to the first object that needs it, ``None`` if no object of the checkpoint keeps it.
         is_buildable: Whether torch can build it under ``weights_only`` once it is allowed. It cannot put items into
-            objects of some classes that derive dict or list; of which, depends on the version of torch.
+            objects of some classes that derive dict or list. These classes depend on the version of torch.
     """
 
     module: str
@@ -145,7 +145,7 @@ class PickledGlobal:
 
     @property
     def place(self) -> str:
-        """The path as one string, in words where there is none."""
+        """The path as one string, or words if no object needs it."""
         if self.path is None:
             return "(within another object)"
         return format_path(self.path) or "(the whole object)"
@@ -159,9 +159,9 @@ class SpecialTensor:
         path: Keys from the root of the saved object to the tensor.
         kind: ``"quantized"``, ``"sparse_coo"``, ``"meta"``, ``"nested"``, the full name of its class, or why torch
             cannot hold it.
-        dtype: Its element type, ``None`` if it cannot be told.
-        shape: Its sizes, ``None`` likewise.
-        nbytes: Bytes in the file that it is made of.
+        dtype: Its element type, ``None`` if it is unknown.
+        shape: Its sizes, ``None`` if they are unknown.
+        nbytes: Its bytes in the file.
     """
 
     path: KeyPath
@@ -181,13 +181,13 @@ class Checkpoint:
     """Everything that can be known of a checkpoint without reading its tensors.
 
     Attributes:
-        path: What was opened: a file or a directory.
+        path: The file or directory.
         format: Name of its format, for example ``"torch"``.
         files: The files that hold tensors.
         tensors: Every tensor, in the order in which the saved object holds them.
         storages: Every storage, each once, in the order in which torch meets them when it loads the file.
-        metadata: Words that the checkpoint carries beside its tensors, such as the ``__metadata__`` of safetensors; of
-            several files, the first that has a key. Empty for formats without such words.
+        metadata: Text beside the tensors, such as the ``__metadata__`` of safetensors. If several files have a key, the
+            value is that of the first one. Empty for formats without such text.
         globals: Every class and function that the pickled objects name, without those that make tensors.
         special: Every tensor that is not plain: quantised, sparse, meta, of a subclass, of a dtype that torch lacks.
             Tensors that it is made of are among the others, under longer names.
@@ -237,7 +237,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all storages together, each counted once."""
+        """Bytes of all storages. Each storage counts once."""
         return sum(storage.nbytes for storage in self.storages)
 
     @property

@@ -12,9 +12,9 @@ import threading
 import torch
 from zlib_ng import zlib_ng
 
+from lightning_memload.bytes import Record
 from lightning_memload.checkpoint.chunked import FileChunk
-from lightning_memload.errors import ChecksumError
-from lightning_memload.storage import FileSet, read_fully
+from lightning_memload.storage import FileSet, checksum_error, read_fully
 
 __all__ = ["UnreadStorage", "UnreadView"]
 
@@ -64,16 +64,7 @@ class UnreadStorage:
     def _compare(self, data: memoryview) -> None:
         if self._crc32 is None or (actual := zlib_ng.crc32(data)) == self._crc32:
             return
-        path, position = self.source.place(self.offset)
-        raise ChecksumError(
-            f"{path} is damaged: the {self.nbytes} bytes of {self._name or 'a tensor'} at byte {position} have CRC-32 "
-            f"{actual:#010x}, but the file records {self._crc32:#010x}. Resume from another checkpoint.",
-            path=path,
-            key=self._name,
-            offset=position,
-            expected=self._crc32,
-            actual=actual,
-        )
+        raise checksum_error(self.source, Record(self._name or "", self.offset, self.nbytes, self._crc32), actual)
 
 
 class UnreadView:

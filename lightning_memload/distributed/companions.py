@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 import torch
 
+from lightning_memload.torch_private import default_store
+
 __all__ = ["Companions", "KeyValueStore", "LostCompanion"]
 
 _ANNOUNCED = "lightning_memload/announced"
@@ -29,7 +31,7 @@ _AGREEING = "lightning_memload/agreeing"
 _EXCHANGE_SECONDS = 5.0
 # A rank that reads a checkpoint gives a sign of life at least this often.
 _SIGN_SECONDS = 5.0
-# The default timeout of a collective with NCCL is as long.
+# This is also the default timeout of a collective with NCCL.
 _SILENCE_SECONDS = 600.0
 _FIRST_POLL_SECONDS = 0.001
 _LAST_POLL_SECONDS = 0.1
@@ -233,13 +235,3 @@ class Companions:
             time.sleep(pause)
             pause = min(2 * pause, _LAST_POLL_SECONDS)
         return json.loads(self._store.get(key))
-
-
-def default_store() -> KeyValueStore:
-    """Returns the store of the default process group.
-
-    torch (2.6 to 2.14) has no public name for it. A separate store would need an address that all ranks know.
-    """
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    return _get_default_store()

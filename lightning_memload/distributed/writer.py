@@ -11,7 +11,8 @@ import time
 
 import torch.distributed
 
-from lightning_memload.distributed.companions import KeyValueStore, default_store
+from lightning_memload.distributed.companions import KeyValueStore
+from lightning_memload.torch_private import default_store
 
 __all__ = ["WriterRank"]
 
@@ -99,5 +100,6 @@ def _store() -> KeyValueStore | None:
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
     with contextlib.suppress(Exception):  # MPI has no store
-        return default_store()
+        store: KeyValueStore = default_store()
+        return store
     return None

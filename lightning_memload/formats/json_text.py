@@ -1,7 +1,7 @@
-"""The JSON of the safetensors format, which may be hostile: how it is read, and how a message shows what it says.
+"""Parses the JSON of the safetensors format, which may be hostile, and shortens its values for messages.
 
-It is parsed more strictly than the standard library does by itself: a key that stands twice, a number or a text that
-no format can use is damage, not a value. What is shown is cut short.
+The rules are stricter than those of the standard library: a key that occurs twice, and a number or a text that no
+format can use, are damage.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightning_memload.errors import CheckpointFormatError
 
 __all__ = ["COPY_AGAIN", "MAX_HEADER_BYTES", "parse_json", "short"]
 
-# The format's own limit. It bounds what a lying length can make us read; an index of shards is held to it as well.
+# The limit of the format. A false length cannot make us read more. An index of shards has the same limit.
 MAX_HEADER_BYTES = 100_000_000
 _MAX_DIGITS = 20
 _MANY_DIGITS = re.compile(rb"[0-9]{%d}" % (_MAX_DIGITS + 1))
@@ -36,13 +36,13 @@ def parse_json(data: bytes, path: str, what: str) -> Any:
 
     Args:
         data: The text.
-        path: The file that it is from.
-        what: What to call it in messages.
+        path: The file of the text.
+        what: The name of the text in messages.
 
     Raises:
         CheckpointFormatError: It is no JSON, too deep, has a key twice, or unusable numbers or texts.
     """
-    # What cannot occur is not looked for in each of thousands of entries.
+    # Rare cases are searched for once, not in each of thousands of entries.
     to_object = _unique_texts if b"\\u" in data else _unique_keys
     to_integer = _short_integer if _MANY_DIGITS.search(data) else int
     try:

@@ -22,6 +22,7 @@ import torch
 from lightning_memload.checkpoint import span_elements
 from lightning_memload.errors import UnstreamableError
 from lightning_memload.pickles.structure import STUB_BYTES
+from lightning_memload.torch_private import REBUILD_FROM_TYPE, REBUILD_TENSOR
 
 __all__ = ["Pickled", "SavedStorage", "pickle_object"]
 
@@ -29,7 +30,7 @@ __all__ = ["Pickled", "SavedStorage", "pickle_object"]
 _PROTOCOL = 2
 # Windows start at multiples of this, so that every element type keeps its alignment.
 _WINDOW_ALIGNMENT_BYTES = 64
-# What nearly every question of pickle is about, told apart by one look at its type.
+# Most objects that pickle asks about have one of these types. They are no storages.
 _NO_STORAGES = frozenset(
     (
         *(str, int, bool, float, type(None), tuple, list, dict, OrderedDict, FunctionType, type),
@@ -177,7 +178,7 @@ class _Pickler(pickle.Pickler):
         if not isinstance(reduced, tuple) or len(reduced) != 2:
             return reduced
         function, arguments = reduced
-        if function is torch._tensor._rebuild_from_type_v2:
+        if function is REBUILD_FROM_TYPE:
             # A tensor with attributes, or of a subclass: the first argument is the function that rebuilds the tensor.
             inner, kind, inner_arguments, state = arguments
             return function, (inner, kind, self._narrow(inner, inner_arguments), state)
@@ -200,7 +201,7 @@ class _Pickler(pickle.Pickler):
 
     def _narrow(self, function: Any, arguments: Any) -> Any:
         """The arguments that rebuild a strided tensor, with the offset in its window. Others are unchanged."""
-        if function not in (torch._utils._rebuild_tensor_v2, torch._utils._rebuild_tensor_v3):
+        if function not in REBUILD_TENSOR:
             return arguments
         storage, offset, shape, stride, *rest = arguments
         use, words, itemsize = self._refer_to(storage)

@@ -1,4 +1,4 @@
-"""What an inert reader puts in the place of what a pickle names: placeholders that accept all and do nothing.
+"""Placeholders for the objects and names of a pickle that is read without running it. They accept all and do nothing.
 
 Tensors and storages become records of this package, containers become plain containers, and everything else becomes an
 :class:`Opaque`. No name is imported and no code of the file runs.
@@ -38,9 +38,9 @@ class Opaque:
     """Stands for any object of the pickle that is neither a container nor a tensor. Accepts all, does nothing.
 
     Attributes:
-        global_name: The class or function that made it, ``None`` where the placeholder is for something else.
-        holds_items: Whether the pickle puts items into it, and ``weights_only`` of this torch never does. That depends
-            on whether its class derives dict or list.
+        global_name: The class or function that made it. ``None`` if the placeholder stands for something else.
+        holds_items: Whether the pickle puts items into it and the ``weights_only`` of this torch cannot. It may depend
+            on whether the class derives dict or list.
     """
 
     global_name: ClassVar[GlobalName | None] = None
@@ -48,7 +48,7 @@ class Opaque:
     parts: list[Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Opaque:
-        """Keeps what it was made of."""
+        """Keeps the arguments."""
         self = super().__new__(cls)
         self.parts = [*args, *kwargs.values()]
         self.holds_items = False
@@ -84,7 +84,7 @@ class Opaque:
         self.parts.append(value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Opaque:
-        """Stands for what a call of it would return."""
+        """Returns a placeholder for the result of the call."""
         return Opaque(self, *args, *kwargs.values())
 
     def __hash__(self) -> int:
@@ -114,9 +114,9 @@ class _ListItems(list[Any]):
 
 @functools.cache
 def _fills(kind: type[_DictItems] | type[_ListItems]) -> bool:
-    """Whether ``weights_only`` puts items into objects of an allowed class, by torch's own word.
+    """Whether ``weights_only`` puts items into objects of an allowed class. Asks torch, since versions differ.
 
-    Into dicts torch 2.6 does, and 2.10 does not; into lists 2.14 does, and 2.13 does not.
+    torch 2.6 puts items into dicts, and 2.10 does not. torch 2.14 puts items into lists, and 2.13 does not.
     """
     file = io.BytesIO()
     torch.save(kind([(1, 2)]), file)
@@ -130,7 +130,7 @@ def _fills(kind: type[_DictItems] | type[_ListItems]) -> bool:
 
 
 class _Sealed:
-    """What a pickle may hold but not change: pickle's BUILD would else set attributes of anything it can name."""
+    """An object that a pickle cannot change. Otherwise BUILD of pickle could set attributes of any named object."""
 
     __slots__ = ()
 
@@ -152,10 +152,10 @@ class TensorValue(_Sealed):
     """A tensor that is one strided view of a storage.
 
     Attributes:
-        info: Where it is.
+        info: Its place in the file.
         is_parameter: Whether it was saved as an ``nn.Parameter``.
         kind: The placeholder of its class, ``None`` for a plain tensor.
-        state: What else the pickle gives it, such as attributes.
+        state: Other values from the pickle, such as attributes.
     """
 
     __slots__ = ("info", "is_parameter", "kind", "state")
@@ -171,9 +171,9 @@ class SpecialValue(Opaque):
     """A tensor whose values are not simply the bytes of one storage: quantised, sparse, meta, of a subclass.
 
     Attributes:
-        kind: What it is, in one word or as the full name of its class.
-        dtype: Its element type, ``None`` if it cannot be told.
-        shape: Its sizes, ``None`` likewise.
+        kind: One word for it, or the full name of its class.
+        dtype: Its element type, ``None`` if it is unknown.
+        shape: Its sizes, ``None`` if they are unknown.
     """
 
     kind: str
@@ -182,7 +182,7 @@ class SpecialValue(Opaque):
 
     @classmethod
     def of(cls, kind: str, dtype: Any, shape: Any, parts: tuple[Any, ...]) -> SpecialValue:
-        """One made of some parts, of what the pickle says are its element type and its sizes."""
+        """Makes one from its parts, with the element type and the sizes that the pickle gives."""
         self = cls(*parts)
         assert isinstance(self, SpecialValue)
         self.kind = kind
@@ -196,7 +196,7 @@ class SpecialValue(Opaque):
         total = 0
         visited: set[int] = set()
         stack: list[Any] = [self.parts]
-        # A tensor is made of a few; a hostile file may hang the same million parts on a million of them.
+        # A tensor has few parts. In a hostile file a million tensors may have the same million parts.
         while stack and len(visited) < _MAX_PARTS:
             value = stack.pop()
             if id(value) in visited:
@@ -271,7 +271,7 @@ def _rebuild_sparse(layout: Any, data: Any) -> Any:
     word = next((part for part in getattr(layout, "parts", ()) if isinstance(part, str)), "sparse")
     tensors = [part for part in data if isinstance(part, TensorValue)] if isinstance(data, tuple) else []
     shape = next((size for part in data if (size := _sizes(part)) is not None), None) if tensors else None
-    # The values come last, behind what says where they are.
+    # The values come last, after the indices.
     dtype = tensors[-1].info.dtype if tensors else None
     return SpecialValue.of(word.removeprefix("torch."), dtype, shape, (layout, data))
 
@@ -289,7 +289,7 @@ def _rebuild_wrapper(kind: Any, dtype: Any, shape: Any, *rest: Any) -> Any:
     return SpecialValue.of(".".join(name), dtype, shape, (kind, dtype, shape, *rest))
 
 
-# The only globals that become more than an Opaque. All of them build plain containers or records of this package.
+# All other names become an Opaque. These build plain containers or records of this package.
 KNOWN_GLOBALS: dict[GlobalName, Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "defaultdict"): _Function(lambda *args: DefaultDict(*args[:1])),

@@ -1,9 +1,9 @@
-"""Building the object of a checkpoint that holds nothing but containers, numbers, strings and plain tensors.
+"""Builds the object of a checkpoint that contains only containers, numbers, strings and plain tensors.
 
-``torch.load`` takes 60 us for each tensor, most of it in an unpickler that asks at each step what else it might be, and
-the inert walk for the index takes 25 us more. Most checkpoints are of a few kinds only. These are built here in a third
-of the time, and the same pass gives their index. All others are left to ``torch.load`` and the inert walk, which judge
-everything else: classes and functions, other protocols, and damage.
+``torch.load`` takes 60 us for each tensor, most of it in an unpickler for any kind of object. The inert walk for the
+index takes 25 us more. Most checkpoints have a few kinds of objects only. They are built here in a third of the time,
+and the same pass gives their index. All others are left to ``torch.load`` and the inert walk: those with classes and
+functions, with other protocols, and damaged ones.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class _Arguments(tuple[Any, ...]):
     __slots__ = ()
 
 
-# They stand for something in arguments, and must not reach the result.
+# They occur only in arguments, and must not reach the result.
 _PLACEHOLDERS = frozenset((_Name, _StorageClass, _Storage, _Arguments))
 
 _REBUILD, _PARAMETER, _ORDERED = _Name("tensor"), _Name("parameter"), _Name("dict")
-# What torch (2.6 to 2.13) allows by default under weights_only, and loads the same without it.
+# torch (2.6 to 2.13) allows these names by default under weights_only, and loads them the same without it.
 _GLOBALS: dict[bytes, Any] = {
     b"collections\nOrderedDict\n": _ORDERED,
     b"torch._utils\n_rebuild_tensor_v2\n": _REBUILD,
@@ -88,7 +88,7 @@ _UINT16, _INT32, _UINT32, _DOUBLE = (struct.Struct(layout).unpack_from for layou
 
 @dataclass(frozen=True, slots=True)
 class PlainObject:
-    """What :func:`build_plain` makes.
+    """The result of :func:`build_plain`.
 
     Attributes:
         root: The object. Its tensors lie in the storages.
@@ -98,7 +98,7 @@ class PlainObject:
     root: Any
     storages: tuple[StorageInfo, ...]
     _views: dict[int, _View]
-    _tensors: list[torch.Tensor]  # or another object might have the identity of one of them
+    _tensors: list[torch.Tensor]  # kept alive: otherwise another object could get the identity of one of them
 
     def tensors(self) -> tuple[TensorInfo, ...]:
         """Every tensor with its path, in the order in which the object holds them.
@@ -129,11 +129,11 @@ def build_plain(
 
     Args:
         data: The pickle.
-        storage_of: Gives the storage of a key, of a location and a length in bytes. Called once for each key. What it
-            raises ends the building.
+        storage_of: Returns the storage for a key, a location and a length in bytes. Called once for each key. An error
+            that it raises ends the building.
 
     Returns:
-        The object, and where its tensors are.
+        The object, and the places of its tensors.
 
     Raises:
         NotPlain: The pickle holds something else, or is damaged. Nothing that it names has been called.
@@ -162,7 +162,7 @@ class _Builder:
         return PlainObject(root, tuple(item.info for item in storages.values()), self._views, self._tensors)
 
     def _run(self) -> Any:
-        """The pickle's own instructions. Like in ``pickle``, what is below a mark cannot be reached."""
+        """Executes the instructions of the pickle. As in ``pickle``, values below a mark cannot be reached."""
         data = self._data
         if not data.startswith(_PROTOCOL):
             raise NotPlain

@@ -1,7 +1,7 @@
-"""Walking the pickle of a torch checkpoint without running any of it.
+"""Walks the pickle of a torch checkpoint without running any of it.
 
-The unpickler builds inert placeholders instead of calling anything, so it imports nothing that the file names; time and
-memory are bounded by the size of the pickle, except that a dict key is hashed, as ``torch.load`` hashes it.
+The unpickler builds inert placeholders and calls nothing, so it imports nothing that the file names. Time and memory
+are bounded by the size of the pickle, with one exception: a dict key is hashed, as ``torch.load`` hashes it.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ __all__ = [
     "walk_pickle",
 ]
 
-# What a file holds of a storage whose bytes lie elsewhere: one element or more of every type.
+# If the bytes of a storage are in another file, the file has a stub of this size: at least one element of any type.
 STUB_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class PickleContents:
-    """What the pickle of a checkpoint holds.
+    """The tensors, storages and names in the pickle of a checkpoint.
 
     Attributes:
         tensors: Every tensor that is a view of one storage, in the order in which the object holds them.
@@ -195,30 +195,30 @@ def _damage_reported(path: str) -> Iterator[None]:
 
 
 def _load_bytearray8(unpickler: Any) -> None:
-    """Reads before it allocates; pickle's own version allocates any length that the file announces."""
+    """Reads before it allocates. The version of pickle allocates any length that the file announces."""
     (nbytes,) = struct.unpack("<Q", unpickler.read(8))
     unpickler.append(bytearray(unpickler.read(nbytes)))
 
 
 class InertUnpickler(pickle._Unpickler):
-    """An unpickler whose memory is bounded by the size of the pickle; what a pickle may name is its ``find_class``.
+    """An unpickler whose memory is bounded by the size of the pickle. A subclass decides in ``find_class`` about names.
 
-    The interpreted one, as under torch's ``weights_only``: the one in C sizes its memo by the largest number in the
-    file, so that five bytes of a pickle can take all memory. It costs some 10 us a tensor.
+    It is written in Python, as that of torch's ``weights_only``, and takes some 10 us for a tensor. The unpickler in C
+    sizes its memo by the largest number in the file, so five bytes of a pickle can take all memory.
     """
 
     dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _load_bytearray8}
 
 
 def current_name(module: str, name: str) -> GlobalName:
-    """Today's name of what a pickle names: Python 2 had other names for some, and torch writes its protocol."""
+    """The present name of a class or function in a pickle. torch writes protocol 2, with some names of Python 2."""
     if (module, name) in NAME_MAPPING:
         return NAME_MAPPING[module, name]
     return IMPORT_MAPPING.get(module, module), name
 
 
 class _StructureUnpickler(InertUnpickler):
-    """Rebuilds the containers of a checkpoint with placeholders for everything that is not one."""
+    """Rebuilds the containers of a checkpoint, with placeholders for all other objects."""
 
     def __init__(
         self,

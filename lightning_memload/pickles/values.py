@@ -1,4 +1,4 @@
-"""What an inert reader found, by where it stands: tensors, and the names of classes and functions."""
+"""Finds tensors, and the names of classes and functions, in an object that was read with placeholders."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lightning_memload.pickles.placeholders import (
 
 __all__ = ["MAX_DEPTH", "children_of", "collect_tensors", "keys_within_objects", "locate_globals"]
 
-# What a million of may be in a pickle, and no tensor in any.
+# A pickle may hold a million objects of these types. None of them contains a tensor.
 _LEAVES = frozenset((int, float, str, bool, bytes, type(None)))
 
-# Pickling anything deeper runs into Python's recursion limit. A path costs memory for every level.
+# Python's recursion limit prevents the pickling of deeper objects. A path takes memory for every level.
 MAX_DEPTH = 1000
 
 _NUMPY_DTYPE = re.compile(r"[|<>=]?[a-zA-Z]\d{0,4}")
@@ -33,7 +33,8 @@ def collect_tensors(file_name: str, root: Any) -> tuple[tuple[TensorInfo, ...], 
     """Every tensor below ``root`` with its path, in the order of the containers. Visits a shared container once.
 
     Returns:
-        Those that are views of one storage, also as parts of others; and the others, with those of a subclass.
+        The tensors that are views of one storage, including those inside special tensors; and the special tensors,
+        including those of a subclass.
 
     Raises:
         CheckpointFormatError: A tensor does not lie within its storage.
@@ -72,7 +73,7 @@ def collect_tensors(file_name: str, root: Any) -> tuple[tuple[TensorInfo, ...], 
 
 
 def children_of(path: KeyPath, value: Any) -> list[tuple[KeyPath, Any]]:
-    """What a container at some path holds, each with its own path, without numbers and texts."""
+    """Returns the items of a container with their paths, except numbers and texts."""
     if isinstance(value, dict):
         return [((*path, _path_key(key)), item) for key, item in value.items() if type(item) not in _LEAVES]
     items = value.parts if isinstance(value, Opaque) else value
@@ -80,7 +81,7 @@ def children_of(path: KeyPath, value: Any) -> list[tuple[KeyPath, Any]]:
 
 
 def locate_globals(root: Any, named: Iterable[GlobalName]) -> tuple[PickledGlobal, ...]:
-    """Where the classes and functions that a pickle names stand in the object.
+    """Finds the places in an object of the classes and functions that its pickle names.
 
     Args:
         root: The object, with placeholders.
@@ -114,7 +115,7 @@ def locate_globals(root: Any, named: Iterable[GlobalName]) -> tuple[PickledGloba
             if value.holds_items and name is not None:
                 with_items.add(name)
             note(_type_of_numpy_dtype(value), path)
-            # Not the positions within it: only the program that wrote the object knows what they are.
+            # Without the positions within it: only the program that wrote the object knows their meaning.
             stack += [(path, part) for part in reversed(value.parts)]
         elif isinstance(value, dict):
             if isinstance(value, DefaultDict):

@@ -25,6 +25,7 @@ from lightning_memload.errors import (
     listed,
 )
 from lightning_memload.formats import checkpoints_in, is_checkpoint
+from lightning_memload.plugins.seams import restore_from
 from lightning_memload.verify import (
     Siblings,
     Verdict,
@@ -171,8 +172,7 @@ def choose_intact(path: str | None, trainer: pl.Trainer, companions: Companions 
     if chosen == complete:
         return path
     if chosen != path:
-        # Not the public setter: it would set the path for all later calls too.
-        trainer._checkpoint_connector._ckpt_path = chosen
+        restore_from(trainer, chosen)
     return chosen
 
 

@@ -20,6 +20,7 @@ from lightning_memload.errors import CheckpointFormatError, UnsafeGlobalsError
 from lightning_memload.pickles import SafeGlobal, holds_refused
 from lightning_memload.plugins.arguments import LoadingOptions, find_fixed_option, split_arguments
 from lightning_memload.plugins.compat import classes, package_of
+from lightning_memload.plugins.seams import sets_strict_loading
 from lightning_memload.restore import LoadOptions, WeightsSource, find_state_dict, meta_init, open_any
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _load(
     with loading.closing(session):
         checkpoint.setdefault(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(overrides)
         module = _build_whole(cls, checkpoint, overrides)
-        if strict is not None and module._strict_loading is not None and strict != module.strict_loading:
+        if strict is not None and sets_strict_loading(module) and strict != module.strict_loading:
             raise ValueError(
                 f"load_from_checkpoint(strict={strict}) contradicts {type(module).__name__}.strict_loading="
                 f"{module.strict_loading}. Set the same value for both."

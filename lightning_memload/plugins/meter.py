@@ -30,7 +30,7 @@ class PhaseMeter:
         self._counted = TransferStats()
 
     def start(self) -> None:
-        """Starts the measurement of the whole. If it runs already, it starts anew."""
+        """Starts the measurement of the whole. If it is running, it starts again."""
         if self.total.is_running:
             self.total.stop()
         self.total.start()

@@ -26,9 +26,8 @@ from lightning_memload.restore import (
     WeightsMatch,
     WeightsRestore,
     module_keys,
-    refused_by_torch,
     rename_compiled,
-    require_match,
+    short_errors,
 )
 from lightning_memload.storage import FileSet
 from lightning_memload.transfer import TransferStats
@@ -46,7 +45,7 @@ _COLLECT_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a restore did, for its report.
+    """The result of a restore, for its report.
 
     Attributes:
         path: The checkpoint.
@@ -220,15 +219,9 @@ class Weights(_Streaming):
             return
         named = dict(state_dict)
         rename_compiled(named, module_keys(module))  # Loading renames them in the same way.
-        require_match(module, named, strict=strict, path=self.path, advice=_ADVICE)
-        try:
+        match = (lambda: self._weights.match) if strict else (lambda: None)
+        with short_errors(module, named, strict=strict, path=self.path, advice=_ADVICE, match=match):
             load(checkpoint, strict=strict)
-        except RuntimeError as error:
-            match = self._weights.match if strict else None
-            refused = refused_by_torch(module, error, match, path=self.path, advice=_ADVICE)
-            if refused is None:
-                raise
-            raise refused from error
 
     def end_streaming(self) -> None:
         """Removes the hooks from the module, once its values are loaded. A second call does nothing."""

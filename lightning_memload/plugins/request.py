@@ -1,4 +1,4 @@
-"""What a restore was asked for: the options of the callback, the Trainer, its module and the stage."""
+"""The request for a restore: the options of the callback, the Trainer, its module and the stage."""
 
 from __future__ import annotations
 

@@ -32,6 +32,8 @@ __all__ = [
     "keep_strategy_on_device",
     "loads_by_itself",
     "require_one",
+    "restore_from",
+    "sets_strict_loading",
     "skip_next_move_to_cpu",
     "when_set_up",
 ]
@@ -191,6 +193,19 @@ def forget_loaded_checkpoint(trainer: pl.Trainer) -> None:
     restore that succeeded it has dropped the checkpoint itself.
     """
     trainer._checkpoint_connector._loaded_checkpoint = {}
+
+
+def restore_from(trainer: pl.Trainer, path: str | None) -> None:
+    """Makes a Trainer restore another checkpoint in this run.
+
+    Lightning (2.5, 2.6) has a public setter, but the path that it sets is used for all later runs too.
+    """
+    trainer._checkpoint_connector._ckpt_path = path
+
+
+def sets_strict_loading(module: pl.LightningModule) -> bool:
+    """Whether a module sets ``strict_loading``. The public property (Lightning 2.5, 2.6) is ``True`` if it does not."""
+    return module._strict_loading is not None
 
 
 def skip_next_move_to_cpu(module: pl.LightningModule) -> None:

@@ -2,7 +2,7 @@
 
 from lightning_memload.restore.allocation import meta_names
 from lightning_memload.restore.load_weights import LoadOptions, load_weights
-from lightning_memload.restore.matching import WeightsMatch, module_keys, refused_by_torch, require_match
+from lightning_memload.restore.matching import WeightsMatch, module_keys, short_errors
 from lightning_memload.restore.meta import meta_init
 from lightning_memload.restore.optimizer import OptimizerRestore
 from lightning_memload.restore.recipes import follow_recipes, names_of_data
@@ -30,7 +30,6 @@ __all__ = [
     "module_keys",
     "names_of_data",
     "open_any",
-    "refused_by_torch",
     "rename_compiled",
-    "require_match",
+    "short_errors",
 ]

@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_memload.errors import MetaTensorError
 from lightning_memload.restore.tape import Recipe, StridedView, undisturbed
+from lightning_memload.torch_private import below_autograd, make_wrapper_subclass, without_overrides
 
 __all__ = [
     "FutureMemory",
@@ -209,8 +210,8 @@ def empty_on(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | No
     """Uninitialised memory for a tensor, with its strides.
 
     Args:
-        tensor: Whose shape and strides to take.
-        device: Where to allocate.
+        tensor: The tensor whose shape and strides the memory gets.
+        device: The device of the memory.
         dtype: Type for floating-point tensors, ``None`` for the tensor's own. Others keep theirs.
     """
     target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
@@ -227,7 +228,7 @@ def without_memory(kind: type[_Tensor], view: StridedView, requires_grad: bool) 
     """Makes a tensor of a class of waiting tensors (waiting.py)."""
     # On meta, torch refuses to share its memory with an ordinary tensor: it has none. It tells the device of its future
     # memory (prim.device), so that a gradient on that device fits.
-    return torch.Tensor._make_wrapper_subclass(
+    return make_wrapper_subclass(
         kind, view.size, strides=view.stride, storage_offset=view.offset, dtype=view.dtype,
         device=torch.device("meta"), requires_grad=requires_grad, dispatch_device=True,
     )  # fmt: skip
@@ -236,7 +237,7 @@ def without_memory(kind: type[_Tensor], view: StridedView, requires_grad: bool) 
 def set_in_place(tensor: torch.Tensor, new: torch.Tensor) -> None:
     """Gives a waiting tensor other memory in place. All references to the tensor, from C++ too, see this memory."""
     # torch asks whether this is possible from meta. Below autograd the question arrives in _on_operation.
-    with torch._C.DisableTorchFunctionSubclass(), torch._C._AutoDispatchBelowAutograd():
+    with without_overrides(), below_autograd():
         vars(tensor)["_is_set"] = True
         tensor.data = new
         del vars(tensor)["_is_set"]
@@ -250,5 +251,5 @@ def stand_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """
     if device.type != "cpu":
         return tensor
-    with undisturbed(), torch._C.DisableTorchFunctionSubclass():
+    with undisturbed(), without_overrides():
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")

@@ -1,4 +1,4 @@
-"""Who calls a function of torch, and whether ``torch.compile`` may trace it."""
+"""Finds the caller of a function of torch, and keeps functions out of ``torch.compile``."""
 
 from __future__ import annotations
 

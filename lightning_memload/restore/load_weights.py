@@ -14,7 +14,6 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.collector import paused_collector
@@ -22,6 +21,7 @@ from lightning_memload.pickles import SafeGlobal
 from lightning_memload.restore.session import RestoreSession
 from lightning_memload.restore.weights_source import WeightsSource
 from lightning_memload.storage.places import path_of
+from lightning_memload.torch_private import IncompatibleKeys
 from lightning_memload.transfer import check_host_budget, check_num_threads, start_ring
 
 __all__ = ["LoadOptions", "load_weights"]
@@ -50,7 +50,7 @@ def load_weights(
     num_threads: int | None = None,
     verify: bool = True,
     check_fit: bool = True,
-) -> _IncompatibleKeys:
+) -> IncompatibleKeys:
     """Loads weights from a checkpoint of any known format directly onto a device.
 
     Only the bytes of the tensors that the module takes are read. A checkpoint of at least 1,000 tensors in at most

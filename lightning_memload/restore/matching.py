@@ -6,38 +6,33 @@ hooks or their own loading code cannot be predicted: it is checked after the loa
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_memload.errors import IncompatibleWeightsError, listed
 from lightning_memload.restore.recipes import fill_before_load
 from lightning_memload.restore.state_dict import suggest_renaming
+from lightning_memload.torch_private import FORESEEN_LOADING, IncompatibleKeys
 
 __all__ = [
-    "ADVICE",
-    "NOTHING_CHANGED",
     "OTHERS_LOADED",
     "WeightsMatch",
     "incompatible",
     "is_of_restore",
     "match_weights",
     "module_keys",
-    "refused_by_torch",
-    "require_match",
+    "short_errors",
     "walk_apart",
 ]
 
-NOTHING_CHANGED = "Nothing was changed."
+_NOTHING_CHANGED = "Nothing was changed."
 OTHERS_LOADED = "Other weights were loaded."
-ADVICE = "Use rename= or strip_prefix= for other names, exclude= for new layers."
-
-# Loading code whose result is known in advance: torch's default, and the batch norms', which add a missing counter.
-_FORESEEN = (nn.Module._load_from_state_dict, nn.modules.batchnorm._NormBase._load_from_state_dict)
+_ADVICE = "Use rename= or strip_prefix= for other names, exclude= for new layers."
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +64,7 @@ class WeightsMatch:
 
 
 def match_weights(
-    module: nn.Module, given: Collection[str], keys: _IncompatibleKeys, wants: Callable[[str], bool] = lambda _: True
+    module: nn.Module, given: Collection[str], keys: IncompatibleKeys, wants: Callable[[str], bool] = lambda _: True
 ) -> WeightsMatch | None:
     """Describes the differences that a ``load_state_dict`` found.
 
@@ -94,14 +89,14 @@ def match_weights(
     return WeightsMatch(num_loaded, len(expected), tuple(new), tuple(keys.unexpected_keys))
 
 
-def require_match(
+def _require_match(
     module: nn.Module,
     state_dict: Mapping[str, Any],
     wants: Callable[[str], bool] = lambda _: True,
     *,
     strict: bool,
     path: str,
-    advice: str = ADVICE,
+    advice: str = _ADVICE,
 ) -> None:
     """Raises the error that ``load_state_dict`` would raise, while the module is still unchanged.
 
@@ -150,8 +145,45 @@ def require_match(
     unexpected = [name for name in given if name not in expected] if strict else []
     if missing or unexpected or mismatched:
         renaming = suggest_renaming(given, expected) if missing or unexpected else None
-        done = NOTHING_CHANGED + (f" The names differ by a prefix: use {renaming}." if renaming is not None else "")
+        done = _NOTHING_CHANGED + (f" The names differ by a prefix: use {renaming}." if renaming is not None else "")
         raise incompatible(module, path, missing, unexpected, mismatched, done=done, advice=advice)
+
+
+@contextlib.contextmanager
+def short_errors(
+    module: nn.Module,
+    state_dict: Mapping[str, Any],
+    wants: Callable[[str], bool] = lambda _: True,
+    *,
+    strict: bool,
+    path: str,
+    advice: str = _ADVICE,
+    match: Callable[[], WeightsMatch | None] = lambda: None,
+) -> Iterator[None]:
+    """Replaces torch's long error of a ``load_state_dict`` within the block by a short one.
+
+    What can be known in advance is checked at the start of the block, while the module is still unchanged.
+
+    Args:
+        module: See :func:`_require_match`, as for the next five.
+        state_dict: The state dict that the block loads.
+        wants: Whether a key of the module is to be loaded.
+        strict: Whether missing and unexpected keys are errors.
+        path: Name of the checkpoint in messages.
+        advice: What the user can do, for messages.
+        match: Gives the differences, for an error that torch raises within the block. See :func:`_refused_by_torch`.
+
+    Raises:
+        IncompatibleWeightsError: The weights do not fit the module. It is a ``RuntimeError``, as in torch.
+    """
+    _require_match(module, state_dict, wants, strict=strict, path=path, advice=advice)
+    try:
+        yield
+    except RuntimeError as error:
+        refused = _refused_by_torch(module, error, match(), path=path, advice=advice)
+        if refused is None:
+            raise
+        raise refused from error
 
 
 def _without_ties(entries: Mapping[str, Any], given: Collection[str], names: Iterable[str]) -> list[str]:
@@ -205,7 +237,7 @@ def _entries(module: nn.Module) -> Iterator[tuple[str, Any, bool]]:
 def _has_own_way(module: nn.Module) -> bool:
     """Whether a module has its own loading code or hooks, so that the result of loading it cannot be predicted."""
     loads = type(module)._load_from_state_dict
-    overrides = type(module).load_state_dict is not nn.Module.load_state_dict or loads not in _FORESEEN
+    overrides = type(module).load_state_dict is not nn.Module.load_state_dict or loads not in FORESEEN_LOADING
     # Hooks of the restore change no names. A post-hook may remove missing keys from the result.
     hooks = (*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values())
     return overrides or any(not is_of_restore(hook) for hook in hooks)
@@ -224,8 +256,8 @@ def _prefixes(name: str) -> Iterator[str]:
         end = name.find(".", end + 1)
 
 
-def refused_by_torch(
-    module: nn.Module, error: RuntimeError, match: WeightsMatch | None, *, path: str, advice: str = ADVICE
+def _refused_by_torch(
+    module: nn.Module, error: RuntimeError, match: WeightsMatch | None, *, path: str, advice: str = _ADVICE
 ) -> IncompatibleWeightsError | None:
     """Makes a short error from the error of a ``load_state_dict``, which lists every name.
 
@@ -256,7 +288,7 @@ def incompatible(
     mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
     *,
     done: str,
-    advice: str = ADVICE,
+    advice: str = _ADVICE,
     others: Sequence[str] = (),
     strict: bool = True,
 ) -> IncompatibleWeightsError:
@@ -268,7 +300,7 @@ def incompatible(
         missing: Names that the checkpoint lacks.
         unexpected: Names that the module lacks.
         mismatched: For each name whose shapes differ, the shape on disk and the one in the module.
-        done: What has happened to the module.
+        done: A sentence that says whether the module was changed.
         advice: What the user can do.
         others: Other problems, as sentences.
         strict: Whether missing and unexpected names are errors. If so, the message mentions ``strict=False``.
@@ -287,7 +319,7 @@ def incompatible(
         lines.append(f"  {listed(others, separator=' ')}")
     # strict=False does not accept different shapes.
     loosely = " strict=False ignores all of these names; use it only as a last resort."
-    lines.append(f"{done} {advice}{loosely if strict and (missing or unexpected) and advice == ADVICE else ''}")
+    lines.append(f"{done} {advice}{loosely if strict and (missing or unexpected) and advice == _ADVICE else ''}")
     return IncompatibleWeightsError(
         "\n".join(lines),
         path=path,

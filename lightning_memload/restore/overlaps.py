@@ -95,5 +95,5 @@ def memory_of(tensor: torch.Tensor) -> tuple[torch.device, int]:
 
 
 def is_plain_tensor(tensor: Any) -> TypeGuard[torch.Tensor]:
-    """Whether a tensor's memory is simply its values. Subclasses and special layouts stay with torch."""
+    """Whether the memory of a tensor is its values and nothing else. torch handles subclasses and special layouts."""
     return type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_quantized

@@ -1,4 +1,4 @@
-"""What calls on tensors can be answered without their values."""
+"""The calls on tensors that can be answered without their values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from lightning_memload.checkpoint import span_bytes
 from lightning_memload.restore.tape import Contents, Recipe, Step, StridedView
+from lightning_memload.torch_private import HAS_COMPATIBLE_TYPE
 
 __all__ = [
     "ABOUT_DEVICE",
@@ -55,7 +56,7 @@ SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 # Functions that take only shape, type and device from their tensors. to_empty() asks whether memory may be exchanged.
 LIKE_FIRST = _methods("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros") | {
     torch.empty_like, torch.full_like, torch.ones_like, torch.zeros_like, torch.rand_like, torch.randn_like,
-    torch._has_compatible_shallow_copy_type,
+    HAS_COMPATIBLE_TYPE,
 }  # fmt: skip
 # Methods that take only shape, type and device from all their tensors but the first.
 LIKE_OTHERS = _methods("expand_as", "reshape_as", "to", "type_as", "view_as")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
 from lightning_memload.restore.tape import Contents, StridedView
+from lightning_memload.torch_private import COUNT_USES, storage_from_weak_reference
 
 __all__ = [
     "PendingBlock",
@@ -57,7 +58,7 @@ class PendingBlock:
     def get(self) -> torch.UntypedStorage | None:
         """The memory; ``None`` if no tensor refers to it any more."""
         # As torch.multiprocessing.reductions.storage_from_cache does (torch 2.6 to 2.14).
-        return torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        return storage_from_weak_reference(self.storage.cdata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,20 +119,16 @@ def is_alone(tensor: torch.Tensor) -> bool:
     return use_count(tensor) <= count_alone()
 
 
-# torch has no public function for this (2.6 to 2.14).
-_COUNT: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
-
-
 @functools.cache
 def count_alone() -> int:
     """The :func:`use_count` of a tensor that shares its memory with no other one."""
     # If torch has no such function, no tensor counts as alone, and everything is built in memory.
-    return -1 if _COUNT is None else use_count(torch.empty(1, device="cpu"))
+    return -1 if COUNT_USES is None else use_count(torch.empty(1, device="cpu"))
 
 
 def use_count(tensor: torch.Tensor) -> int:
     """The number of tensors in the memory of a tensor, plus a constant."""
-    return 0 if _COUNT is None else _COUNT(tensor.untyped_storage()._cdata)
+    return 0 if COUNT_USES is None else COUNT_USES(tensor.untyped_storage()._cdata)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,12 @@ import torch
 
 from lightning_memload.errors import MetaTensorError
 from lightning_memload.storage.pages import MappedFile
+from lightning_memload.torch_private import (
+    has_dispatch_modes,
+    without_dispatch_modes,
+    without_functorch,
+    without_overrides_and_modes,
+)
 
 __all__ = [
     "Constant",
@@ -322,10 +328,10 @@ def _operator(name: str) -> Callable[..., Any]:
 def undisturbed() -> Iterator[None]:
     """Runs steps as they were recorded, without the modes and the function transforms of the caller."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch._C.DisableTorchFunction())
-        stack.enter_context(torch._C._DisableFuncTorch())
-        if torch._C._len_torch_dispatch_stack():
-            stack.enter_context(torch.utils._python_dispatch._disable_current_modes())
+        stack.enter_context(without_overrides_and_modes())
+        stack.enter_context(without_functorch())
+        if has_dispatch_modes():
+            stack.enter_context(without_dispatch_modes())
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.inference_mode(False))
         for device in ("cpu", "cuda"):

@@ -35,6 +35,7 @@ from lightning_memload.restore.callers import calling_frame, untraced
 from lightning_memload.restore.operations import OperationKind, kind_of_call, tensors_in
 from lightning_memload.restore.recording import unrecorded
 from lightning_memload.restore.tape import Recipe, undisturbed
+from lightning_memload.torch_private import IS_COMPATIBLE, make_subclass, without_overrides, without_torch_dispatch
 
 __all__ = [
     "OWN_ATTRIBUTES",
@@ -51,7 +52,6 @@ _Tensor = TypeVar("_Tensor", bound=torch.Tensor)
 # Attributes of waiting tensors that ordinary tensors do not have.
 OWN_ATTRIBUTES = ("waits_for", "memory", "is_data")
 _LOCK = threading.RLock()
-_IS_COMPATIBLE = torch.ops.aten._has_compatible_shallow_copy_type.default
 _DEVICE = torch.ops.prim.device.default
 
 
@@ -87,8 +87,8 @@ class _Seen(torch.Tensor):
         if isinstance(self, _WAITING):
             made = sys._getframe(1).f_locals.get("cls", nn.Parameter)
             values = _memory_of(self).make()
-            with torch._C.DisableTorchFunctionSubclass():
-                torch.utils.swap_tensors(self, torch.Tensor._make_subclass(made, values, self.requires_grad))
+            with without_overrides():
+                torch.utils.swap_tensors(self, make_subclass(made, values, self.requires_grad))
 
 
 class WaitingParameter(_Seen, nn.Parameter):
@@ -137,7 +137,7 @@ class WaitingParameter(_Seen, nn.Parameter):
             memory: FutureMemory | None = vars(self).get("memory")
             _become_ordinary(self, new.data)  # .data has a version of its own: 0, as that of this parameter.
             if memory is not None:
-                with torch._C.DisableTorchFunctionSubclass():
+                with without_overrides():
                     memory.parameter, memory.values = None, self.detach()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
@@ -217,7 +217,7 @@ _FILLED = (FilledParameter, FilledAlias)
 
 def settle(tensor: torch.Tensor) -> None:
     """Turns a filled tensor into an ordinary one, if other code refers to it no more. Others are left alone."""
-    with _LOCK, torch._C.DisableTorchFunctionSubclass():
+    with _LOCK, without_overrides():
         if isinstance(tensor, _FILLED) and is_free(tensor):
             torch.utils.swap_tensors(tensor, _ordinary_alias(tensor))
 
@@ -289,12 +289,12 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], is_made: bool
     if func not in questions.WITHOUT_VALUES:
         for tensor in tensors_in((args, kwargs)):
             settle(tensor)
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_overrides():
         if func in questions.ON_ORDINARY and isinstance(args[0], _FILLED):
             args = (_ordinary_alias(args[0]), *args[1:])
         result = func(*args, **kwargs)
         if is_made and func is questions.DETACH and isinstance(args[0], _FILLED):
-            return torch.Tensor._make_subclass(type(args[0]), result)
+            return make_subclass(type(args[0]), result)
         return result
 
 
@@ -325,7 +325,7 @@ def _set_data(parameter: WaitingParameter, new: torch.Tensor) -> None:
             old: FutureMemory = vars(parameter).pop("memory")
             old.parameter, old.recipe = None, parameter.waits_for
         if not isinstance(new, _WAITING) or memory is None or memory.recipe is None:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_overrides():
                 parameter.take_memory(new.detach())
             return
         vars(parameter).update(waits_for=memory.recipe, memory=memory)
@@ -348,21 +348,21 @@ def _give_memory_to(target: WaitingParameter | WaitingAlias) -> None:
 def _on_operation(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if operator is _DEVICE:
         return _device_of(args[0])
-    if operator is _IS_COMPATIBLE and "_is_set" in vars(args[0]):
+    if operator is IS_COMPATIBLE and "_is_set" in vars(args[0]):
         return True
     waiting = [tensor for tensor in tensors_in((args, kwargs)) if isinstance(tensor, _WAITING)]
     if waiting and kind_of_call(operator, args, kwargs) in (OperationKind.EMPTY, OperationKind.FILLED):
         args = tuple(stand_in(value, _device_of(value)) if isinstance(value, _WAITING) else value for value in args)
     elif waiting:
         _follow_all(waiting)
-    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunctionSubclass():
+    with without_torch_dispatch(), without_overrides():
         return operator(*args, **kwargs)
 
 
 def _device_of(tensor: torch.Tensor) -> torch.device:
     if isinstance(tensor, _WAITING) and "_is_set" not in vars(tensor):
         return tensor.waits_for.contents.device
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_overrides():
         return tensor.untyped_storage().device
 
 
@@ -381,7 +381,7 @@ def _with_values(tensor: torch.Tensor, call: Callable[[], _T]) -> _T:
 
 
 def _become_ordinary(tensor: WaitingParameter | WaitingAlias, new: torch.Tensor) -> None:
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_overrides():
         others = {key: value for key, value in vars(tensor).items() if key not in OWN_ATTRIBUTES}
         if is_free(tensor):
             ordinary = with_other_memory(tensor, new)
@@ -395,5 +395,5 @@ def _become_ordinary(tensor: WaitingParameter | WaitingAlias, new: torch.Tensor)
 
 def _ordinary_alias(tensor: torch.Tensor) -> torch.Tensor:
     """An ordinary tensor in the memory of a filled one."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_overrides():
         return with_other_memory(tensor, tensor.detach())

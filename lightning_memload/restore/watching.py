@@ -9,10 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from lightning_memload.restore.operations import tensors_in
 from lightning_memload.restore.recording import Recorder, set_active
+from lightning_memload.torch_private import (
+    TorchDispatchMode,
+    current_dispatch_mode,
+    is_traced_by_dispatch,
+    is_traced_by_jit,
+)
 
 __all__ = ["OperationWatch"]
 
@@ -41,10 +46,7 @@ _ASKING = ("_no_grad_trunc_normal_", "orthogonal_")
 
 
 class OperationWatch:
-    """A context that passes every operation of this thread to a recorder.
-
-    The base class of such modes is in a private module of torch (2.6 to 2.14). There is no public one.
-    """
+    """A context that passes every operation of this thread to a recorder."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -69,7 +71,7 @@ class OperationWatch:
             reason: The reason for the warning to the user.
         """
         self._recorder.give_up(reason)
-        if _get_current_dispatch_mode() is self._operations:
+        if current_dispatch_mode() is self._operations:
             self._below.close()
 
 
@@ -91,19 +93,11 @@ class _Operations(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         recorder.is_paused = True
         try:
-            if _is_traced():
+            if is_traced_by_dispatch():  # torch must not see the operations of the recorder.
                 return recorder.run(func, args, kwargs or {})
             return recorder.on_operation(func, args, kwargs or {})
         finally:
             recorder.is_paused = False
-
-
-def _is_traced() -> bool:
-    """Whether torch traces operations (make_fx, fake tensors, export): it must not see those of the recorder."""
-    if not torch._C._len_torch_dispatch_stack():
-        return False
-    kinds = torch._C._TorchDispatchModeKey
-    return any(torch._C._get_dispatch_mode(kind) is not None for kind in (kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL))
 
 
 class _Questions(TorchFunctionMode):
@@ -144,7 +138,7 @@ class _Questions(TorchFunctionMode):
                     is_recorded = recorder.on_initialiser(args[0], frame)
                 if is_recorded:
                     return True if func == _IS_META else 0
-        if torch._C._get_tracing_state() is not None:
+        if is_traced_by_jit():
             # torch.jit.trace records operations itself, and fails under modes of the dispatcher (torch 2.13).
             self._watch.give_up("torch.jit.trace() is used")
         return None

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.errors import CheckpointFormatError, MetaTensorError, UnmappableCheckpointError, listed
@@ -31,8 +30,7 @@ from lightning_memload.restore.matching import (
     incompatible,
     match_weights,
     module_keys,
-    refused_by_torch,
-    require_match,
+    short_errors,
 )
 from lightning_memload.restore.recipes import follow_recipes
 from lightning_memload.restore.session import RestoreSession
@@ -47,6 +45,7 @@ from lightning_memload.restore.state_dict import (
 from lightning_memload.restore.weights import WeightsRestore
 from lightning_memload.storage.places import is_folder, path_of
 from lightning_memload.storage.stream import path_or_stream
+from lightning_memload.torch_private import IncompatibleKeys
 
 __all__ = ["WeightsSource", "open_any"]
 
@@ -139,7 +138,7 @@ class WeightsSource:
         dtype: torch.dtype | None = None,
         assign: bool = False,
         may_match_nothing: bool = False,
-    ) -> tuple[_IncompatibleKeys, WeightsMatch | None]:
+    ) -> tuple[IncompatibleKeys, WeightsMatch | None]:
         """Loads a state dict, as :meth:`open` returns it, into a module.
 
         ``dtype`` is the floating-point type of the parameters (``None``: their present type). ``assign`` maps them onto
@@ -157,21 +156,15 @@ class WeightsSource:
         wants = key_filter(self.include, self.exclude)
         path = os.fspath(self.path)
         state_dict = self._with_compiled_names(state_dict, module)
-        require_match(module, state_dict, wants, strict=self.strict, path=path)
-        state_dict = copy.copy(state_dict)
-        assert isinstance(state_dict, dict)
-        assigned = assign_special(module, state_dict)
-        restore = WeightsRestore(module, session, dtype=dtype, assign=assign, strict=False)
-        try:
-            keys: _IncompatibleKeys = module.load_state_dict(state_dict, strict=False)
-        except RuntimeError as error:
-            # Modules with their own loading code: require_match() cannot predict what they refuse.
-            refused = refused_by_torch(module, error, None, path=path)
-            if refused is None:
-                raise
-            raise refused from error
-        finally:
-            restore.remove()
+        with short_errors(module, state_dict, wants, strict=self.strict, path=path):
+            state_dict = copy.copy(state_dict)
+            assert isinstance(state_dict, dict)
+            assigned = assign_special(module, state_dict)
+            restore = WeightsRestore(module, session, dtype=dtype, assign=assign, strict=False)
+            try:
+                keys: IncompatibleKeys = module.load_state_dict(state_dict, strict=False)
+            finally:
+                restore.remove()
         keys.missing_keys[:] = [name for name in keys.missing_keys if name not in assigned]
         match = match_weights(module, state_dict, keys, wants)
         if match is not None and (self.strict or (match.is_nothing and not may_match_nothing)):

@@ -16,8 +16,8 @@ from zlib_ng import zlib_ng
 
 from lightning_memload.bytes import Record
 from lightning_memload.checkpoint import MappedCheckpoint
+from lightning_memload.storage import checksum_error
 from lightning_memload.transfer import TransferStats
-from lightning_memload.transfer.copies import checksum_error
 
 __all__ = ["WholeCheckpoint", "is_worth_reading"]
 

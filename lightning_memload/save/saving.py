@@ -36,7 +36,7 @@ _SHORT_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class SaveStats:
-    """What a save did.
+    """The figures of a save.
 
     Attributes:
         path: The file or directory, or the name that the caller gave it.
@@ -69,7 +69,7 @@ class SaveStats:
 
 
 class CheckpointWriter(Protocol):
-    """What one save writes, in one format."""
+    """Writes one save, in one format."""
 
     is_directory: bool
     streamed: bool

@@ -44,7 +44,7 @@ __all__ = ["TorchFileWriter", "plan_torch_save", "save_torch", "write_torch"]
 
 # The name of the top folder that torch.save uses when it writes to a buffer.
 _ARCHIVE = "archive"
-# What a thread should have to write. With less, Python's lock and the thread's start cost more than it saves.
+# At most one thread for each 8 MiB: the start of more threads, and Python's lock, cost more than they save.
 _THREAD_BYTES = 8 << 20
 
 
@@ -67,8 +67,8 @@ def save_torch(
         path: A local file in an existing directory. A symbolic link at this path is replaced, not its target. A
             directory of ``save_directory`` is replaced too.
         host_budget_bytes: Maximum host memory for staging tensors from devices.
-        num_threads: Maximum number of writing threads, of which each has up to 8 MiB to write or more. ``None`` means
-            the number of CPUs, at most 4.
+        num_threads: Maximum number of writing threads. There is at most one for each 8 MiB. ``None`` means the number
+            of CPUs, at most 4.
         durable: Return only when the file is on the disk, so that it survives a power failure.
 
     Returns:

@@ -19,12 +19,12 @@ _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def reserve_addresses(nbytes: int, *, at: int | None = None, readable: bool = False) -> int:
-    """Reserves address space, which takes no memory and cannot be read or written.
+    """Reserves a range of addresses. It takes no memory, and cannot be read or written.
 
     Args:
-        nbytes: Its length.
-        at: Where it is. It replaces what is mapped there. ``None``: the kernel chooses free addresses.
-        readable: It can be read, as zeros.
+        nbytes: Length of the range.
+        at: First address. Existing mappings there are replaced. ``None``: the kernel chooses free addresses.
+        readable: The range can be read, as zeros.
 
     Returns:
         The first address.

@@ -1,7 +1,7 @@
-"""Which file lies under a range of memory, and whether it is still what it was.
+"""Finds the file that is mapped at a range of memory, and tells whether it has changed.
 
-Pages of a file are not copied while nothing needs them, so a rewrite in place shows through. A file that is replaced by
-another one of the same name does no harm: the pages are those of the old one.
+Pages of a mapped file are read when they are used, so a write to the file in place changes them. Replacing the file by
+another one of the same name is harmless: the pages are those of the old file.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ __all__ = ["MappedFile", "file_under"]
 # A private mapping with a path: range, access, offset, device, inode, path (proc(5)).
 _REGION = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) r..p [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ (\d+)\s+(/.*)$", re.MULTILINE)
 
-# How coarse times of files are: a kernel's tick of 10 ms at most, or one or two seconds (FAT, NFS, HFS+).
+# The resolution of the times of files: a kernel's tick of 10 ms at most, or one or two seconds (FAT, NFS, HFS+).
 _TICK_NS, _COARSE_TICK_NS, _SECOND_NS = 20_000_000, 2_000_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class MappedFile:
-    """A file, as it was.
+    """A file, and its state when it was found.
 
     Attributes:
-        path: Where it is.
-        inode: Which it is.
+        path: The path of the file.
+        inode: Its inode number.
         size_bytes: Its size.
-        modified_ns: When it was written.
+        modified_ns: The time of its last change, in nanoseconds since 1970.
     """
 
     path: str
@@ -38,20 +38,20 @@ class MappedFile:
 
     @property
     def has_changed(self) -> bool:
-        """Whether this very file has been written to since."""
+        """Whether the file has been written to since. ``False`` if another file has its name."""
         try:
             status = os.stat(self.path)
         except OSError:
-            return False  # Its name is gone. Its pages are not.
+            return False  # The name is gone. The pages still exist.
         if status.st_ino != self.inode:
             return False
         return (status.st_size, status.st_mtime_ns) != (self.size_bytes, self.modified_ns)
 
 
 def file_under(address: int, nbytes: int) -> MappedFile | None:
-    """The file whose private pages a range of memory is, ``None`` if it is other memory or that cannot be told.
+    """Returns the file that is mapped privately at a range of memory. ``None`` for other memory, or if it is unknown.
 
-    Nor can a file be told that was written this very moment: its time would not show that it is written once more.
+    Also ``None`` for a file that was changed just now: if it changed again, its time could stay the same.
     """
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:

@@ -1,4 +1,4 @@
-"""The places that checkpoints are at, and their registry. A new place is one file with a class, and one entry here.
+"""The places that checkpoints are at, and their registry. A new place needs one file with a class, and one entry here.
 
 A path is a local path, or a URL whose scheme is in :data:`PLACES`. Every room above opens, lists and compares paths
 through the functions of this module. Names within a folder are joined to its path with ``/``, in URLs too, so the

@@ -1,4 +1,4 @@
-"""What bytes are read from: a source, an open file, and a place of files.
+"""The sources of bytes: the protocol of a source, an open file, and a place of files.
 
 A source fills buffers from an offset and names the file at an offset. Several threads use a source at once, so it has
 no position. A read may be short; :func:`read_fully` reads all bytes or raises.
@@ -11,10 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
-from lightning_memload.bytes import after
-from lightning_memload.errors import CheckpointReadError
+from lightning_memload.bytes import Record, after
+from lightning_memload.errors import CheckpointReadError, ChecksumError
 
-__all__ = ["ByteSource", "FileView", "Place", "StoredFile", "read_fully"]
+__all__ = ["ByteSource", "FileView", "Place", "StoredFile", "checksum_error", "describe_mismatch", "read_fully"]
 
 # The kernel takes at most 1024 buffers in one preadv (IOV_MAX).
 _MAX_BUFFERS_PER_READ = 1024
@@ -87,6 +87,34 @@ def read_fully(
             )
         offset += count
         buffers = after(buffers, count)
+
+
+def checksum_error(source: ByteSource, record: Record, actual: int) -> ChecksumError:
+    """Makes the error for a record whose bytes do not have the CRC-32 that the checkpoint records.
+
+    Args:
+        source: The source of the bytes.
+        record: The record. An empty name stands for a tensor without a known name: the error then has no key.
+        actual: The CRC-32 of the bytes that were read.
+    """
+    path, position = source.place(record.offset)
+    assert record.crc32 is not None  # Only records with a checksum are compared.
+    return ChecksumError(
+        f"{describe_mismatch(path, position, record, actual)} Resume from another checkpoint.",
+        path=path,
+        key=record.name or None,
+        offset=position,
+        expected=record.crc32,
+        actual=actual,
+    )
+
+
+def describe_mismatch(path: str, position: int, record: Record, actual: int) -> str:
+    """The sentence for a record, at a position of a file, whose bytes do not have the recorded CRC-32."""
+    return (
+        f"{path} is damaged: the {record.nbytes} bytes of {record.name or 'a tensor'} at byte {position} have CRC-32 "
+        f"{actual:#010x}, but the file records {record.crc32:#010x}."
+    )
 
 
 class StoredFile(ABC):

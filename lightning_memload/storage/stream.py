@@ -71,7 +71,7 @@ class _StoredStream(FilePosition, io.RawIOBase):
 
 
 def path_or_stream(path: str) -> str | io.BufferedReader:
-    """What ``torch.load`` takes for a path: the path itself if it is local, else an open file object.
+    """Returns the argument of ``torch.load`` for a path: the path itself if it is local, else an open file object.
 
     Raises:
         OSError: The file cannot be opened.

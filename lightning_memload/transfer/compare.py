@@ -1,7 +1,6 @@
 """Compares the checksums of records without loading them.
 
-It serves pages that become a module's memory, and small tensors that torch copies. Both are used later from the page
-cache.
+It is used for pages that become a module's memory, and for small tensors that torch copies later out of the page cache.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 from lightning_memload.bytes import Record
 from lightning_memload.errors import ChecksumError
-from lightning_memload.storage import ByteSource, read_fully
+from lightning_memload.storage import ByteSource, checksum_error, read_fully
 from lightning_memload.transfer.checksums import PartialChecksums
-from lightning_memload.transfer.copies import TransferStats, checksum_error
+from lightning_memload.transfer.copies import TransferStats
 from lightning_memload.transfer.plan import Read, TargetRange, plan_reads
 from lightning_memload.transfer.threads import run_threads
 

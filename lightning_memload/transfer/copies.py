@@ -1,4 +1,4 @@
-"""The arguments and results of a transfer: tensors to fill, records to verify, counters, and the checksum error."""
+"""The arguments and results of a transfer: the tensors to fill, and the counters."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_memload.bytes import Record
-from lightning_memload.errors import ChecksumError
-from lightning_memload.storage import ByteSource
-
-__all__ = ["TensorCopy", "TransferStats", "checksum_error"]
+__all__ = ["TensorCopy", "TransferStats"]
 
 
 class TensorCopy(NamedTuple):
@@ -58,19 +54,3 @@ class TransferStats:
             max(self.num_threads, other.num_threads),
             max(self.staging_bytes, other.staging_bytes),
         )
-
-
-def checksum_error(source: ByteSource, record: Record, actual: int) -> ChecksumError:
-    """Returns the error for a record whose bytes do not have the CRC-32 that the file records."""
-    path, position = source.place(record.offset)
-    recorded = record.crc32
-    assert recorded is not None  # Only records with a checksum are compared.
-    return ChecksumError(
-        f"{path} is damaged: the {record.nbytes} bytes of {record.name} at byte {position} have CRC-32 "
-        f"{actual:#010x}, but the file records {recorded:#010x}. Resume from another checkpoint.",
-        path=path,
-        key=record.name,
-        offset=position,
-        expected=recorded,
-        actual=actual,
-    )

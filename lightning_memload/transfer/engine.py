@@ -22,10 +22,10 @@ import torch
 
 from lightning_memload.bytes import Record
 from lightning_memload.checkpoint import span_elements
-from lightning_memload.storage import ByteSource, read_fully
+from lightning_memload.storage import ByteSource, checksum_error, read_fully
 from lightning_memload.transfer.buffer import Buffer
 from lightning_memload.transfer.checksums import PartialChecksums
-from lightning_memload.transfer.copies import TensorCopy, TransferStats, checksum_error
+from lightning_memload.transfer.copies import TensorCopy, TransferStats
 from lightning_memload.transfer.cuda_context import on_stream
 from lightning_memload.transfer.plan import (
     Read,

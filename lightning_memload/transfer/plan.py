@@ -151,7 +151,7 @@ def complete_records(reads: Sequence[Read], records: Sequence[tuple[int, int]], 
         block_bytes: Maximum length of one read.
 
     Returns:
-        Reads without segments, for records of which the other reads have a part.
+        Reads without segments. Together with the other reads they cover each record that the other reads touch.
     """
     found: list[Read] = []
     first_read = 0
@@ -213,7 +213,7 @@ def plan_checks(
 
 
 def split_strided(shape: Sequence[int], stride: Sequence[int], *, max_span: int) -> list[TensorBlock]:
-    """Splits a strided tensor into blocks that each fit into one block.
+    """Splits a strided tensor into blocks that each fit into one buffer.
 
     Splits along the dimension with the largest stride first, so that the blocks are in file order.
 

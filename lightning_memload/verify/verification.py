@@ -19,7 +19,7 @@ from lightning_memload.checkpoint import Damage, Inventory
 from lightning_memload.collector import paused_collector
 from lightning_memload.errors import MemloadError
 from lightning_memload.formats import find_format
-from lightning_memload.storage import FileSet
+from lightning_memload.storage import FileSet, describe_mismatch
 from lightning_memload.storage.places import held, path_of
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.plan import MAX_GAP_BYTES
@@ -255,10 +255,7 @@ class _Verification:
                 self.num_verified += 1
                 return
             path, position = self._inventory.place(record.offset)
-            problem = (
-                f"{path} is damaged: the {record.nbytes} bytes of {record.name} at byte {position} have CRC-32 "
-                f"{actual:#010x}, but {record.crc32:#010x} is recorded."
-            )
+            problem = describe_mismatch(path, position, record, actual)
             self.damage.append(
                 Damage(path, problem, key=record.name, offset=position, expected=record.crc32, actual=actual)
             )

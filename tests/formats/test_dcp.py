@@ -704,6 +704,7 @@ class TestDamage:
         (several / ".metadata").write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
         refused(several, r"\.metadata cannot be read .* is truncated or damaged")
 
+    @pytest.mark.slow
     def test_flipped_bytes(self, several: Path) -> None:
         """Whatever is hit, the answer is an error of ours or a sound index, and quick."""
         original = (several / ".metadata").read_bytes()

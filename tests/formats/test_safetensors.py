@@ -321,6 +321,7 @@ class TestLyingLengths:
         path.write_bytes(struct.pack("<Q", length) + b"{}")
         assert f"the header, {length} bytes of JSON, cannot be read" in refusals(path)
 
+    @pytest.mark.slow
     def test_the_largest_header_that_is_allowed(self, path: Path) -> None:
         # Sparse files are no way out: the header is text. Mostly padding, but it must be read and parsed.
         text = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
@@ -376,6 +377,7 @@ class TestDamage:
         path.write_bytes(small[:-3] + small[-2:])
         assert "is truncated" in refusals(path)
 
+    @pytest.mark.slow
     def test_every_byte_of_the_header(self, path: Path, small: bytes) -> None:
         path.write_bytes(small)
         whole = described(open_checkpoint(path))
@@ -392,6 +394,7 @@ class TestDamage:
         assert refused > 2 * length  # names, metadata and padding survive a change
         assert same
 
+    @pytest.mark.slow
     def test_random_headers(self, path: Path, small: bytes) -> None:
         (length,) = struct.unpack("<Q", small[:8])
         generator = random.Random(0)
@@ -431,6 +434,7 @@ class TestDamage:
         }
     )
 
+    @pytest.mark.slow
     @settings(max_examples=300, deadline=None)
     @given(header=st.dictionaries(st.text(max_size=2), entries, max_size=3), size=st.integers(0, 16))
     def test_the_same_verdict_as_the_package(
@@ -442,6 +446,7 @@ class TestDamage:
         if outcome is None or not open_checkpoint(path).special:
             assert (outcome is None) == (peer_reads(path) is None)
 
+    @pytest.mark.slow
     @settings(max_examples=200, deadline=None)
     @given(data=st.data())
     def test_sound_layouts_are_taken(self, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:

@@ -173,6 +173,7 @@ class Compiled(nn.Module):
 
 
 class TestCompiled:
+    @pytest.mark.slow
     def test_taken_off_and_put_on(self, weights: Weights, path: Path) -> None:
         assert_loads(prefixed("_orig_mod.", weights), weights, path)
         torch.save(weights, path)

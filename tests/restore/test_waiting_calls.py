@@ -333,6 +333,7 @@ def test_what_only_asks_for_shape_and_device_makes_no_values() -> None:
     assert all(parameter.is_meta for parameter in net.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")
 def test_a_compiled_module() -> None:

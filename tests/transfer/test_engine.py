@@ -278,6 +278,7 @@ class TestValues:
         for copy, want in zip(copies, wanted, strict=True):
             assert as_bytes(copy.destination) == as_bytes(want)
 
+    @pytest.mark.slow
     def test_a_hundred_thousand_small_tensors(self) -> None:
         # All of them in one block: whatever looks for one among all others takes minutes here.
         count = 50_000

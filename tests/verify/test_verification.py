@@ -176,7 +176,7 @@ class TestTorch:
             assert (item.offset, item.path) == (where[f"layer{number}"], str(path))
             assert item.expected == records[f"data/{number}"].CRC
             assert item.actual not in (None, item.expected)
-            assert f"have CRC-32 {item.actual:#010x}, but {item.expected:#010x} is recorded" in str(report)
+            assert f"have CRC-32 {item.actual:#010x}, but the file records {item.expected:#010x}" in str(report)
         assert report.bytes_verified == sound.bytes_verified - 3 * 40_000
         assert "damaged, 3 problems" in str(report)
 

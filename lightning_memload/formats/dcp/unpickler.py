@@ -55,7 +55,7 @@ class MetadataUnpickler(InertUnpickler):
         self._classes: dict[tuple[str, str], type[InertObject]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a class or function.
+        """A placeholder for a class or function.
 
         Raises:
             ForeignGlobal: ``torch.distributed.checkpoint`` does not write this name.

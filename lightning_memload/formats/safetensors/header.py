@@ -133,7 +133,7 @@ def read_header(file: StoredFile, start: int) -> Header:
 
 
 class _EntryType(NamedTuple):
-    """What the dtype and the shape of an entry say. Thousands of tensors have the same.
+    """The meaning of the dtype and the shape of an entry. Thousands of tensors have the same.
 
     Attributes:
         dtype: The dtype. ``None`` if torch does not have it.

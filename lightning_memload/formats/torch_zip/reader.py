@@ -46,7 +46,7 @@ from lightning_memload.storage.places import is_file, open_file
 
 __all__ = ["TorchZip", "load_onto", "load_what_is_allowed", "name_records", "read_index"]
 
-# What torch's messages have in common (2.6 to 2.13).
+# Parts of messages of torch (2.6 to 2.13).
 _NOT_HANDED_OVER = "Callable map_location not supported"
 _ZIP_READER = ("PytorchStreamReader", "inline_container", "hasRecord")
 # Of fewer storages torch.load builds the object in less than 0.1 s.
@@ -54,7 +54,7 @@ _MANY_STORAGES = 1000
 
 
 class TorchZip:
-    """What ``torch.save`` writes since torch 1.6, and with it every Lightning ``.ckpt``."""
+    """The files of ``torch.save`` since torch 1.6, which includes every Lightning ``.ckpt``."""
 
     name = "torch"
 
@@ -72,9 +72,9 @@ class TorchZip:
 
         Raises:
             InsufficientMemoryError: A single tensor is larger than this machine's memory.
-            MemloadError: The whole file is, and torch is older than 2.7.
-            UnsafeGlobalsError: ``weights_only`` forbids what the file holds.
-            pickle.UnpicklingError: Likewise, for another reason than classes; torch's own message.
+            MemloadError: The whole file is larger than this machine's memory, and torch is older than 2.7.
+            UnsafeGlobalsError: ``weights_only`` refuses classes in the file.
+            pickle.UnpicklingError: ``weights_only`` refuses the file for another reason. The message is torch's.
         """
         source = FileSet([path])
         (file,) = source.files
@@ -311,9 +311,9 @@ def _load_plain_indexed(mapping: FileMapping, index: Checkpoint, file: StoredFil
 
 
 def _require_loadable(file: StoredFile, records: Mapping[str, Record]) -> None:
-    """Raises ``NotPlain`` for what torch refuses, or loads in another way."""
+    """Raises ``NotPlain`` for a file that torch refuses, or loads in another way."""
     if file.size_bytes >= _memory_bytes() or "constants.pkl" in records:
-        raise NotPlain  # it is too large, which torch has to say, or TorchScript
+        raise NotPlain  # a file that is too large, for which torch has an error, or TorchScript
 
 
 def _storage_on(mapping: FileMapping, info: StorageInfo) -> torch.UntypedStorage:
@@ -336,7 +336,7 @@ class _Handover:
         self._path = index.path
         self._mapping: FileMapping | None = mapping
         self._stubs = stubs
-        # torch asks once for each storage, in pickle order, but again and again for empty ones.
+        # torch asks once for each storage, in the order of the pickle, but may ask many times for an empty one.
         self._expected: Iterator[StorageInfo] = iter(storage for storage in index.storages if storage.nbytes)
 
     def __call__(self, storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
@@ -353,7 +353,7 @@ class _Handover:
         return self._mapping.storage(info.offset, info.nbytes)
 
     def end(self) -> None:
-        """Lets go of the mapping."""
+        """Drops the reference to the mapping."""
         self._mapping = None
 
 
@@ -363,11 +363,11 @@ def _memory_bytes() -> int:
 
 @contextlib.contextmanager
 def _without_reading(index: Checkpoint, file: StoredFile) -> Iterator[bool]:
-    """Within, ``torch.load`` reads no tensor data; the value is its ``mmap`` argument.
+    """A context in which ``torch.load`` reads no tensor data. Yields the ``mmap`` argument for it.
 
     A mapping by torch reserves memory for the whole file, which the kernel refuses beyond RAM and swap under its
     default overcommit. Larger files go through ``skip_data``, whose storages are allocated one at a time and never
-    touched. (torch 2.13; an early prototype there, and torch 2.6 has it for saving only, hence not the first choice.)
+    touched. It is not the first choice: it is a prototype in torch 2.13, and torch 2.6 has it for saving only.
     """
     memory_bytes = _memory_bytes()
     path, file_bytes = file.name, file.size_bytes

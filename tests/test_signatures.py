@@ -1,0 +1,17 @@
+"""Public names and their arguments stay as they are unless a change is meant."""
+
+from __future__ import annotations
+
+from tests.signatures import LIST, describe
+
+
+def test_no_public_signature_changes_by_accident() -> None:
+    """Where a change is meant: python -m tests.signatures writes the list, and CHANGELOG.md gets a line."""
+    assert describe().splitlines() == LIST.read_text().splitlines()
+
+
+def test_the_list_has_what_users_call() -> None:
+    lines = describe().splitlines()
+    assert "open_checkpoint(path)" in lines
+    assert any(line.startswith("MemoryEfficientRestore(mode='auto', ") for line in lines)
+    assert any(line.startswith("MemoryMonitor.tick(self, ") for line in lines)
