@@ -30,7 +30,7 @@ class Silent(torch.optim.Optimizer):
     def __init__(self) -> None:
         self.param_groups = []
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         pass
 
 
