@@ -1,4 +1,4 @@
-"""What all tests share: markers that skip with a reason, and fresh processes."""
+"""Fixtures and options for all tests: markers that skip with a reason, and fresh processes."""
 
 from __future__ import annotations
 

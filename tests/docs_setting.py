@@ -1,4 +1,4 @@
-"""What the programs in the documentation take for granted: a model, data and checkpoints under the names used there.
+"""The names that programs in the documentation use: a model, data and checkpoints.
 
 ``tests/test_docs.py`` runs this in an empty directory before the blocks of a page.
 """

@@ -66,7 +66,7 @@ class FreshProcessError(AssertionError):
 
 @dataclass(frozen=True, slots=True)
 class FreshResult:
-    """What a program left behind.
+    """The results of a program.
 
     Attributes:
         returncode: 0, or -9 when ``killed``.

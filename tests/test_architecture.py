@@ -57,7 +57,7 @@ def imports_of(source: str, module: str, *, is_package: bool) -> Iterator[tuple[
 
 
 def violations(source: str, module: str, *, is_package: bool = False) -> list[str]:
-    """What a module of the package imports against the floors, as one line each."""
+    """The imports of a module that are against the floors, as one line each."""
     parts = module.split(".")
     room = parts[1] if len(parts) > 1 else None
     if room is not None and room not in FLOORS:
@@ -207,7 +207,7 @@ def imports_of_tests(text: str, module: str) -> list[str]:
 
 class TestTests:
     def test_no_test_imports_from_a_test(self) -> None:
-        """What tests share lies in modules that are no tests, so a change to a test changes no other one."""
+        """Tests share modules that are no tests, so a change to a test changes no other one."""
         found = {relative(file): imports_of_tests(file.read_text(), module_name(file)) for file in TESTS.rglob("*.py")}
         assert {file: lines for file, lines in found.items() if lines} == {}
 
@@ -293,7 +293,7 @@ class TestPublicNames:
 
 
 def text_complaints(text: str) -> list[str]:
-    """What a text of the repository says that holds on one machine only: registries and absolute paths."""
+    """Words in a text that hold on one machine only: registries and absolute paths."""
     found = [f"names the host {host}" for host in REGISTRY_HOSTS if host in text]
     return found + [f"has the machine path {match[0]}..." for match in MACHINE_PATH.finditer(text)]
 
@@ -355,7 +355,7 @@ def code_lines(function: ast.FunctionDef) -> int:
 
 
 def depth(node: ast.AST) -> int:
-    """How deeply blocks are nested within a node. An ``elif`` is at the level of its ``if``."""
+    """The depth of the blocks within a node. An ``elif`` is at the level of its ``if``."""
     deepest = 0
     for child in ast.iter_child_nodes(node):
         is_elif = isinstance(node, ast.If) and isinstance(child, ast.If) and [child] == node.orelse

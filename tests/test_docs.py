@@ -252,6 +252,28 @@ class TestNames:
         if file.name != "changelog.md":
             assert re.findall(r"(?i)\b(?:who|what|which)ever\b|\bnobody\b|\bsomebody\b", file.read_text()) == []
 
+    def test_docstrings_refer_to_names_that_exist(self) -> None:
+        """A class or function that got another name is easily left in a docstring."""
+        files = sorted((ROOT / "lightning_memload").rglob("*.py"))
+        known = {file.stem for file in files}
+        for file in files:
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                    known.add(node.name)
+                elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+                    known.add(node.id if isinstance(node, ast.Name) else node.attr)
+        role = re.compile(r":(?:class|func|meth|attr|mod|data|exc):`~?([\w.]+)`")
+        referred = {f"{file.name}: {name}" for file in files for name in role.findall(file.read_text())}
+        assert len(referred) > 100
+        missing = {name for name in referred if name.split(": ")[1].rpartition(".")[2] not in known}
+        assert missing == {"__main__.py: lightning_memload.cli"}
+
+    def test_plain_words_in_the_code(self) -> None:
+        words = re.compile(r"(?i)\b(?:who|what|which)ever\b|\bnobody\b|\bsomebody\b")
+        folders = ("lightning_memload", "examples", "tests")
+        files = [file for name in folders for file in (ROOT / name).rglob("*.py") if file != Path(__file__)]
+        assert {relative(file): found for file in files if (found := words.findall(file.read_text()))} == {}
+
     def test_house_has_the_floors_of_the_test(self) -> None:
         house = (ROOT / "CONTRIBUTING.md").read_text().partition("## The house")[2].partition("\n## ")[0]
         rows = re.findall(r"^\| (\d+) \| ([^|]*) \|", house, re.MULTILINE)

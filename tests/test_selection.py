@@ -1,4 +1,4 @@
-"""Which tests a run takes: one row per axis, every n-th case, and unit tests that start no process and no Trainer."""
+"""The tests that a run takes: one row per axis, every n-th case, and unit tests without a process or a Trainer."""
 
 from __future__ import annotations
 

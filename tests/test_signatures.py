@@ -6,7 +6,7 @@ from tests.signatures import LIST, describe
 
 
 def test_no_public_signature_changes_by_accident() -> None:
-    """Where a change is meant: python -m tests.signatures writes the list, and CHANGELOG.md gets a line."""
+    """If a change is intended, run python -m tests.signatures, and add a line to CHANGELOG.md."""
     assert describe().splitlines() == LIST.read_text().splitlines()
 
 

@@ -1,4 +1,4 @@
-"""What the package expects of private names of torch. Each test says what no longer holds when a name changes."""
+"""Private names of torch do what the package expects of them. There is a test for each name."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class Combination:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What came of one combination under one of Lightning's names."""
+    """The result of one combination under one of Lightning's names."""
 
     combination: Combination
     name: str

@@ -64,7 +64,7 @@ def walk_pickle(
     """Finds every tensor, every storage and every name in the pickle of a checkpoint.
 
     Args:
-        path: What to call the file in messages.
+        path: Name of the file in messages.
         data: The pickle.
         records: The entries of the file that it may refer to, ``data/<key>`` for each storage.
         elsewhere: Storages by key whose bytes lie in other files: the file itself has a stub of 16 bytes for each.
@@ -84,7 +84,7 @@ def read_structure(path: str, data: bytes, records: Mapping[str, Record]) -> Any
     """The containers, numbers and strings of a pickle, with inert placeholders for everything else.
 
     Args:
-        path: What to call the file in messages.
+        path: Name of the file in messages.
         data: The pickle.
         records: The entries of the file that it may refer to.
 
@@ -114,7 +114,7 @@ def storages_of_objects(path: str, data: bytes, records: Mapping[str, Record]) -
     Such an object may read its tensors while it is built. All code that a pickle runs sees only what it holds.
 
     Args:
-        path: What to call the file in messages.
+        path: Name of the file in messages.
         data: The pickle.
         records: The entries of the file that it may refer to.
 
@@ -141,7 +141,7 @@ def find_storage(
     """The storage that a pickle refers to.
 
     Args:
-        path: What to call the file in messages.
+        path: Name of the file in messages.
         records: See :func:`walk_pickle`.
         key: The storage's name.
         location: The device that the pickle has it on.

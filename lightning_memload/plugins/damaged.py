@@ -26,6 +26,7 @@ from lightning_memload.errors import (
 )
 from lightning_memload.formats import checkpoints_in, is_checkpoint
 from lightning_memload.plugins.seams import restore_from
+from lightning_memload.storage.local import boot_id
 from lightning_memload.verify import (
     Siblings,
     Verdict,
@@ -277,11 +278,12 @@ def _names(path: str, *, is_sound: bool) -> list[str]:
 def _identity(path: str) -> str:
     """Return a word that is equal in two processes if they see the same file, ``""`` if it is unknown."""
     try:
-        # Not the host name, since two machines may have the same one. Inode numbers are unique on one machine only.
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            machine = file.read().strip()
         status = os.stat(path)
     except OSError:
+        return ""
+    # Inode numbers are unique on one machine only.
+    machine = boot_id()
+    if machine is None:
         return ""
     return f"{machine} {status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
 

@@ -70,7 +70,7 @@ def replace_data(tensor: torch.Tensor, new: torch.Tensor, *, name: str) -> torch
     Args:
         tensor: The parameter or buffer. Attributes set on it are kept.
         new: Memory of the same shape.
-        name: What to call it in messages.
+        name: Its name in messages.
 
     Returns:
         A tensor with the memory that was replaced.

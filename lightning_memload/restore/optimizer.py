@@ -30,7 +30,7 @@ from lightning_memload.restore.settling import (
 __all__ = ["OptimizerRestore"]
 
 _CPU = torch.device("cpu")
-# What torch.compile and activation checkpointing put into the names of a module, and no strategy saves.
+# Parts of names that torch.compile and activation checkpointing add, and that no strategy saves.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
 
 
@@ -43,7 +43,7 @@ class OptimizerRestore:
     Args:
         optimizers: Any objects with a ``load_state_dict``.
         session: The restore.
-        name: What to call them in messages, with their number.
+        name: Their name in messages. Their number is added.
         parameters: The module's parameters by name, for checkpoints that keep the states under these names, as
             distributed ones do.
         loaded: The loaded checkpoint. Tensors of it that share memory with a state that stays as it is share the
@@ -80,7 +80,7 @@ class OptimizerRestore:
                     self._handles.append(Optimizer.register_load_state_dict_pre_hook(hooked, self._before_load))
 
     def remove(self) -> None:
-        """Removes the hooks. Removing twice is fine."""
+        """Removes the hooks. A second call does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -88,11 +88,11 @@ class OptimizerRestore:
         self._parameters = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerRestore:
-        # An optimizer that is copied during the restore takes the hook along; it ends with this one's.
+        # A copy of the optimizer that is made during the restore has the hook too. It ends with this object.
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_session": None}  # One that is pickled takes a hook along that does nothing.
+        return {"_session": None}  # A pickled optimizer has a hook that does nothing.
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         session = self._session
@@ -185,7 +185,7 @@ def _is_optimizer(kind: type) -> bool:
 def _in_live_order(
     state_dict: dict[str, Any], optimizer: Optimizer, parameters: Mapping[str, torch.Tensor], name: str
 ) -> dict[str, Any]:
-    """Puts the names of saved parameters in the order of the live ones, which is all that torch goes by.
+    """Puts the names of saved parameters in the order of the live ones. torch uses the order only.
 
     Returns:
         The state dict, as it is unless its groups list parameters by name.
@@ -252,8 +252,8 @@ class _Placement:
     """Finds the mapped tensors in a state and decides where each belongs.
 
     Attributes:
-        planned: What is going to have memory of its own: torch would convert or move it.
-        kept: What torch takes as it is, by name.
+        planned: The states that get memory of their own, because torch would convert or move them.
+        kept: The states that torch takes unchanged, by name.
     """
 
     def __init__(self, session: RestoreSession) -> None:

@@ -23,12 +23,12 @@ class Settlement:
     """The move of one storage from the file to ordinary memory.
 
     Args:
-        name: What to call it in messages.
-        tensors: All tensors that lie in it. At least one.
+        name: Its name in messages.
+        tensors: All tensors in the storage. At least one.
 
     Attributes:
-        tensors: All tensors that lie in it.
-        nbytes: Bytes that it takes.
+        tensors: All tensors in the storage.
+        nbytes: Size of the storage in bytes.
     """
 
     __slots__ = ("_fresh", "_is_simple", "_name", "_storage", "nbytes", "tensors")

@@ -47,13 +47,13 @@ __all__ = ["WeightsRestore"]
 
 # The types that hold every float16, bfloat16 and float32 value exactly.
 _HOLDS_HALF = (torch.float32, torch.float64)
-# To ask the system for its free memory takes some 0.5 ms: not for each of thousands of small modules.
+# A query of the free memory takes some 0.5 ms. It is not repeated for each of thousands of small modules.
 _CHECK_BYTES = 4 << 20
 
 
 @dataclass(slots=True)
 class _FillPlan:
-    """How the tensors of one module get their values. Each step of a load fills its part.
+    """The ways in which the tensors of one module get their values. Each step of a load fills its part.
 
     Attributes:
         targets: All targets by the ``id`` of their tensor, in torch's order. Of a tensor with several keys, torch
@@ -91,12 +91,12 @@ class WeightsRestore:
             or buffers share is copied all the same, and so is one with other strides than in the file.
         keep_memory: Assign only to parameters on meta. Parameters that have memory are filled in place, so that other
             references to this memory see the values.
-        strict: Whether torch will refuse missing keys. If not, meta parameters that the checkpoint lacks get
-            what ``meta_init`` knows that their constructor made, else what their modules' ``reset_parameters`` makes.
-        later_bytes: What the restore will need later, per device, for the check before the first byte.
+        strict: Whether torch refuses missing keys. If not, meta parameters that the checkpoint lacks get the values of
+            their constructor (``meta_init``), or else those of ``reset_parameters`` of their modules.
+        later_bytes: Bytes that the restore needs later on each device, for the check before the first byte.
 
     Attributes:
-        match: What the module got, after its ``load_state_dict``; ``None`` where every name has its counterpart.
+        match: The differences that the ``load_state_dict`` found. ``None`` if no name is missing or unexpected.
 
     Peak memory: the destinations and the session's staging ring. No copy of the checkpoint, unless it is small, has
     many tensors, and fits into the size of the ring.
@@ -144,7 +144,7 @@ class WeightsRestore:
             self._handles.append(module.register_load_state_dict_post_hook(self._after_load))
 
     def remove(self) -> None:
-        """Removes the hooks. Removing twice is fine."""
+        """Removes the hooks. A second call does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -158,11 +158,11 @@ class WeightsRestore:
         self._left.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightsRestore:
-        # A module that is copied during the restore takes its hooks along; they end with this one's.
+        # A copy of the module that is made during the restore has the hooks too. They end with this object.
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_session": None, "_root": None}  # One that is pickled takes a hook along that does nothing.
+        return {"_session": None, "_root": None}  # A pickled module has a hook that does nothing.
 
     def _before_load(
         self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
@@ -221,7 +221,7 @@ class WeightsRestore:
         return id(value) in self._left
 
     def _is_disturbed(self, tensor: torch.Tensor) -> bool:
-        """Whether other code changed a tensor after it was filled. It is then filled again, as torch would do it.
+        """Whether other code changed a tensor after it was filled. If so, it is filled again, as by torch.
 
         ``set_extra_state``, a post-hook, or ``_load_from_state_dict`` of one module may change later modules.
         """
@@ -246,7 +246,7 @@ class WeightsRestore:
     def _classify(
         self, session: RestoreSession, root: nn.Module, module: nn.Module, state_dict: dict[str, Any], prefix: str
     ) -> _FillPlan:
-        """Decides for each target how it gets its value. What is in no list of the plan is copied by torch."""
+        """Decides for each target how it gets its value. torch copies the targets that are in no list of the plan."""
         by_tensor: dict[int, list[Target]] = {}
         for target in find_targets(module, state_dict, prefix):
             by_tensor.setdefault(id(target.tensor), []).append(target)
@@ -306,7 +306,7 @@ class WeightsRestore:
             self._versions[id(target.tensor)] = _version_of(target.tensor)
 
     def _require(self, session: RestoreSession, fresh_bytes: int) -> None:
-        """Refuses what cannot fit. Of many small modules, it is checked once for every few MiB."""
+        """Raises if the free memory is too small. For many small modules it is checked once for every few MiB."""
         self._unchecked_bytes += fresh_bytes
         if self._needed_later is None:
             self._needed_later = self._later_bytes()
@@ -331,8 +331,9 @@ class WeightsRestore:
     def _final_dtype(self, target: Target) -> torch.dtype:
         """The dtype of new memory for a target, such that the values are those of the ordinary way.
 
-        That way rounds to the parameter's own type first and converts afterwards. Going to the final type at once is
-        the same only if the first step loses nothing; else the parameter's own type is allocated and converted later.
+        The ordinary way rounds to the parameter's own type first and converts afterwards. A conversion in one step is
+        the same only if the first step loses nothing. Otherwise the parameter's own type is allocated, and converted
+        later.
         """
         own = target.tensor.dtype
         if self._dtype is None or not target.tensor.is_floating_point():

@@ -128,7 +128,7 @@ def plan_directory_save(
 
 
 class _DirectoryWriter:
-    """Plans a directory with one file for each storage, written or linked to an old one, see :class:`Plan`."""
+    """The :class:`CheckpointWriter` of a directory with one file for each storage, written or linked to an old one."""
 
     is_directory = streamed = True
 
@@ -190,7 +190,7 @@ class _DirectoryWriter:
 
 
 class _SafetensorsWriter:
-    """Plans a directory with the weights in one file and everything else in another, see :class:`Plan`."""
+    """The :class:`CheckpointWriter` of a directory with the weights in one file and everything else in another."""
 
     is_directory = streamed = True
     bytes_linkable = bytes_linked = 0

@@ -159,7 +159,7 @@ class TorchFileWriter:
         self.nbytes: int = self._identity.end + directory_bytes([*self._entries, self._identity])
 
     def target(self, sink: Sink) -> RecordWriter:
-        """The target of the contents, for :class:`WriteEngine`."""
+        """The record writer for the contents, for :class:`WriteEngine`."""
         return _ZipWriter(sink, self._entries)
 
     def write_end(self, sink: Sink, crc32s: Sequence[int]) -> None:

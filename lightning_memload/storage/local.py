@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from lightning_memload.storage.source import Place, StoredFile
 
-__all__ = ["LocalDisk", "LocalFile"]
+__all__ = ["LocalDisk", "LocalFile", "boot_id"]
 
 
 class LocalFile(StoredFile):
@@ -237,3 +237,12 @@ def _state_of(descriptor: int) -> tuple[int, int, int, int]:
 
 def _state_from(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def boot_id() -> str | None:
+    """Identifies this machine since its last boot. Unlike names of hosts, it is unique. ``None`` if it is unknown."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return None

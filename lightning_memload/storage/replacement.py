@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from lightning_memload.storage.descriptors import OwnDescriptors
+from lightning_memload.storage.local import boot_id
 
 if sys.platform != "win32":
     import fcntl
@@ -311,11 +312,7 @@ def _last_modified(path: str) -> float:
 
 def _boot() -> str:
     """Identifies this machine since its last boot. Locks of other machines are not always visible."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read(8)
-    except OSError:
-        return "0" * 8
+    return (boot_id() or "0" * 8)[:8]
 
 
 def _sync_directory(directory: str) -> None:

@@ -39,13 +39,17 @@ class PartialChecksums:
         Returns:
             The CRC-32 of the record if it is now complete, else ``None``.
         """
-        crc = nbytes = 0
+        crc32 = nbytes = 0
         for part in parts:
-            crc = zlib_ng.crc32(part, crc)
+            crc32 = zlib_ng.crc32(part, crc32)
             nbytes += len(part)
+        return self.add(record, start, nbytes, crc32)
+
+    def add(self, record: int, start: int, nbytes: int, crc32: int) -> int | None:
+        """Adds the checksum of bytes of a record, see :meth:`update`."""
         with self._lock:
             found = self._parts.setdefault(record, [])
-            found.append((start, nbytes, crc))
+            found.append((start, nbytes, crc32))
             missing = self._missing.get(record, self._nbytes[record]) - nbytes
             self._missing[record] = missing
             if missing:
@@ -53,6 +57,6 @@ class PartialChecksums:
             del self._parts[record], self._missing[record]
         found.sort()
         _, _, whole = found[0]
-        for _, nbytes, crc in found[1:]:
-            whole = zlib_ng.crc32_combine(whole, crc, nbytes)
+        for _, length, part_crc32 in found[1:]:
+            whole = zlib_ng.crc32_combine(whole, part_crc32, length)
         return int(whole)

@@ -1,6 +1,6 @@
-"""Destinations of bytes: a sink is one file, a target distributes records over one or several files.
+"""Destinations of bytes: a sink is one file, a record writer distributes records over one or several files.
 
-A sink knows offsets, a target knows records. Neither knows where the bytes come from.
+A sink knows offsets, a record writer knows records. Neither knows where the bytes come from.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class SplitWriter:
         self._writers = writers
 
     def write(self, parts: Sequence[RecordPart], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
-        """Passes each part to the target of its record, see :class:`RecordWriter`."""
+        """Passes each part to the writer of its record, see :class:`RecordWriter`."""
         start = 0
         for end, (count, target) in zip(self._ends, self._writers, strict=True):
             stop = start + sum(part.record < end for part in parts[start:])

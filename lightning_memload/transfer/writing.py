@@ -19,6 +19,7 @@ from zlib_ng import zlib_ng
 
 from lightning_memload.bytes import RecordPart
 from lightning_memload.pickles.pickling import SavedStorage
+from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.cuda_context import on_device, on_stream
 from lightning_memload.transfer.sinks import RecordWriter
 from lightning_memload.transfer.staging import MIN_BUDGET_BYTES, RingLayout, StagingRing, choose_layout
@@ -127,9 +128,9 @@ class WriteEngine:
         self.staging_bytes = self._layout.nbytes if self._layout else 0
 
     def write(self, target: RecordWriter, order: WriteOrder | None = None) -> list[int]:
-        """Writes all records. Blocks until the target has all bytes.
+        """Writes all records. Blocks until ``target`` has all bytes.
 
-        After an error the target has some of the bytes, and all threads have ended.
+        After an error ``target`` has some of the bytes, and all threads have ended.
 
         Args:
             target: The destination.
@@ -139,7 +140,7 @@ class WriteEngine:
             The CRC-32 of each record.
 
         Raises:
-            OSError: The target raised it.
+            OSError: ``target`` raised it.
 
         Peak memory: ``staging_bytes``.
         """
@@ -185,9 +186,7 @@ class _Writing:
         self._lock = threading.Lock()
         self._stopped = False
         self._crc32s = [0] * len(contents)
-        # For records in several parts: start, length and CRC-32 of each part so far, and the bytes still missing.
-        self._known_crc32s: dict[int, list[tuple[int, int, int]]] = {}
-        self._missing = list(sizes)
+        self._checksums = PartialChecksums(sizes)
 
     def run(self, num_threads: int) -> list[int]:
         num_threads = max(1, min(num_threads, self._num_writes))
@@ -289,18 +288,9 @@ class _Writing:
         if part.nbytes == self._sizes[part.record]:
             self._crc32s[part.record] = crc32
             return crc32
-        with self._lock:
-            known = self._known_crc32s.setdefault(part.record, [])
-            known.append((part.start, part.nbytes, crc32))
-            self._missing[part.record] -= part.nbytes
-            if self._missing[part.record]:
-                return None
-            del self._known_crc32s[part.record]
-        known.sort()
-        _, _, whole = known[0]
-        for _, length, crc32 in known[1:]:
-            whole = zlib_ng.crc32_combine(whole, crc32, length)
-        self._crc32s[part.record] = whole
+        whole = self._checksums.add(part.record, part.start, part.nbytes, crc32)
+        if whole is not None:
+            self._crc32s[part.record] = whole
         return whole
 
 

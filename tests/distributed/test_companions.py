@@ -1,4 +1,4 @@
-"""What processes tell each other through a store. Threads play the ranks; the store is torch's own."""
+"""Messages between processes through a store. Threads stand for the ranks; the store is that of torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def store() -> Any:
 
 
 def test_exchange_is_among_those_that_announced_themselves(store: Any) -> None:
-    """A rank without the callback is not waited for, whichever it is."""
+    """No rank waits for a rank without the callback."""
     cases: list[list[bool | None]] = [[True, True, True], [None, True, False], [False, None, None], [True, True, None]]
     for agreeing in cases:
         ranks = met(store, 3, agreeing)

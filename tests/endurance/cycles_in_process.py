@@ -1,4 +1,4 @@
-"""What runs in the processes of ``test_cycles``: train, save, be killed, resume, again and again.
+"""The program of the processes of ``test_cycles``: train, save, be killed, resume, many times.
 
 ``python -m tests.endurance.cycles_in_process FOLDER 30 [FORMAT]`` runs the full number under the limit and prints what
 it saw; the format is one of ``MemoryEfficientRestore(save_format=...)``.
@@ -82,7 +82,7 @@ def _fit(folder: str, path: Path | None, callback: Any, *, ours: bool, format: A
 def cycle(folder: str, *, ours: bool, format: str = "torch") -> None:
     """Resumes ``last.ckpt`` if it is there, compares it, trains, saves, and dies in the middle of the next save.
 
-    Never returns. ``cycle.json`` then holds what it saw. It dies by ``SIGUSR2``, for which nobody has a handler, so
+    Never returns. ``cycle.json`` then holds what it saw. It dies by ``SIGUSR2``, which has no handler, so
     that it can be told from a process that was killed for its memory.
     """
     import tests.lightning as L
@@ -126,7 +126,7 @@ def _digest(trainer: Any, module: Any) -> int:
 
 
 def _held() -> dict[str, int]:
-    """What this process holds."""
+    """The memory, descriptors and mappings of this process."""
     from lightning_memload.memory.host import read_status
 
     return {

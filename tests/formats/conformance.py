@@ -310,7 +310,7 @@ def check_load(checkpoint_format: CheckpointFormat, case: Case) -> None:
         if not info.chunks:
             assert type(tensor) in (type(expected), ChunkedTensor)
             assert tensor.stride() == expected.stride()
-    # Last: whatever a format reads late, it reads when somebody looks.
+    # Last: a format may read its values only when they are used.
     assert not differing(values_of(loaded), expected_values(case))
 
 
@@ -323,7 +323,7 @@ def check_stream(checkpoint_format: CheckpointFormat, case: Case, layout: RingLa
         assert not differing(got, expected_values(case))
         assert stats.staging_bytes <= layout.nbytes
         assert stats.bytes_verified == (mapped.index.nbytes if case.writer.checksums else 0)
-    # Nobody touched the mapping meanwhile, and a second stream finds the tensors where the first did.
+    # The mapping was not used meanwhile, and a second stream finds the tensors at the same places.
     assert all(mapped.locate(tensor) is not None for _, tensor in tensors_of(loaded) if tensor.numel())
 
 

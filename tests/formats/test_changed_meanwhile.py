@@ -182,7 +182,7 @@ def attempt(path: Path, file: Path, moment: int, length: int) -> str:
 @pytest.mark.parametrize("length", [0, 5000])
 @pytest.mark.parametrize("format", WRITERS)
 def test_cut_short(format: str, length: int, tmp_path: Path) -> None:
-    """In place, as nobody should. Values that were read before are right, everything else is an error of ours."""
+    """A change in place. Values that were read before are right; otherwise this package raises an error."""
     outcomes = run_fresh(f"{__name__}:cut_at_every_moment", path=tmp_path / "last", format=format, length=length).result
     assert outcomes.pop() == "never"
     assert len(outcomes) > 15

@@ -1,4 +1,4 @@
-"""One state, written in every format: whatever the format, the index, the load and the stream give its very bytes.
+"""One state, written in every format: the index, the load and the stream give the same bytes for each format.
 
 A new format joins by one entry in ``WRITERS``. The checks are functions of a format, so that the last tests can hand
 them formats that lie, and see that they notice.
@@ -162,7 +162,7 @@ def read_bytes():
     return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
 
 def resident_bytes(folder):
-    "Pages of files of this folder that somebody touched in a mapping."
+    "Pages of files of this folder that were read or written through a mapping."
     total, counts = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in line.split()[0] and not line.split()[0].endswith(":"):
@@ -173,7 +173,7 @@ def resident_bytes(folder):
 
 RESULT = {}
 for label, (folder, path) in ARGS["paths"].items():
-    load_mapped(path)  # whatever is imported late is imported now
+    load_mapped(path)  # late imports happen now
     open_checkpoint(path)
     start = read_bytes()
     open_checkpoint(path)

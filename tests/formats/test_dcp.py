@@ -172,7 +172,7 @@ class TestSameAsTorch:
 
 
 class TestMeta:
-    """What Lightning puts beside the shards."""
+    """The file that Lightning saves beside the shards."""
 
     @staticmethod
     def load(path: Path, state: dict[str, Any], meta: dict[str, Any]) -> tuple[dict[str, Any], MappedCheckpoint]:
@@ -313,7 +313,7 @@ def flip(path: Path, position: int) -> None:
 
 @pytest.fixture
 def pair(several: Path) -> tuple[Any, torch.Tensor, MappedCheckpoint]:
-    """A chunked tensor that nobody read, its values, and the checkpoint."""
+    """A chunked tensor that has not been read, its values, and the checkpoint."""
     ours, mapped = load_mapped(several)
     return ours["model"].pop("grid"), read_by_torch(several)["model"]["grid"], mapped
 
@@ -706,7 +706,7 @@ class TestDamage:
 
     @pytest.mark.slow
     def test_flipped_bytes(self, several: Path) -> None:
-        """Whatever is hit, the answer is an error of ours or a sound index, and quick."""
+        """Each flipped byte gives an error of this package or a sound index, in short time."""
         original = (several / ".metadata").read_bytes()
         for position in range(0, len(original), 5):
             data = bytearray(original)

@@ -334,7 +334,7 @@ NAMES = [make.__name__ if make.__name__ != "<lambda>" else f"record-{number}" fo
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[Any]]]:
-    """What became of every case, in one process: the mark of its peak is reset before each."""
+    """The outcome of every case, in one process. The mark of its peak is reset before each case."""
     folder = tmp_path_factory.mktemp("hostile")
     torch.save({"weight": torch.ones(3)}, folder / "sound")
     for name, make in zip(NAMES, CASES, strict=True):
@@ -369,7 +369,7 @@ def test_the_pickles_can_do_harm(tmp_path: Path) -> None:
 
 
 class TestTemporaryNames:
-    """Somebody guesses the name of a temporary file and puts a link to a victim there."""
+    """An attacker guesses the name of a temporary file and puts a link to another file there."""
 
     @pytest.fixture
     def victim(self, tmp_path: Path) -> Path:
@@ -411,5 +411,5 @@ class TestTemporaryNames:
             save({"weight": torch.ones(3)}, folder / "checkpoint")
         assert made
         assert victim.read_text() == "precious"
-        # Another name, or none at all: never the one that somebody else made.
+        # Another name, or no file: never the file of the attacker.
         assert not (folder / "checkpoint").exists() or verify_checkpoint(folder / "checkpoint").is_verified

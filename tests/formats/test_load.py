@@ -1,4 +1,4 @@
-"""What load_mapped gives is what torch.load gives, bit for bit, without the bytes."""
+"""load_mapped returns the same object as torch.load, bit for bit, without reading tensors."""
 
 from __future__ import annotations
 

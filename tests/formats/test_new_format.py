@@ -114,7 +114,7 @@ class Toy:
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> Toy:
-    """All that a new format has to be told to: one place."""
+    """A new format is registered in one place."""
     toy = Toy()
     monkeypatch.setattr(registry, "FORMATS", (*registry.FORMATS, toy))
     return toy

@@ -51,7 +51,7 @@ def described(index: Checkpoint) -> object:
 
 
 def peer_reads(path: Path) -> dict[str, torch.Tensor] | None:
-    """What the safetensors package makes of a file, ``None`` when it refuses."""
+    """The tensors that the safetensors package reads from a file. ``None`` if it refuses the file."""
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

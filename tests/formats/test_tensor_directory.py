@@ -41,7 +41,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def lightning_like() -> dict[str, Any]:
-    """What Lightning saves, with some of what users put beside it."""
+    """A checkpoint of Lightning, with some objects that users add."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.Linear(7, 5))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -407,7 +407,7 @@ class TestLyingManifest:
 
     def test_an_unused_storage(self, sound: Path) -> None:
         (sound / "tensors" / "00009.bin").write_bytes(b"1234")
-        assert len(open_checkpoint(sound)) == 3  # a file that nobody names is nobody's
+        assert len(open_checkpoint(sound)) == 3  # a file without an entry in the manifest is ignored
         entry = {"key": "9", "nbytes": 4, "crc32": 0, "location": "cpu"}
         edited(sound, lambda manifest: manifest["storages"].append(entry))
         refused(sound, "lists storages that state.pt does not refer to: 9")

@@ -57,7 +57,7 @@ def refused() -> dict[str, Any]:
 
 
 def message_of_zip(value: Any, path: Path) -> str:
-    """What is said of the same object in an ordinary file."""
+    """The error for the same object in an ordinary file."""
     other = path.with_suffix(".zip")
     torch.save(value, other)
     with pytest.raises(UnsafeGlobalsError) as caught:

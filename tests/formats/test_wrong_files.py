@@ -213,7 +213,7 @@ def test_another_kind_of_file_is_not_called_damaged(name: str, tmp_path: Path) -
 
 
 class TestPlaces:
-    """What is at the path is no regular file."""
+    """Paths that are not regular files."""
 
     def refused(self, path: Path, capsys: pytest.CaptureFixture[str]) -> str:
         for call in (open_checkpoint, verify_checkpoint, lambda path: load_weights(nn.Linear(4, 4), path)):

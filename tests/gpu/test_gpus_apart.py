@@ -1,4 +1,4 @@
-"""On a machine with two GPUs: whoever works on the second one leaves the first one alone."""
+"""On a machine with two GPUs: work on the second GPU does not use the first one."""
 
 from __future__ import annotations
 

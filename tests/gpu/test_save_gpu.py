@@ -287,7 +287,7 @@ def test_directory(tmp_path: Path) -> None:
 
 
 def test_weights_for_other_programs(tmp_path: Path) -> None:
-    """Whatever lies how on the GPU is in order in the file, and as it was after a load; in bounded memory."""
+    """Tensors of any strides on the GPU are in order in the file, and equal after a load, in bounded memory."""
     torch.manual_seed(0)
     kinds = [dtype for dtype in ALL_DTYPES if dtype not in (torch.complex128, torch.complex32)]
     weights = {str(dtype): of_dtype(dtype).cuda() for dtype in kinds}

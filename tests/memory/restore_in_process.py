@@ -1,4 +1,4 @@
-"""What runs in the fresh processes of ``test_restore_peaks``: one training script, restored and measured.
+"""The program of the fresh processes of ``test_restore_peaks``: one training script, restored and measured.
 
 Each function is called by name in a process of its own and returns what JSON can hold. Order matters in here: levels
 "without the model" are taken with everything imported and the Trainer made; the window of a measurement begins right
@@ -255,7 +255,7 @@ def fail(path: str, widths: list[int], stage: str, meta: bool) -> dict[str, Any]
 
 
 def held(path: str) -> list[str]:
-    """How this process still holds a file: its mappings and its descriptors."""
+    """The mappings and the descriptors of a file in this process."""
     found = [line for line in Path("/proc/self/maps").read_text().splitlines() if path in line]
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):

@@ -215,7 +215,7 @@ RESULT = [outer.peaks.as_dict(), middle.as_dict(), inner.peaks.as_dict()]
             assert abs(peaks.rss_peak_bytes - peaks.rss_start_bytes - 96 * MIB) < SLACK
 
     def test_the_rss_mark_of_the_outer_window_survives_without_any_sample(self) -> None:
-        # Nobody sampled the spike: only the mark knew it, and the inner window reset the mark.
+        # No sample has the spike: only the mark had it, and the inner window reset the mark.
         outer, inner = (
             MemoryPeaks(**figures)
             for figures in fresh(
@@ -510,7 +510,7 @@ class TestFigures:
         assert final.num_samples == 4
         assert 0 < final.longest_gap_seconds <= final.seconds
         assert final == memory_monitor.peaks
-        # Every order that must hold, whatever happened in this process before.
+        # These relations always hold, also after other work of this process.
         assert known(final.anonymous_start_bytes) <= known(final.anonymous_peak_bytes)
         assert known(final.anonymous_end_bytes) <= known(final.anonymous_peak_bytes)
         assert known(final.anonymous_peak_bytes) <= known(final.anonymous_upper_bound_bytes) <= final.rss_peak_bytes

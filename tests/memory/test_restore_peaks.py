@@ -1,4 +1,4 @@
-"""What a restore costs in host memory on the CPU: each bound as a formula, stock Lightning on the same file beside it.
+"""The host memory of a restore on the CPU: each bound as a formula, with stock Lightning on the same file beside it.
 
 Every figure comes from a fresh process. In the formulas W is the bytes of the weights; AdamW's states are 2 W, and so
 a checkpoint is 3 W. SLACK is for what belongs to no tensor: the Trainer, threads and their stacks, loaded code.
@@ -126,12 +126,12 @@ class Measured:
 
     @property
     def start(self) -> int:
-        """What stood above the process without the model when the restore began."""
+        """The memory above that of the process without the model when the restore began."""
         return known(self.peaks.anonymous_start_bytes) - self.without_model_bytes
 
     @property
     def peak(self) -> int:
-        """The most that stood above the process without the model, by samples."""
+        """The highest sample above the memory of the process without the model."""
         return known(self.peaks.anonymous_peak_bytes) - self.without_model_bytes
 
     @property
@@ -141,12 +141,12 @@ class Measured:
 
     @property
     def end(self) -> int:
-        """What stood there when everything was restored."""
+        """The memory above it when everything was restored."""
         return known(self.peaks.anonymous_end_bytes) - self.without_model_bytes
 
     @property
     def rise(self) -> int:
-        """The most that stood above what the process held when the restore began."""
+        """The highest sample above the memory when the restore began."""
         return known(self.peaks.anonymous_above_start_bytes)
 
 

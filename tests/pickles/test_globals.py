@@ -1,4 +1,4 @@
-"""What ``weights_only`` refuses: torch's verdict, where it stands in the file, how to allow it, how to do without."""
+"""Names that ``weights_only`` refuses: torch decides; the error gives their places and how to allow them."""
 
 from __future__ import annotations
 

@@ -252,7 +252,7 @@ def test_other_protocols_are_left_to_torch(protocol: int) -> None:
 
 
 def test_no_prefix_and_no_flipped_byte_does_harm(tmp_path: Path) -> None:
-    """Whatever the bytes are: an object of plain things, or NotPlain."""
+    """Any bytes give an object of plain things, or NotPlain."""
     data = pickled(optimizer_state(), tmp_path)
     for end in range(len(data)):
         with pytest.raises(NotPlain):

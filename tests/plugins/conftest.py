@@ -1,4 +1,4 @@
-"""What the tests of the plugins share."""
+"""Settings for the tests of the plugins."""
 
 from __future__ import annotations
 

@@ -232,13 +232,13 @@ def resume(
     """Resumes the checkpoint and trains the next batches.
 
     Args:
-        case: What.
+        case: The case.
         path: Its checkpoint.
-        folder: For whatever the Trainer writes.
+        folder: The folder for all files of the Trainer.
         restore: The callback, ``None`` for the stock way.
         meta: Build under ``meta_init``.
         last: Put the callback last instead of first.
-        trusted: What to say of ``weights_only``.
+        trusted: The arguments for ``weights_only``.
     """
     torch.manual_seed(20)
     with meta_init(enabled=meta):
@@ -292,9 +292,9 @@ def same_resume(
     """Asserts that a resume with the callback is bit for bit the stock one; returns the callback.
 
     Args:
-        case: What.
-        folder: For whatever the Trainers write.
-        expected: What stock makes of the case. ``None``: it is found out first.
+        case: The case.
+        folder: The folder for all files of the Trainers.
+        expected: The result of stock Lightning. ``None``: it is computed first.
         mode: As in the callback.
         meta: Build under ``meta_init``.
         last: Put the callback last instead of first.
@@ -401,7 +401,7 @@ def _groups(identities: Mapping[Any, int]) -> list[list[Any]]:
 
 
 def _shared_states(optimizer: torch.optim.Optimizer) -> list[list[Any]]:
-    """Which states of an optimizer are one tensor."""
+    """The states of an optimizer that are one tensor."""
     found = {}
     for number, state in optimizer.state_dict().get("state", {}).items():  # wrappers may have none
         for key, value in state.items() if isinstance(state, dict) else ():

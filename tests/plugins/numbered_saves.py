@@ -25,7 +25,7 @@ def state(number: int, num_mib: int, num_tensors: int = 2) -> dict[str, Any]:
 
 
 def number_of(path: Path) -> int:
-    """Which state it is, all of which must be there."""
+    """The number of the state. All of its tensors must have it."""
     assert not verify_checkpoint(path).is_damaged
     loaded, _ = load_mapped(path, weights_only=True)
     assert all((value == loaded["number"]).all() for value in loaded["state_dict"].values())

@@ -1,4 +1,4 @@
-"""What tests of a restore look at: the damage before it, and what it left behind."""
+"""Damages files before a restore, and checks that nothing is left after it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def flip_byte(path: Path, name: str) -> None:
 
 
 def held(path: Path) -> list[str]:
-    """How this process still holds a file: its mappings and its descriptors."""
+    """The mappings and the descriptors of a file in this process."""
     found = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
     for number in os.listdir("/proc/self/fd"):
         try:

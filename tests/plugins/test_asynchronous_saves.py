@@ -493,7 +493,7 @@ def test_weights_may_change_at_any_time_by_default(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("lazy")
 @pytest.mark.parametrize("asynchronous_save", [True, "until_step"])
 def test_a_signal_handler_that_saves_finds_all_in_place(tmp_path: Path, asynchronous_save: Any) -> None:
-    """Whatever the signal interrupts: a forward pass while a save goes on, a wait for it, a save itself."""
+    """A signal may interrupt a forward pass during a save, a wait for the save, or the save itself."""
     seen: list[Any] = []
 
     class Signals(Normalised):

@@ -32,7 +32,7 @@ from tests.plugins.harness import (
 
 
 class Factored(torch.optim.Optimizer):
-    """What third-party optimizers keep: row and column statistics, nested states, counters and masks as tensors."""
+    """Has the states of third-party optimizers: row and column statistics, nested states, counters and masks."""
 
     def __init__(self, params: Any, lr: float = 0.01) -> None:
         super().__init__(params, {"lr": lr})
@@ -595,7 +595,7 @@ NEVER_ASSIGNED = {"renaming", "in-place", "two-names", "other-dtype-on-disk", "6
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], StockResume]:
-    """What stock makes of a case, found out once for all ways of ours."""
+    """The result of stock Lightning for a case, computed once for all ways of this package."""
 
     @functools.cache
     def resumed(name: str) -> StockResume:

@@ -1,4 +1,4 @@
-"""What the callback does around a restore: entry points, loggers, modes, warnings, and nothing where nothing is due."""
+"""The callback around a restore: entry points, loggers, modes and warnings, and no effect without a checkpoint."""
 
 from __future__ import annotations
 
@@ -558,7 +558,7 @@ with tempfile.TemporaryDirectory() as folder:
     ],
 )
 def test_copy_of_the_module_made_while_restoring_is_whole(when: str) -> None:
-    """What callbacks like moving averages do: nothing of ours may go along with a copy."""
+    """Callbacks like moving averages copy the module: a copy has no hooks of this package."""
     assert "setup" in run_fresh(COPYING, when=when).result
 
 

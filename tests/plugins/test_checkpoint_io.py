@@ -1,4 +1,4 @@
-"""Which CheckpointIO loads: ours, the user's, and ours within another."""
+"""The CheckpointIO that loads: that of this package, that of the user, and one within the other."""
 
 from __future__ import annotations
 

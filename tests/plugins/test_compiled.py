@@ -1,4 +1,4 @@
-"""What ``torch.compile`` puts into names, taken off and put on through the Trainer, in weights and optimizer alike."""
+"""The prefix of ``torch.compile`` in names is removed and added by the Trainer, for weights and optimizers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.plugins.harness import TRUSTED, Case, TinyModule, adamw, assert_same,
 
 
 class Compiled(nn.Module):
-    """What ``torch.compile`` makes of a module, without a compiler."""
+    """A module like one of ``torch.compile``, without a compiler."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

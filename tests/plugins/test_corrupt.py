@@ -36,7 +36,7 @@ def empty(path: Path) -> None:
 
 
 def zeros(path: Path) -> None:
-    """What some file systems leave of a file after a power failure."""
+    """A file after a power failure on some file systems."""
     path.write_bytes(bytes(path.stat().st_size))
 
 

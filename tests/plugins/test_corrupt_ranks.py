@@ -70,7 +70,7 @@ class Ranks:
         self.warnings: list[str] = []
 
     def choose(self, *paths: Path | None) -> list[Any]:
-        """What each rank restores from, or its error."""
+        """The checkpoint that each rank restores, or its error."""
 
         def work(rank: int) -> Any:
             path = paths[rank]
@@ -191,7 +191,7 @@ def test_a_rank_that_fails_ends_the_choice_of_the_others(folder: Path) -> None:
 
 
 class TestTelling:
-    """The damage is told before the search, which is bounded, and on whatever rank finds it."""
+    """The rank that finds the damage reports it before the search, which is bounded."""
 
     @pytest.fixture
     def error(self, folder: Path) -> ChecksumError:

@@ -135,7 +135,7 @@ def ordered(value: Any) -> Any:
 
 
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[ChunkedTensor]:
-    """The chunked tensors that somebody reads from now on."""
+    """The chunked tensors that are read from now on."""
     found: list[ChunkedTensor] = []
     original = ChunkedTensor.read
 

@@ -135,14 +135,14 @@ def test_ranks_that_are_not_alike(path: Path, tmp_path: Path) -> None:
 def test_launchers_get_the_weights_in_every_format(
     save_format: str, path: Path, stock: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """They are loaded in the main process, where nobody has installed anything."""
+    """They are loaded in the main process, where the callback has not been set up."""
     ours = ranks(path, tmp_path / "ours", "ddp_fork", ours=True, save_format=save_format)
     assert ours[0]["weights"] == stock[0]["weights"]
     assert json.loads((tmp_path / "ours" / "main.json").read_text()) == stock[0]["weights"]
 
 
 def test_launchers_pass_a_bare_state_dict(tmp_path: Path) -> None:
-    """What a fork or spawn launcher does at its end: save the weights there, load them here."""
+    """The end of a fork or spawn launcher: save the weights in the worker, load them in the main process."""
     from lightning_memload import StreamingCheckpointIO
 
     module = TinyModule()

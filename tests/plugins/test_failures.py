@@ -234,7 +234,7 @@ def test_module_on_meta_without_checkpoint(stage: str, tmp_path: Path) -> None:
 
 
 def test_data_on_meta_without_checkpoint(tmp_path: Path) -> None:
-    """What a constructor loaded is there; only what nobody gave values is named."""
+    """Weights that a constructor loaded stay. Only parameters without values are named."""
 
     class Pretrained(TinyModule):
         def __init__(self, *, whole: bool) -> None:
@@ -314,7 +314,7 @@ def test_module_on_meta_in_full_precision_keeps_every_bit(tmp_path: Path) -> Non
 
 
 class KeepsAll(L.Callback):
-    """Keeps whatever it can get hold of."""
+    """Keeps all objects that it gets."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Any] = {}

@@ -37,12 +37,12 @@ FORMATS: tuple[Any, ...] = get_args(SaveFormat)
 
 @dataclass(frozen=True)
 class Way:
-    """How checkpoints get to the disk and back.
+    """A way in which checkpoints are saved and loaded.
 
     Attributes:
-        label: What the tests are called by.
-        make_io: Makes the plugin, ``None`` for what a Trainer has by itself.
-        make_callback: Makes the callback that brings the plugin along, ``None`` for no callback.
+        label: The name in the ids of tests.
+        make_io: Makes the plugin. ``None``: the Trainer makes its own.
+        make_callback: Makes the callback that installs the plugin. ``None``: no callback.
         is_file: Whether what is saved is a file that ``torch.load`` reads.
         in_background: Whether Lightning itself saves in a thread.
     """
@@ -177,7 +177,7 @@ def interrupt(trainer: L.Trainer) -> None:
 
 
 class Session:
-    """What a user does in one folder, with one way to save."""
+    """The actions of a user in one folder, with one way to save."""
 
     def __init__(self, way: Way, folder: Path) -> None:
         self.way = way
@@ -195,7 +195,7 @@ class Session:
         return Module()
 
     def settle(self, trainer: L.Trainer) -> None:
-        """Waits for whatever is being saved."""
+        """Waits for the save in progress."""
         trainer.strategy.checkpoint_io.teardown()
 
     def checkpoint(self) -> Path:
@@ -223,7 +223,7 @@ class Session:
         return dict(sorted(found.items()))
 
     def seen(self, trainer: L.Trainer, module: Module) -> dict[str, Any]:
-        """All that a user can look at after a run."""
+        """The files and values that a user can see after a run."""
         return {
             "saved": self.saved(),
             "held": contents(trainer, module),
@@ -547,7 +547,7 @@ def run(entry_point: Callable[[Session], Any], way: Way, folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[Session], Any]], Any]:
-    """What comes of an entry point without us."""
+    """The result of an entry point with stock Lightning."""
     known: dict[Any, Any] = {}
 
     def result(entry_point: Callable[[Session], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What is left of a loaded checkpoint for Lightning to restore. A stand-in takes the Trainer's place."""
+"""The parts of a loaded checkpoint that Lightning restores. A stand-in takes the place of the Trainer."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class Several:
 
 
 class Forwarding:
-    """Whatever it does not know it asks the optimizer within."""
+    """Passes unknown attributes on to the optimizer inside."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner = inner
@@ -313,7 +313,7 @@ def test_hooks_that_come_later_see_what_was_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [Averaged, Forwarding], ids=lambda make: make.__name__)
 def test_only_a_step_that_torch_announces_may_be_waited_for(make: Any) -> None:
-    """Around others, whatever changes tensors before the step of the optimizer within would not be seen."""
+    """With wrappers, changes of tensors before the step of the inner optimizer would not be noticed."""
     module = nn.Linear(2, 2)
     optimizer = adamw(module.parameters())
     assert len(tensors_of_optimizers([optimizer])) == 2

@@ -87,7 +87,7 @@ class Restored(L.Callback):
 
 
 def restored(folder: Path, path: Path | str, module: L.LightningModule, **options: Any) -> tuple[dict[str, Any], int]:
-    """What is there when training starts, and the callback's count."""
+    """The state when training starts, and the count of the callback."""
     watch, counter = Restored(), Counter()
     callback = MemoryEfficientRestore(**options)
     trainer = make_trainer(folder, [callback, counter, watch], max_epochs=1000)

@@ -205,7 +205,7 @@ class TestPluginAlone:
         assert module.states[0].keys() == saved["optimizer_states"][0].keys()
 
     def test_a_hook_that_keeps_all_of_it(self, path: Path) -> None:
-        """It stays in the file until somebody changes that."""
+        """It stays in the file until a program changes the file."""
 
         class Keeps(TinyModule):
             def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

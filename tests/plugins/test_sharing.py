@@ -124,7 +124,7 @@ def test_a_model_keeps_its_strides(mode: Any, meta: bool, tmp_path: Path) -> Non
 
 
 class TestHooksUnderAssign:
-    """What a hook does to the checkpoint is not done to the module, and the other way round."""
+    """A hook that changes the checkpoint does not change the module, and the other way round."""
 
     class LoadsItself(Two):
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

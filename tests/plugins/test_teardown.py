@@ -27,7 +27,7 @@ class Moved(TinyModule):
 
 @pytest.fixture
 def moved_optimizers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many optimizers each call was to move: one in the setup of a run, one in its teardown."""
+    """The number of optimizers that each call moves: one in the setup of a run, one in its teardown."""
     import tests.lightning.pytorch.strategies.strategy as strategy_module
 
     seen: list[int] = []

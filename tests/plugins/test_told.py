@@ -1,4 +1,4 @@
-"""What a restore says of the weights that it took: what is new, what is unused, and that nothing matched."""
+"""The messages of a restore about its weights: new names, unused names, and no match at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a module is, taken down for comparison, and the restore of a state dict into one."""
+"""Describes a module for comparison, and restores a state dict into one."""
 
 from __future__ import annotations
 

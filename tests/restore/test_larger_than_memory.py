@@ -80,7 +80,7 @@ RESULT = {
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where a file without data takes no disk, however large."""
+    """A folder in which a large file without data takes no space."""
     if psutil.virtual_memory().available < 4 * GIB:
         pytest.skip("less than 4 GiB of memory are available")
     path = tmp_path / "sparse.ckpt"

@@ -442,7 +442,7 @@ def tied_around(between: Callable[[nn.Module], nn.Module]) -> nn.Module:
     return nn.Sequential(first, between(last), nn.Sequential(nn.Linear(4, 4)), last)
 
 
-# How often the engine runs: what nobody has changed is not read again.
+# The number of runs of the engine: unchanged tensors are not read again.
 DISTURBED: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "extra state": (lambda: nn.Sequential(nn.Linear(2, 2), ResetsLater(), nn.Linear(2, 2)), 2),
     "post-hook": (with_post_hook, 2),

@@ -1,4 +1,4 @@
-"""What constructors do with their parameters, under meta_init: the answers of an ordinary construction."""
+"""Constructors that use their parameters under meta_init get the answers of an ordinary construction."""
 
 from __future__ import annotations
 
@@ -374,7 +374,7 @@ WAITING = {"item", "condition", "copy", "in place", "setitem", "attribute", "for
 
 @pytest.mark.parametrize("name", READS)
 def test_gets_the_values(name: str, tmp_path: Path) -> None:
-    """What a constructor reads is what the parameter has when no checkpoint fills it."""
+    """A constructor reads the values that the parameter has if no checkpoint fills it."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         with meta_init():

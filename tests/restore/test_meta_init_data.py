@@ -109,7 +109,7 @@ def sinusoids(self: Any, folder: Path) -> None:
 
 
 def changed_source(self: Any, folder: Path) -> None:
-    """What is copied is what the source was then."""
+    """A copy has the values that the source had at that time."""
     values = torch.load(folder / "encoder.pt", weights_only=True)
     self.encoder = encoder()
     self.encoder.load_state_dict(values)

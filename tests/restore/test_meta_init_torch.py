@@ -30,7 +30,7 @@ Softmax Softmax2d Softmin Softplus Softshrink Softsign Tanh Tanhshrink TripletMa
 Upsample UpsamplingBilinear2d UpsamplingNearest2d
 """.split()  # noqa: SIM905
 
-# One size, whatever it means.
+# One size for all arguments.
 ONE_NUMBER = """
 AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d AvgPool1d
 AvgPool2d AvgPool3d ChannelShuffle CircularPad1d CircularPad2d CircularPad3d CrossMapLRN2d LocalResponseNorm MaxPool1d

@@ -1,4 +1,4 @@
-"""Where the weights of a checkpoint are and what they are called: found where that is plain, else suggested."""
+"""The places and the names of the weights in a checkpoint: found where they are unique, otherwise suggested."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ class TestPrefixes:
 
 
 class Compiled(nn.Module):
-    """What ``torch.compile`` makes of a module, without a compiler."""
+    """A module like one of ``torch.compile``, without a compiler."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -183,7 +183,7 @@ def test_every_question_gets_its_answer(make: Callable[[], torch.Tensor]) -> Non
 
 @pytest.mark.parametrize("error", [AssertionError, IndexError, KeyError, NotImplementedError])
 def test_an_operator_without_a_meta_kernel_that_works(error: type[Exception]) -> None:
-    """What a meta kernel cannot foresee happens at once, as always."""
+    """Operations whose result a meta kernel cannot know run at once."""
     name = f"memload_tests::twice_{error.__name__.lower()}"
     schema = "(Tensor tensor) -> Tensor"
     twice = torch.library.custom_op(name, lambda tensor: 2 * tensor, mutates_args=(), schema=schema)

@@ -80,7 +80,7 @@ def overwritten(layers: nn.ModuleList) -> dict[str, Any]:
 
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many steps are taken to make contents."""
+    """The number of steps that make contents."""
     taken = [0]
     run = Step.run
 

@@ -139,7 +139,7 @@ def test_two_modules_on_one_file(path: Path, expected: dict[str, bytes]) -> None
 def test_a_writer_in_the_middle_of_the_load(
     path: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What has its pages keeps its values; the rest is read from the file, as without assigning."""
+    """Tensors that have their pages keep their values. All others are read from the file, as without assigning."""
     give = given_pages.GivenPages.give
     given: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""What a session refuses before anything is allocated, and how it ends."""
+"""A session refuses restores before anything is allocated, and ends in order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RING = RingLayout(1, 2, 4096)
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """What is free on each type of device. Of a GPU it is known once CUDA is initialised."""
+    """The free memory of each type of device. That of a GPU is known when CUDA is initialised."""
     free = {"cuda": 1000, "cpu": 10000}
     initialised: list[bool] = []
 

@@ -68,7 +68,7 @@ def archive(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[WholeCheckpoint]:
-    """What was read as a whole."""
+    """The checkpoints that were read as a whole."""
     found: list[WholeCheckpoint] = []
     read = WholeCheckpoint.read
 

@@ -1,4 +1,4 @@
-"""What the tests of saves share."""
+"""Settings for the tests of saves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs in the fresh processes of the tests here: one state, saved and measured, or saved until killed.
+"""The program of the fresh processes of these tests: one state, saved and measured, or saved until killed.
 
 ``python -m tests.save.save_in_process FOLDER TIMES [FORMAT]`` kills so many writers at random moments and prints what
 it found; the format is one of ``WRITERS``. ``... FOLDER TIMES trainings ASYNCHRONOUS [FORMAT]`` kills trainings with
@@ -395,7 +395,7 @@ def _content(path: Path) -> int:
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
-    """What the command line asks for."""
+    """The options of the command line."""
     folder, times, *more = arguments
     if more[:1] != ["trainings"]:
         return kill_writers(folder, int(times), *more)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from lightning_memload.formats import load_mapped
 
 
 def step_of(path: Path) -> int:
-    """Which checkpoint is there, after making sure that it is complete."""
+    """Returns the number of the checkpoint, after a check that it is complete."""
     loaded, mapped = load_mapped(path, weights_only=True)
     assert torch.equal(loaded["a"], torch.full((1000,), float(loaded["step"])))
     assert torch.equal(loaded["b"], torch.full((7,), float(loaded["step"])))

@@ -1,4 +1,4 @@
-"""A save in the background holds the state of the call, whatever happens next; what goes wrong is told.
+"""A save in the background holds the state at the time of the call, and reports its errors.
 
 The disk is slow at will: what may be written late is held back by an event, not by time.
 """
@@ -151,7 +151,7 @@ def optimizers_of_torch() -> list[Any]:
 
 @pytest.mark.parametrize("kind", optimizers_of_torch())
 def test_torchs_own_call_the_closure_first(kind: Any) -> None:
-    """What the wait after the closure relies on."""
+    """The wait after the closure relies on this."""
     weight = torch.nn.Parameter(torch.ones(3, 3))
     optimizer = kind([weight], lr=0.5)
     versions: list[int] = []
@@ -167,7 +167,7 @@ def test_torchs_own_call_the_closure_first(kind: Any) -> None:
 
 
 def test_any_optimizer_in_the_process_waits(path: Path, disk: Disk) -> None:
-    """One that nobody told us of may have the same parameters."""
+    """An optimizer that is not known to the save may have the same parameters."""
     weight, optimizer = make_optimizer()
     save = begin(path, weight, optimizer)
     open_when_waited_for(save, disk, lambda: None)

@@ -1,4 +1,4 @@
-"""What a save costs in host memory, in a fresh process: ours, and stock Lightning's of the same state."""
+"""The host memory of a save in a fresh process, and that of stock Lightning for the same state."""
 
 from __future__ import annotations
 

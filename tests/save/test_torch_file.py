@@ -1,4 +1,4 @@
-"""What is saved is an ordinary checkpoint for every reader; what fails leaves everything as it was."""
+"""A save writes an ordinary checkpoint for every reader. A save that fails changes nothing."""
 
 from __future__ import annotations
 

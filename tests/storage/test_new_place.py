@@ -53,7 +53,7 @@ pytestmark = [
 
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ToyBucket:
-    """All that a new place has to be told to: one entry."""
+    """A new place is registered with one entry."""
     (tmp_path / "objects").mkdir()
     bucket = ToyBucket(tmp_path / "objects")
     monkeypatch.setitem(places.PLACES, SCHEME, bucket)

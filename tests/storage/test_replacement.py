@@ -47,7 +47,7 @@ def test_what_is_not_committed_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_interrupted_while_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is locked looks as if somebody wrote it, so nobody would ever remove it."""
+    """A locked file looks like that of a live writer, so no writer would ever remove it."""
 
     def interrupt(path: str) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What bytes are read from: whole reads out of short ones, parts of files, and the errors that name the place."""
+"""Sources of bytes: whole reads out of short ones, parts of files, and errors that name the place."""
 
 from __future__ import annotations
 

@@ -63,3 +63,11 @@ def test_threads_complete_each_record_once() -> None:
         told = list(pool.map(lambda item: (item[0], checksums.update(item[0], item[1], [item[2]])), work))
     complete = [(record, crc) for record, crc in told if crc is not None]
     assert sorted(complete) == [(record, zlib.crc32(DATA)) for record in range(count)]
+
+
+def test_checksums_that_are_known_already_are_combined() -> None:
+    """A writer computes the checksum of a part while it writes it."""
+    data = bytes(range(200))
+    checksums = PartialChecksums([200])
+    assert checksums.add(0, 120, 80, zlib.crc32(data[120:])) is None
+    assert checksums.add(0, 0, 120, zlib.crc32(data[:120])) == zlib.crc32(data)

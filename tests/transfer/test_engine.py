@@ -280,7 +280,7 @@ class TestValues:
 
     @pytest.mark.slow
     def test_a_hundred_thousand_small_tensors(self) -> None:
-        # All of them in one block: whatever looks for one among all others takes minutes here.
+        # All of them in one block: code that searches all others for each one would take minutes.
         count = 50_000
         data = bytes(192 * count)
         crc = zlib.crc32(bytes(4))

@@ -1,4 +1,4 @@
-"""Where bytes go: at their offsets, whole, also where the system takes them piece by piece."""
+"""Sinks write all bytes at their offsets, even if the system takes only a part of them in one call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several threads share, and what is left where there are none."""
+"""Work in several threads, and in one thread if no other can be started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoint is named instead of a damaged one."""
+"""The checkpoint that is named instead of a damaged one."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class TooLargeError(Exception):
 
 @dataclass
 class Comparison:
-    """What came out of the comparison of one model.
+    """The result of the comparison of one model.
 
     Attributes:
         wrong: The names of what differs.
@@ -64,7 +64,7 @@ class Comparison:
 
 
 def differences(build: Callable[[], nn.Module], folder: Path) -> tuple[list[str], list[str]]:
-    """What differs in a model that is built under ``meta_init``, and what was compared without being in the file."""
+    """The differences of a model built under ``meta_init``, and the tensors that were compared without the file."""
     found = compare(build, folder)
     return found.wrong, found.computed
 

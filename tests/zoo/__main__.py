@@ -45,7 +45,7 @@ _models: list[Ways] = []
 
 @dataclass
 class Verdict:
-    """What became of one model: ``right``, ``wrong``, ``not built as always either`` or ``skipped``."""
+    """The result for one model: ``right``, ``wrong``, ``not built as always either`` or ``skipped``."""
 
     status: str
     why: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Which models of installed libraries can be built without a download, and what makes them small."""
+"""The models of installed libraries that can be built without a download, with arguments that make them small."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class ContiguousWriter:
         self._offsets = offsets
 
     def write(self, parts: Sequence[RecordPart], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
-        """Writes adjacent parts with one call, see :class:`Target`."""
+        """Writes adjacent parts with one call, see :class:`RecordWriter`."""
         self._sink.write(data, self._offsets[parts[0].record] + parts[0].start)
 
 

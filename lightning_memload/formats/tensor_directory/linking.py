@@ -27,7 +27,7 @@ _COMPARE_BYTES = 256 << 10
 
 
 class LinkingFiles:
-    """A target with one file for each record. Close it when all records are written, or after an error.
+    """A record writer with one file for each record. Close it when all records are written, or after an error.
 
     Args:
         names: The files to create. They must not exist.
@@ -52,7 +52,7 @@ class LinkingFiles:
         return sum(file.nbytes for file in self._files if file.is_linked)
 
     def write(self, parts: Sequence[RecordPart], data: Sequence[memoryview], crc32s: Sequence[int | None]) -> None:
-        """Writes or compares parts, in any order and from any thread, see :class:`Target`."""
+        """Writes or compares parts, in any order and from any thread, see :class:`RecordWriter`."""
         for part, view in zip(parts, data, strict=True):
             self._files[part.record].take(view, part.start)
 
