@@ -23,6 +23,7 @@ from lightning_memload.report import RestoreReport
 from lightning_memload.restore import (
     OptimizerRestore,
     RestoreSession,
+    StateStream,
     WeightsMatch,
     WeightsRestore,
     module_keys,
@@ -201,9 +202,12 @@ class Weights(_Streaming):
         super().__init__(opened, resources)
         self._checkpoint = checkpoint
         self._weights = weights
+        self._states: StateStream | None = None
 
     def load_model(self, load: Callable[..., None], checkpoint: Mapping[str, Any], strict: bool) -> None:
         """Loads the weights as Lightning does. If they do not fit, a short error replaces torch's long one.
+
+        The states of the optimizers follow in the background.
 
         Args:
             load: Lightning's method.
@@ -213,6 +217,18 @@ class Weights(_Streaming):
         Raises:
             IncompatibleWeightsError: The weights do not fit the module. It is a ``RuntimeError``, as in torch.
         """
+        self._load_model(load, checkpoint, strict)
+        request = self._opened.request
+        if request.stage != "fit" or not request.trainer.strategy.lightning_restore_optimizer or self._states:
+            return
+        self._states = StateStream.begin(
+            self._session, checkpoint.get("optimizer_states"), request.dtypes_of_parameters()
+        )
+        if self._states is not None:
+            self._resources.callback(self._states.close)
+            request.meter.begin("optimizers", self.stats)
+
+    def _load_model(self, load: Callable[..., None], checkpoint: Mapping[str, Any], strict: bool) -> None:
         module, state_dict = self._opened.request.module, checkpoint.get("state_dict")
         if not isinstance(state_dict, Mapping):
             load(checkpoint, strict=strict)
@@ -230,10 +246,13 @@ class Weights(_Streaming):
     def begin_optimizers(self, optimizers: Sequence[Any]) -> Optimizers:
         """Installs the streaming into the optimizers."""
         request = self._opened.request
-        request.meter.begin("optimizers", self.stats)
+        if self._states is None:
+            request.meter.begin("optimizers", self.stats)
         parameters = dict(request.module.named_parameters(remove_duplicate=False))
         with self._resources.pop_all() as stack:
-            restore = OptimizerRestore(optimizers, self._session, parameters=parameters, loaded=self._checkpoint)
+            restore = OptimizerRestore(
+                optimizers, self._session, parameters=parameters, loaded=self._checkpoint, stream=self._states
+            )
             stack.callback(restore.remove)
             return Optimizers(self._opened, stack.pop_all(), self._weights.match)
 

@@ -76,6 +76,12 @@ class Request:
             return _TRUE_PRECISION_DTYPES.get(str(plugin.precision))
         return None
 
+    def dtypes_of_parameters(self) -> frozenset[torch.dtype]:
+        """The floating-point types that the trained parameters will have when the optimizers load their states."""
+        dtype = self.true_precision()
+        trained = (parameter for parameter in self.module.parameters() if parameter.requires_grad)
+        return frozenset({dtype} if dtype else {p.dtype for p in trained if p.is_floating_point()})
+
     def make_bar(self, mapped: MappedCheckpoint) -> RestoreBar | None:
         """The progress bar, ``None`` if the user or the Trainer wants none, or on another rank than 0."""
         shown = self.trainer.progress_bar_callback

@@ -9,6 +9,7 @@ from lightning_memload.restore.recipes import follow_recipes, names_of_data
 from lightning_memload.restore.session import Move, RestoreSession
 from lightning_memload.restore.settling import mapped_bytes
 from lightning_memload.restore.state_dict import add_compiled_versions, find_state_dict, rename_compiled
+from lightning_memload.restore.state_stream import StateStream
 from lightning_memload.restore.weights import WeightsRestore
 from lightning_memload.restore.weights_source import WeightsSource, open_any
 
@@ -17,6 +18,7 @@ __all__ = [
     "Move",
     "OptimizerRestore",
     "RestoreSession",
+    "StateStream",
     "WeightsMatch",
     "WeightsRestore",
     "WeightsSource",

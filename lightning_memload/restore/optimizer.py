@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lightning_memload.checkpoint import ChunkedTensor
 from lightning_memload.errors import OptimizerMismatchError, listed
-from lightning_memload.restore.session import Move, RestoreSession
+from lightning_memload.restore.placement import Placement, PlannedState, fill_in
+from lightning_memload.restore.session import RestoreSession
 from lightning_memload.restore.settling import (
     Settlement,
     mapped_bytes,
@@ -26,10 +26,10 @@ from lightning_memload.restore.settling import (
     settle_alone,
     tensors_by_storage,
 )
+from lightning_memload.restore.state_stream import StateStream
 
 __all__ = ["OptimizerRestore"]
 
-_CPU = torch.device("cpu")
 # Parts of names that torch.compile and activation checkpointing add, and that no strategy saves.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
 
@@ -48,6 +48,7 @@ class OptimizerRestore:
             distributed ones do.
         loaded: The loaded checkpoint. Tensors of it that share memory with a state that stays as it is share the
             state's new memory too.
+        stream: States that are on their way already. The caller closes it.
 
     Raises:
         OptimizerMismatchError: (from ``load_state_dict``) The checkpoint's names are not those of the parameters that
@@ -64,10 +65,12 @@ class OptimizerRestore:
         name: str = "optimizer_states",
         parameters: Mapping[str, torch.Tensor] | None = None,
         loaded: Any = None,
+        stream: StateStream | None = None,
     ) -> None:
         self._session: RestoreSession | None = session
         self._parameters = parameters or {}
         self._loaded = loaded
+        self._stream = stream
         self._owners: dict[int, list[torch.Tensor]] | None = None
         self._known: set[int] = set()
         self._names: dict[int, str] = {}
@@ -84,7 +87,7 @@ class OptimizerRestore:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._session = self._loaded = self._owners = None
+        self._session = self._loaded = self._owners = self._stream = None
         self._parameters = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerRestore:
@@ -116,24 +119,26 @@ class OptimizerRestore:
         for saved, group in zip(saved_groups, optimizer.param_groups, strict=True):
             for number, parameter in zip(saved["params"], group["params"], strict=True):
                 parameters[number] = (parameter, saved)
-        placement = _Placement(session)
+        placement = Placement(session)
         state = {
             number: placement.place(value, f"{name}.state.{number}", *parameters.get(number, (None, {})))
             for number, value in state_dict.get("state", {}).items()
         }
         settlements = self._settle(session, placement.kept, state_dict)
-        needed = Counter({_CPU: sum(settlement.nbytes for settlement in settlements)})
-        for plan in placement.planned.values():
+        planned: list[PlannedState | Settlement] = [*placement.planned.values(), *settlements]
+        if self._stream is not None:
+            self._stream.take([*placement.planned.values(), *(item for item in settlements if item.is_simple)])
+        left = [plan for plan in planned if plan.destination is None]
+        needed: Counter[torch.device] = Counter()
+        for plan in left:
             needed[plan.device] += plan.nbytes
         session.require(needed)
-        moves = {number: plan.allocate() for number, plan in placement.planned.items()}
-        session.move([*moves.values(), *(settlement.allocate() for settlement in settlements)])
+        session.move([plan.allocate() for plan in left])
         for settlement in settlements:
             settlement.end()
-        if not moves:
+        if not placement.planned:
             return state_dict  # All states are still the objects that they were.
-        filled = {number: move.destination for number, move in moves.items()}
-        return {**state_dict, "state": {number: _fill(value, filled) for number, value in state.items()}}
+        return {**state_dict, "state": {number: fill_in(value) for number, value in state.items()}}
 
     def _is_followed(self, optimizer: Optimizer) -> bool:
         """Whether hooks run after this one, which must not get states that are moved or converted already."""
@@ -219,97 +224,3 @@ def _in_live_order(
             )
         groups.append({**saved, "params": [names[id(parameter)] for parameter in group["params"]]})
     return {**state_dict, "param_groups": groups}
-
-
-class _Planned:
-    """Stands for one state tensor until its memory is allocated."""
-
-    __slots__ = ("device", "dtype", "name", "value")
-
-    def __init__(self, name: str, value: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
-        self.name = name
-        self.value = value
-        self.device = device
-        self.dtype = dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.value.numel() * self.dtype.itemsize
-
-    def allocate(self) -> Move:
-        if isinstance(self.value, ChunkedTensor):
-            # Any operation, empty_like too, would read it.
-            shape, stride = self.value.shape, self.value.dense_stride
-            empty = torch.empty_strided(shape, stride, device=self.device, dtype=self.dtype)
-        else:
-            empty = torch.empty_like(
-                self.value.detach(), device=self.device, dtype=self.dtype, memory_format=torch.preserve_format
-            )
-        return Move(self.name, self.value, empty)
-
-
-class _Placement:
-    """Finds the mapped tensors in a state and decides where each belongs.
-
-    Attributes:
-        planned: The states that get memory of their own, because torch would convert or move them.
-        kept: The states that torch takes unchanged, by name.
-    """
-
-    def __init__(self, session: RestoreSession) -> None:
-        self._checkpoint = session.checkpoint
-        self.planned: dict[int, _Planned] = {}
-        self.kept: dict[str, torch.Tensor] = {}
-        self._chunked: dict[int, _Planned] = {}
-
-    def place(
-        self, value: Any, name: str, parameter: torch.Tensor | None, group: dict[str, Any], key: Any = None
-    ) -> Any:
-        """Returns ``value`` with a ``_Planned`` for every mapped tensor that moves, nested containers rebuilt."""
-        if isinstance(value, torch.Tensor):
-            if not self._checkpoint.holds(value):
-                return value
-            device, dtype = _torch_policy(value, key, parameter, group)
-            stays = device == _CPU and dtype == value.dtype
-            if stays and not isinstance(value, ChunkedTensor):
-                self.kept[name] = value
-                return value
-            plan = _Planned(name, value, device, dtype)
-            if stays:
-                # It has no memory that others could share, but may itself be the state of several parameters.
-                plan = self._chunked.setdefault(id(value), plan)
-            self.planned[id(plan)] = plan
-            return plan
-        if isinstance(value, dict):
-            return {k: self.place(v, f"{name}.{k}", parameter, group, k) for k, v in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(self.place(v, f"{name}.{i}", parameter, group) for i, v in enumerate(value))
-        return value
-
-
-def _fill(value: Any, filled: dict[int, torch.Tensor]) -> Any:
-    if isinstance(value, _Planned):
-        return filled[id(value)]
-    if isinstance(value, dict):
-        return {k: _fill(v, filled) for k, v in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_fill(v, filled) for v in value)
-    return value
-
-
-def _torch_policy(
-    value: torch.Tensor, key: Any, parameter: torch.Tensor | None, group: dict[str, Any]
-) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype that ``Optimizer.load_state_dict`` gives a state tensor.
-
-    Mirrors ``Optimizer._process_value_according_to_param_policy`` of torch 2.6 to 2.13: ``step`` stays on the CPU
-    unless the optimizer is capturable or fused, other states take their parameter's device, and its dtype if that is a
-    floating-point one. States that belong to no parameter stay as they are.
-    """
-    if parameter is None:
-        return _CPU, value.dtype
-    if key == "step":
-        if group.get("capturable", False) or group.get("fused", False):
-            return parameter.device, torch.float32
-        return _CPU, value.dtype
-    return parameter.device, parameter.dtype if parameter.is_floating_point() else value.dtype

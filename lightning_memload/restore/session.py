@@ -7,6 +7,7 @@ of the file are given to parameters by :class:`GivenPages`, checksums are compar
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -93,7 +94,7 @@ class RestoreSession:
         self.bytes_copied_ordinarily = 0
         self.bytes_assigned = 0
         self._ring = ring
-        self._on_progress = on_progress
+        self._on_progress = on_progress = _one_at_a_time(on_progress) if on_progress is not None else None
         self._on_pinned = on_pinned
         self._to_free: list[torch.Tensor] = []
         # Set when the checkpoint is read into memory as a whole.
@@ -101,6 +102,8 @@ class RestoreSession:
         self._verifies = verify
         self._pages = GivenPages(checkpoint.source)
         self._verifies_pages = verify_pages
+        # Held by the one transfer that uses the ring.
+        self._streaming = threading.Lock()
         self._checks = RecordChecks(
             checkpoint, enabled=verify, num_threads=ring.layout.num_threads, on_progress=on_progress
         )
@@ -121,6 +124,42 @@ class RestoreSession:
         if self._whole is not None:
             self._whole.copy((item.value, item.destination) for item in moves)
             return
+        stats, ordinary = self._stream(moves, self._on_progress)
+        self.stats += stats
+        with torch.no_grad():
+            for item in ordinary:
+                item.destination.copy_(item.value)
+                self.bytes_copied_ordinarily += item.value.nbytes
+
+    def stream_beside(self, moves: Sequence[Move], on_progress: Callable[[int], None]) -> tuple[TransferStats, bool]:
+        """Does what :meth:`move` does, in another thread than that of the restore, for values that lie in the file.
+
+        A :meth:`move` waits meanwhile, since only one transfer uses the ring.
+
+        Args:
+            moves: The moves.
+            on_progress: Called before the session's function of this name. It may raise.
+
+        Returns:
+            The counters, which are not part of the session's, and whether all values lay in the file.
+
+        Raises:
+            CheckpointReadError: As :meth:`move`.
+            ChecksumError: As :meth:`move`.
+        """
+
+        def advance(nbytes: int) -> None:
+            on_progress(nbytes)
+            if self._on_progress is not None:
+                self._on_progress(nbytes)
+
+        stats, ordinary = self._stream(moves, advance)
+        return stats, not ordinary
+
+    def _stream(
+        self, moves: Sequence[Move], on_progress: Callable[[int], None] | None
+    ) -> tuple[TransferStats, list[Move]]:
+        """Streams what lies in the file. Returns the counters and the other moves."""
         copies = []
         ordinary = []
         located = self.checkpoint.locate_all([item.value for item in moves])
@@ -131,19 +170,17 @@ class RestoreSession:
             for chunk in chunks:
                 destination = chunk.within(item.destination)
                 copies.append(TensorCopy(item.name, chunk.offset, item.value.dtype, chunk.stride, destination))
-        self.stats += transfer(
-            self.checkpoint.source,
-            copies,
-            self._get_ring,
-            num_threads=self._ring.layout.num_threads,
-            block_bytes=self._ring.layout.block_bytes,
-            records=self._checks.at([copy.offset for copy in copies]),
-            on_progress=self._on_progress,
-        )
-        with torch.no_grad():
-            for item in ordinary:
-                item.destination.copy_(item.value)
-                self.bytes_copied_ordinarily += item.value.nbytes
+        with self._streaming:
+            stats = transfer(
+                self.checkpoint.source,
+                copies,
+                self._get_ring,
+                num_threads=self._ring.layout.num_threads,
+                block_bytes=self._ring.layout.block_bytes,
+                records=self._checks.at([copy.offset for copy in copies]),
+                on_progress=on_progress,
+            )
+        return stats, ordinary
 
     def read_whole(self) -> bool:
         """Reads a small checkpoint of many tensors into memory as a whole, so that torch can copy them itself.
@@ -202,6 +239,20 @@ class RestoreSession:
                     f"{place}: little is left for training.",
                     stacklevel=2,
                 )
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether the checkpoint is in memory as a whole, so that nothing is left to stream."""
+        return self._whole is not None
+
+    def has_room(self, needed_bytes: Mapping[torch.device, int]) -> bool:
+        """Whether memory for something that is not needed yet can be allocated, and some is left for everything else.
+
+        Args:
+            needed_bytes: The bytes on each device.
+        """
+        free = {device: free_device_bytes(device) for device in needed_bytes}
+        return all(known is None or needed_bytes[device] <= _TIGHT_FRACTION * known for device, known in free.items())
 
     def watch_pages(self) -> str | None:
         """Makes what :meth:`pages_of` gives ordinary memory before another program changes a file in place.
@@ -307,3 +358,14 @@ class RestoreSession:
     def _tell_pinned(self, nbytes: int) -> None:
         if self._on_pinned is not None:
             self._on_pinned(nbytes)
+
+
+def _one_at_a_time(call: Callable[[int], None]) -> Callable[[int], None]:
+    """A function that two threads may call at the same time. It calls another one once at a time."""
+    lock = threading.Lock()
+
+    def locked(nbytes: int) -> None:
+        with lock:
+            call(nbytes)
+
+    return locked

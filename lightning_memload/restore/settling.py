@@ -29,35 +29,42 @@ class Settlement:
     Attributes:
         tensors: All tensors in the storage.
         nbytes: Size of the storage in bytes.
+        is_simple: Whether one tensor is all of the storage, as nearly every state is.
+        value: That tensor. Of a storage that is not simple, any of its tensors.
+        device: The CPU.
+        dtype: The type of ``value``.
+        destination: The new memory, ``None`` before it is allocated.
     """
 
-    __slots__ = ("_fresh", "_is_simple", "_name", "_storage", "nbytes", "tensors")
+    __slots__ = ("_name", "_storage", "destination", "device", "dtype", "is_simple", "nbytes", "tensors", "value")
 
     def __init__(self, name: str, tensors: list[torch.Tensor]) -> None:
         self._name = name
         self.tensors = tensors
-        self._storage = tensors[0].untyped_storage()
-        self._fresh: torch.Tensor | None = None
+        self.value = tensors[0]
+        self.device = torch.device("cpu")
+        self.dtype = self.value.dtype
+        self.destination: torch.Tensor | None = None
+        self._storage = self.value.untyped_storage()
         self.nbytes: int = self._storage.nbytes()
-        # Whether one tensor is all of the storage, as nearly every state is.
-        self._is_simple = len(tensors) == 1 and tensors[0].is_contiguous() and tensors[0].nbytes == self.nbytes
+        self.is_simple = len(tensors) == 1 and self.value.is_contiguous() and self.value.nbytes == self.nbytes
 
     def allocate(self) -> Move:
         """The move of its bytes, into memory that is allocated now."""
-        first = self.tensors[0]
-        if self._is_simple:
-            self._fresh = torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device="cpu")
-            return Move(self._name, first, self._fresh)
-        self._fresh = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
-        return Move(self._name, _whole(self._storage), self._fresh)
+        value = self.value
+        if self.is_simple:
+            self.destination = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+            return Move(self._name, value, self.destination)
+        self.destination = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
+        return Move(self._name, _whole(self._storage), self.destination)
 
     def end(self) -> None:
         """Gives the tensors their new memory. It must be filled."""
-        assert self._fresh is not None
-        if self._is_simple:
-            self.tensors[0].data = self._fresh
+        assert self.destination is not None
+        if self.is_simple:
+            self.value.data = self.destination
             return
-        storage = self._fresh.untyped_storage()
+        storage = self.destination.untyped_storage()
         for tensor in self.tensors:
             placed = torch.empty(0, dtype=tensor.dtype, device="cpu")
             tensor.data = placed.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -21,7 +21,7 @@ from lightning_memload import (
     meta_init,
 )
 from lightning_memload.memory import MemoryMonitor
-from lightning_memload.restore import follow_recipes
+from lightning_memload.restore import StateStream, follow_recipes
 from lightning_memload.storage import LocalFile
 from lightning_memload.transfer import RingLayout, StagingRing, TensorCopy, choose_layout, transfer
 
@@ -167,6 +167,30 @@ def test_resume_equals_stock(tmp_path: Path, optimizer: str) -> None:
     stock = resume(tmp_path, path, Net(make), None)
     ours = resume(tmp_path, path, Net(make), MemoryEfficientRestore())
     assert_equal(stock, ours)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_states_that_follow_the_weights_equal_stock(
+    tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[bool] = []
+    take = StateStream.take
+
+    def noted(stream: StateStream, wanted: Any) -> None:
+        take(stream, wanted)
+        taken.extend(state.destination is not None for state in wanted)
+
+    monkeypatch.setattr(StateStream, "take", noted)
+    # The states of the tests are small.
+    monkeypatch.setattr("lightning_memload.restore.state_stream._WORTH_BYTES", 1)
+    monkeypatch.setattr("lightning_memload.restore.state_stream._WORTH_BYTES_EACH", 0)
+    make = OPTIMIZERS[optimizer]
+    path = make_checkpoint(tmp_path, make)
+    stock = resume(tmp_path, path, Net(make), None)
+    ours = resume(tmp_path, path, Net(make), MemoryEfficientRestore())
+    assert_equal(stock, ours)
+    assert taken
+    assert all(taken)
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true", "16-true"])

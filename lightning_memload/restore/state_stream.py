@@ -1,0 +1,203 @@
+"""Streams optimizer states right behind the weights, before the optimizers exist.
+
+The file tells the size of each state, and nearly always its place: the device of the training, in the dtype that it was
+saved with. So a thread brings the states there while the Trainer sets up the strategy and makes the optimizers. The
+load of an optimizer takes up what is where torch wants it. Everything else is freed, and streamed in the ordinary way.
+A wrong guess, and an error in the thread, cost time and never a value: the ordinary way raises the same error itself.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from lightning_memload.checkpoint import ChunkedTensor
+from lightning_memload.restore.placement import PlannedState, torch_policy
+from lightning_memload.restore.session import RestoreSession
+from lightning_memload.restore.settling import Settlement
+from lightning_memload.restore.storages import is_alone
+from lightning_memload.transfer import TransferStats, start_thread
+from lightning_memload.transfer.cuda_context import on_stream
+
+__all__ = ["StateStream"]
+
+_CPU = torch.device("cpu")
+# A thread costs more time than it saves below this size, for all states together and for each on average.
+_WORTH_BYTES = 4 << 20
+_WORTH_BYTES_EACH = 64 << 10
+
+
+class _Stopped(Exception):
+    """Ends the transfer of a stream that was closed."""
+
+
+class StateStream:
+    """Optimizer states on the way to where torch will most likely put them.
+
+    Create it with :meth:`begin`, in the thread that restores. A fork waits until the stream has ended.
+
+    Args:
+        session: The restore.
+        plans: The states to stream.
+
+    Peak memory: the states, once, on their device, and the session's staging ring.
+    """
+
+    _running: ClassVar[set[StateStream]] = set()
+
+    def __init__(self, session: RestoreSession, plans: Iterable[PlannedState]) -> None:
+        self._session = session
+        self._plans = {id(plan.value): plan for plan in plans}
+        values = [plan.value for plan in self._plans.values()]
+        # A state may be written before it is taken up, and is then no longer where it was found.
+        self._chunks = dict(zip(self._plans, session.checkpoint.locate_all(values), strict=True))
+        # States are allocated for the stream that the restoring thread uses.
+        on_cuda = session.device.type == "cuda"
+        self._cuda_stream = torch.cuda.current_stream(session.device) if on_cuda else None
+        self._is_stopped = False
+        self._is_complete = False
+        self._stats = TransferStats()
+        self._running.add(self)
+        self._thread = start_thread(self._run, "memload-states")
+        if self._thread is None:
+            self._running.discard(self)
+            self._plans.clear()
+
+    @classmethod
+    def begin(
+        cls, session: RestoreSession, optimizer_states: Any, parameter_dtypes: frozenset[torch.dtype]
+    ) -> StateStream | None:
+        """Starts to stream the states of a checkpoint.
+
+        Args:
+            session: The restore. Its weights have been loaded.
+            optimizer_states: What the checkpoint has under this key.
+            parameter_dtypes: The floating-point types that the parameters will have when the optimizers load.
+
+        Returns:
+            ``None`` if the states are few, if they may not fit, or if their device is neither a GPU nor the CPU.
+        """
+        device = session.device
+        if device.type not in ("cpu", "cuda") or session.is_in_memory or torch.is_inference_mode_enabled():
+            return None
+        plans = list(_guess(session, optimizer_states, parameter_dtypes))
+        needed: dict[torch.device, int] = {}
+        for plan in plans:
+            needed[plan.device] = needed.get(plan.device, 0) + plan.nbytes
+        if sum(needed.values()) < max(_WORTH_BYTES, _WORTH_BYTES_EACH * len(plans)) or not session.has_room(needed):
+            return None
+        return cls(session, plans)
+
+    def take(self, wanted: Sequence[PlannedState | Settlement]) -> None:
+        """Gives states their destination, filled, where the stream brought their values to the wanted place.
+
+        Waits for the end of the stream. Each destination is given once.
+
+        Args:
+            wanted: States that torch is about to load. Those that get no destination must be streamed.
+        """
+        self._join()
+        is_wrong = not self._is_complete
+        located = self._session.checkpoint.locate_all([state.value for state in wanted])
+        for state, chunks in zip(wanted, located, strict=True):
+            plan = self._plans.pop(id(state.value), None)
+            if plan is None or not self._is_complete or chunks is None or chunks != self._chunks[id(state.value)]:
+                continue
+            if (plan.device, plan.dtype) == (state.device, state.dtype):
+                state.destination = plan.destination
+            else:
+                is_wrong = True
+        if is_wrong:
+            # Another place needs memory now, and the guess is wrong for the other states too.
+            self._plans.clear()
+
+    def close(self) -> None:
+        """Ends the stream, if need be in the middle, and frees what was not taken up. A second call does nothing."""
+        self._is_stopped = True
+        self._join()
+        self._plans.clear()
+        self._chunks.clear()
+
+    @classmethod
+    def before_fork(cls) -> None:
+        """Waits for all streams: a child would inherit the file and the buffers."""
+        for stream in list(cls._running):
+            thread = stream._thread
+            if thread is not None and thread is not threading.current_thread():
+                thread.join()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._session.stats += self._stats
+
+    def _run(self) -> None:
+        try:
+            with on_stream(self._cuda_stream):
+                moves = [plan.allocate() for plan in self._plans.values()]
+                self._stats, self._is_complete = self._session.stream_beside(moves, self._check)
+        except Exception:
+            # Also out of memory. The ordinary way meets the same error where the states are needed, and raises it.
+            self._plans.clear()
+        finally:
+            self._running.discard(self)
+
+    def _check(self, nbytes: int) -> None:
+        if self._is_stopped:
+            raise _Stopped
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=StateStream.before_fork)
+
+
+def _guess(
+    session: RestoreSession, optimizer_states: Any, parameter_dtypes: frozenset[torch.dtype]
+) -> Iterator[PlannedState]:
+    """The states in the layout of torch's optimizers, each with the place that torch will most likely choose.
+
+    The parameter of a state is not known yet. It is taken to be on the device of the training. If the parameters have
+    several dtypes, it is taken to have that of the state.
+    """
+    if not isinstance(optimizer_states, (list, tuple)):
+        return
+    parameters = {dtype: torch.empty(0, dtype=dtype, device=session.device) for dtype in parameter_dtypes}
+    only = next(iter(parameters.values())) if len(parameters) == 1 else None
+    seen: set[int] = set()
+    for number, state_dict in enumerate(optimizer_states):
+        for saved, group, state in _states_of(state_dict):
+            for key, value in state.items():
+                if not isinstance(value, torch.Tensor) or id(value) in seen or not value.is_floating_point():
+                    continue
+                parameter = only if only is not None else parameters.get(value.dtype)
+                if parameter is None or not session.checkpoint.holds(value):
+                    continue
+                device, dtype = torch_policy(value, key, parameter, group)
+                stays = device == _CPU and dtype == value.dtype
+                # A state that torch takes as it is keeps the memory that it shares with others. A chunked one has none.
+                if not stays or isinstance(value, ChunkedTensor) or is_alone(value):
+                    seen.add(id(value))
+                    yield PlannedState(f"optimizer_states[{number}].state.{saved}.{key}", value, device, dtype)
+
+
+def _states_of(state_dict: Any) -> Iterator[tuple[Any, dict[str, Any], dict[Any, Any]]]:
+    """The key, the group and the state of each parameter. Nothing for another layout than that of torch."""
+    if not isinstance(state_dict, dict):
+        return
+    states, groups = state_dict.get("state"), state_dict.get("param_groups")
+    if not isinstance(states, dict) or not isinstance(groups, (list, tuple)):
+        return
+    group_of = {
+        saved: group
+        for group in groups
+        if isinstance(group, dict) and isinstance(group.get("params"), (list, tuple))
+        for saved in group["params"]
+    }
+    for saved, state in states.items():
+        if saved in group_of and isinstance(state, dict):
+            yield saved, group_of[saved], state
