@@ -1,88 +1,41 @@
 """Builds the object of a checkpoint that contains only containers, numbers, strings and plain tensors.
 
 ``torch.load`` takes 60 us for each tensor, most of it in an unpickler for any kind of object. The inert walk for the
-index takes 25 us more. Most checkpoints have a few kinds of objects only. They are built here in a third of the time,
+index takes 25 us more. Most checkpoints have a few kinds of objects only. They are built here in a fifth of the time,
 and the same pass gives their index. All others are left to ``torch.load`` and the inert walk: those with classes and
 functions, with other protocols, and damaged ones.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lightning_memload.checkpoint.index import KeyPath, StorageInfo, TensorInfo
-from lightning_memload.pickles.values import MAX_DEPTH, children_of
+from lightning_memload.pickles.plain_tensors import (
+    GLOBALS,
+    ORDERED,
+    PARAMETER,
+    PLACEHOLDERS,
+    REBUILD,
+    Arguments,
+    Memory,
+    NotPlain,
+    Tensors,
+)
+from lightning_memload.pickles.values import MAX_DEPTH, path_key
 
-__all__ = ["NotPlain", "PlainObject", "build_plain"]
+__all__ = ["NotPlain", "PlainObject", "build_plain", "index_plain"]
 
-# dtype, shape, stride, offset and storage as in TensorInfo, and whether it is a parameter.
-_View = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int, StorageInfo, bool]
-
-
-class NotPlain(Exception):
-    """The pickle holds something else."""
-
-
-class _Name:
-    """A function or class that the pickle may call."""
-
-    __slots__ = ("what",)
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-
-class _StorageClass:
-    """A class of storages."""
-
-    __slots__ = ("dtype",)
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-
-class _Storage:
-    """A storage with the element type of the reference to it."""
-
-    __slots__ = ("content", "dtype", "info")
-
-    def __init__(self, info: StorageInfo, content: torch.UntypedStorage, dtype: torch.dtype) -> None:
-        self.info, self.content, self.dtype = info, content, dtype
-
-
-class _Arguments(tuple[Any, ...]):
-    """A tuple with one of these in it, at any depth."""
-
-    __slots__ = ()
-
-
-# They occur only in arguments, and must not reach the result.
-_PLACEHOLDERS = frozenset((_Name, _StorageClass, _Storage, _Arguments))
-
-_REBUILD, _PARAMETER, _ORDERED = _Name("tensor"), _Name("parameter"), _Name("dict")
-# torch (2.6 to 2.13) allows these names by default under weights_only, and loads them the same without it.
-_GLOBALS: dict[bytes, Any] = {
-    b"collections\nOrderedDict\n": _ORDERED,
-    b"torch._utils\n_rebuild_tensor_v2\n": _REBUILD,
-    b"torch._utils\n_rebuild_parameter\n": _PARAMETER,
-    b"torch\nDoubleStorage\n": _StorageClass(torch.float64),
-    b"torch\nFloatStorage\n": _StorageClass(torch.float32),
-    b"torch\nHalfStorage\n": _StorageClass(torch.float16),
-    b"torch\nBFloat16Storage\n": _StorageClass(torch.bfloat16),
-    b"torch\nLongStorage\n": _StorageClass(torch.int64),
-    b"torch\nIntStorage\n": _StorageClass(torch.int32),
-    b"torch\nShortStorage\n": _StorageClass(torch.int16),
-    b"torch\nCharStorage\n": _StorageClass(torch.int8),
-    b"torch\nByteStorage\n": _StorageClass(torch.uint8),
-    b"torch\nBoolStorage\n": _StorageClass(torch.bool),
-}
+_ROOT = object()
+_NAMES = re.compile(rb"c[\w.]+\n[\w.]+\n")
+_KNOWN = tuple(b"c" + name for name in GLOBALS)
 _PROTOCOL = b"\x80\x02"
+_SHORT = b"\0\0\0"  # what the number of a short reference lacks
 _UINT16, _INT32, _UINT32, _DOUBLE = (struct.Struct(layout).unpack_from for layout in ("<H", "<i", "<I", ">d"))
 
 
@@ -97,8 +50,7 @@ class PlainObject:
 
     root: Any
     storages: tuple[StorageInfo, ...]
-    _views: dict[int, _View]
-    _tensors: list[torch.Tensor]  # kept alive: otherwise another object could get the identity of one of them
+    _made: Tensors
 
     def tensors(self) -> tuple[TensorInfo, ...]:
         """Every tensor with its path, in the order in which the object holds them.
@@ -107,30 +59,39 @@ class PlainObject:
             NotPlain: The containers are nested too deeply.
         """
         found: list[TensorInfo] = []
+        view_of, note, new = self._made.views.get, found.append, tuple.__new__
         visited: set[int] = set()
-        stack: list[tuple[KeyPath, Any]] = [((), self.root)]
+        # The containers around the present place, each with what is left of it.
+        stack: list[tuple[KeyPath, Iterator[tuple[Any, Any]]]] = [((), iter([(_ROOT, self.root)]))]
         while stack:
-            path, value = stack.pop()
-            view = self._views.get(id(value))
-            if view is not None:
-                found.append(TensorInfo(path, *view))
-            elif isinstance(value, (dict, list, tuple)) and id(value) not in visited:
+            path, items = stack[-1]
+            for key, value in items:
+                view = view_of(id(value))
+                if view is None and (not isinstance(value, (dict, list, tuple)) or id(value) in visited):
+                    continue
+                place = () if key is _ROOT else (*path, key if type(key) is str else path_key(key))
+                if view is not None:
+                    note(new(TensorInfo, (place, *view)))
+                    continue
                 visited.add(id(value))
-                if len(path) == MAX_DEPTH:
+                if len(place) == MAX_DEPTH:
                     raise NotPlain
-                stack.extend(reversed(children_of(path, value)))
+                # By its class: the pickle can give an OrderedDict an attribute of this name.
+                stack.append((place, iter(type(value).items(value) if isinstance(value, dict) else enumerate(value))))
+                break
+            else:
+                stack.pop()
         return tuple(found)
 
 
-def build_plain(
-    data: bytes, storage_of: Callable[[str, str, int], tuple[StorageInfo, torch.UntypedStorage]]
-) -> PlainObject:
+def build_plain(data: bytes, find: Callable[[str, str, int], StorageInfo], memory: Memory) -> PlainObject:
     """Builds the object of a pickle of ``torch.save``, as ``torch.load`` does with any ``weights_only``.
 
     Args:
         data: The pickle.
-        storage_of: Returns the storage for a key, a location and a length in bytes. Called once for each key. An error
-            that it raises ends the building.
+        find: Gives the storage of a key, of a location and a length in bytes. Called once for each key. What it
+            raises ends the building.
+        memory: Where the storages are.
 
     Returns:
         The object, and the places of its tensors.
@@ -138,8 +99,35 @@ def build_plain(
     Raises:
         NotPlain: The pickle holds something else, or is damaged. Nothing that it names has been called.
     """
+    return _carry_out(data, find, memory)
+
+
+def index_plain(
+    data: bytes, find: Callable[[str, str, int], StorageInfo]
+) -> tuple[tuple[TensorInfo, ...], tuple[StorageInfo, ...]]:
+    """The index of a pickle that :func:`build_plain` builds, without its object.
+
+    Args:
+        data: The pickle.
+        find: As for :func:`build_plain`.
+
+    Returns:
+        The tensors and the storages.
+
+    Raises:
+        NotPlain: The pickle holds something else, or is damaged.
+    """
+    plain = _carry_out(data, find, None)
+    return plain.tensors(), plain.storages
+
+
+def _carry_out(data: bytes, find: Callable[[str, str, int], StorageInfo], memory: Memory | None) -> PlainObject:
+    if not all(name.endswith(_KNOWN) for name in _NAMES.findall(data)):
+        raise NotPlain  # It names something else, or a text looks like it. Most others end here, before time is lost.
+    made = Tensors(find, memory)
     try:
-        return _Builder(data, storage_of).build()
+        root = _Builder(data, made)._run()
+        return PlainObject(root, tuple(info for info, _ in made.storages.values()), made)
     except NotPlain:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
@@ -147,19 +135,9 @@ def build_plain(
 
 
 class _Builder:
-    def __init__(
-        self, data: bytes, storage_of: Callable[[str, str, int], tuple[StorageInfo, torch.UntypedStorage]]
-    ) -> None:
+    def __init__(self, data: bytes, tensors: Tensors) -> None:
         self._data = data
-        self._storage_of = storage_of
-        self._storages: dict[str, _Storage] = {}
-        self._views: dict[int, _View] = {}
-        self._tensors: list[torch.Tensor] = []
-
-    def build(self) -> PlainObject:
-        storages = self._storages
-        root = self._run()
-        return PlainObject(root, tuple(item.info for item in storages.values()), self._views, self._tensors)
+        self._tensors = tensors
 
     def _run(self) -> Any:
         """Executes the instructions of the pickle. As in ``pickle``, values below a mark cannot be reached."""
@@ -169,29 +147,40 @@ class _Builder:
         position = len(_PROTOCOL)
         stack: list[Any] = []
         marked: list[list[Any]] = []
-        memo: dict[int, Any] = {}
+        # By the four bytes of the number.
+        memo: dict[bytes, Any] = {}
+        read_tensor = self._tensors.read
         push, pop = stack.append, stack.pop
         while True:
             code = data[position]
             position += 1
-            if code == 0x71:  # BINPUT
-                memo[data[position]] = stack[-1]
-                position += 1
-            elif code == 0x72:  # LONG_BINPUT
-                memo[_UINT32(data, position)[0]] = stack[-1]
-                position += 4
-            elif code == 0x68:  # BINGET
-                push(memo[data[position]])
-                position += 1
-            elif code == 0x4B:  # BININT1
-                push(data[position])
-                position += 1
+            if code == 0x72:  # LONG_BINPUT
+                end = position + 4
+                if data[position:end] in memo:
+                    raise NotPlain  # Tensors that are read at once rely on it that a number never changes its object.
+                memo[data[position:end]] = stack[-1]
+                position = end
+            elif code == 0x68 or code == 0x6A:  # BINGET, LONG_BINGET
+                end = position + 1 if code == 0x68 else position + 4
+                value = memo[data[position:end] + _SHORT if code == 0x68 else data[position:end]]
+                made = read_tensor(data, end, memo) if value is REBUILD else None
+                value, position = made if made is not None else (value, end)
+                push(value)
             elif code == 0x58:  # BINUNICODE
                 end = position + 4 + _UINT32(data, position)[0]
                 if end > len(data):
                     raise NotPlain
-                push(str(data[position + 4 : end], "utf-8", "surrogatepass"))
+                push(data[position + 4 : end].decode("utf-8", "surrogatepass"))
                 position = end
+            elif code == 0x71:  # BINPUT
+                end = position + 1
+                if data[position:end] + _SHORT in memo:
+                    raise NotPlain
+                memo[data[position:end] + _SHORT] = stack[-1]
+                position = end
+            elif code == 0x4B:  # BININT1
+                push(data[position])
+                position += 1
             elif code == 0x28:  # MARK
                 marked.append(stack)
                 stack = []
@@ -209,7 +198,7 @@ class _Builder:
                 push, pop = stack.append, stack.pop
                 push(_tuple_of(tuple(items)))
             elif code == 0x51:  # BINPERSID
-                push(self._storage(pop()))
+                push(self._tensors.storage(pop()))
             elif code == 0x52:  # REDUCE
                 arguments = pop()
                 stack[-1] = self._call(stack[-1], arguments)
@@ -226,9 +215,6 @@ class _Builder:
                 position += 2
             elif code == 0x4A:  # BININT
                 push(_INT32(data, position)[0])
-                position += 4
-            elif code == 0x6A:  # LONG_BINGET
-                push(memo[_UINT32(data, position)[0]])
                 position += 4
             elif code == 0x47:  # BINFLOAT
                 push(_DOUBLE(data, position)[0])
@@ -247,9 +233,11 @@ class _Builder:
                 items, stack = stack, marked.pop()
                 push, pop = stack.append, stack.pop
                 _require_values(items)
+                if len(items) % 2:
+                    raise NotPlain
                 target = _exactly(stack[-1], (dict, OrderedDict))
-                for index in range(0, len(items), 2):
-                    target[items[index]] = items[index + 1]
+                for key, value in zip(items[::2], items[1::2], strict=True):
+                    target[key] = value
             elif code == 0x73:  # SETITEM
                 value, key = pop(), pop()
                 _require_values((key, value))
@@ -265,7 +253,7 @@ class _Builder:
                 _exactly(stack[-1], (list,)).append(value)
             elif code == 0x63:  # GLOBAL
                 end = data.index(b"\n", data.index(b"\n", position) + 1) + 1
-                push(_GLOBALS[data[position:end]])
+                push(GLOBALS[data[position:end]])
                 position = end
             elif code == 0x62:  # BUILD
                 state = pop()
@@ -280,59 +268,23 @@ class _Builder:
             else:
                 raise NotPlain
 
-    def _storage(self, reference: Any) -> _Storage:
-        word, kind, key, location, numel = reference
-        sound = type(reference) is _Arguments and type(kind) is _StorageClass and type(key) is type(location) is str
-        if word != "storage" or not sound or type(numel) is not int:
-            raise NotPlain
-        found = self._storages.get(key)
-        if found is None:
-            info, content = self._storage_of(key, location, numel * kind.dtype.itemsize)
-            found = self._storages[key] = _Storage(info, content, kind.dtype)
-        return found  # Like torch: the first reference to a storage gives it its type.
-
     def _call(self, function: Any, arguments: Any) -> Any:
-        if function is _REBUILD:
-            storage, offset, shape, stride, requires_grad, hooks = arguments
-            if type(storage) is not _Storage or hooks or type(requires_grad) is not bool:
-                raise NotPlain
-            if type(shape) is not tuple or type(stride) is not tuple or (stride and min(stride) < 0):
-                raise NotPlain
-            if not storage.info.nbytes and 0 not in shape:
-                raise NotPlain  # torch would give an empty storage memory
-            # Beyond the end of any other storage torch refuses to set it.
-            tensor = torch.empty(0, dtype=storage.dtype, device="cpu").set_(storage.content, offset, shape, stride)
-            if type(tensor) is not torch.Tensor:
-                raise NotPlain  # a mode of torch's makes tensors of another kind
-            # Both as torch's own function sets them.
-            tensor.requires_grad = requires_grad
-            tensor._backward_hooks = hooks
-            self._note(tensor, (storage.dtype, shape, stride, offset, storage.info, False))
-            return tensor
-        if function is _PARAMETER:
-            tensor, requires_grad, hooks = _exactly(arguments, (tuple,))
-            if type(tensor) is not torch.Tensor or hooks or type(requires_grad) is not bool:
-                raise NotPlain
-            parameter = torch.nn.Parameter(tensor, requires_grad)
-            parameter._backward_hooks = hooks
-            self._note(parameter, (*self._views[id(tensor)][:-1], True))
-            return parameter
-        if function is _ORDERED and arguments == ():
+        if function is REBUILD:
+            return self._tensors.tensor(arguments)
+        if function is PARAMETER:
+            return self._tensors.parameter(arguments)
+        if function is ORDERED and arguments == ():
             return OrderedDict()
         raise NotPlain
 
-    def _note(self, tensor: torch.Tensor, view: _View) -> None:
-        self._views[id(tensor)] = view
-        self._tensors.append(tensor)
-
 
 def _tuple_of(items: tuple[Any, ...]) -> tuple[Any, ...]:
-    return items if _PLACEHOLDERS.isdisjoint(map(type, items)) else _Arguments(items)
+    return items if PLACEHOLDERS.isdisjoint(map(type, items)) else Arguments(items)
 
 
 def _require_values(values: Iterable[Any]) -> None:
     """Raises if a placeholder is among values, or in a tuple of them."""
-    if not _PLACEHOLDERS.isdisjoint(map(type, values)):
+    if not PLACEHOLDERS.isdisjoint(map(type, values)):
         raise NotPlain
 
 

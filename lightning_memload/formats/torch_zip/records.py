@@ -16,6 +16,7 @@ from lightning_memload.bytes import Record
 from lightning_memload.checkpoint.foreign import describe_zip
 from lightning_memload.checkpoint.inventory import Damage
 from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpointError, listed
+from lightning_memload.formats.torch_zip.directory import read_regular_directory
 from lightning_memload.formats.torch_zip.frame import check_end, check_entry, is_folder, read_entries
 from lightning_memload.storage.places import read_start
 from lightning_memload.storage.source import FileView, StoredFile
@@ -55,7 +56,7 @@ def read_records(file: StoredFile | FileView) -> tuple[dict[str, Record], bytes]
             "written by torch < 1.6 or with another serialization. Save it again with torch's defaults.",
             path=file.name,
         )
-    records = _read_directory(file)
+    records = read_regular_directory(file) or _read_directory(file)
     order = records.get("byteorder")
     if order is not None and (order.nbytes > _MAX_ORDER_BYTES or _read_small(file, order) != sys.byteorder.encode()):
         raise UnmappableCheckpointError(
