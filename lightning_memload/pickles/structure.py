@@ -76,7 +76,7 @@ def walk_pickle(
         UnmappableCheckpointError: Its objects are nested too deeply.
     """
     with contextlib.suppress(NotPlain):
-        plain = index_plain(data, lambda *storage: find_storage(path, records, *storage, elsewhere))
+        plain = index_plain(data, lambda key, at, nbytes: find_storage(path, records, key, at, nbytes, elsewhere))
         return PickleContents(*plain, (), ())
     walker = _StructureUnpickler(path, data, records, elsewhere)
     with _damage_reported(path):
