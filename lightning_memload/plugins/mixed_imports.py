@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from lightning_memload.plugins.compat import classes, package_of
+from lightning_memload.plugins.seams import data_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -67,6 +68,4 @@ def _objects(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[object
     yield from trainer.callbacks  # type: ignore[attr-defined]
     yield from trainer.loggers
     for loop in (trainer.fit_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
-        # The argument `dataloaders`: Lightning takes a data module of the other package for one. The name is not public
-        # (2.5, 2.6).
-        yield getattr(getattr(loop, "_data_source", None), "instance", None)
+        yield data_of(loop)  # Lightning takes a data module of the other package for a dataloader.

@@ -27,6 +27,7 @@ __all__ = [
     "around_load",
     "before_move",
     "begin_averages",
+    "data_of",
     "forget_loaded_checkpoint",
     "install_io",
     "keep_strategy_on_device",
@@ -184,6 +185,11 @@ def when_set_up(
 
     strategy.__dict__["barrier"] = barrier_then_action
     return lambda: strategy.__dict__.pop("barrier", None) and None
+
+
+def data_of(loop: Any) -> Any:
+    """The argument ``dataloaders`` of a loop, or ``None``. Lightning (2.5, 2.6) has no public name for it."""
+    return getattr(getattr(loop, "_data_source", None), "instance", None)
 
 
 def forget_loaded_checkpoint(trainer: pl.Trainer) -> None:

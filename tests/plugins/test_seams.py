@@ -183,3 +183,38 @@ def test_who_loads() -> None:
 
     assert not seams.all_ranks_load(Sending(torch.device("cpu")))
     assert not seams.all_ranks_load(Late(torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "_accelerator_connector.checkpoint_io",
+        "_checkpoint_connector._ckpt_path",
+        "_checkpoint_connector._loaded_checkpoint",
+        "strategy._checkpoint_io",
+        "fit_loop._data_source.instance",
+        "test_loop._data_source.instance",
+    ],
+)
+def test_private_attributes_of_a_trainer_exist(path: str) -> None:
+    """They are read and set in seams.py, and have no public names (Lightning 2.5, 2.6)."""
+    found: Any = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    for name in path.split("."):
+        assert hasattr(found, name), f"{type(found).__name__} of Lightning has no {name} any more"
+        found = getattr(found, name)
+
+
+def test_a_trainer_restores_from_another_checkpoint_once() -> None:
+    """The public setter would set the path for later runs too."""
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    trainer.ckpt_path = "last.ckpt"
+    seams.restore_from(trainer, "older.ckpt")
+    assert trainer.ckpt_path == "older.ckpt"
+
+
+@pytest.mark.parametrize("strict", [None, True, False])
+def test_whether_a_module_sets_strict_loading(strict: bool | None) -> None:
+    module = L.LightningModule()
+    if strict is not None:
+        module.strict_loading = strict
+    assert seams.sets_strict_loading(module) is (strict is not None)
