@@ -66,7 +66,10 @@ def overlapping_ids(tensors: Iterable[torch.Tensor]) -> set[int]:
 
 def has_memory(tensor: Any) -> TypeGuard[torch.Tensor]:
     """Whether a tensor is plain and takes memory."""
-    return is_plain_tensor(tensor) and not tensor.is_meta and tensor.numel() > 0
+    # Questions to a waiting parameter run Python code. These two are answered without them.
+    return (
+        type(tensor) is not WaitingParameter and is_plain_tensor(tensor) and not tensor.is_meta and tensor.numel() > 0
+    )
 
 
 def is_alias(value: Any, tensor: torch.Tensor) -> bool:
@@ -96,4 +99,7 @@ def memory_of(tensor: torch.Tensor) -> tuple[torch.device, int]:
 
 def is_plain_tensor(tensor: Any) -> TypeGuard[torch.Tensor]:
     """Whether the memory of a tensor is its values and nothing else. torch handles subclasses and special layouts."""
-    return type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_quantized
+    kind = type(tensor)
+    if kind is WaitingParameter:
+        return True
+    return kind in PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_quantized
