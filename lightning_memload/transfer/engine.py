@@ -23,6 +23,7 @@ import torch
 from lightning_memload.bytes import Record
 from lightning_memload.checkpoint import span_elements
 from lightning_memload.storage import ByteSource, read_fully
+from lightning_memload.storage.kernel import populate_memory
 from lightning_memload.transfer.buffer import Buffer
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.copies import TensorCopy, TransferStats, checksum_error
@@ -45,6 +46,8 @@ __all__ = ["transfer"]
 
 # For CPU memory: the checksum finds a block of 1 MiB still in the core's cache, twice as fast as with 16 MiB.
 _DIRECT_BLOCK_BYTES = 1 << 20
+# The pages of smaller parts are faulted in one by one.
+_POPULATED_BYTES = 64 << 10
 
 
 def transfer(
@@ -310,6 +313,8 @@ class _Transfer:
         assert isinstance(start, int)
         length = segment.nbytes - skip if nbytes is None else nbytes
         address = start + segment.target_start + skip
+        if length >= _POPULATED_BYTES:
+            populate_memory(address, length)  # by each thread for its own block
         return memoryview((ctypes.c_char * length).from_address(address)).cast("B")
 
     def _copy(self, job: _Job, buffer: Buffer) -> None:
