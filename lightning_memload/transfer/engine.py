@@ -16,13 +16,14 @@ import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from lightning_memload.bytes import Record
 from lightning_memload.checkpoint import span_elements
 from lightning_memload.storage import ByteSource, checksum_error, read_fully
+from lightning_memload.storage.kernel import populate_memory
 from lightning_memload.transfer.buffer import Buffer
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.copies import TensorCopy, TransferStats
@@ -45,6 +46,8 @@ __all__ = ["transfer"]
 
 # For CPU memory: the checksum finds a block of 1 MiB still in the core's cache, twice as fast as with 16 MiB.
 _DIRECT_BLOCK_BYTES = 1 << 20
+# The pages of smaller parts are faulted in one by one.
+_POPULATED_BYTES = 64 << 10
 
 
 def transfer(
@@ -94,8 +97,7 @@ def transfer(
     return stats
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
+class _Job(NamedTuple):
     """One read and its use: either raw segments, or one block of a tensor that must be rearranged."""
 
     read: Read
@@ -132,8 +134,10 @@ class _Transfer:
             raise ValueError(f"{num_threads} threads with blocks of {block_bytes} bytes do not fit {layout}.")
         self._num_threads = max(1, min(num_threads, len(jobs)))
         self._inference_mode = torch.is_inference_mode_enabled()
+        # Those on a device are made when their first bytes have been read: 10 us for each, while threads read.
         self._bytes: list[torch.Tensor | int | None] = [
-            _bytes_of(copy.destination) if raw else None for copy, raw in zip(copies, self._is_raw, strict=True)
+            copy.destination.data_ptr() if raw and copy.destination.is_cpu else None
+            for copy, raw in zip(copies, self._is_raw, strict=True)
         ]
         # Queue of free buffers. ``None`` is the stop sentinel.
         self._empty: queue.SimpleQueue[Buffer | None] = queue.SimpleQueue()
@@ -309,6 +313,8 @@ class _Transfer:
         assert isinstance(start, int)
         length = segment.nbytes - skip if nbytes is None else nbytes
         address = start + segment.target_start + skip
+        if length >= _POPULATED_BYTES:
+            populate_memory(address, length)  # by each thread for its own block
         return memoryview((ctypes.c_char * length).from_address(address)).cast("B")
 
     def _copy(self, job: _Job, buffer: Buffer) -> None:
@@ -318,7 +324,8 @@ class _Transfer:
             return
         for segment in read.segments:
             target = self._bytes[segment.target]
-            assert target is not None
+            if target is None:
+                target = self._bytes[segment.target] = _bytes_of(self._copies[segment.target].destination)
             if isinstance(target, int):
                 # An optimizer's steps: for thousands of scalars, a torch call for each is slower.
                 ctypes.memmove(target + segment.target_start, buffer.address + segment.start, segment.nbytes)
@@ -356,10 +363,8 @@ def _is_raw(copy: TensorCopy) -> bool:
     return True
 
 
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor | int:
-    """Returns the bytes of a dense tensor: their address in CPU memory, or a flat tensor on a device."""
-    if tensor.is_cpu:
-        return tensor.data_ptr()
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the bytes of a dense tensor on a device as a flat tensor."""
     start = tensor.storage_offset() * tensor.element_size()
     nbytes = tensor.numel() * tensor.element_size()
     empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)

@@ -20,7 +20,15 @@ from lightning_memload.bytes import Record
 from lightning_memload.errors import CheckpointReadError, ChecksumError
 from lightning_memload.formats import load_mapped
 from lightning_memload.storage import ByteSource
-from lightning_memload.transfer import RingLayout, StagingRing, TensorCopy, TransferStats, choose_layout, transfer
+from lightning_memload.transfer import (
+    RingLayout,
+    StagingRing,
+    TensorCopy,
+    TransferStats,
+    choose_layout,
+    engine,
+    transfer,
+)
 from lightning_memload.transfer.buffer import Buffer
 from lightning_memload.transfer.engine import _Transfer
 from tests.formats.files import ALL_DTYPES, as_bytes, layouts, of_dtype
@@ -297,6 +305,17 @@ class TestValues:
             destinations = [torch.zeros(4), torch.zeros(4, dtype=torch.float64), torch.zeros(4, 2)[:, 0]]
             move(Memory(data), [TensorCopy("a", 0, torch.float32, (1,), tensor) for tensor in destinations])
         assert [tensor.tolist() for tensor in destinations] == [[0, 1, 2, 3]] * 3
+
+    def test_new_memory_on_the_cpu_is_populated_block_by_block(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By the threads that read, before they read. Not what is small, or goes through the ring."""
+        populated: list[tuple[int, int]] = []
+        monkeypatch.setattr(engine, "populate_memory", lambda *range_: populated.append(range_))
+        large, small = torch.empty(MIB), torch.empty(1000)
+        other = torch.empty(MIB, 2)[:, 0]  # every second element
+        placed = [(large, 0), (small, 4 * MIB + 8000), (other, 8 * MIB)]
+        copies = [TensorCopy("a", offset, torch.float32, (1,), tensor) for tensor, offset in placed]
+        move(Memory(bytes(12 * MIB)), copies)
+        assert sorted(populated) == [(large.data_ptr() + start * MIB, MIB) for start in range(4)]
 
     def test_nothing_to_do(self) -> None:
         assert move(Memory(b""), []) == TransferStats()
