@@ -39,6 +39,7 @@ from tests.plugins.harness import (
 )
 from tests.plugins.restored import assert_clean, flip_byte, held
 from tests.plugins.test_forked_workers import HeldByWorker, Looks
+from tests.plugins.two_ranks import ranks
 
 DAMAGED = "optimizer_states[0].state[3].exp_avg_sq"
 
@@ -466,3 +467,16 @@ def test_fork_in_a_hook(gate: Gate, path: Path) -> None:
     same(path, lambda: TinyModule(adamw), gate, callbacks)
     assert [fork.status for fork in forks] == [0, 0]
     assert gate.num_losses[0] == 0
+
+
+def test_two_ranks_train_as_stock(path: Path, tmp_path: Path) -> None:
+    results = []
+    for name, options in {"stock": {"ours": False}, "ours": {"ours": True, "overlap": True}}.items():
+        folder = tmp_path / name
+        results.append(ranks(path, folder, "ddp", **options))
+    for stock, ours in zip(*results, strict=True):
+        assert ours["losses"] == stock["losses"]
+        assert ours["weights"] == stock["weights"]
+        assert not ours["held"]
+        assert ours["report"]["waited_seconds"] is not None
+        assert ours["report"]["maxima_ranks"] == [0, 1]
