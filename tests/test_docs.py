@@ -328,7 +328,7 @@ class TestPages:
         logged |= {
             f"{name}_gib" for name in importlib.import_module("lightning_memload.report.restore_report").MEMORY_FIGURES
         }
-        logged |= {f"{phase}_seconds" for phase in ("open", "weights", "optimizers")}
+        logged |= {f"{phase}_seconds" for phase in ("open", "weights", "optimizers", "overlap")}
         assert explained == logged
 
     def test_site_is_built_without_a_warning(self, tmp_path: Path) -> None:

@@ -87,6 +87,11 @@ class MemoryEfficientRestore(Callback):
         safe_globals: Classes and functions, or their dotted names, that ``weights_only`` allows when ``ckpt_path`` is
             loaded, as ``torch.serialization.safe_globals`` does. Evaluation and ``restore=["weights"]`` need none:
             refused objects outside the weights are then not loaded, unless a hook of yours receives the checkpoint.
+        overlap: Begin training when the weights have arrived. The first optimizer step, and all other code that looks
+            at ``optimizer.state`` earlier (``state_dict()``, a save, a hook), waits for the optimizer states. So does a
+            fork, as data loader workers need. An error ends the run before the step. Applies to optimizers of
+            ``torch.optim``. Until then the file must not change, and no CUDA graph can be captured. ``report`` is set
+            after the first step.
 
     Attributes:
         report: The figures of the last restore, ``None`` before the first.
@@ -117,6 +122,7 @@ class MemoryEfficientRestore(Callback):
         asynchronous_save: Asynchronous = False,
         save_format: SaveFormat = "torch",
         safe_globals: Sequence[SafeGlobal] = (),
+        overlap: bool = False,
     ) -> None:
         super().__init__()
         check_choice("mode", mode, Mode)
@@ -133,6 +139,7 @@ class MemoryEfficientRestore(Callback):
             parts=check_parts(restore),
             replaces_damaged=on_corrupt == "previous",
             safe_globals=check_safe_globals(safe_globals),
+            overlaps=overlap,
         )
         if weights_from is not None and not isinstance(weights_from, (str, Path, WeightsSource)):
             raise ValueError(f"weights_from must be a path or a WeightsSource, got {weights_from!r}.")
@@ -179,23 +186,25 @@ class MemoryEfficientRestore(Callback):
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ends the restore."""
-        self._restore.finish(trainer, pl_module)
+        self._restore.begin_training(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ends the restore. From here on saves may be asynchronous."""
-        self._restore.finish(trainer, pl_module)
+        """Ends the restore, unless it overlaps with training. From here on saves may be asynchronous."""
+        self._restore.begin_training(trainer, pl_module)
         if self._saves is not None:
             self._saves.begin_steps(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs the saves that have ended, and warns of saves that failed since their tensors changed."""
+        """Logs the saves that have ended, and warns of saves that failed. Reports a restore that has just ended."""
+        self._restore.end_batch(trainer, pl_module)
         if self._saves is not None:
             self._saves.end_batch()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Waits until all checkpoints are written, on every rank: other callbacks may now change the weights."""
+        self._restore.finish(trainer, pl_module)
         if self._saves is not None:
             self._saves.end_steps()
 

@@ -47,6 +47,16 @@ class PhaseMeter:
         monitor.start()
         self._phase = (name, monitor)
 
+    def begin_beside(self, name: str, stats: TransferStats) -> None:
+        """Ends the measurement of the whole, and begins a phase beside the training, which :meth:`stop` ends.
+
+        Args:
+            name: The name of the phase.
+            stats: The figures of the streaming since the beginning of the restore.
+        """
+        self.stop(stats)
+        self.begin(name, stats)
+
     def stop(self, stats: TransferStats) -> None:
         """Ends the current phase and the measurement of the whole. A second call does nothing."""
         self._end(stats)

@@ -39,7 +39,8 @@ class Opening(Phase):
         with ExitStack() as stack:
             # A checkpoint creates thousands of small long-lived objects. Each of several collections would scan the
             # whole heap for 0.2 to 0.4 s and find no garbage.
-            stack.enter_context(paused_collector())
+            self._until_training = stack.enter_context(ExitStack())
+            self._until_training.enter_context(paused_collector())
             self._ring = start_ring(request.device, options.host_budget_bytes, options.num_threads, trainer.num_devices)
             stack.callback(self._ring.close)
             self._path = find()
@@ -80,7 +81,8 @@ class Opening(Phase):
                 later_bytes=partial(_optimizer_bytes, request, checkpoint, session),
             )
             stack.callback(weights.remove)
-            opened = Opened(request, self._path, session, mode, step if isinstance(step, int) else None)
+            step = step if isinstance(step, int) else None
+            opened = Opened(request, self._path, session, mode, step, self._until_training)
             return Weights(opened, stack.pop_all(), checkpoint, weights)
 
     def load(self, source: WeightsSource) -> Loaded:
@@ -111,7 +113,7 @@ class Opening(Phase):
         request, options = self._request, self._request.options
         bar = request.make_bar(mapped)
         if bar is not None:
-            stack.callback(bar.close)
+            self._until_training.callback(bar.close)
         session = RestoreSession(
             mapped,
             device=request.device,

@@ -11,17 +11,23 @@ and hands it to the next phase. If that step fails, the stack is unwound at once
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from lightning_memload.plugins.mode import ChosenMode
 from lightning_memload.plugins.request import Request
+from lightning_memload.plugins.seams import (
+    after_optimizers_load,
+    forget_loaded_checkpoint,
+    keep_strategy_on_device,
+    loads_optimizers_as_stock,
+)
 from lightning_memload.report import RestoreReport
 from lightning_memload.restore import (
     OptimizerRestore,
+    Overlap,
     RestoreSession,
     StateStream,
     WeightsMatch,
@@ -33,15 +39,28 @@ from lightning_memload.restore import (
 from lightning_memload.storage import FileSet
 from lightning_memload.transfer import TransferStats
 
-__all__ = ["Done", "Failed", "Loaded", "Measured", "Opened", "Optimizers", "Outcome", "Phase", "Waiting", "Weights"]
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
+__all__ = [
+    "Done",
+    "Failed",
+    "Loaded",
+    "Measured",
+    "Opened",
+    "Optimizers",
+    "Outcome",
+    "Overlapping",
+    "Phase",
+    "Waiting",
+    "Weights",
+]
 
 _ADVICE = (
     "Build the module with the hyperparameters that it was saved with. To load only a part of the weights, or to load "
     "them under other names, use MemoryEfficientRestore(weights_from=WeightsSource(...)) instead of ckpt_path."
 )
 _ONLY_MEASURED = ChosenMode("default", "not loaded by StreamingCheckpointIO, only measured")
-# If tensors of at least this size still lie in the file, a garbage collection comes before they are copied out of it.
-_COLLECT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +76,8 @@ class Outcome:
         bytes_assigned: See ``RestoreReport``.
         bytes_copied_ordinarily: See ``RestoreReport``.
         bytes_kept: See ``RestoreReport``.
+        first_step: The step in which training began, ``None`` if the restore ended before.
+        waited_seconds: See ``RestoreReport``.
     """
 
     path: str
@@ -67,6 +88,8 @@ class Outcome:
     bytes_assigned: int = 0
     bytes_copied_ordinarily: int = 0
     bytes_kept: int = 0
+    first_step: int | None = None
+    waited_seconds: float | None = None
 
 
 class Phase:
@@ -134,6 +157,8 @@ class Opened:
         session: Streams from it.
         mode: How the weights are restored.
         global_step: See :class:`Outcome`.
+        until_training: What ends when training starts, even if states have not arrived: the pause of the collector,
+            and the bar.
     """
 
     request: Request
@@ -141,6 +166,7 @@ class Opened:
     session: RestoreSession
     mode: ChosenMode
     global_step: int | None
+    until_training: ExitStack = field(default_factory=ExitStack)
 
 
 class _Streaming(Phase):
@@ -165,13 +191,11 @@ class _Streaming(Phase):
             stack.callback(self._session.close, detach=False)
             self._resources.close()
 
-    def _finish(self, match: WeightsMatch | None) -> Outcome:
+    def _finish(self, match: WeightsMatch | None, kept: int = 0) -> Outcome:
         # This removes the hooks, which refer to tensors of the checkpoint. The file stays mapped.
         self._resources.close()
         session, mode = self._session, self._opened.mode
-        if session.checkpoint.referenced_bytes > _COLLECT_BYTES:
-            gc.collect()
-        kept = session.close()
+        kept += session.release()
         if mode.name == "assign" and not session.bytes_assigned:
             mode = ChosenMode("copy", "no parameter could be pages of the file")
         return Outcome(
@@ -249,12 +273,25 @@ class Weights(_Streaming):
         if self._states is None:
             request.meter.begin("optimizers", self.stats)
         parameters = dict(request.module.named_parameters(remove_duplicate=False))
+        session, states, strategy = self._session, self._states, request.trainer.strategy
         with self._resources.pop_all() as stack:
+            overlap = None
+            if request.options.overlaps and loads_optimizers_as_stock(strategy):
+                overlap = Overlap(session, states, optimizers)
+                stack.callback(_end_overlap, overlap, strategy)
+                stack.callback(after_optimizers_load(strategy, overlap.guard))
             restore = OptimizerRestore(
-                optimizers, self._session, parameters=parameters, loaded=self._checkpoint, stream=self._states
+                optimizers,
+                session,
+                parameters=parameters,
+                loaded=self._checkpoint,
+                stream=states,
+                overlap=overlap,
             )
             stack.callback(restore.remove)
-            return Optimizers(self._opened, stack.pop_all(), self._weights.match)
+            self._opened.until_training.callback(restore.remove)
+            self._opened.until_training.callback(self.end_streaming)
+            return Optimizers(self._opened, stack.pop_all(), self._weights.match, overlap)
 
     def finish(self) -> Outcome:
         """Ends the phase of an evaluation."""
@@ -285,8 +322,67 @@ class _AfterWeights(_Streaming):
 
 
 class Optimizers(_AfterWeights):
-    """The states of the optimizers go from the file to their device, while Lightning loads them."""
+    """The states of the optimizers go from the file to their device, while Lightning loads them.
+
+    Args:
+        opened: The open checkpoint.
+        resources: All that the phase owns.
+        match: See :class:`Outcome`.
+        overlap: The states that may arrive after the start of the training, ``None`` if none may.
+    """
+
+    def __init__(
+        self, opened: Opened, resources: ExitStack, match: WeightsMatch | None, overlap: Overlap | None
+    ) -> None:
+        super().__init__(opened, resources, match)
+        self._overlap = overlap
+
+    def begin_overlap(self) -> Overlapping | None:
+        """Begins the training before all states have arrived. ``None``: there is nothing to wait for."""
+        overlap = self._overlap
+        if overlap is None or not overlap.is_needed:
+            return None
+        with self._resources.pop_all() as stack:
+            self._opened.until_training.close()
+            forget_loaded_checkpoint(self._opened.request.trainer)
+            self._opened.request.meter.begin_beside("overlap", self.stats)
+            overlap.begin()
+            return Overlapping(self._opened, stack.pop_all(), self._match, overlap)
+
+
+class Overlapping(_AfterWeights):
+    """Training has begun, and states of the optimizers are on their way.
+
+    Args:
+        opened: The open checkpoint.
+        resources: All that the phase owns.
+        match: See :class:`Outcome`.
+        overlap: The states.
+    """
+
+    def __init__(self, opened: Opened, resources: ExitStack, match: WeightsMatch | None, overlap: Overlap) -> None:
+        super().__init__(opened, resources, match)
+        self._overlap = overlap
+        self._first_step = opened.request.trainer.global_step
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether all states have arrived, and a step was made with them on every rank."""
+        return not self._overlap.is_needed and self._opened.request.trainer.global_step != self._first_step
+
+    def finish(self) -> Outcome:
+        """Waits for the states and ends the phase."""
+        self._overlap.wait()
+        outcome = self._finish(self._match, self._overlap.bytes_kept)
+        return replace(outcome, first_step=self._first_step, waited_seconds=self._overlap.waited_seconds)
 
 
 class Loaded(_AfterWeights):
     """The weights of ``weights_from`` are in the module. Nothing more is streamed or measured."""
+
+
+def _end_overlap(overlap: Overlap, strategy: Strategy) -> None:
+    """Waits for states. If some are missing, every look at them raises, so Lightning's teardown must not move them."""
+    overlap.abandon()
+    if overlap.has_failed:
+        keep_strategy_on_device(strategy)

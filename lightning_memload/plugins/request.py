@@ -41,6 +41,7 @@ class RestoreOptions:
     parts: frozenset[str] | None = None
     replaces_damaged: bool = False
     safe_globals: tuple[SafeGlobal, ...] = ()
+    overlaps: bool = False
 
 
 @dataclass(frozen=True, slots=True)

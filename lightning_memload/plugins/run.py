@@ -19,7 +19,17 @@ from lightning_memload.plugins.checkpoint_io import Allowance
 from lightning_memload.plugins.damaged import choose_intact
 from lightning_memload.plugins.meter import PhaseMeter
 from lightning_memload.plugins.opening import Opening
-from lightning_memload.plugins.phases import Done, Failed, Measured, Outcome, Phase, Waiting, Weights
+from lightning_memload.plugins.phases import (
+    Done,
+    Failed,
+    Measured,
+    Optimizers,
+    Outcome,
+    Overlapping,
+    Phase,
+    Waiting,
+    Weights,
+)
 from lightning_memload.plugins.rank_maxima import reduce_maxima
 from lightning_memload.plugins.request import Request, RestoreOptions
 from lightning_memload.plugins.seams import all_ranks_load
@@ -127,6 +137,17 @@ class RestoreRun:
         if isinstance(self.phase, Weights):
             self.phase = self.phase.begin_optimizers(optimizers)
 
+    def begin_overlap(self) -> bool:
+        """Begins the training while states are on their way. Returns whether some are."""
+        if isinstance(self.phase, Optimizers):
+            self.phase = self.phase.begin_overlap() or self.phase
+        return isinstance(self.phase, Overlapping)
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether the states that were on their way have arrived, and a step was made with them."""
+        return isinstance(self.phase, Overlapping) and self.phase.has_arrived
+
     def finish(self) -> Done | None:
         """Ends the restore. Everything is released, also if this fails.
 
@@ -170,13 +191,14 @@ class RestoreRun:
     def _report(self, outcome: Outcome) -> RestoreReport:
         request, stats = self._request, outcome.stats
         trainer, peaks = request.trainer, request.meter.total.peaks
+        first_step = trainer.global_step if outcome.first_step is None else outcome.first_step
         return RestoreReport(
             path=outcome.path,
             stage=request.stage,
             mode=outcome.mode.name,
             mode_reason=outcome.mode.reason,
             device=str(request.device),
-            global_step=trainer.global_step if request.stage == "fit" else outcome.global_step,
+            global_step=first_step if request.stage == "fit" else outcome.global_step,
             phases=tuple(request.meter.reports),
             total=PhaseReport("total", peaks.seconds, stats.bytes_read, stats.seconds, peaks),
             bytes_verified=stats.bytes_verified,
@@ -184,6 +206,7 @@ class RestoreRun:
             bytes_copied_ordinarily=outcome.bytes_copied_ordinarily,
             match=outcome.match,
             bytes_kept=outcome.bytes_kept,
+            waited_seconds=outcome.waited_seconds,
             staging_bytes=stats.staging_bytes,
             num_threads=stats.num_threads,
             rank=trainer.global_rank,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
 __all__ = [
+    "after_optimizers_load",
     "all_ranks_load",
     "around_load",
     "before_move",
@@ -32,6 +33,7 @@ __all__ = [
     "install_io",
     "keep_strategy_on_device",
     "loads_by_itself",
+    "loads_optimizers_as_stock",
     "require_one",
     "restore_from",
     "sets_strict_loading",
@@ -154,6 +156,34 @@ def around_load(
 
     strategy.__dict__["load_model_state_dict"] = load_model_state_dict
     return lambda: strategy.__dict__.pop("load_model_state_dict", None) and None
+
+
+def loads_optimizers_as_stock(strategy: Strategy) -> bool:
+    """Whether a strategy loads the states of the optimizers with Lightning's own method, which reads no values."""
+    stock = package_of(strategy).find("lightning.pytorch.strategies.Strategy")
+    own = "load_optimizer_state_dict" in vars(strategy)
+    return type(strategy).load_optimizer_state_dict is stock.load_optimizer_state_dict and not own
+
+
+def after_optimizers_load(strategy: Strategy, action: Callable[[], object]) -> Callable[[], None]:
+    """Calls a function when a strategy has loaded the states of the optimizers, also after an error.
+
+    Lightning (2.5, 2.6) calls no hook there. After ``load_state_dict`` it goes through all states, but changes none
+    that is on its device, so a hook of the optimizer itself would come too early.
+
+    Returns:
+        A function that removes the shadow.
+    """
+    stock = strategy.load_optimizer_state_dict
+
+    def load_then_action(checkpoint: Mapping[str, Any]) -> None:
+        try:
+            stock(checkpoint)
+        finally:
+            action()
+
+    strategy.__dict__["load_optimizer_state_dict"] = load_then_action
+    return lambda: strategy.__dict__.pop("load_optimizer_state_dict", None) and None
 
 
 def when_set_up(

@@ -85,6 +85,18 @@ class TrainerRestore:
         if self._run is not None:
             self._run.begin_optimizers(trainer.optimizers)
 
+    def begin_training(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Ends the restore and reports it, unless states of optimizers may arrive while training has begun."""
+        if self._run is not None and self._run.begin_overlap():
+            self._hooks.close()
+        else:
+            self.finish(trainer, module)
+
+    def end_batch(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Reports a restore whose last states have arrived since training began."""
+        if self._run is not None and self._run.has_arrived:
+            self.finish(trainer, module)
+
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Ends the restore and reports it, if there is one. A second call does nothing."""
         run = self._take_run()
@@ -98,7 +110,7 @@ class TrainerRestore:
         if not self._logs:
             return
         rank_zero_info(f"Restored {report.path} for {report.stage}\n{report.table()}")
-        step = report.global_step if report.stage != "fit" else step_of_loggers(trainer, report.global_step)
+        step = report.global_step if report.stage != "fit" else step_of_loggers(trainer, trainer.global_step)
         for logger in trainer.loggers:
             logger.log_metrics(report.scalars(), step=step)
 
@@ -144,7 +156,7 @@ class TrainerRestore:
     def _begin_stage(self, run: RestoreRun, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Ends the restore, also of a strategy that loads checkpoints itself, whether or not there is a checkpoint."""
         self._load_weights(run, trainer, module)
-        self.finish(trainer, module)
+        self.begin_training(trainer, module)
 
     def _load_weights(self, run: RestoreRun, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Loads ``weights_from``, unless the module already has these weights or ``ckpt_path`` is restored."""

@@ -36,7 +36,7 @@ class PhaseReport:
     """One phase of a restore.
 
     Attributes:
-        name: ``"open"``, ``"weights"``, ``"optimizers"`` or ``"total"``.
+        name: ``"open"``, ``"weights"``, ``"optimizers"``, ``"overlap"`` or ``"total"``.
         seconds: Wall time of the phase, including Lightning's own work in it.
         bytes_read: Bytes streamed from the file.
         transfer_seconds: Wall time of the streaming itself.
@@ -74,7 +74,8 @@ class RestoreReport:
         mode_reason: The reason for this mode, in words.
         device: The device of the module.
         global_step: The restored step, ``None`` if the checkpoint has none.
-        phases: The phases, in their order in time.
+        phases: The phases, in their order in time. ``"overlap"`` begins with the training and is not part of ``total``,
+            but the bytes and the transfer of ``total`` include its own.
         total: The whole restore: from the request to load the checkpoint to the start of training or evaluation. It
             begins at the callback's ``setup`` if Lightning's or another plugin's code loads the checkpoint and the
             restore is only measured. It ends with the last weight if the weights come from ``weights_from``.
@@ -88,6 +89,7 @@ class RestoreReport:
         num_threads: Number of reading threads.
         rank: The rank of this process.
         world_size: Number of processes.
+        waited_seconds: With ``overlap=True``: how long training waited for optimizer states. ``None`` without overlap.
         maxima: The maximum over ``maxima_ranks``, by the name of the figure. Empty for a single process.
         maxima_ranks: The ranks whose figures are known here: those that have the callback and answered in time.
     """
@@ -109,6 +111,7 @@ class RestoreReport:
     num_threads: int = 0
     rank: int = 0
     world_size: int = 1
+    waited_seconds: float | None = None
     maxima: Mapping[str, RankMaximum] = field(default_factory=dict)
     maxima_ranks: tuple[int, ...] = ()
 
@@ -125,6 +128,8 @@ class RestoreReport:
         scalars["memload/read_gib"] = self.total.bytes_read / _GIB
         if self.total.bytes_per_second is not None:
             scalars["memload/read_gib_per_second"] = self.total.bytes_per_second / _GIB
+        if self.waited_seconds is not None:
+            scalars["memload/waited_seconds"] = self.waited_seconds
         if self.bytes_assigned:
             scalars["memload/assigned_gib"] = self.bytes_assigned / _GIB
         for name, value in self.figures().items():
@@ -178,6 +183,8 @@ class RestoreReport:
             parts.append(f"assigned {format_bytes(self.bytes_assigned)} of the file{fate}")
         if self.bytes_copied_ordinarily:
             parts.append(f"copied by torch {format_bytes(self.bytes_copied_ordinarily)}")
+        if self.waited_seconds is not None:
+            parts.append(f"training waited {self.waited_seconds:.2f} s for optimizer states")
         maximum = self.maxima.get("host_anonymous_above_start")
         if maximum:
             known = self.maxima_ranks

@@ -5,6 +5,7 @@ from lightning_memload.restore.load_weights import LoadOptions, load_weights
 from lightning_memload.restore.matching import WeightsMatch, module_keys, short_errors
 from lightning_memload.restore.meta import meta_init
 from lightning_memload.restore.optimizer import OptimizerRestore
+from lightning_memload.restore.overlap import Overlap
 from lightning_memload.restore.recipes import follow_recipes, names_of_data
 from lightning_memload.restore.session import Move, RestoreSession
 from lightning_memload.restore.settling import mapped_bytes
@@ -17,6 +18,7 @@ __all__ = [
     "LoadOptions",
     "Move",
     "OptimizerRestore",
+    "Overlap",
     "RestoreSession",
     "StateStream",
     "WeightsMatch",

@@ -17,6 +17,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_memload.errors import OptimizerMismatchError, listed
+from lightning_memload.restore.overlap import Overlap
 from lightning_memload.restore.placement import Placement, PlannedState, fill_in
 from lightning_memload.restore.session import RestoreSession
 from lightning_memload.restore.settling import (
@@ -49,6 +50,7 @@ class OptimizerRestore:
         loaded: The loaded checkpoint. Tensors of it that share memory with a state that stays as it is share the
             state's new memory too.
         stream: States that are on their way already. The caller closes it.
+        overlap: Lets states arrive after the load. The caller must call its :meth:`Overlap.guard` then.
 
     Raises:
         OptimizerMismatchError: (from ``load_state_dict``) The checkpoint's names are not those of the parameters that
@@ -66,11 +68,13 @@ class OptimizerRestore:
         parameters: Mapping[str, torch.Tensor] | None = None,
         loaded: Any = None,
         stream: StateStream | None = None,
+        overlap: Overlap | None = None,
     ) -> None:
         self._session: RestoreSession | None = session
         self._parameters = parameters or {}
         self._loaded = loaded
         self._stream = stream
+        self._overlap = overlap
         self._owners: dict[int, list[torch.Tensor]] | None = None
         self._known: set[int] = set()
         self._names: dict[int, str] = {}
@@ -87,7 +91,7 @@ class OptimizerRestore:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._session = self._loaded = self._owners = self._stream = None
+        self._session = self._loaded = self._owners = self._stream = self._overlap = None
         self._parameters = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizerRestore:
@@ -126,16 +130,24 @@ class OptimizerRestore:
         }
         settlements = self._settle(session, placement.kept, state_dict)
         planned: list[PlannedState | Settlement] = [*placement.planned.values(), *settlements]
+        overlap = self._overlap
+        if overlap is not None and not overlap.accepts(optimizer, planned):
+            overlap = None
         if self._stream is not None:
-            self._stream.take([*placement.planned.values(), *(item for item in settlements if item.is_simple)])
+            simple = [item for item in planned if not isinstance(item, Settlement) or item.is_simple]
+            self._stream.take(simple, filled=overlap is None)
         left = [plan for plan in planned if plan.destination is None]
         needed: Counter[torch.device] = Counter()
         for plan in left:
             needed[plan.device] += plan.nbytes
         session.require(needed)
-        session.move([plan.allocate() for plan in left])
-        for settlement in settlements:
-            settlement.end()
+        moves = [plan.allocate() for plan in left]
+        if overlap is not None:
+            overlap.defer(optimizer, planned, moves)
+        else:
+            session.move(moves)
+            for settlement in settlements:
+                settlement.end()
         if not placement.planned:
             return state_dict  # All states are still the objects that they were.
         return {**state_dict, "state": {number: fill_in(value) for number, value in state.items()}}

@@ -27,6 +27,7 @@ class Settlement:
         tensors: All tensors in the storage. At least one.
 
     Attributes:
+        name: See the argument.
         tensors: All tensors in the storage.
         nbytes: Size of the storage in bytes.
         is_simple: Whether one tensor is all of the storage, as nearly every state is.
@@ -36,10 +37,10 @@ class Settlement:
         destination: The new memory, ``None`` before it is allocated.
     """
 
-    __slots__ = ("_name", "_storage", "destination", "device", "dtype", "is_simple", "nbytes", "tensors", "value")
+    __slots__ = ("_storage", "destination", "device", "dtype", "is_simple", "name", "nbytes", "tensors", "value")
 
     def __init__(self, name: str, tensors: list[torch.Tensor]) -> None:
-        self._name = name
+        self.name = name
         self.tensors = tensors
         self.value = tensors[0]
         self.device = torch.device("cpu")
@@ -54,9 +55,9 @@ class Settlement:
         value = self.value
         if self.is_simple:
             self.destination = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
-            return Move(self._name, value, self.destination)
+            return Move(self.name, value, self.destination)
         self.destination = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
-        return Move(self._name, _whole(self._storage), self.destination)
+        return Move(self.name, _whole(self._storage), self.destination)
 
     def end(self) -> None:
         """Gives the tensors their new memory. It must be filled."""

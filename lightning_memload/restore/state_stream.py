@@ -8,10 +8,8 @@ A wrong guess, and an error in the thread, cost time and never a value: the ordi
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -19,9 +17,8 @@ from lightning_memload.checkpoint import ChunkedTensor
 from lightning_memload.restore.placement import PlannedState, torch_policy
 from lightning_memload.restore.session import RestoreSession
 from lightning_memload.restore.settling import Settlement
+from lightning_memload.restore.side_stream import SideStream
 from lightning_memload.restore.storages import is_alone
-from lightning_memload.transfer import TransferStats, start_thread
-from lightning_memload.transfer.cuda_context import on_stream
 
 __all__ = ["StateStream"]
 
@@ -31,14 +28,10 @@ _WORTH_BYTES = 4 << 20
 _WORTH_BYTES_EACH = 64 << 10
 
 
-class _Stopped(Exception):
-    """Ends the transfer of a stream that was closed."""
-
-
 class StateStream:
     """Optimizer states on the way to where torch will most likely put them.
 
-    Create it with :meth:`begin`, in the thread that restores. A fork waits until the stream has ended.
+    Create it with :meth:`begin`, in the thread that restores.
 
     Args:
         session: The restore.
@@ -47,25 +40,14 @@ class StateStream:
     Peak memory: the states, once, on their device, and the session's staging ring.
     """
 
-    _running: ClassVar[set[StateStream]] = set()
-
     def __init__(self, session: RestoreSession, plans: Iterable[PlannedState]) -> None:
         self._session = session
         self._plans = {id(plan.value): plan for plan in plans}
-        values = [plan.value for plan in self._plans.values()]
+        planned = list(self._plans.values())
         # A state may be written before it is taken up, and is then no longer where it was found.
-        self._chunks = dict(zip(self._plans, session.checkpoint.locate_all(values), strict=True))
-        # States are allocated for the stream that the restoring thread uses.
-        on_cuda = session.device.type == "cuda"
-        self._cuda_stream = torch.cuda.current_stream(session.device) if on_cuda else None
-        self._is_stopped = False
-        self._is_complete = False
-        self._stats = TransferStats()
-        self._running.add(self)
-        self._thread = start_thread(self._run, "memload-states")
-        if self._thread is None:
-            self._running.discard(self)
-            self._plans.clear()
+        found = session.checkpoint.locate_all([plan.value for plan in planned])
+        self._chunks = dict(zip(self._plans, found, strict=True))
+        self.side = SideStream(session, lambda: [plan.allocate() for plan in planned])
 
     @classmethod
     def begin(
@@ -92,20 +74,24 @@ class StateStream:
             return None
         return cls(session, plans)
 
-    def take(self, wanted: Sequence[PlannedState | Settlement]) -> None:
-        """Gives states their destination, filled, where the stream brought their values to the wanted place.
+    def take(self, wanted: Sequence[PlannedState | Settlement], *, filled: bool = True) -> None:
+        """Gives states their destination, where the stream brings their values to the wanted place.
 
-        Waits for the end of the stream. Each destination is given once.
+        Each destination is given once.
 
         Args:
             wanted: States that torch is about to load. Those that get no destination must be streamed.
+            filled: Wait for the end of the stream, and give only what has its values. If not, the values have arrived
+                when :attr:`side` is complete.
         """
-        self._join()
-        is_wrong = not self._is_complete
+        if filled:
+            self.side.join()
+        is_usable = self.side.is_complete if filled else self.side.wait_for_memory()
+        is_wrong = not is_usable
         located = self._session.checkpoint.locate_all([state.value for state in wanted])
         for state, chunks in zip(wanted, located, strict=True):
             plan = self._plans.pop(id(state.value), None)
-            if plan is None or not self._is_complete or chunks is None or chunks != self._chunks[id(state.value)]:
+            if plan is None or not is_usable or chunks is None or chunks != self._chunks[id(state.value)]:
                 continue
             if (plan.device, plan.dtype) == (state.device, state.dtype):
                 state.destination = plan.destination
@@ -113,47 +99,18 @@ class StateStream:
                 is_wrong = True
         if is_wrong:
             # Another place needs memory now, and the guess is wrong for the other states too.
+            self.side.join()
             self._plans.clear()
 
-    def close(self) -> None:
-        """Ends the stream, if need be in the middle, and frees what was not taken up. A second call does nothing."""
-        self._is_stopped = True
-        self._join()
+    def forget(self) -> None:
+        """Frees what was not taken up, as soon as the stream has ended. No optimizer loads any more."""
         self._plans.clear()
         self._chunks.clear()
 
-    @classmethod
-    def before_fork(cls) -> None:
-        """Waits for all streams: a child would inherit the file and the buffers."""
-        for stream in list(cls._running):
-            thread = stream._thread
-            if thread is not None and thread is not threading.current_thread():
-                thread.join()
-
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-            self._session.stats += self._stats
-
-    def _run(self) -> None:
-        try:
-            with on_stream(self._cuda_stream):
-                moves = [plan.allocate() for plan in self._plans.values()]
-                self._stats, self._is_complete = self._session.stream_beside(moves, self._check)
-        except Exception:
-            # Also out of memory. The ordinary way meets the same error where the states are needed, and raises it.
-            self._plans.clear()
-        finally:
-            self._running.discard(self)
-
-    def _check(self, nbytes: int) -> None:
-        if self._is_stopped:
-            raise _Stopped
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=StateStream.before_fork)
+    def close(self) -> None:
+        """Ends the stream, if need be in the middle, and frees what was not taken up. A second call does nothing."""
+        self.side.stop()
+        self.forget()
 
 
 def _guess(

@@ -176,8 +176,8 @@ def test_states_that_follow_the_weights_equal_stock(
     taken: list[bool] = []
     take = StateStream.take
 
-    def noted(stream: StateStream, wanted: Any) -> None:
-        take(stream, wanted)
+    def noted(stream: StateStream, wanted: Any, **kwargs: Any) -> None:
+        take(stream, wanted, **kwargs)
         taken.extend(state.destination is not None for state in wanted)
 
     monkeypatch.setattr(StateStream, "take", noted)
@@ -191,6 +191,56 @@ def test_states_that_follow_the_weights_equal_stock(
     assert_equal(stock, ours)
     assert taken
     assert all(taken)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_that_overlaps_equals_stock(tmp_path: Path, optimizer: str, accumulate: int) -> None:
+    make = OPTIMIZERS[optimizer]
+    path = make_checkpoint(tmp_path, make)
+    stock = train_on(tmp_path, path, Net(make), None, accumulate_grad_batches=accumulate)
+    restore = MemoryEfficientRestore(overlap=True)
+    ours = train_on(tmp_path, path, Net(make), restore, accumulate_grad_batches=accumulate)
+    assert_trained_equal(stock, ours)
+    assert restore.report is not None
+    assert restore.report.waited_seconds is not None
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true"])
+def test_precisions_that_overlap_equal_stock(tmp_path: Path, precision: str) -> None:
+    make = OPTIMIZERS["adamw"]
+    path = make_checkpoint(tmp_path, make, precision=precision)
+    stock = train_on(tmp_path, path, Net(make), None, precision=precision)
+    ours = train_on(tmp_path, path, Net(make), MemoryEfficientRestore(overlap=True), precision=precision)
+    assert_trained_equal(stock, ours)
+
+
+def test_a_look_before_the_first_step_waits(tmp_path: Path) -> None:
+    make = OPTIMIZERS["adamw-fused"]
+    path = make_checkpoint(tmp_path, make)
+    stock = resume(tmp_path, path, Net(make), None)
+    assert_equal(stock, resume(tmp_path, path, Net(make), MemoryEfficientRestore(overlap=True)))
+
+
+def train_on(
+    tmp_path: Path, path: Path, model: Net, restore: MemoryEfficientRestore | None, **arguments: Any
+) -> dict[str, Any]:
+    """Resumes, and returns everything that could differ in the end. No code looks at the states before a step."""
+    L.seed_everything(1)
+    trainer = make_trainer(tmp_path, [restore] if restore else [], max_steps=10, **arguments)
+    trainer.fit(model, data(), ckpt_path=path)
+    states = trainer.optimizers[0].state_dict()["state"]
+    named = {f"{number}.{key}": value for number, state in states.items() for key, value in state.items()}
+    return {"losses": model.losses, "states": named, "weights": model.state_dict()}
+
+
+def assert_trained_equal(stock: dict[str, Any], ours: dict[str, Any]) -> None:
+    assert stock["losses"] == ours["losses"]
+    for part in ("states", "weights"):
+        assert stock[part].keys() == ours[part].keys()
+        for name, expected in stock[part].items():
+            actual = ours[part][name]
+            assert torch.equal(expected, actual) if torch.is_tensor(expected) else expected == actual, name
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true", "16-true"])

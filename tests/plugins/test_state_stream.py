@@ -17,6 +17,7 @@ import tests.lightning as L
 from lightning_memload import ChecksumError, MemoryEfficientRestore
 from lightning_memload.restore import RestoreSession, StateStream
 from lightning_memload.restore.placement import PlannedState
+from lightning_memload.restore.side_stream import SideStream
 from tests.plugins.harness import (
     TRUSTED,
     Case,
@@ -46,8 +47,8 @@ class Streams:
             self.begun += [stream] if stream is not None else []
             return stream
 
-        def counted_take(stream: StateStream, wanted: Any) -> None:
-            take(stream, wanted)
+        def counted_take(stream: StateStream, wanted: Any, **kwargs: Any) -> None:
+            take(stream, wanted, **kwargs)
             self.given += sum(state.destination is not None for state in wanted)
             self.left += sum(state.destination is None for state in wanted)
 
@@ -328,15 +329,15 @@ def test_a_stream_that_is_closed_reads_no_further(
 ) -> None:
     gate = Gated(monkeypatch)
     stops: list[bool] = []
-    join = StateStream._join
+    join = SideStream.join
 
-    def open_then_join(stream: StateStream) -> None:
+    def open_then_join(side: SideStream) -> None:
         gate.open.set()
-        join(stream)
-        stops.append(stream._is_complete)
+        join(side)
+        stops.append(side.is_complete)
 
-    monkeypatch.setattr(StateStream, "_join", open_then_join)
-    monkeypatch.setattr(StateStream, "take", lambda stream, wanted: None)
+    monkeypatch.setattr(SideStream, "join", open_then_join)
+    monkeypatch.setattr(StateStream, "take", lambda stream, wanted, filled: None)
     fit(path, MemoryEfficientRestore())
     assert stops == [False]
 
@@ -353,7 +354,10 @@ class Forking(TinyModule):
         threading.Timer(0.0, self.gate[0].open.set).start()
         child = os.fork()
         if child == 0:
-            os._exit(len(StateStream._running))
+            try:
+                os._exit(len(SideStream._running))
+            finally:
+                os._exit(99)
         self.status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         return super().configure_optimizers()
 

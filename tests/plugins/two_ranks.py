@@ -57,7 +57,7 @@ if __name__ == "__main__":
 """
 
 
-def ranks(path: Path, folder: Path, strategy: str, *, ours: bool, **options: str) -> list[dict[str, Any]]:
+def ranks(path: Path, folder: Path, strategy: str, *, ours: bool, **options: Any) -> list[dict[str, Any]]:
     folder.mkdir()
     program = folder / "program.py"
     program.write_text(PROGRAM)
