@@ -102,8 +102,9 @@ class Way:
         make: Creates the CheckpointIO of one save. ``None``: use the one that the callback has installed.
         fsync: Whether the save ends only when the file is on the disk.
         in_background: Whether training continues during the save.
-        by_lightning: Whether a ``ModelCheckpoint`` saves instead of this benchmark. ``"until_step"`` delays only the
-            saves of a ``ModelCheckpoint``.
+        by_lightning: Whether a ``ModelCheckpoint`` saves instead of this benchmark. ``"until_step"`` and a snapshot
+            delay only the saves of a ``ModelCheckpoint``.
+        snapshot: Whether the state is copied to host memory first.
     """
 
     label: str
@@ -111,6 +112,7 @@ class Way:
     fsync: bool = False
     in_background: bool = False
     by_lightning: bool = False
+    snapshot: bool = False
 
 
 WAYS = {
@@ -138,6 +140,15 @@ WAYS = {
         fsync=True,
         in_background=True,
         by_lightning=True,
+    ),
+    # The callback's CheckpointIO is the same one, and takes snapshots in the turns of this way only.
+    "ours-async-snapshot": Way(
+        '`MemoryEfficientRestore(asynchronous_save=True, save_snapshot="auto")`',
+        None,
+        fsync=True,
+        in_background=True,
+        by_lightning=True,
+        snapshot=True,
     ),
 }
 NO_SAVE = "step"
@@ -198,8 +209,9 @@ class Saves(L.Callback):
             expected = digest(module, trainer.optimizers)
             by_lightning = name != NO_SAVE and WAYS[name].by_lightning
             if by_lightning:
-                # "until_step" delays a save only if an earlier checkpoint exists, so this writes a small one.
+                # A save is delayed only if an earlier checkpoint exists, so this writes a small one.
                 io = trainer.strategy.checkpoint_io = ios[name]()
+                io.snapshot = "auto" if WAYS[name].snapshot else False  # type: ignore[attr-defined]
                 io.save_checkpoint({"small": 1}, self.path.with_name("before.ckpt"))
                 io.teardown()
             settle()
@@ -264,7 +276,7 @@ def remove(path: Path) -> None:
 def phases(io: CheckpointIO) -> dict[str, float]:
     """Return the seconds of each phase of the last save. Empty for a CheckpointIO that does not report them."""
     stats = getattr(io, "last_save", None)
-    names = ("pickle_seconds", "write_seconds", "commit_seconds") if stats else ()
+    names = ("pickle_seconds", "snapshot_seconds", "write_seconds", "commit_seconds") if stats else ()
     return {name: getattr(stats, name) for name in names}
 
 
@@ -335,7 +347,7 @@ COLUMNS = {
     "pinned, GiB": ("pinned_peak_bytes", GIB),
     "GPU above start, GiB": ("gpu_above_start_bytes", GIB),
 }
-PHASES = {f"{phase}, s": (f"{phase}_seconds", 1) for phase in ("pickle", "write", "commit")}
+PHASES = {f"{phase}, s": (f"{phase}_seconds", 1) for phase in ("pickle", "snapshot", "write", "commit")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
