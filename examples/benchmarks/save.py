@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import inspect
 import json
 import os
 import shutil
@@ -52,6 +53,7 @@ from common import (
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 from resume import SIZES, ConfiguredGPT, SaveToFile, make_trainer
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.utils.data import DataLoader
 from zlib_ng import zlib_ng
 
@@ -90,6 +92,30 @@ class NotDurable(StreamingCheckpointIO):
         self.last_save = save_torch(checkpoint, path, durable=False)
 
 
+class DistributedAsync(CheckpointIO):
+    """``torch.distributed.checkpoint.async_save`` of one process: a thread writes from a copy in host memory."""
+
+    def __init__(self) -> None:
+        self.saved: Any = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Copy the state, and write it in a thread."""
+        self.saved = async_save(checkpoint, checkpoint_id=path, no_dist=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Not needed."""
+        raise NotImplementedError
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete the directory."""
+        remove(Path(path))
+
+    def teardown(self) -> None:
+        """Wait for the thread."""
+        if self.saved is not None:
+            self.saved.result()
+
+
 # The ways -------------------------------------------------------------------------------------------------------------
 
 
@@ -119,6 +145,9 @@ WAYS = {
     "stock": Way("stock Lightning", TorchCheckpointIO),
     "stock-async": Way(
         "stock Lightning, `AsyncCheckpointIO()`", lambda: AsyncCheckpointIO(TorchCheckpointIO()), in_background=True
+    ),
+    "dcp-async": Way(
+        "`torch.distributed.checkpoint.async_save`, a directory", DistributedAsync, fsync=True, in_background=True
     ),
     "torch": Way("`torch.save` to the file", SaveToFile),
     "torch-fsync": Way("`torch.save` to the file", SaveToDisk, fsync=True),
@@ -151,6 +180,8 @@ WAYS = {
         snapshot=True,
     ),
 }
+if "no_dist" not in inspect.signature(async_save).parameters:
+    del WAYS["dcp-async"]  # An older torch requires a process group.
 NO_SAVE = "step"
 
 
