@@ -1,11 +1,13 @@
-"""Formats numbers, bytes and speeds for people. No other module chooses a unit.
+"""Formats numbers, bytes and speeds for people, and reads sizes that people write. No other module knows units.
 
 Units are binary (KiB, MiB, GiB, TiB) and chosen to fit the number. Imports nothing from this package.
 """
 
 from __future__ import annotations
 
-__all__ = ["counted", "format_bytes", "format_speed"]
+import re
+
+__all__ = ["counted", "format_bytes", "format_speed", "parse_bytes"]
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
 
@@ -34,3 +36,12 @@ def format_bytes(nbytes: float, *, like: float | None = None) -> str:
 def format_speed(nbytes: float, seconds: float) -> str:
     """Return the speed of ``nbytes`` in ``seconds``, for example ``"3.20 GiB/s"``."""
     return f"{format_bytes(nbytes / max(seconds, 1e-9))}/s"
+
+
+def parse_bytes(text: str) -> int | None:
+    """Return the bytes of a size such as ``"8GiB"`` or ``"1.5 TiB"``, ``None`` if it is not one."""
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})", text.strip(), re.IGNORECASE)
+    if match is None:
+        return None
+    exponent = [unit.lower() for unit in _UNITS].index(match[2].lower()) + 1
+    return int(float(match[1]) * 1024**exponent)

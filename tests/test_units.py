@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_memload.units import counted, format_bytes, format_speed
+from lightning_memload.units import counted, format_bytes, format_speed, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,20 @@ def test_nouns_agree() -> None:
 def test_speeds() -> None:
     assert format_speed(3 << 20, 2.0) == "1.50 MiB/s"
     assert format_speed(0, 0.0) == "0 bytes/s"
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("8GiB", 8 << 30),
+        (" 1.5 tib ", 3 << 39),
+        ("512 KiB", 512 << 10),
+        ("8", None),
+        ("8GB", None),
+        ("-1GiB", None),
+        ("GiB", None),
+        ("auto", None),
+    ],
+)
+def test_sizes_that_people_write(text: str, nbytes: int | None) -> None:
+    assert parse_bytes(text) == nbytes

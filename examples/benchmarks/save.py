@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import inspect
 import json
 import os
 import shutil
@@ -52,6 +53,7 @@ from common import (
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 from resume import SIZES, ConfiguredGPT, SaveToFile, make_trainer
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.utils.data import DataLoader
 from zlib_ng import zlib_ng
 
@@ -90,6 +92,30 @@ class NotDurable(StreamingCheckpointIO):
         self.last_save = save_torch(checkpoint, path, durable=False)
 
 
+class DistributedAsync(CheckpointIO):
+    """``torch.distributed.checkpoint.async_save`` of one process: a thread writes from a copy in host memory."""
+
+    def __init__(self) -> None:
+        self.saved: Any = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Copy the state, and write it in a thread."""
+        self.saved = async_save(checkpoint, checkpoint_id=path, no_dist=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Not needed."""
+        raise NotImplementedError
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete the directory."""
+        remove(Path(path))
+
+    def teardown(self) -> None:
+        """Wait for the thread."""
+        if self.saved is not None:
+            self.saved.result()
+
+
 # The ways -------------------------------------------------------------------------------------------------------------
 
 
@@ -102,8 +128,9 @@ class Way:
         make: Creates the CheckpointIO of one save. ``None``: use the one that the callback has installed.
         fsync: Whether the save ends only when the file is on the disk.
         in_background: Whether training continues during the save.
-        by_lightning: Whether a ``ModelCheckpoint`` saves instead of this benchmark. ``"until_step"`` delays only the
-            saves of a ``ModelCheckpoint``.
+        by_lightning: Whether a ``ModelCheckpoint`` saves instead of this benchmark. ``"until_step"`` and a snapshot
+            delay only the saves of a ``ModelCheckpoint``.
+        snapshot: Whether the state is copied to host memory first.
     """
 
     label: str
@@ -111,12 +138,16 @@ class Way:
     fsync: bool = False
     in_background: bool = False
     by_lightning: bool = False
+    snapshot: bool = False
 
 
 WAYS = {
     "stock": Way("stock Lightning", TorchCheckpointIO),
     "stock-async": Way(
         "stock Lightning, `AsyncCheckpointIO()`", lambda: AsyncCheckpointIO(TorchCheckpointIO()), in_background=True
+    ),
+    "dcp-async": Way(
+        "`torch.distributed.checkpoint.async_save`, a directory", DistributedAsync, fsync=True, in_background=True
     ),
     "torch": Way("`torch.save` to the file", SaveToFile),
     "torch-fsync": Way("`torch.save` to the file", SaveToDisk, fsync=True),
@@ -139,7 +170,18 @@ WAYS = {
         in_background=True,
         by_lightning=True,
     ),
+    # The callback's CheckpointIO is the same one, and takes snapshots in the turns of this way only.
+    "ours-async-snapshot": Way(
+        '`MemoryEfficientRestore(asynchronous_save=True, save_snapshot="auto")`',
+        None,
+        fsync=True,
+        in_background=True,
+        by_lightning=True,
+        snapshot=True,
+    ),
 }
+if "no_dist" not in inspect.signature(async_save).parameters:
+    del WAYS["dcp-async"]  # An older torch requires a process group.
 NO_SAVE = "step"
 
 
@@ -198,8 +240,9 @@ class Saves(L.Callback):
             expected = digest(module, trainer.optimizers)
             by_lightning = name != NO_SAVE and WAYS[name].by_lightning
             if by_lightning:
-                # "until_step" delays a save only if an earlier checkpoint exists, so this writes a small one.
+                # A save is delayed only if an earlier checkpoint exists, so this writes a small one.
                 io = trainer.strategy.checkpoint_io = ios[name]()
+                io.snapshot = "auto" if WAYS[name].snapshot else False  # type: ignore[attr-defined]
                 io.save_checkpoint({"small": 1}, self.path.with_name("before.ckpt"))
                 io.teardown()
             settle()
@@ -264,7 +307,7 @@ def remove(path: Path) -> None:
 def phases(io: CheckpointIO) -> dict[str, float]:
     """Return the seconds of each phase of the last save. Empty for a CheckpointIO that does not report them."""
     stats = getattr(io, "last_save", None)
-    names = ("pickle_seconds", "write_seconds", "commit_seconds") if stats else ()
+    names = ("pickle_seconds", "snapshot_seconds", "write_seconds", "commit_seconds") if stats else ()
     return {name: getattr(stats, name) for name in names}
 
 
@@ -335,7 +378,7 @@ COLUMNS = {
     "pinned, GiB": ("pinned_peak_bytes", GIB),
     "GPU above start, GiB": ("gpu_above_start_bytes", GIB),
 }
-PHASES = {f"{phase}, s": (f"{phase}_seconds", 1) for phase in ("pickle", "write", "commit")}
+PHASES = {f"{phase}, s": (f"{phase}_seconds", 1) for phase in ("pickle", "snapshot", "write", "commit")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,8 +8,9 @@ on checkpoints.
 from __future__ import annotations
 
 from lightning_memload.memory.device import free_device_bytes
+from lightning_memload.memory.fit import refusal
 from lightning_memload.memory.host import available_host_bytes
 from lightning_memload.memory.monitor import MemoryMonitor
 from lightning_memload.memory.peaks import MemoryPeaks
 
-__all__ = ["MemoryMonitor", "MemoryPeaks", "available_host_bytes", "free_device_bytes"]
+__all__ = ["MemoryMonitor", "MemoryPeaks", "available_host_bytes", "free_device_bytes", "refusal"]

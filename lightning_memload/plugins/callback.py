@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_memload.pickles import SafeGlobal, check_safe_globals
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
-from lightning_memload.plugins.choices import check_choice
+from lightning_memload.plugins.choices import SnapshotSize, check_choice, check_snapshot
 from lightning_memload.plugins.compat import Callback
 from lightning_memload.plugins.damaged import OnCorrupt
 from lightning_memload.plugins.mode import Mode
@@ -82,6 +82,12 @@ class MemoryEfficientRestore(Callback):
             background, and the next step waits for them. See ``StreamingCheckpointIO.save_checkpoint`` for the
             conditions. List this callback before callbacks that change weights when validation or training ends, so
             that it waits first. Neither copies the model.
+        save_snapshot: ``"auto"``: a save of a ``ModelCheckpoint`` copies the whole state into free host memory, and is
+            written from there. Training goes on after the copy, and any code may change any tensor. Until the
+            checkpoint is written, its name stands for the checkpoint before it. Needs ``asynchronous_save``, which
+            applies where the state does not fit into three quarters of the free memory, or where other code could read
+            the checkpoint. A size in bytes or such as ``"8GiB"`` limits all snapshots together. See
+            ``StreamingCheckpointIO.save_checkpoint``.
         save_format: ``"torch"``, ``"directory"`` or ``"safetensors+state"``, see ``StreamingCheckpointIO``. Applies if
             this callback installs the CheckpointIO.
         safe_globals: Classes and functions, or their dotted names, that ``weights_only`` allows when ``ckpt_path`` is
@@ -120,6 +126,7 @@ class MemoryEfficientRestore(Callback):
         on_corrupt: OnCorrupt = "raise",
         keep_on_device: bool = False,
         asynchronous_save: Asynchronous = False,
+        save_snapshot: SnapshotSize = False,
         save_format: SaveFormat = "torch",
         safe_globals: Sequence[SafeGlobal] = (),
         overlap: bool = False,
@@ -146,7 +153,9 @@ class MemoryEfficientRestore(Callback):
         source = WeightsSource(weights_from) if isinstance(weights_from, (str, Path)) else weights_from
         check_choice("save_format", save_format, SaveFormat)
         check_choice("asynchronous_save", asynchronous_save, Asynchronous)
+        check_snapshot("save_snapshot", save_snapshot, "asynchronous_save", asynchronous_save)
         self._asynchronous_save: Asynchronous = asynchronous_save
+        self._save_snapshot: SnapshotSize = save_snapshot
         self._save_format: SaveFormat = save_format
         self._keep_on_device = keep_on_device
         self._log = log
@@ -172,7 +181,12 @@ class MemoryEfficientRestore(Callback):
         io = install_io(trainer, self._make_io)
         options = self._options
         loading = {"safe_globals=...": bool(options.safe_globals), "on_corrupt='previous'": options.replaces_damaged}
-        warn_of_ignored_options(io, asynchronous=self._asynchronous_save, format=self._save_format, loading=loading)
+        saving = {
+            "asynchronous": (self._asynchronous_save, False),
+            "snapshot": (self._save_snapshot, False),
+            "format": (self._save_format, "torch"),
+        }
+        warn_of_ignored_options(io, saving=saving, loading=loading)
         if self._saves is not None:
             self._saves.forget()
         self._saves = TrainerSaves(trainer, io, logs=self._log) if io is not None else None
@@ -209,10 +223,10 @@ class MemoryEfficientRestore(Callback):
             self._saves.end_steps()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ends the restore, and waits until all checkpoints are written: callbacks may now swap in averaged weights."""
+        """Ends the restore, and waits until no save needs the weights: callbacks may now swap in averaged ones."""
         self._restore.finish(trainer, pl_module)
         if self._saves is not None:
-            self._saves.wait_until_written()
+            self._saves.wait_for_tensors()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ends the restore."""
@@ -242,5 +256,6 @@ class MemoryEfficientRestore(Callback):
         return StreamingCheckpointIO(
             host_budget_mib=self._options.host_budget_bytes // _MIB,
             asynchronous=False if wrapped else self._asynchronous_save,
+            snapshot=False if wrapped else self._save_snapshot,
             format=self._save_format,
         )

@@ -28,6 +28,7 @@ from lightning_memload.checkpoint import MappedCheckpoint, hub_advice
 from lightning_memload.errors import MemloadError, UnmappableCheckpointError
 from lightning_memload.formats import explain_torch_refusal, load_mapped
 from lightning_memload.pickles import SafeGlobal, allow_globals
+from lightning_memload.plugins.choices import SnapshotSize
 from lightning_memload.plugins.compat import TorchCheckpointIO, classes
 from lightning_memload.plugins.save_log import register
 from lightning_memload.plugins.saving_io import Asynchronous, SaveFormat, SavingIO
@@ -83,6 +84,9 @@ class StreamingCheckpointIO(SavingIO):
             waiting for the disk. ``"until_step"``: in addition, it does not wait until tensors are written that only
             optimizer steps change, see :meth:`save_checkpoint` for the conditions. Neither copies the model, unlike
             Lightning's ``AsyncCheckpointIO``.
+        snapshot: ``"auto"``, or a size in bytes or such as ``"8GiB"``: copy the state of a save into free host memory,
+            and write it from there, see :meth:`save_checkpoint`. A size limits all snapshots together. Needs
+            ``asynchronous``.
         format: ``"torch"`` saves ordinary files. ``"directory"`` saves the directories of ``save_directory``, on local
             disks only. Files of storages that have not changed since the last saved or loaded checkpoint, such as
             those of frozen layers, are hard-linked instead of written. ``"safetensors+state"`` saves such directories
@@ -90,21 +94,28 @@ class StreamingCheckpointIO(SavingIO):
 
     Attributes:
         asynchronous: The argument.
+        snapshot: The argument.
         format: The argument.
         last_save: The figures of the last save that ended in this process, ``None`` before the first.
 
     Raises:
         TypeError: The budget is not a number.
-        ValueError: The budget is below 1 MiB, or ``asynchronous`` or ``format`` is not one of the values above.
+        ValueError: The budget is below 1 MiB, or ``asynchronous``, ``snapshot`` or ``format`` is not one of the values
+            above.
 
     Example:
         >>> trainer = L.Trainer(plugins=[AsyncCheckpointIO(StreamingCheckpointIO())])
     """
 
     def __init__(
-        self, *, host_budget_mib: int = 128, asynchronous: Asynchronous = False, format: SaveFormat = "torch"
+        self,
+        *,
+        host_budget_mib: int = 128,
+        asynchronous: Asynchronous = False,
+        snapshot: SnapshotSize = False,
+        format: SaveFormat = "torch",
     ) -> None:
-        super().__init__(host_budget_mib=host_budget_mib, asynchronous=asynchronous, format=format)
+        super().__init__(host_budget_mib=host_budget_mib, asynchronous=asynchronous, format=format, snapshot=snapshot)
         self._observers: list[LoadObserver] = []
         self._allowances: list[Callable[[str], Allowance]] = []
 

@@ -13,7 +13,8 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_memload.errors import ChangedMeanwhileError
-from lightning_memload.save import BackgroundSave, identity, reserve
+from lightning_memload.memory import available_host_bytes, refusal
+from lightning_memload.save import BackgroundSave, Save, identity, reserve
 
 __all__ = ["Gate", "PendingSaves"]
 
@@ -26,11 +27,13 @@ class _Pending:
         path: The path of the new checkpoint.
         save: The save.
         before: The checkpoint that ``path`` stands for until the new one is written, ``None`` if it is written.
+        step: The step of the saved state, ``None`` if it is unknown.
     """
 
     path: str
     save: BackgroundSave
     before: str | None
+    step: int | None
 
 
 class PendingSaves:
@@ -54,9 +57,16 @@ class PendingSaves:
         self._newest = None
         self.promise_is_broken = False
 
-    def add(self, path: str, save: BackgroundSave, *, before: str | None = None) -> None:
-        """Adds a save. ``before``: the checkpoint that ``path`` stands for until the new one is written."""
-        self._pending.append(_Pending(path, save, before))
+    def add(self, path: str, save: BackgroundSave, *, before: str | None = None, step: int | None = None) -> None:
+        """Adds a save.
+
+        Args:
+            path: The path of the new checkpoint.
+            save: The save.
+            before: The checkpoint that ``path`` stands for until the new one is written, ``None`` if it is written.
+            step: The step of the saved state, ``None`` if it is unknown.
+        """
+        self._pending.append(_Pending(path, save, before, step))
 
     def published(self, path: str) -> None:
         """Records a complete checkpoint of this run."""
@@ -65,15 +75,26 @@ class PendingSaves:
 
     # Waiting --------------------------------------------------------------------------------------------------------
 
+    def wait_for_tensors(self) -> None:
+        """Waits until no save needs the tensors, so that any of them may change. Never raises."""
+        for pending in list(self._pending):
+            pending.save.wait_for_tensors()
+
     def wait_until_written(self) -> None:
-        """Waits until every checkpoint is written and has its name. No tensor is needed after that. Never raises."""
+        """Waits until every checkpoint is written and has its name. Never raises."""
         for pending in list(self._pending):
             pending.save.wait_until_written()
 
-    def finish(self) -> None:
-        """Waits until every save has ended. Never raises: :meth:`tell` raises the errors."""
+    def finish(self, *, except_of: int | None = None) -> None:
+        """Waits until every save has ended. Never raises: :meth:`tell` raises the errors.
+
+        Args:
+            except_of: Do not wait for saves of this step. ``None``: wait for all.
+        """
         # Another thread, or a signal handler, may remove the same saves at the same time.
         while pending := next(iter(tuple(self._pending)), None):
+            if except_of is not None and pending.step == except_of and not pending.save.has_ended:
+                return
             pending.save.wait()
             with contextlib.suppress(ValueError):
                 self._pending.remove(pending)
@@ -114,10 +135,38 @@ class PendingSaves:
             self.finish()
             self.tell()
 
+    @property
+    def newest(self) -> BackgroundSave | None:
+        """The save that began last, if it has not ended."""
+        pending = next(iter(tuple(self._pending)[-1:]), None)
+        return None if pending is None else pending.save
+
+    def copy(self, save: Save, limit_bytes: int | None, reason: str | None) -> bool:
+        """Copies the tensors of a new save to host memory if they fit, otherwise once more when all saves have ended.
+
+        Args:
+            save: The new save.
+            limit_bytes: The most memory of all saves together, ``None`` for no limit.
+            reason: Why the tensors must not be copied, ``None`` if they may.
+
+        Returns:
+            Whether they are copied. If not, all saves have ended.
+        """
+
+        def refuse(needed_bytes: int) -> str | None:
+            held_bytes = sum(pending.save.held_bytes for pending in list(self._pending))
+            free_bytes = available_host_bytes()
+            return reason or refusal(needed_bytes, free_bytes, limit_bytes=limit_bytes, held_bytes=held_bytes)
+
+        is_copied = save.copy(refuse)
+        if not is_copied and self._pending:
+            self.finish()
+            is_copied = save.copy(refuse)
+        return is_copied
+
     @contextlib.contextmanager
     def before_next(self) -> Iterator[None]:
-        """Waits for the previous saves. Reports their errors after the ``with`` block, which makes the next save."""
-        self.finish()
+        """Reports the errors of previous saves after the ``with`` block, which makes the next save."""
         try:
             yield
         finally:
@@ -129,10 +178,19 @@ class PendingSaves:
     def reserve(self, path: str) -> str | None:
         """Makes a name stand for a complete checkpoint of this run until a new one is written.
 
+        If there is none yet, but a save is writing one, it waits for that save.
+
         Returns:
             The checkpoint that the name stands for: the one that this run has saved under this name, otherwise the
             newest one. ``None`` if there is none. The new checkpoint must then be written immediately.
         """
+        before = self._reserve(path)
+        if before is None and self._pending:
+            self.finish()
+            before = self._reserve(path)
+        return before
+
+    def _reserve(self, path: str) -> str | None:
         if os.path.lexists(path):
             return path if self._is_ours(path) else None
         if self._newest is None or not self._is_ours(self._newest):
@@ -158,7 +216,10 @@ class PendingSaves:
             CheckpointWriteError: The previous save failed. Nothing is removed.
             OSError: The checkpoint cannot be removed.
         """
-        newest = next(iter(tuple(self._pending)[-1:]), None)
+        *others, newest = tuple(self._pending) or (None,)
+        for pending in others:
+            if pending is not None and pending.path == path:
+                pending.save.wait()  # Otherwise it would be published under this name after the removal.
         if newest is not None and newest.path != path and os.path.exists(path) and not os.path.islink(path):
             with contextlib.suppress(OSError):
                 if newest.save.remove_at_end(path):

@@ -63,7 +63,8 @@ class SaveLog:
     """Prints a line about a save immediately, and logs it to the loggers of a Trainer in the thread of this object.
 
     The first save gets a line. After that, a save gets a line if it takes more than a second, or twice as long as the
-    last one with a line. Every save is logged to the loggers. The thread of this object is the one that created it.
+    last one with a line, or if snapshots begin or end with it. Every save is logged to the loggers. The thread of this
+    object is the one that created it.
 
     Args:
         trainer: Its loggers get ``memload/save_...``.
@@ -74,11 +75,14 @@ class SaveLog:
         self._thread = threading.get_ident()
         self._reports: deque[SaveReport] = deque()
         self._told_seconds: float | None = None
+        self._has_snapshots = False
 
     def add(self, report: SaveReport) -> None:
         """Adds the figures of a save. Any thread may call it."""
         seconds = report.stats.seconds
-        if self._told_seconds is None or seconds > min(_LONG_SECONDS, max(2 * self._told_seconds, _NOISE_SECONDS)):
+        is_other_way, self._has_snapshots = self._has_snapshots != (has := report.stats.snapshot_bytes > 0), has
+        is_slow = seconds > min(_LONG_SECONDS, max(2 * (self._told_seconds or 0), _NOISE_SECONDS))
+        if self._told_seconds is None or is_slow or is_other_way:
             self._told_seconds = seconds
             rank_zero_info(report.line())
         if self._trainer is None:

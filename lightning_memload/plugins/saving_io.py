@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_memload.collector import paused_collector
 from lightning_memload.errors import CheckpointWriteError
-from lightning_memload.plugins.choices import check_choice
+from lightning_memload.plugins.choices import SnapshotSize, check_choice, check_snapshot
 from lightning_memload.plugins.compat import TorchCheckpointIO
 from lightning_memload.plugins.pending import PendingSaves
 from lightning_memload.plugins.save_log import MeasuredSave, SaveObserver, register
@@ -50,7 +51,9 @@ _LAUNCHER_FILE = ".temp.ckpt"
 class SavingIO(TorchCheckpointIO):
     """Saves checkpoints in bounded host memory. The arguments and attributes are those of ``StreamingCheckpointIO``."""
 
-    def __init__(self, *, host_budget_mib: int, asynchronous: Asynchronous, format: SaveFormat) -> None:
+    def __init__(
+        self, *, host_budget_mib: int, asynchronous: Asynchronous, format: SaveFormat, snapshot: SnapshotSize
+    ) -> None:
         super().__init__()
         check_whole("host_budget_mib", host_budget_mib, "a whole number of MiB such as 128")
         if host_budget_mib < 1:
@@ -60,8 +63,11 @@ class SavingIO(TorchCheckpointIO):
         self.format = format
         self.last_save: SaveStats | None = None
         self.asynchronous = asynchronous
+        self.snapshot = snapshot
+        check_snapshot("snapshot", snapshot, "asynchronous", asynchronous)
         self._pending = PendingSaves()
         self._changed_in_steps: Callable[[], Iterable[torch.Tensor]] = tuple
+        self._only_lightning_reads: Callable[[], bool] = bool
         self._after_training = False
         self._training_thread = threading.get_ident()
         self._save_observers: list[SaveObserver] = []
@@ -89,13 +95,30 @@ class SavingIO(TorchCheckpointIO):
         self._training_thread = threading.get_ident()
         return register(self._save_observers, observer)
 
-    def begin_steps(self, changed_in_steps: Callable[[], Iterable[torch.Tensor]]) -> None:
-        """Begins a training. ``asynchronous="until_step"`` applies until :meth:`end_steps`.
+    @property
+    def _snapshot_limit(self) -> int | None:
+        """The most memory of all snapshots in bytes, 0 for no snapshots, ``None`` for no limit."""
+        return check_snapshot("snapshot", self.snapshot, "asynchronous", self.asynchronous)
+
+    @property
+    def writes_late(self) -> bool:
+        """Whether a save of a training may return before the checkpoint is written."""
+        return self.asynchronous == "until_step" or self._snapshot_limit != 0
+
+    def begin_steps(
+        self,
+        only_lightning_reads: Callable[[], bool] = bool,
+        changed_in_steps: Callable[[], Iterable[torch.Tensor]] = tuple,
+    ) -> None:
+        """Begins a training. Saves may return before the checkpoint is written until :meth:`end_steps`.
 
         Args:
-            changed_in_steps: Called at each save. Returns the tensors that only optimizer steps change, or none if code
-                other than Lightning could read this checkpoint before the next step.
+            only_lightning_reads: Called at each save. Returns whether no code other than Lightning could read this
+                checkpoint before it is written.
+            changed_in_steps: Called at a save that only Lightning reads. Returns the tensors that only optimizer steps
+                change.
         """
+        self._only_lightning_reads = only_lightning_reads
         self._changed_in_steps = changed_in_steps
         self._after_training = False
         self._training_thread = threading.get_ident()
@@ -106,12 +129,17 @@ class SavingIO(TorchCheckpointIO):
 
         Until the next :meth:`begin_steps` saves do not run in the background, since there is no training to delay.
         """
+        self._only_lightning_reads = bool
         self._changed_in_steps = tuple
         self._after_training = True
         self.wait_until_written()
 
+    def wait_for_tensors(self) -> None:
+        """Waits until no save needs the tensors, so that any of them may change. Never raises."""
+        self._pending.wait_for_tensors()
+
     def wait_until_written(self) -> None:
-        """Waits until every checkpoint is written and has its name. Any tensor may change after that. Never raises."""
+        """Waits until every checkpoint is written and has its name. Never raises."""
         self._pending.wait_until_written()
 
     def tell_what_changed(self) -> None:
@@ -146,6 +174,13 @@ class SavingIO(TorchCheckpointIO):
         counter of a tensor detects a change against the first condition, except through ``.data``: the checkpoint is
         then not published, a warning says what is on the disk, and all further saves are as with ``True``.
 
+        With ``snapshot`` the same checkpoints are copied into free host memory and written from there. No step waits,
+        and any code may change any tensor: the first condition does not apply. The second one is: only Lightning reads
+        a new checkpoint before it is written. :meth:`wait_until_written` and the end of ``fit`` wait for this. The next
+        save waits too, unless it saves the same step, so a name stands for a checkpoint that is at most one save older.
+        If the state does not fit into three quarters of the free memory (of the machine and of its control groups), or
+        into the given size, ``asynchronous`` applies. ``last_save`` contains the reason.
+
         The next save, the next load and the end of the process wait for the disk. An error after this method has
         returned is raised by the next save, when that one is done, or at the end of ``fit``. While another exception is
         being handled it is a warning.
@@ -167,8 +202,9 @@ class SavingIO(TorchCheckpointIO):
         In a thread of Lightning (``AsyncCheckpointIO``) an error is also printed immediately: the Trainer may raise it
         late or never.
 
-        Peak memory: ``host_budget_mib`` if tensors are on devices, and the pickle, which holds no tensors. For a remote
-        file also the buffers of its file system.
+        Peak memory: ``host_budget_mib`` if tensors are on devices, and the pickle, which holds no tensors. With a
+        snapshot also the state, which is freed in blocks of 16 MiB while it is written. For a remote file also the
+        buffers of its file system.
         """
         try:
             with self._pending.before_next():
@@ -184,10 +220,17 @@ class SavingIO(TorchCheckpointIO):
         is_launchers = os.path.basename(path) == _LAUNCHER_FILE
         format = "torch" if is_launchers else self.format
         if storage_options is not None or (sys.platform != "linux" and format == "torch"):
+            self._pending.finish()
             super().save_checkpoint(checkpoint, str(path), storage_options)
             return
         filesystem, target = url_to_fs(str(path))
         is_local = isinstance(filesystem, LocalFileSystem)
+        is_late = is_local and not is_launchers and self._may_be_late()
+        # Snapshots of one step are written one after the other. A crash then costs the saves of one step at most.
+        step = _step_of(checkpoint) if is_late and self._snapshot_limit != 0 else None
+        started = time.perf_counter()
+        self._pending.finish(except_of=step)
+        waited_seconds = time.perf_counter() - started if step is not None else 0.0
         if format != "torch" and (sys.platform != "linux" or not is_local):
             raise ValueError(
                 f"StreamingCheckpointIO(format={format!r}) saves to local disks on Linux only, got {path}. Use "
@@ -202,7 +245,7 @@ class SavingIO(TorchCheckpointIO):
         try:
             if is_local:
                 try:
-                    self._save_locally(checkpoint, target, measured)
+                    self._save_locally(checkpoint, target, measured, is_late, waited_seconds)
                 except CheckpointWriteError as error:
                     if format != "torch" or not _can_only_be_overwritten(target, error):
                         raise
@@ -221,42 +264,64 @@ class SavingIO(TorchCheckpointIO):
             measured.stop()
             raise
 
-    def _save_locally(self, checkpoint: dict[str, Any], target: str, measured: MeasuredSave) -> None:
+    def _save_locally(
+        self, checkpoint: dict[str, Any], target: str, measured: MeasuredSave, is_late: bool, waited_seconds: float
+    ) -> None:
         if not self.asynchronous or self._after_training:
             stats = self._plan(checkpoint, target, self._before).run()
             self._end_save(measured, stats, stats.seconds, target)
             return
-
-        def end(background: BackgroundSave, stats: SaveStats | None) -> None:
-            if stats is None:
-                measured.stop()
-            else:
-                self._end_save(measured, stats, stats.pickle_seconds + background.blocked_seconds, target)
-
-        tensors = self._written_late()
+        started = time.perf_counter()
+        tensors = self._written_late() if is_late else ()
+        is_snapshot = is_late and self._snapshot_limit != 0
         was_there = os.path.lexists(target)
-        before = self._pending.reserve(target) if tensors else None
-        if before is None:
-            self._pending.add(target, BackgroundSave(self._plan(checkpoint, target, self._before), on_end=end))
-            return
+        before = self._pending.reserve(target) if tensors or is_snapshot else None
+        is_reserved = before is not None
         try:
             # Compared with the target itself: Lightning may remove any other checkpoint during the comparison.
-            save = self._plan(checkpoint, target, target)
-            self._pending.add(target, BackgroundSave(save, tensors, on_end=end), before=before)
+            save = self._plan(checkpoint, target, self._before if before is None else target)
+            if self._snapshot_limit != 0:
+                reason = self._reason_against_snapshot(is_late=is_late, before=before)
+                is_snapshot = self._pending.copy(save, self._snapshot_limit, reason)
+            if is_snapshot or before is None:
+                tensors = ()
+            prepared_seconds = waited_seconds + time.perf_counter() - started
+
+            def end(background: BackgroundSave, stats: SaveStats | None) -> None:
+                if stats is None:
+                    measured.stop()
+                else:
+                    self._end_save(measured, stats, prepared_seconds + background.blocked_seconds, target)
+
+            after = self._pending.newest if is_snapshot else None
+            background = BackgroundSave(save, tensors, after=after, on_end=end)
+            before = before if tensors or is_snapshot else None
+            self._pending.add(target, background, before=before, step=_step_of(checkpoint))
         except BaseException:
-            if not was_there:
+            if is_reserved and not was_there:
                 super().remove_checkpoint(target)  # It is only a second name of another checkpoint.
             raise
 
+    def _may_be_late(self) -> bool:
+        """Whether no code other than Lightning could read a checkpoint of this call before it is written."""
+        # A subclass, or another thread, may read the file at once.
+        is_ours = type(self).save_checkpoint is SavingIO.save_checkpoint
+        if not is_ours or not self.writes_late or threading.get_ident() != self._training_thread:
+            return False
+        return not self._after_training and self._only_lightning_reads()
+
     def _written_late(self) -> Iterable[torch.Tensor]:
         """Return the tensors that need not be written before the next step."""
-        if self.asynchronous != "until_step" or self._pending.promise_is_broken:
-            return ()
-        # A subclass, or another thread, may read the file at once. A step that is running cannot wait any more.
-        is_ours = type(self).save_checkpoint is SavingIO.save_checkpoint
-        if not is_ours or threading.get_ident() != self._training_thread or is_in_step():
+        # A step that is running cannot wait any more.
+        if self.asynchronous != "until_step" or self._pending.promise_is_broken or is_in_step():
             return ()
         return self._changed_in_steps()
+
+    @staticmethod
+    def _reason_against_snapshot(*, is_late: bool, before: str | None) -> str | None:
+        if not is_late:
+            return "other code could read the checkpoint at once"
+        return None if before is not None else "the run has no earlier checkpoint that the name could stand for"
 
     def _plan(self, checkpoint: dict[str, Any], target: str, before: str | None) -> Save:
         with paused_collector():
@@ -272,7 +337,7 @@ class SavingIO(TorchCheckpointIO):
 
     def _end_save(self, measured: MeasuredSave, stats: SaveStats, blocked_seconds: float, target: str) -> None:
         self.last_save, self._before = stats, stats.path
-        if self.asynchronous == "until_step":
+        if self.writes_late:
             self._pending.published(target)
         measured.report(stats, blocked_seconds)
 
@@ -301,6 +366,11 @@ class SavingIO(TorchCheckpointIO):
         """
         self._pending.finish()
         self._pending.tell()
+
+
+def _step_of(checkpoint: Any) -> int | None:
+    step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def _can_only_be_overwritten(target: str, error: CheckpointWriteError) -> bool:

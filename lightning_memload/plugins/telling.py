@@ -10,7 +10,6 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_memload.errors import MetaTensorError, listed
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
-from lightning_memload.plugins.saving_io import Asynchronous, SaveFormat
 from lightning_memload.report import RestoreReport
 
 if TYPE_CHECKING:
@@ -20,28 +19,25 @@ __all__ = ["meta_error", "report_match", "warn_of_hyperparameters", "warn_of_ign
 
 
 def warn_of_ignored_options(
-    io: StreamingCheckpointIO | None, *, asynchronous: Asynchronous, format: SaveFormat, loading: Mapping[str, object]
+    io: StreamingCheckpointIO | None, *, saving: Mapping[str, tuple[object, object]], loading: Mapping[str, object]
 ) -> None:
     """Warns of options of ``MemoryEfficientRestore`` that have no effect with the CheckpointIO of the Trainer.
 
     Args:
         io: The CheckpointIO, ``None`` if it is not a ``StreamingCheckpointIO``.
-        asynchronous: The argument ``asynchronous_save`` of the callback.
-        format: The argument ``save_format`` of the callback.
+        saving: For each option of saving: the argument of the callback, and its default. The keys are names of
+            arguments of ``StreamingCheckpointIO``.
         loading: The options of loading, and whether each one is set: ``{"safe_globals=...": True}``.
     """
-    if asynchronous and (io is None or io.asynchronous != asynchronous):
+    for name, (value, default) in saving.items():
+        if value == default or (io is not None and getattr(io, name) == value):
+            continue
+        option = f"{name}_save" if name == "asynchronous" else f"save_{name}"
+        around = "" if name == "format" else ", without Lightning's AsyncCheckpointIO around it"
         rank_zero_warn(
-            f"MemoryEfficientRestore(asynchronous_save={asynchronous!r}) is ignored: the CheckpointIO that the Trainer "
-            "was given, or its strategy, controls saving. Remove that plugin, or pass "
-            f"StreamingCheckpointIO(asynchronous={asynchronous!r}) to the Trainer, without Lightning's "
-            "AsyncCheckpointIO around it."
-        )
-    if format != "torch" and (io is None or io.format != format):
-        rank_zero_warn(
-            f"MemoryEfficientRestore(save_format={format!r}) is ignored: the CheckpointIO that the Trainer was given, "
-            "or its strategy, controls saving. Remove that plugin, or pass "
-            f"StreamingCheckpointIO(format={format!r}) to the Trainer."
+            f"MemoryEfficientRestore({option}={value!r}) is ignored: the CheckpointIO that the Trainer was given, or "
+            f"its strategy, controls saving. Remove that plugin, or pass StreamingCheckpointIO({name}={value!r}) to "
+            f"the Trainer{around}."
         )
     for option, is_set in loading.items():
         if io is None and is_set:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-import torch
-
 from lightning_memload.distributed import WriterRank
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
 from lightning_memload.plugins.compat import classes
@@ -29,7 +27,7 @@ __all__ = ["TrainerSaves"]
 
 
 class TrainerSaves:
-    """The saves of one run of a Trainer. With ``asynchronous="until_step"`` a barrier of all ranks must follow.
+    """The saves of one run of a Trainer. If the CheckpointIO writes late, a barrier of all ranks must follow.
 
     Args:
         trainer: The Trainer.
@@ -40,7 +38,7 @@ class TrainerSaves:
     def __init__(self, trainer: pl.Trainer, io: StreamingCheckpointIO, *, logs: bool) -> None:
         self._io = io
         self._writer: WriterRank | None = None
-        if io.asynchronous == "until_step":
+        if io.writes_late:
             self._writer = WriterRank(trainer.world_size, is_here=trainer.is_global_zero)
             self._writer.arrive()
         if io.format != "torch":
@@ -56,11 +54,17 @@ class TrainerSaves:
         io = self._io
         if not io.asynchronous:
             return
-        if io.asynchronous is True or not only_steps_change(trainer):
-            io.begin_steps(tuple)
+        if not io.writes_late:
+            io.begin_steps()
             return
-        io.begin_steps(lambda: self._changed_in_steps(trainer, module))
-        gate = Gate(io.wait_until_written)
+        if io.asynchronous is True or not only_steps_change(trainer):
+            io.begin_steps(lambda: self._only_lightning_reads(trainer))
+            return
+        io.begin_steps(
+            lambda: self._only_lightning_reads(trainer),
+            lambda: tensors_of_optimizers(trainer.optimizers, module.modules()),
+        )
+        gate = Gate(io.wait_for_tensors)
         hook = module.register_load_state_dict_pre_hook(gate)  # type: ignore[no-untyped-call]
         self._steps.callback(hook.remove)
 
@@ -69,9 +73,9 @@ class TrainerSaves:
         self._flush()
         self._io.tell_what_changed()
 
-    def wait_until_written(self) -> None:
-        """Waits until all checkpoints are written: callbacks may now swap in averaged weights."""
-        self._io.wait_until_written()
+    def wait_for_tensors(self) -> None:
+        """Waits until no save needs the tensors: callbacks may now swap in averaged weights."""
+        self._io.wait_for_tensors()
 
     def end_steps(self) -> None:
         """Waits until all checkpoints are written, on every rank: other callbacks may now change the weights."""
@@ -113,9 +117,9 @@ class TrainerSaves:
         if self._log is not None:
             self._log.flush()
 
-    def _changed_in_steps(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[torch.Tensor]:
-        """The tensors that the current save may write later, none if other code could read the checkpoint before."""
+    def _only_lightning_reads(self, trainer: pl.Trainer) -> bool:
+        """Whether no other code, on any rank, could read the checkpoint of the current save before it is written."""
         if self._writer is None or not self._writer.knows_all_ranks() or not only_lightning_reads(trainer):
-            return []
+            return False
         self._writer.begin()
-        return tensors_of_optimizers(trainer.optimizers, module.modules())
+        return True

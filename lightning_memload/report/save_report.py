@@ -43,6 +43,9 @@ class SaveReport:
             scalars["memload/save_blocked_seconds"] = self.blocked_seconds
         if stats.bytes_linked:
             scalars["memload/save_linked_gib"] = stats.bytes_linked / _GIB
+        if stats.snapshot_bytes or stats.snapshot_refusal is not None:
+            scalars["memload/save_snapshot_gib"] = stats.snapshot_bytes / _GIB
+            scalars["memload/save_snapshot_seconds"] = stats.snapshot_seconds
         if rise is not None:
             scalars["memload/save_host_anonymous_above_start_gib"] = rise / _GIB
         return scalars
@@ -54,6 +57,10 @@ class SaveReport:
         line += f", {format_speed(stats.bytes_written, stats.seconds)}"
         if stats.bytes_linked:
             line += f", {format_bytes(stats.bytes_linked)} unchanged and linked"
+        if stats.snapshot_bytes:
+            line += f", snapshot of {format_bytes(stats.snapshot_bytes)} in {stats.snapshot_seconds:.2f} s"
+        if stats.snapshot_refusal is not None:
+            line += f", no snapshot ({stats.snapshot_refusal})"
         if rise is not None:
             line += f", host anonymous +{format_bytes(rise)}"
         if self.blocked_seconds is not None and self.blocked_seconds < stats.seconds:

@@ -8,6 +8,9 @@ Tensors that only optimizer.step() modifies may be written in the background too
 waits until they are written. No tensor is copied. If other code modifies such a tensor in place before it is written,
 its version counter shows it: the save fails and publishes nothing, because the file would mix two states. Modifications
 that torch does not count (through ``.data``, or a raw pointer) are not detected.
+
+If the save has copied the tensors to host memory, all of it is written in the background, and any tensor may change.
+Such saves may wait for one another, each with its own copies.
 """
 
 from __future__ import annotations
@@ -37,15 +40,18 @@ class BackgroundSave:
     """Runs a save and finishes it in a background thread.
 
     The constructor blocks until every tensor that code outside optimizer.step() may modify has been written. Without
-    ``changed_in_steps`` the calling thread writes and publishes everything before the constructor returns.
+    ``changed_in_steps`` the calling thread writes and publishes everything before the constructor returns. If the
+    save has copied the tensors, the constructor only starts the thread.
 
     The background thread is not a daemon: the process waits for it at exit. If no thread can be started, the
     constructor does all the work. An error that no call has raised is printed at exit. A forked child has neither the
-    thread nor the save, and all waits return at once there. A fork waits until everything is written.
+    thread nor the save, and all waits return at once there. A fork waits until tensors that are not copied are written.
 
     Args:
         save: The planned save. Plan it in the calling thread: planning reads the whole object.
-        changed_in_steps: Tensors that only optimizer.step() modifies.
+        changed_in_steps: Tensors that only optimizer.step() modifies. None if the save has copied the tensors.
+        after: The save before this one. This one begins to write when that one has ended. Only for a save that has
+            copied the tensors.
         on_end: Called in the thread in which the save ends, with this object and the figures of the save (``None`` if
             it failed).
 
@@ -65,11 +71,14 @@ class BackgroundSave:
         save: Save,
         changed_in_steps: Iterable[torch.Tensor] = (),
         *,
+        after: BackgroundSave | None = None,
         on_end: Callable[[BackgroundSave, SaveStats | None], object] = lambda save, stats: None,
     ) -> None:
         self.path = save.path
         self.blocked_seconds = 0.0
         self._save = save
+        self._is_copied = save.is_copied
+        self._after = after
         self._on_end = on_end
         self._versions = [(tensor, tensor._version) for tensor in changed_in_steps]
         self._deferred_storages = {tensor.untyped_storage()._cdata for tensor, _ in self._versions}
@@ -83,7 +92,9 @@ class BackgroundSave:
         self._waits_since: float | None = time.perf_counter()
         self._hook: Any = None
         self._ident: int | None = None
-        if self._versions:
+        if self._is_copied:
+            assert not self._versions
+        elif self._versions:
             self._hook = register_optimizer_step_pre_hook(self._before_step)
             self._unwritten.add(self)
         else:
@@ -106,8 +117,23 @@ class BackgroundSave:
         """Whether the save failed because a tensor was modified, and this error has not been raised yet."""
         return isinstance(self._error, ChangedMeanwhileError)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the save has ended, with or without an error."""
+        return self._ended.is_set()
+
+    @property
+    def held_bytes(self) -> int:
+        """Host memory of the copied tensors that is not freed yet."""
+        return self._save.held_bytes
+
+    def wait_for_tensors(self) -> None:
+        """Waits until the save does not need the tensors, so that any of them may change. Never raises."""
+        if not self._is_copied:
+            self.wait_until_written()
+
     def wait_until_written(self) -> None:
-        """Waits until the save is published or has failed. After that any tensor may change. Never raises."""
+        """Waits until the save is published or has failed. Never raises."""
         if self._published.is_set() or os.getpid() != self._pid:
             return
         self._waits_since = time.perf_counter()
@@ -169,7 +195,11 @@ class BackgroundSave:
     def _run(self) -> None:
         self._ident = threading.get_ident()
         stats: SaveStats | None = None
+        after, self._after = self._after, None  # otherwise each save would keep all saves before it
         try:
+            if after is not None:
+                self._end_first()
+                after._ended.wait()
             if not self._published.is_set():
                 self._write(WriteOrder(self._is_written_first, self._end_first))
             stats = self._save.settle()
@@ -203,6 +233,8 @@ class BackgroundSave:
         self._first.set()
 
     def _end_first(self) -> None:
+        if self._first.is_set():
+            return
         self._add_blocked_time()
         self._first.set()
 

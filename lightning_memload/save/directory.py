@@ -7,6 +7,7 @@ own, or the weights are together in one safetensors file.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import shutil
@@ -34,9 +35,11 @@ from lightning_memload.pickles.pickling import Pickled, pickle_object
 from lightning_memload.pickles.structure import STUB_BYTES
 from lightning_memload.save.saving import DEFAULT_BUDGET_BYTES, Save, SaveStats, default_save_threads
 from lightning_memload.save.torch_file import TorchFileWriter
+from lightning_memload.storage.descriptors import OwnDescriptors
 from lightning_memload.storage.replacement import Replacement, put_back
+from lightning_memload.transfer.contents import Content
 from lightning_memload.transfer.sinks import LocalSink, SplitWriter
-from lightning_memload.transfer.writing import Content, WriteEngine, WriteOrder, size_of
+from lightning_memload.transfer.writing import WriteEngine, WriteOrder
 
 __all__ = ["plan_directory_save", "save_directory"]
 
@@ -142,40 +145,40 @@ class _DirectoryWriter:
         outside = {saved.storage._cdata for saved in largest}
         if len(outside) < len(with_bytes):
             pickled = pickle_object(obj, stubs=lambda storage: storage._cdata in outside)
-        self.saved_storages = pickled.saved_storages
-        self._state, self._keys = _divide(pickled, outside)
-        own = [pickled.saved_storages[key] for key in self._keys]
-        self._records = WriteEngine([*self._state.contents, *own], host_budget_bytes, num_threads)
-        self.num_threads, self.staging_bytes = self._records.num_threads, self._records.staging_bytes
-        self._old_names = [old_files.get((str(key), saved.nbytes)) for key, saved in zip(self._keys, own, strict=True)]
-        self.nbytes = self._state.nbytes + sum(saved.nbytes for saved in own)
-        linkable = zip(own, self._old_names, strict=True)
-        self.bytes_linkable = sum(saved.nbytes for saved, old_name in linkable if old_name is not None)
+        self.storage_sizes = [saved.nbytes for saved in pickled.saved_storages]
+        self._state, keys = _divide(pickled, outside)
+        own = [pickled.saved_storages[key] for key in keys]
+        self.records = WriteEngine([*self._state.take_contents(), *own], host_budget_bytes, num_threads)
+        # Without the checksums, which are known when the files are written.
+        self._storages = [
+            StorageFile(str(key), saved.nbytes, 0, str(saved.storage.device))
+            for key, saved in zip(keys, own, strict=True)
+        ]
+        self._old_names = [old_files.get((storage.key, storage.nbytes)) for storage in self._storages]
+        self.nbytes = self._state.nbytes + sum(storage.nbytes for storage in self._storages)
+        linkable = zip(self._storages, self._old_names, strict=True)
+        self.bytes_linkable = sum(storage.nbytes for storage, old_name in linkable if old_name is not None)
         self.bytes_linked = 0
-        self._storages: list[StorageFile] = []
 
     def write(self, place: Replacement, *, durable: bool, order: WriteOrder | None) -> int:
         """Writes all files except the manifest."""
         folder = place.temporary_path
         os.mkdir(os.path.join(folder, TENSORS_FOLDER))
-        own = [self.saved_storages[key] for key in self._keys]
         files = LinkingFiles(
-            [os.path.join(folder, storage_file(str(key))) for key in self._keys],
-            [saved.nbytes for saved in own],
+            [os.path.join(folder, storage_file(storage.key)) for storage in self._storages],
+            [storage.nbytes for storage in self._storages],
             self._old_names,
             start_writeback=durable,
         )
-        with open(os.path.join(folder, STATE_FILE), "xb") as state, contextlib.closing(files):
-            sink = LocalSink(state.fileno(), start_writeback=durable)
-            of_state = len(self._state.contents)
-            target = SplitWriter((of_state, self._state.target(sink)), (len(own), files))
-            crc32s = self._records.write(target, order)
+        with OwnDescriptors.new_file(os.path.join(folder, STATE_FILE)) as state, contextlib.closing(files):
+            sink = LocalSink(state, start_writeback=durable)
+            of_state = self._state.num_records
+            target = SplitWriter((of_state, self._state.target(sink)), (len(self._storages), files))
+            crc32s = self.records.write(target, order)
             self._state.write_end(sink, crc32s[:of_state])
         self.bytes_linked = files.bytes_linked
-        self._storages = [
-            StorageFile(str(key), saved.nbytes, crc32, str(saved.storage.device))
-            for key, saved, crc32 in zip(self._keys, own, crc32s[of_state:], strict=True)
-        ]
+        written = zip(self._storages, crc32s[of_state:], strict=True)
+        self._storages = [dataclasses.replace(storage, crc32=crc32) for storage, crc32 in written]
         return self.nbytes - self.bytes_linked
 
     @property
@@ -208,10 +211,15 @@ class _SafetensorsWriter:
                 places.clear()
                 pickled = pickle_object(obj)
                 break
-        self.saved_storages = pickled.saved_storages
-        self._state, self._keys = _divide(pickled, places)
-        self._records = WriteEngine([*self._state.contents, *self._weights.contents], host_budget_bytes, num_threads)
-        self.num_threads, self.staging_bytes = self._records.num_threads, self._records.staging_bytes
+        self.storage_sizes = [saved.nbytes for saved in pickled.saved_storages]
+        self._state, keys = _divide(pickled, places)
+        # The number and device of each storage outside of state.pt, and the index of its content.
+        self._outside = [
+            (str(key), str(saved.storage.device), places[saved.storage._cdata])
+            for key, saved in ((key, pickled.saved_storages[key]) for key in keys)
+        ]
+        contents = [*self._state.take_contents(), *self._weights.take_contents()]
+        self.records = WriteEngine(contents, host_budget_bytes, num_threads)
         self.nbytes = self._state.nbytes + self._weights.nbytes
         self._crc32s: list[int] = []
         if self._weights.left_out:
@@ -224,15 +232,15 @@ class _SafetensorsWriter:
 
     def write(self, place: Replacement, *, durable: bool, order: WriteOrder | None) -> int:
         """Writes both files."""
-        folder, weights, of_state = place.temporary_path, self._weights, len(self._state.contents)
+        folder, offsets, of_state = place.temporary_path, self._weights.offsets, self._state.num_records
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(os.path.join(folder, name), "xb")) for name in (STATE_FILE, WEIGHTS_FILE)]
-            state, beside = (LocalSink(file.fileno(), start_writeback=durable) for file in files)
+            paths = [os.path.join(folder, name) for name in (STATE_FILE, WEIGHTS_FILE)]
+            files = [stack.enter_context(OwnDescriptors.new_file(path)) for path in paths]
+            state, beside = (LocalSink(file, start_writeback=durable) for file in files)
             target = SplitWriter(
-                (of_state, self._state.target(state)),
-                (len(weights.contents), ContiguousWriter(beside, weights.offsets)),
+                (of_state, self._state.target(state)), (len(offsets), ContiguousWriter(beside, offsets))
             )
-            crc32s = self._records.write(target, order)
+            crc32s = self.records.write(target, order)
             self._state.write_end(state, crc32s[:of_state])
         self._crc32s = crc32s[of_state:]
         return self.nbytes
@@ -240,12 +248,11 @@ class _SafetensorsWriter:
     def finish(self, place: Replacement) -> None:
         """Writes the manifest."""
         weights = self._weights
-        runs = list(zip(weights.offsets, map(size_of, weights.contents), self._crc32s, strict=True))
+        runs = list(zip(weights.offsets, self.records.sizes[self._state.num_records :], self._crc32s, strict=True))
         header, storages, copies = runs[0], [], dict(enumerate(runs[1:], start=1))
-        for key in self._keys:
-            storage = self.saved_storages[key].storage
-            offset, nbytes, crc32 = copies.pop(weights.places[storage._cdata])
-            storages.append(StorageFile(str(key), nbytes, crc32, str(storage.device), offset))
+        for key, device, content in self._outside:
+            offset, nbytes, crc32 = copies.pop(content)
+            storages.append(StorageFile(key, nbytes, crc32, device, offset))
         layout = WeightsLayout(weights.nbytes, header[1], header[2], tuple(copies.values()))
         _complete(place, storages, layout)
 

@@ -19,10 +19,9 @@ from typing import Protocol
 from lightning_memload.collector import paused_collector
 from lightning_memload.errors import CheckpointWriteError
 from lightning_memload.formats.tensor_directory.manifest import foreign_names, is_tensor_directory
-from lightning_memload.pickles.pickling import SavedStorage
 from lightning_memload.storage.replacement import Replacement
 from lightning_memload.transfer import available_cpus
-from lightning_memload.transfer.writing import WriteOrder
+from lightning_memload.transfer.writing import WriteEngine, WriteOrder
 
 __all__ = ["DEFAULT_BUDGET_BYTES", "CheckpointWriter", "Clock", "Save", "SaveStats", "default_save_threads", "stats_of"]
 
@@ -52,6 +51,9 @@ class SaveStats:
         num_threads: Number of writing threads.
         staging_bytes: Host memory of the staging ring, 0 if the ring was not used.
         streamed: Whether the bytes were streamed. ``False`` if ``torch.save`` wrote the file.
+        snapshot_bytes: Host memory of the snapshot that was written, 0 without one.
+        snapshot_seconds: The time that it took to copy the state into the snapshot. It is a part of ``write_seconds``.
+        snapshot_refusal: Why no snapshot was taken. ``None`` if one was taken, or if none was wanted.
     """
 
     path: str
@@ -66,6 +68,9 @@ class SaveStats:
     num_threads: int
     staging_bytes: int
     streamed: bool
+    snapshot_bytes: int = 0
+    snapshot_seconds: float = 0.0
+    snapshot_refusal: str | None = None
 
 
 class CheckpointWriter(Protocol):
@@ -73,14 +78,17 @@ class CheckpointWriter(Protocol):
 
     is_directory: bool
     streamed: bool
-    num_threads: int
-    staging_bytes: int
     bytes_linkable: int
     bytes_linked: int
 
     @property
-    def saved_storages(self) -> Sequence[SavedStorage]:
-        """The memory that must stay unchanged until it is written."""
+    def storage_sizes(self) -> Sequence[int]:
+        """Bytes of each storage in the checkpoint."""
+        ...
+
+    @property
+    def records(self) -> WriteEngine | None:
+        """The records. They refer to the tensors. ``None`` if the bytes are not streamed."""
         ...
 
     @property
@@ -138,7 +146,8 @@ def _pause_of_collector() -> contextlib.AbstractContextManager[None]:
 class Save:
     """A save to a local path: all at once by :meth:`run`, or by :meth:`write`, :meth:`publish` and :meth:`settle`.
 
-    Call each step once, from any thread. A step that fails removes the temporary files.
+    Call each step once, from any thread. Before these steps, :meth:`copy` may copy the tensors to host memory. A step
+    that fails removes the temporary files.
 
     Args:
         path: The checkpoint to replace or to create.
@@ -159,6 +168,9 @@ class Save:
         with _pause_of_collector():
             self._plan: CheckpointWriter | None = plan()
         self._nbytes = self._plan.nbytes
+        self._records = self._plan.records
+        self._refusal: str | None = None
+        self._copy_seconds = 0.0
         self._names: Sequence[str] = ()
         self._clock.lap()
         self._place: Replacement | None = None
@@ -182,6 +194,41 @@ class Save:
             self.abandon()
             raise
 
+    @property
+    def is_copied(self) -> bool:
+        """Whether the tensors are copied, so that they may change before they are written."""
+        return self._records is not None and self._records.snapshot is not None
+
+    @property
+    def held_bytes(self) -> int:
+        """Host memory of the copies that is not freed yet."""
+        snapshot = self._records.snapshot if self._records is not None else None
+        return snapshot.held_bytes if snapshot is not None else 0
+
+    def copy(self, refuse: Callable[[int], str | None]) -> bool:
+        """Copies all tensors to host memory, if that is allowed. They may change after that, and are not referenced.
+
+        Args:
+            refuse: Called with the host memory that this takes, in bytes. Returns why it must not, or ``None``.
+
+        Returns:
+            Whether they are copied. The figures of the save contain the time, or the reason.
+
+        Peak memory: what ``refuse`` gets. :meth:`write` frees it chunk by chunk, and before it returns.
+        """
+        started = time.perf_counter()
+        if self._records is None:
+            self._refusal = "torch.save writes this object"
+            return False
+        self._refusal = refuse(sum(self._records.copied_sizes) + self._records.staging_bytes)
+        if self._refusal is None:
+            try:
+                self._records.copy()
+            except MemoryError as error:
+                self._refusal = str(error)
+        self._copy_seconds = time.perf_counter() - started
+        return self._refusal is None
+
     def write(self, order: WriteOrder | None = None) -> None:
         """Writes everything to a temporary sibling. On return the tensors are no longer needed or referenced.
 
@@ -191,16 +238,23 @@ class Save:
         """
         plan, self._plan = self._plan, None
         assert plan is not None
-        with self._cleaned_up_on_error():
-            # A file may replace a checkpoint directory, unless the directory holds files that are not the checkpoint's.
-            over_directory = is_tensor_directory(self.path) and not foreign_names(self.path)
-            self._place = Replacement(self.path, is_directory=plan.is_directory, over_directory=over_directory)
-            _check_space(self.path, plan)
-            bytes_written = plan.write(self._place, durable=self._durable, order=order)
-            self._clock.lap()
-            plan.finish(self._place)
-            self._names = plan.names
-            self._stats = stats_of(self.path, plan, bytes_written, self._clock)
+        try:
+            with self._cleaned_up_on_error():
+                # A file may replace a checkpoint directory, unless the directory holds files that are not the
+                # checkpoint's.
+                over_directory = is_tensor_directory(self.path) and not foreign_names(self.path)
+                self._place = Replacement(self.path, is_directory=plan.is_directory, over_directory=over_directory)
+                _check_space(self.path, plan)
+                bytes_written = plan.write(self._place, durable=self._durable, order=order)
+                self._clock.lap()
+                plan.finish(self._place)
+                self._names = plan.names
+                stats = stats_of(self.path, plan, bytes_written, self._clock)
+                self._stats = replace(stats, snapshot_seconds=self._copy_seconds, snapshot_refusal=self._refusal)
+        finally:
+            # The traceback of an error would keep the tensors, and the copies of them.
+            if self._records is not None:
+                self._records.close()
 
     def publish(self) -> None:
         """Replaces the old checkpoint. All processes see the new one, and it survives the end of this process.
@@ -251,19 +305,22 @@ def stats_of(path: str, plan: CheckpointWriter, bytes_written: int, clock: Clock
     """The figures of a save. The clock has two laps (planning, writing), and a third one after the commit."""
     started, pickled, written = clock.times[:3]
     ended = clock.times[-1]
+    records = plan.records
+    snapshot = records.snapshot if records is not None else None
     return SaveStats(
         path=path,
         bytes_written=bytes_written,
         bytes_linked=plan.bytes_linked,
-        tensor_bytes=sum(saved.nbytes for saved in plan.saved_storages),
-        num_storages=len(plan.saved_storages),
+        tensor_bytes=sum(plan.storage_sizes),
+        num_storages=len(plan.storage_sizes),
         seconds=ended - started,
         pickle_seconds=pickled - started,
         write_seconds=written - pickled,
         commit_seconds=ended - written,
-        num_threads=plan.num_threads,
-        staging_bytes=plan.staging_bytes,
+        num_threads=records.num_threads if records is not None else 1,
+        staging_bytes=records.staging_bytes if records is not None else 0,
         streamed=plan.streamed,
+        snapshot_bytes=snapshot.nbytes if snapshot is not None else 0,
     )
 
 

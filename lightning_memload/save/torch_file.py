@@ -26,7 +26,7 @@ from lightning_memload.formats.torch_zip.layout import (
     lay_out,
     local_header,
 )
-from lightning_memload.pickles.pickling import Pickled, SavedStorage, pickle_object
+from lightning_memload.pickles.pickling import Pickled, pickle_object
 from lightning_memload.save.saving import (
     DEFAULT_BUDGET_BYTES,
     CheckpointWriter,
@@ -37,8 +37,9 @@ from lightning_memload.save.saving import (
     stats_of,
 )
 from lightning_memload.storage.replacement import Replacement, put_back
+from lightning_memload.transfer.contents import Content, size_of
 from lightning_memload.transfer.sinks import LocalSink, RecordWriter, Sink, StreamSink
-from lightning_memload.transfer.writing import Content, WriteEngine, WriteOrder, size_of
+from lightning_memload.transfer.writing import WriteEngine, WriteOrder
 
 __all__ = ["TorchFileWriter", "plan_torch_save", "save_torch", "write_torch"]
 
@@ -139,7 +140,7 @@ class TorchFileWriter:
         storages: The content of the file for each storage.
 
     Attributes:
-        contents: All records except the last one, which depends on the others.
+        num_records: Number of records, without the last one, which depends on the others.
         nbytes: Size of the file.
     """
 
@@ -152,11 +153,17 @@ class TorchFileWriter:
             *((f"data/{key}", content) for key, content in enumerate(storages)),
             ("version", b"3\n"),
         ]
-        self.contents = [content for _, content in records]
+        self._contents = [content for _, content in records]
+        self.num_records = len(records)
         self._entries = lay_out((f"{_ARCHIVE}/{name}", size_of(content)) for name, content in records)
         # The value of this record depends on the other records' checksums. Its size and position do not.
         (self._identity,) = lay_out([(f"{_ARCHIVE}/.data/serialization_id", 40)], start=self._entries[-1].end)
         self.nbytes: int = self._identity.end + directory_bytes([*self._entries, self._identity])
+
+    def take_contents(self) -> list[Content]:
+        """The contents of the records. The writer no longer refers to them. Call it once."""
+        contents, self._contents = self._contents, []
+        return contents
 
     def target(self, sink: Sink) -> RecordWriter:
         """The record writer for the contents, for :class:`WriteEngine`."""
@@ -191,12 +198,11 @@ class _TorchZipWriter:
     names = ()
 
     def __init__(self, pickled: Pickled, host_budget_bytes: int, num_threads: int) -> None:
-        self.saved_storages = pickled.saved_storages
+        self.storage_sizes = [saved.nbytes for saved in pickled.saved_storages]
         self._archive = TorchFileWriter(pickled, pickled.saved_storages)
-        most_threads = -(-sum(map(size_of, self._archive.contents)) // _THREAD_BYTES)
-        self._records = WriteEngine(self._archive.contents, host_budget_bytes, min(num_threads, most_threads))
-        self.num_threads = self._records.num_threads
-        self.staging_bytes = self._records.staging_bytes
+        contents = self._archive.take_contents()
+        most_threads = -(-sum(map(size_of, contents)) // _THREAD_BYTES)
+        self.records = WriteEngine(contents, host_budget_bytes, min(num_threads, most_threads))
         self.nbytes: int = self._archive.nbytes
 
     def write(self, place: Replacement, *, durable: bool, order: WriteOrder | None) -> int:
@@ -210,7 +216,7 @@ class _TorchZipWriter:
         Raises:
             OSError: Writing failed.
         """
-        self._archive.write_end(sink, self._records.write(self._archive.target(sink), order))
+        self._archive.write_end(sink, self.records.write(self._archive.target(sink), order))
 
     def finish(self, place: Replacement) -> None:
         """Nothing is left to do."""
@@ -220,9 +226,9 @@ class _TorchSaveWriter:
     """Plans a file that ``torch.save`` writes, see :class:`CheckpointWriter`."""
 
     is_directory = streamed = False
-    num_threads, staging_bytes, bytes_linkable, bytes_linked = 1, 0, 0, 0
-    names = ()
-    saved_storages: tuple[SavedStorage, ...] = ()
+    bytes_linkable = bytes_linked = 0
+    names = storage_sizes = ()
+    records = None
     nbytes: int | None = None
 
     def __init__(self, obj: object) -> None:

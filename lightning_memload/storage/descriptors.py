@@ -47,6 +47,20 @@ class OwnDescriptors:
 
     @classmethod
     @contextlib.contextmanager
+    def new_file(cls, path: str) -> Iterator[int]:
+        """Creates a file and opens it for writing. The end of the ``with`` block closes it.
+
+        Raises:
+            OSError: It exists, or cannot be created.
+        """
+        descriptor = cls.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            yield descriptor
+        finally:
+            cls.close(descriptor)
+
+    @classmethod
+    @contextlib.contextmanager
     def _no_fork(cls) -> Iterator[None]:
         """Delays forks. Goes on without the lock if another thread holds it for more than 5 seconds.
 

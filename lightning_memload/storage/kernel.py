@@ -1,22 +1,47 @@
-"""Memory mappings by the kernel's own calls: the standard library's module cannot choose the address. Linux only."""
+"""Memory mappings by the kernel's own calls. Linux only.
+
+The standard library's module cannot choose the address, and holds the interpreter's lock while the kernel works.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import enum
 import mmap
 import os
 import sys
 
-__all__ = ["map_file", "map_memory", "move_memory", "populate_memory", "reserve_addresses", "unmap_memory"]
+__all__ = [
+    "Advice",
+    "advise",
+    "map_file",
+    "map_memory",
+    "move_memory",
+    "populate_memory",
+    "reserve_addresses",
+    "unmap_memory",
+]
 
 # Python has the name MAP_NORESERVE from 3.11 on. The value is that of x86-64 and arm64.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _MAP_FIXED = 0x10
 _MREMAP_MAYMOVE_FIXED = 0x1 | 0x2
 _PROT_NONE = 0
-_MADV_POPULATE_WRITE = 23
 
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+class Advice(enum.IntEnum):
+    """What :func:`advise` tells the kernel, see madvise(2)."""
+
+    DONTNEED = 4
+    """Free the memory. The addresses read as zeros after that."""
+    DONTFORK = 10
+    """A forked child does not inherit the mapping."""
+    HUGEPAGE = 14
+    """Use huge pages where possible."""
+    POPULATE_WRITE = 23
+    """Allocate all pages now. From Linux 5.14 on."""
 
 
 def reserve_addresses(nbytes: int, *, at: int | None = None, readable: bool = False) -> int:
@@ -54,6 +79,19 @@ def map_file(descriptor: int, nbytes: int, at: int) -> None:
     """
     flags = mmap.MAP_PRIVATE | _MAP_NORESERVE | _MAP_FIXED
     _mmap(at, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor)
+
+
+def advise(address: int, nbytes: int, advice: Advice) -> int:
+    """Gives the kernel advice about all pages of a range of memory.
+
+    Returns:
+        0, or the number of the error. ``EINVAL``: this kernel does not know the advice.
+    """
+    assert _LIBC is not None
+    call = _LIBC.madvise
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    start = address // mmap.PAGESIZE * mmap.PAGESIZE
+    return ctypes.get_errno() if call(start, address + nbytes - start, advice) else 0
 
 
 def unmap_memory(address: int, nbytes: int) -> None:
@@ -95,12 +133,11 @@ def populate_memory(address: int, nbytes: int) -> None:
     if _LIBC is None or start >= end:
         return
     is_present = ctypes.c_ubyte(1)
-    ask, call = _LIBC.mincore, _LIBC.madvise
+    ask = _LIBC.mincore
     ask.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     # Of memory that has pages, each would be looked up once more: a quarter of the time of a read.
     if ask(start, mmap.PAGESIZE, ctypes.addressof(is_present)) == 0 and not is_present.value & 1:
-        call(start, end - start, _MADV_POPULATE_WRITE)
+        advise(start, end - start, Advice.POPULATE_WRITE)
 
 
 def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:

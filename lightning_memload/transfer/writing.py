@@ -11,7 +11,7 @@ import ctypes
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,65 +20,24 @@ from zlib_ng import zlib_ng
 from lightning_memload.bytes import RecordPart
 from lightning_memload.pickles.pickling import SavedStorage
 from lightning_memload.transfer.checksums import PartialChecksums
+from lightning_memload.transfer.contents import Content, GatheredBytes, memory_of, size_of
 from lightning_memload.transfer.cuda_context import on_device, on_stream
 from lightning_memload.transfer.sinks import RecordWriter
+from lightning_memload.transfer.snapshot import Releasing, Snapshot
 from lightning_memload.transfer.staging import MIN_BUDGET_BYTES, RingLayout, StagingRing, choose_layout
-from lightning_memload.transfer.threads import run_threads
+from lightning_memload.transfer.threads import default_threads, run_threads
 from lightning_memload.transfer.write_plan import plan_writes
 
-__all__ = ["Content", "GatheredBytes", "WriteEngine", "WriteOrder", "memory_of", "size_of"]
+__all__ = ["WriteEngine", "WriteOrder"]
 
 # Small enough to stay in the core's cache: the checksum reads the bytes first, and the write reads them again.
 _DIRECT_BLOCK_BYTES = 1 << 20
+# A copy reads the bytes once. Larger blocks take the interpreter's lock less often.
+_COPIED_BLOCK_BYTES = 8 << 20
 # Copying so few bytes takes less time than making a view of them, and starts the collector less often.
 _TINY_BYTES = 1024
 # Each part has three buffers: header, data and descriptor. One pwritev takes at most 1024 buffers (IOV_MAX).
 _MAX_PARTS = 1024 // 3
-
-_GATHERED_ELEMENTS = 64 << 10
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class GatheredBytes:
-    """The elements of a non-contiguous tensor as contiguous bytes, in the order of the elements.
-
-    The bytes are gathered part by part. Each part takes its own size in memory on the tensor's device, and 512 KiB
-    for positions.
-
-    Args:
-        tensor: A strided tensor with elements of 1, 2, 4 or 8 bytes.
-    """
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._integers = tensor.detach().view(_INTEGERS[tensor.dtype.itemsize])
-        self.storage = tensor.untyped_storage()
-        self.nbytes = tensor.nbytes
-
-    @property
-    def is_in_host_memory(self) -> bool:
-        """Whether the bytes can be read without a copy from a device."""
-        return self.storage.device.type == "cpu"
-
-    def gather(self, start: int, nbytes: int) -> torch.Tensor:
-        """Gathers ``nbytes`` bytes from byte ``start``, as a 1-D uint8 tensor on the tensor's device.
-
-        Both numbers must be multiples of the element size.
-        """
-        integers, itemsize = self._integers, self._integers.dtype.itemsize
-        first, end = start // itemsize, (start + nbytes) // itemsize
-        values = integers.new_empty(end - first)
-        for done in range(first, end, _GATHERED_ELEMENTS):
-            positions = torch.arange(done, min(done + _GATHERED_ELEMENTS, end), device=integers.device)
-            torch.take(integers, positions, out=values[done - first : done - first + len(positions)])
-        return values.view(torch.uint8)
-
-
-Content = bytes | SavedStorage | GatheredBytes
-
-
-def size_of(content: Content) -> int:
-    """Number of bytes of a content."""
-    return len(content) if isinstance(content, bytes) else content.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +57,7 @@ class WriteEngine:
     """The records of one save, with the threads and staging buffers to write them.
 
     Args:
-        contents: The data of each record. They must not change until they are written.
+        contents: The data of each record. They must not change until they are written or copied.
         host_budget_bytes: Maximum host memory for staging data from devices.
         num_threads: Maximum number of writing threads. With one thread, the writes are in the order of the records.
 
@@ -106,6 +65,7 @@ class WriteEngine:
         sizes: Bytes of each record.
         num_threads: Number of writing threads.
         staging_bytes: Host memory for staging, 0 if no data is on a device.
+        snapshot: The copies of the contents, ``None`` without :meth:`copy`.
 
     Raises:
         ValueError: The budget is below 512 KiB, or ``num_threads`` is below 1.
@@ -113,22 +73,57 @@ class WriteEngine:
 
     def __init__(self, contents: Sequence[Content], host_budget_bytes: int, num_threads: int) -> None:
         choose_layout(host_budget_bytes, num_threads)  # raises for options that cannot be met
-        self._contents = contents
+        self._contents: Sequence[Content | memoryview] = contents
         self.sizes = [size_of(content) for content in contents]
+        self.snapshot: Snapshot | None = None
         on_devices = [c for c in contents if not isinstance(c, bytes) and not c.is_in_host_memory]
-        self._layout: RingLayout | None = None
-        if any(content.nbytes for content in on_devices):
-            # The ring is not larger than the device data, so a small checkpoint does not take the whole budget.
-            device_bytes = max(sum(content.nbytes for content in on_devices), MIN_BUDGET_BYTES)
-            self._layout = choose_layout(min(host_budget_bytes, device_bytes), num_threads)
+        # The ring is not larger than the device data, so a small checkpoint does not take the whole budget.
+        device_bytes = sum(content.nbytes for content in on_devices)
+        self._ring_bytes = min(host_budget_bytes, max(device_bytes, MIN_BUDGET_BYTES)) if device_bytes else 0
+        layout = choose_layout(self._ring_bytes, num_threads) if device_bytes else None
         devices = {content.storage.device for content in on_devices if content.storage.device.type == "cuda"}
         # Kernels on this thread's stream may still be computing the values, and another thread may write them.
         self._ready_events = {device: torch.cuda.current_stream(device).record_event() for device in devices}
         self.num_threads = num_threads
-        self.staging_bytes = self._layout.nbytes if self._layout else 0
+        self._layout = layout
+        self.staging_bytes = layout.nbytes if layout else 0
+
+    @property
+    def copied_sizes(self) -> list[int]:
+        """Bytes that :meth:`copy` copies of each record: 0 for records that are ``bytes``, which cannot change."""
+        return [0 if isinstance(content, bytes) else content.nbytes for content in self._contents]
+
+    def copy(self) -> None:
+        """Copies all contents to host memory. They may change after that, and are no longer referenced.
+
+        After an error nothing has changed.
+
+        Raises:
+            MemoryError: The kernel refuses the memory.
+
+        Peak memory: ``copied_sizes``, and the budget if data is on devices. :meth:`write` frees the copies chunk by
+        chunk, and :meth:`close` the rest.
+        """
+        sizes = self.copied_sizes
+        num_threads = default_threads(next(iter(self._ready_events), torch.device("cpu")))
+        layout = _layout_of_copies(self._ring_bytes, num_threads) if self._ring_bytes else None
+        snapshot = Snapshot(sizes)
+        try:
+            with self._ring(layout) as ring:
+                block_bytes = layout.block_bytes if layout else _COPIED_BLOCK_BYTES
+                writing = _Writing(snapshot, self._contents, sizes, block_bytes, ring, self._ready_events)
+                writing.run(num_threads, needs_crc32s=False)
+        except BaseException:
+            snapshot.close()
+            raise
+        self._contents = [
+            content if isinstance(content, bytes) else snapshot.copy_of(record)
+            for record, content in enumerate(self._contents)
+        ]
+        self._layout, self._ready_events, self.snapshot = None, {}, snapshot
 
     def write(self, target: RecordWriter, order: WriteOrder | None = None) -> list[int]:
-        """Writes all records. Blocks until ``target`` has all bytes.
+        """Writes all records. Blocks until ``target`` has all bytes. Call it once.
 
         After an error ``target`` has some of the bytes, and all threads have ended.
 
@@ -144,34 +139,56 @@ class WriteEngine:
 
         Peak memory: ``staging_bytes``.
         """
-        with ExitStack() as stack:
-            # This may be another thread than the one that created this object, with another current GPU.
-            device = next(iter(self._ready_events), None)
-            ring = None
-            if self._layout is not None:
-                ring = stack.enter_context(StagingRing(self._layout, pinned=device is not None, device=device))
-            return _Writing(target, self._contents, self.sizes, ring, self._ready_events, order).run(self.num_threads)
+        if self.snapshot is not None:
+            target = Releasing(target, self.snapshot)
+        block_bytes = self._layout.block_bytes if self._layout else _DIRECT_BLOCK_BYTES
+        with self._ring(self._layout) as ring:
+            writing = _Writing(target, self._contents, self.sizes, block_bytes, ring, self._ready_events, order)
+            return writing.run(self.num_threads)
+
+    def close(self) -> None:
+        """Frees the copies, and no longer refers to the contents. A second call does nothing."""
+        self._contents = ()
+        if self.snapshot is not None:
+            self.snapshot.close()
+
+    def _ring(self, layout: RingLayout | None) -> AbstractContextManager[StagingRing | None]:
+        if layout is None:
+            return nullcontext()
+        # This may be another thread than the one that created this object, with another current GPU.
+        device = next(iter(self._ready_events), None)
+        return StagingRing(layout, pinned=device is not None, device=device)
+
+
+def _layout_of_copies(budget_bytes: int, num_threads: int) -> RingLayout:
+    """One buffer for each thread: it waits for its copy from the device, and copies the buffer. The others overlap."""
+    layout = choose_layout(budget_bytes, num_threads)
+    per_thread = layout.num_buffers // layout.num_threads
+    return RingLayout(layout.num_threads, layout.num_threads, per_thread * layout.block_bytes)
 
 
 class _Writing:
     def __init__(
         self,
         target: RecordWriter,
-        contents: Sequence[Content],
+        contents: Sequence[Content | memoryview],
         sizes: Sequence[int],
+        block_bytes: int,
         ring: StagingRing | None,
         made: Mapping[torch.device, torch.cuda.Event],
-        order: WriteOrder | None,
+        order: WriteOrder | None = None,
     ) -> None:
         self._target = target
         self._contents = contents
         self._sizes = sizes
-        block_bytes = ring.layout.block_bytes if ring else _DIRECT_BLOCK_BYTES
+        self._needs_crc32s = True
         writes = plan_writes(sizes, block_bytes=block_bytes, max_parts=_MAX_PARTS)
         self._num_first = 1  # one extra count: released when all threads have started
         self._on_first = None if order is None else order.on_first
         if order is not None:
-            urgent = [not isinstance(content, bytes) and order.first(content.storage) for content in contents]
+            urgent = [
+                not isinstance(content, (bytes, memoryview)) and order.first(content.storage) for content in contents
+            ]
             later = [not any(urgent[part.record] for part in parts) for parts in writes]
             self._num_first += later.count(False)
             writes = [parts for _, parts in sorted(zip(later, writes, strict=True), key=lambda pair: pair[0])]
@@ -188,7 +205,8 @@ class _Writing:
         self._crc32s = [0] * len(contents)
         self._checksums = PartialChecksums(sizes)
 
-    def run(self, num_threads: int) -> list[int]:
+    def run(self, num_threads: int, *, needs_crc32s: bool = True) -> list[int]:
+        self._needs_crc32s = needs_crc32s
         num_threads = max(1, min(num_threads, self._num_writes))
         num_first = self._num_first
 
@@ -222,8 +240,7 @@ class _Writing:
             number, parts = write
             with ExitStack() as stack:
                 data = self._to_host(parts, stack)
-                crc32s = [self._add_crc32(part, zlib_ng.crc32(view)) for part, view in zip(parts, data, strict=True)]
-                self._target.write(parts, data, crc32s)
+                self._target.write(parts, data, self._crc32s_of(parts, data))
             if number < num_first:
                 self._finish_first()
 
@@ -247,7 +264,7 @@ class _Writing:
         tiny = _Copies(sum(part.nbytes for part in parts if part.nbytes <= _TINY_BYTES))
         for part in parts:
             content = self._contents[part.record]
-            if isinstance(content, bytes):
+            if isinstance(content, (bytes, memoryview)):
                 found.append(memoryview(content)[part.start : part.start + part.nbytes])
             elif not part.nbytes:
                 found.append(memoryview(b""))
@@ -283,6 +300,11 @@ class _Writing:
                 values.set_(content.storage, content.start + part.start, (part.nbytes,), (1,))
             staged.copy_(values, non_blocking=device in self._streams)
 
+    def _crc32s_of(self, parts: tuple[RecordPart, ...], data: list[memoryview]) -> list[int | None]:
+        if not self._needs_crc32s:
+            return [None] * len(parts)
+        return [self._add_crc32(part, zlib_ng.crc32(view)) for part, view in zip(parts, data, strict=True)]
+
     def _add_crc32(self, part: RecordPart, crc32: int) -> int | None:
         """Adds the checksum of a part. Returns the checksum of the record if this part completes it."""
         if part.nbytes == self._sizes[part.record]:
@@ -312,10 +334,3 @@ class _Copies:
         self._used += nbytes
         ctypes.memmove(self._address + start, address, nbytes)
         return self._view[start : self._used]
-
-
-def memory_of(address: int, nbytes: int) -> memoryview:
-    """The bytes at an address. They are valid as long as the owner of the memory lives."""
-    if not nbytes:
-        return memoryview(b"")
-    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")

@@ -57,6 +57,8 @@ def test_every_way_saves_the_state(
         assert ("commit_seconds" in way) == name.startswith("ours"), name
         for text in (benchmark.table(result), rendered):
             assert benchmark.WAYS[name].label in text
+    assert result["ways"]["ours-async-snapshot"]["snapshot_seconds"] > 0
+    assert result["ways"]["ours-async-until-step"]["snapshot_seconds"] == 0
     # In turns, so that changes of the machine's load affect all of them.
     assert [run["way"] for run in result["runs"]] == 2 * [benchmark.NO_SAVE, *benchmark.WAYS]
     for field in ("benchmark", "command", "machine", "versions", "size", "device", "ceilings"):

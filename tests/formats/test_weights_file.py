@@ -18,7 +18,7 @@ from lightning_memload.errors import CheckpointFormatError
 from lightning_memload.formats import load_mapped, open_checkpoint
 from lightning_memload.pickles.pickling import SavedStorage
 from lightning_memload.save import SaveStats, save_directory
-from lightning_memload.transfer.writing import GatheredBytes
+from lightning_memload.transfer.contents import GatheredBytes
 from lightning_memload.verify import verify_checkpoint
 from tests.formats.files import ALL_DTYPES, as_bytes, layouts, of_dtype, tensors_of
 from tests.fresh_process import run_fresh

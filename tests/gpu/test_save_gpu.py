@@ -26,6 +26,7 @@ from lightning_memload.formats import load_mapped
 from lightning_memload.memory import MemoryMonitor
 from lightning_memload.save import (
     BackgroundSave,
+    plan_directory_save,
     plan_torch_save,
     save_torch,
     tensors_of_optimizers,
@@ -214,11 +215,16 @@ class Keep(L.Callback):
         self.states.append(copy.deepcopy((dict(pl_module.state_dict()), optimizers)))
 
 
+@pytest.mark.parametrize("save_snapshot", [False, "auto"])
 @pytest.mark.parametrize("asynchronous_save", [True, "until_step"])
-def test_asynchronous_saves_hold_the_state_of_the_call(tmp_path: Path, asynchronous_save: Any) -> None:
+def test_asynchronous_saves_hold_the_state_of_the_call(
+    tmp_path: Path, asynchronous_save: Any, save_snapshot: Any
+) -> None:
     """Steps that run on the GPU right after each save do not reach into its file, and training is as without."""
     _, stock = fit(tmp_path, [], [], 8)
-    restore = MemoryEfficientRestore(asynchronous_save=asynchronous_save, host_budget_mib=1)
+    restore = MemoryEfficientRestore(
+        asynchronous_save=asynchronous_save, save_snapshot=save_snapshot, host_budget_mib=1
+    )
     keep = Keep()
     saver = ModelCheckpoint(tmp_path / "run", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     _, ours = fit(tmp_path, [], [restore, keep, saver], 8)
@@ -257,6 +263,73 @@ def test_a_background_save_waits_for_the_stream_of_its_caller(tmp_path: Path) ->
         value.fill_(7)
         BackgroundSave(plan_torch_save({"value": value}, tmp_path / "file.pt")).result()
     assert (torch.load(tmp_path / "file.pt", map_location="cpu")["value"] == 7).all()
+
+
+@pytest.mark.parametrize("format", ["torch", "directory", "safetensors+state"])
+@pytest.mark.parametrize("budget_bytes", [MIB, 128 * MIB])
+def test_a_snapshot_holds_the_state_of_its_copy(tmp_path: Path, format: str, budget_bytes: int) -> None:
+    """Every dtype and layout, on the GPU and on the host; all bytes change before the first one is written."""
+    obj = {"state_dict": everything()}
+    del obj["state_dict"]["sparse"]
+    options: dict[str, Any] = {"host_budget_bytes": budget_bytes}
+    plan: Any = plan_torch_save
+    if format != "torch":
+        plan, options["safetensors"] = plan_directory_save, format != "directory"
+    plan(obj, tmp_path / "expected", **options).run()
+    save = plan(obj, tmp_path / "found", **options)
+    assert save.copy(lambda needed_bytes: None)
+    for _, tensor in tensors_of(obj):
+        storage = tensor.untyped_storage()
+        torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,)).zero_()
+    BackgroundSave(save).result()
+    paths = [tmp_path / "expected", *sorted((tmp_path / "expected").rglob("*"))]
+    for path in filter(Path.is_file, paths):
+        found = tmp_path / "found" / path.relative_to(tmp_path / "expected")
+        assert found.read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_snapshot_takes_the_state_of_the_stream_and_frees_all_memory(tmp_path: Path) -> None:
+    """2 GiB: the host's peak is the state and the ring, the GPU holds nothing more, and the ring is unpinned."""
+    stream = torch.cuda.Stream()
+    warm = plan_torch_save({"warm": torch.ones(1, device="cuda")}, tmp_path / "file.pt")
+    assert warm.copy(lambda needed_bytes: None)
+    BackgroundSave(warm).result()
+    values = [torch.zeros(16 * MIB, device="cuda") for _ in range(32)]
+    torch.cuda.synchronize()
+    with MemoryMonitor("cuda") as monitor:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(2_000_000_000)  # about a second
+            for number, value in enumerate(values):
+                value.fill_(number)
+            save = plan_torch_save({"values": values}, tmp_path / "file.pt", host_budget_bytes=64 * MIB)
+            assert save.copy(lambda needed_bytes: None)
+            for value in values:
+                value.fill_(-1)
+        background = BackgroundSave(save)
+        background.result()
+    peaks = monitor.peaks
+    assert peaks.host_above_start_bytes is not None
+    assert peaks.host_above_start_bytes <= (2048 + 64 + 64) * MIB
+    assert peaks.cuda_allocated_peak_bytes is not None
+    assert peaks.cuda_allocated_start_bytes is not None
+    assert peaks.cuda_allocated_peak_bytes - peaks.cuda_allocated_start_bytes <= MIB
+    assert background.held_bytes == 0
+    loaded = torch.load(tmp_path / "file.pt", map_location="cpu", mmap=True)["values"]
+    assert all((value == number).all() for number, value in enumerate(loaded))
+    assert torch.empty(32 * MIB, dtype=torch.uint8, pin_memory=True).is_pinned()
+
+
+def test_a_snapshot_keeps_no_memory_of_the_gpu(tmp_path: Path) -> None:
+    """Old values that training replaces are freed at once, not when they are written."""
+    ways: list[tuple[Any, dict[str, Any]]] = [(plan_torch_save, {}), (plan_directory_save, {})]
+    for plan, options in (*ways, (plan_directory_save, {"safetensors": True})):
+        before = torch.cuda.memory_allocated()
+        value = torch.ones(64 * MIB, device="cuda")
+        save = plan({"state_dict": {"value": value, "strided": value[::2]}}, tmp_path / "file", **options)
+        assert save.copy(lambda needed_bytes: None)
+        del value
+        assert torch.cuda.memory_allocated() == before
+        BackgroundSave(save).result()
 
 
 def test_directory_is_the_same_through_any_ring(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ class Net(L.LightningModule):
 
 class TestIgnoredOptions:
     def warn(self, io: Any, asynchronous: Any = False, format: Any = "torch", **loading: bool) -> None:
-        warn_of_ignored_options(io, asynchronous=asynchronous, format=format, loading=loading)
+        saving = {"asynchronous": (asynchronous, False), "format": (format, "torch")}
+        warn_of_ignored_options(io, saving=saving, loading=loading)
 
     def test_options_that_have_an_effect(self) -> None:
         self.warn(StreamingCheckpointIO(asynchronous=True, format="directory"), True, "directory", safe_globals=True)

@@ -15,12 +15,18 @@ GIB = 2**30
 
 
 def make_report(
-    *, linked: int = 0, rise: int | None = GIB // 8, blocked_seconds: float | None = 4.0, seconds: float = 4.0
+    *,
+    linked: int = 0,
+    rise: int | None = GIB // 8,
+    blocked_seconds: float | None = 4.0,
+    seconds: float = 4.0,
+    **snapshot: Any,
 ) -> SaveReport:
     figures: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(MemoryPeaks)}
     figures |= {"anonymous_start_bytes": 5 if rise is not None else None, "anonymous_peak_bytes": 5 + (rise or 0)}
     stats: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(SaveStats)}
     stats |= {"path": "last.ckpt", "bytes_written": 6 * GIB, "bytes_linked": linked, "seconds": seconds}
+    stats |= {"snapshot_refusal": None, **snapshot}
     return SaveReport(SaveStats(**stats), MemoryPeaks(**figures), blocked_seconds, 12)
 
 
@@ -38,6 +44,14 @@ def make_report(
             "Saved last.ckpt: 6.00 GiB in 4.00 s, 1.50 GiB/s, training waited 0.25 s",
         ),
         ({"blocked_seconds": None, "rise": None}, "Saved last.ckpt: 6.00 GiB in 4.00 s, 1.50 GiB/s"),
+        (
+            {"rise": None, "blocked_seconds": 0.5, "snapshot_bytes": 6 * GIB, "snapshot_seconds": 0.25},
+            "Saved last.ckpt: 6.00 GiB in 4.00 s, 1.50 GiB/s, snapshot of 6.00 GiB in 0.25 s, training waited 0.50 s",
+        ),
+        (
+            {"rise": None, "snapshot_refusal": "3.10 GiB needed, 2.00 GiB free"},
+            "Saved last.ckpt: 6.00 GiB in 4.00 s, 1.50 GiB/s, no snapshot (3.10 GiB needed, 2.00 GiB free)",
+        ),
     ],
 )
 def test_line(options: dict[str, Any], line: str) -> None:
@@ -53,6 +67,14 @@ def test_scalars() -> None:
         "memload/save_linked_gib": 0.5,
         "memload/save_host_anonymous_above_start_gib": 0.125,
     }
+
+
+def test_a_snapshot_that_was_refused_is_a_scalar() -> None:
+    """So a logger shows that it was wanted."""
+    refused = make_report(snapshot_refusal="3.10 GiB needed, 2.00 GiB free").scalars()
+    assert refused["memload/save_snapshot_gib"] == 0
+    taken = make_report(snapshot_bytes=GIB, snapshot_seconds=0.5).scalars()
+    assert (taken["memload/save_snapshot_gib"], taken["memload/save_snapshot_seconds"]) == (1.0, 0.5)
 
 
 def test_a_figure_that_is_unknown_is_no_scalar() -> None:

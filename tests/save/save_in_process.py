@@ -3,7 +3,7 @@
 ``python -m tests.save.save_in_process FOLDER TIMES [FORMAT]`` kills so many writers at random moments and prints what
 it found; the format is one of ``WRITERS``. ``... FOLDER TIMES trainings ASYNCHRONOUS [FORMAT]`` kills trainings with
 two ModelCheckpoints in one directory and ``save_last="link"``; the format is one of a ``StreamingCheckpointIO``, and
-``ASYNCHRONOUS`` is ``False``, ``True`` or ``until_step``.
+``ASYNCHRONOUS`` is ``False``, ``True``, ``until_step`` or ``snapshot``.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def kill_trainings(
     Args:
         folder: Where, an empty one; made if there is none.
         times: How many.
-        asynchronous: ``asynchronous_save`` of the callback.
+        asynchronous: ``asynchronous_save`` of the callback. ``"snapshot"``: ``True``, with ``save_snapshot="auto"``.
         format: Its ``save_format``.
         seed: Of the moments.
 
@@ -226,7 +226,7 @@ def kill_trainings(
     moments = random.Random(seed)
     result = {"kills": 0, "one_older": 0, "no_last": 0, "most_left": 0, "steps": 0}
     newest: Path | None = None
-    allowed = 1 if asynchronous == "until_step" else 0
+    allowed = 1 if asynchronous in ("until_step", "snapshot") else 0
     for _ in range(times):
         done, begun = _run_training(folder, newest, moments.random(), asynchronous, format)
         names = [path for path in Path(folder).iterdir() if not path.name.startswith(".memload-")]
@@ -309,6 +309,9 @@ def _train(folder: str, checkpoint: Path | None, moment: float, asynchronous: An
                 calls.die_at(sys.maxsize)
 
     first_batch = [-1]
+    saving: dict[str, Any] = {"asynchronous_save": asynchronous}
+    if asynchronous == "snapshot":
+        saving = {"asynchronous_save": True, "save_snapshot": "auto"}
     options: dict[str, Any] = {"filename": "{step}", "monitor": "step", "mode": "max"}
     trainer = L.Trainer(
         accelerator="cpu",
@@ -319,7 +322,7 @@ def _train(folder: str, checkpoint: Path | None, moment: float, asynchronous: An
         enable_model_summary=False,
         default_root_dir=folder,
         callbacks=[
-            MemoryEfficientRestore(asynchronous_save=asynchronous, save_format=format, log=False),
+            MemoryEfficientRestore(save_format=format, log=False, **saving),
             Progress(),
             ModelCheckpoint(folder, save_top_k=1, every_n_train_steps=1, save_last="link", **options),
             ModelCheckpoint(folder, save_top_k=2, every_n_train_steps=2, **options),

@@ -31,7 +31,14 @@ def test_a_killed_writer_leaves_the_newest_complete_checkpoint(format: str, tmp_
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 @pytest.mark.parametrize(
-    ("asynchronous", "format"), [(True, "torch"), ("until_step", "torch"), ("until_step", "directory")]
+    ("asynchronous", "format"),
+    [
+        (True, "torch"),
+        ("until_step", "torch"),
+        ("until_step", "directory"),
+        ("snapshot", "torch"),
+        ("snapshot", "directory"),
+    ],
 )
 def test_a_killed_training_resumes_where_stock_would_or_one_save_before(
     asynchronous: Any, format: str, tmp_path: Path

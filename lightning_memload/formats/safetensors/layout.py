@@ -20,8 +20,8 @@ from lightning_memload.bytes import RecordPart
 from lightning_memload.checkpoint import span_elements
 from lightning_memload.formats.safetensors.header import SAFETENSORS_DTYPES
 from lightning_memload.pickles.pickling import SavedStorage
+from lightning_memload.transfer.contents import Content, GatheredBytes, size_of
 from lightning_memload.transfer.sinks import Sink
-from lightning_memload.transfer.writing import Content, GatheredBytes, size_of
 
 __all__ = ["ContiguousWriter", "WeightsFile", "find_weights"]
 
@@ -98,6 +98,11 @@ class WeightsFile:
             )
         *file.offsets, file.nbytes = accumulate(map(size_of, file.contents), initial=0)
         return file
+
+    def take_contents(self) -> list[Content]:
+        """The contents. This object no longer refers to them. Call it once."""
+        contents, self.contents = self.contents, []
+        return contents
 
 
 class ContiguousWriter:

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Sequence
 
 from lightning_memload.bytes import RecordPart
+from lightning_memload.storage.descriptors import OwnDescriptors
 from lightning_memload.transfer.sinks import LocalSink
 
 __all__ = ["LinkingFiles"]
@@ -94,7 +95,7 @@ class _GrowingFile:
 
     def close(self) -> None:
         if self._old >= 0:
-            os.close(self._old)
+            OwnDescriptors.close(self._old)
             self._old = -1
 
     def _is_same(self, view: memoryview, start: int) -> bool:
@@ -112,7 +113,7 @@ class _GrowingFile:
 
     def _open_old(self, name: str) -> bool:
         with contextlib.suppress(OSError):
-            self._old = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            self._old = OwnDescriptors.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             status = os.fstat(self._old)
             if stat.S_ISREG(status.st_mode) and status.st_size == self.nbytes:
                 return True
@@ -121,12 +122,11 @@ class _GrowingFile:
 
     def _write(self, view: memoryview, start: int) -> None:
         # The first part to arrive creates the file.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(self._name, flags, 0o666)
+        descriptor = OwnDescriptors.open(self._name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             LocalSink(descriptor, start_writeback=self._start_writeback).write([view], start)
         finally:
-            os.close(descriptor)
+            OwnDescriptors.close(descriptor)
 
     def _link(self) -> bool:
         """Hard-links the old file if all bytes are equal. Returns whether that succeeded."""
