@@ -1,4 +1,4 @@
-"""Snapshots within a Trainer: the saved state is that of the call, some saves take none, and an error leaves the old file."""
+"""Snapshots within a Trainer: which saves take one, what the file holds, and what an error leaves."""
 
 from __future__ import annotations
 
