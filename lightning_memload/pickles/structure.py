@@ -15,6 +15,7 @@ import struct
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -75,9 +76,9 @@ def walk_pickle(
         CheckpointFormatError: The pickle is damaged or contradicts the records.
         UnmappableCheckpointError: Its objects are nested too deeply.
     """
+    find = partial(find_storage, path, records, elsewhere=elsewhere)
     with contextlib.suppress(NotPlain):
-        plain = index_plain(data, lambda *storage: find_storage(path, records, *storage, elsewhere))
-        return PickleContents(*plain, (), ())
+        return PickleContents(*index_plain(data, find), (), ())
     walker = _StructureUnpickler(path, data, records, elsewhere)
     with _damage_reported(path):
         root = walker.load()

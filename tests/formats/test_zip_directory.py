@@ -113,7 +113,7 @@ def without_pickle(path: Path) -> None:
         archive.writestr("a/version", b"3")
 
 
-OTHERS: dict[str, Callable[[Path], None]] = {
+OTHERS: dict[str, Callable[[Path], Any]] = {
     "compressed": lambda path: repacked(path, lambda z: z.writestr("a/data/0", b"0" * 99, zipfile.ZIP_DEFLATED)),
     "twice": lambda path: repacked(path, twice),
     "folder": lambda path: repacked(path, lambda z: z.writestr("a/data/", b"")),
