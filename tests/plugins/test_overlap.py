@@ -38,8 +38,8 @@ from tests.plugins.harness import (
     write_checkpoint,
 )
 from tests.plugins.restored import assert_clean, flip_byte, held
-from tests.plugins.test_forked_workers import HeldByWorker, Looks
 from tests.plugins.two_ranks import ranks
+from tests.plugins.workers import HeldByWorker, Looks
 
 DAMAGED = "optimizer_states[0].state[3].exp_avg_sq"
 
