@@ -75,7 +75,7 @@ class Overlap:
             optimizer: The optimizer.
             planned: Its states.
         """
-        if self._is_over or not any(optimizer is own for own in self._optimizers):
+        if self._is_over or not planned or not any(optimizer is own for own in self._optimizers):
             return False
         # torch (2.6 to 2.14) has no public name for these hooks. They would see states without values.
         if optimizer._optimizer_load_state_dict_post_hooks:

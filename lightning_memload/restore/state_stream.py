@@ -42,11 +42,14 @@ class StateStream:
 
     def __init__(self, session: RestoreSession, plans: Iterable[PlannedState]) -> None:
         self._session = session
-        self._plans = {id(plan.value): plan for plan in plans}
+        candidates = list(plans)
+        found = session.checkpoint.locate_all([plan.value for plan in candidates])
+        # Not in the file are empty tensors, and those that a hook has written to. One may be written to later, too, and
+        # is then no longer where it was found.
+        located = {id(plan.value): (plan, chunks) for plan, chunks in zip(candidates, found, strict=True) if chunks}
+        self._plans = {key: plan for key, (plan, _) in located.items()}
+        self._chunks = {key: chunks for key, (_, chunks) in located.items()}
         planned = list(self._plans.values())
-        # A state may be written before it is taken up, and is then no longer where it was found.
-        found = session.checkpoint.locate_all([plan.value for plan in planned])
-        self._chunks = dict(zip(self._plans, found, strict=True))
         self.side = SideStream(session, lambda: [plan.allocate() for plan in planned])
 
     @classmethod
@@ -154,7 +157,8 @@ def _states_of(state_dict: Any) -> Iterator[tuple[Any, dict[str, Any], dict[Any,
         for group in groups
         if isinstance(group, dict) and isinstance(group.get("params"), (list, tuple))
         for saved in group["params"]
+        if isinstance(saved, (int, str))
     }
     for saved, state in states.items():
-        if saved in group_of and isinstance(state, dict):
+        if isinstance(saved, (int, str)) and saved in group_of and isinstance(state, dict):
             yield saved, group_of[saved], state

@@ -5,55 +5,17 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_memload import MemoryEfficientRestore
 from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.restore import RestoreSession
 from lightning_memload.transfer import LazyRing, RingLayout
-from tests.plugins.harness import FEATURES, TRUSTED, Case, TinyModule, make_trainer, write_checkpoint
-
-
-class HeldByWorker(Dataset[Any]):
-    """Samples of zeros if the worker neither maps the checkpoint nor has it open, else of ones."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, index: int) -> Any:
-        assert torch.utils.data.get_worker_info() is not None
-        opened = [_target(fd) for fd in os.listdir("/proc/self/fd")]
-        held = self.path in opened or self.path in Path("/proc/self/maps").read_text()
-        return torch.full((FEATURES,), float(held)), torch.zeros(FEATURES)
-
-
-def _target(fd: str) -> str:
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}")
-    except FileNotFoundError:
-        return ""  # of the listing itself, or one that another thread has closed meanwhile
-
-
-class Looks(TinyModule):
-    """Notes what its batches say."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held: list[bool] = []
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.held.append(bool(batch[0].any()))
-        return super().training_step(batch, batch_idx)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.held.append(bool(batch[0].any()))
+from tests.plugins.harness import TRUSTED, Case, make_trainer, write_checkpoint
+from tests.plugins.workers import HeldByWorker, Looks
 
 
 @pytest.mark.filterwarnings("ignore")

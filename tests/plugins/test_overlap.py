@@ -38,8 +38,8 @@ from tests.plugins.harness import (
     write_checkpoint,
 )
 from tests.plugins.restored import assert_clean, flip_byte, held
-from tests.plugins.test_forked_workers import HeldByWorker, Looks
 from tests.plugins.two_ranks import ranks
+from tests.plugins.workers import HeldByWorker, Looks
 
 DAMAGED = "optimizer_states[0].state[3].exp_avg_sq"
 
@@ -280,8 +280,8 @@ class Validated(TinyModule):
 
 
 def test_a_validation_before_the_first_step_waits(gate: Gate, tmp_path: Path) -> None:
-    kwargs: dict[str, Any] = {"accumulate_grad_batches": 8, "val_check_interval": 1}
-    path = write_checkpoint(Case(lambda: Validated(adamw), trainer=kwargs), tmp_path)
+    kwargs: dict[str, Any] = {"accumulate_grad_batches": 8, "val_check_interval": 1, "max_epochs": 3}
+    path = write_checkpoint(Case(lambda: Validated(adamw), trainer=kwargs, save_after=12), tmp_path)
     same(path, lambda: Validated(adamw), gate, **kwargs)
     assert gate.num_losses[0] == 1
 

@@ -140,6 +140,12 @@ def tie(checkpoint: dict[str, Any]) -> None:
     states[1]["exp_avg"], states[1]["exp_avg_sq"] = both[0], both[1]
 
 
+def further(checkpoint: dict[str, Any]) -> None:
+    """States that lie in no record of the file, or are no floating-point tensors."""
+    for state in checkpoint["optimizer_states"][0]["state"].values():
+        state.update(empty=torch.empty(0, 3), number=1, count=torch.tensor([1, 2]), nested={"a": torch.ones(2)})
+
+
 def strides(checkpoint: dict[str, Any]) -> None:
     for state in checkpoint["optimizer_states"][0]["state"].values():
         if state["exp_avg"].dim() == 2:
@@ -149,6 +155,28 @@ def strides(checkpoint: dict[str, Any]) -> None:
 def test_states_are_converted_on_the_way(tmp_path: Path, streams: Streams) -> None:
     same_resume(Case(lambda: TinyModule(adamw), edit=to_double), tmp_path)
     assert (streams.given, streams.left) == (NUM_STATES, 0)
+
+
+def test_further_states_do_not_stop_the_others(tmp_path: Path, streams: Streams) -> None:
+    same_resume(Case(lambda: TinyModule(adamw), edit=further), tmp_path)
+    assert streams.given == NUM_STATES
+
+
+class Grouped(torch.optim.AdamW):
+    """Saves its groups in a layout of its own, whose parameters are lists."""
+
+    def state_dict(self) -> dict[str, Any]:
+        saved = super().state_dict()
+        return {**saved, "param_groups": [{**g, "params": [[n] for n in g["params"]]} for g in saved["param_groups"]]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups = [{**g, "params": [n for (n,) in g["params"]]} for g in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
+
+def test_another_layout_is_left_alone(tmp_path: Path, streams: Streams) -> None:
+    same_resume(Case(lambda: TinyModule(lambda parameters: Grouped(parameters, lr=0.01))), tmp_path)
+    assert not streams.begun
 
 
 def test_other_strides_are_kept(tmp_path: Path, streams: Streams) -> None:
