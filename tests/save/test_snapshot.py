@@ -268,7 +268,7 @@ def test_a_snapshot_that_is_not_written_is_freed() -> None:
 
 
 @pytest.mark.memory
-def test_memory_is_that_of_the_state_and_falls_while_it_is_written() -> None:
+def test_memory_is_that_of_the_state_and_falls_while_it_is_written(tmp_path: Path) -> None:
     """In a fresh process: the peak is the state and a constant. After each quarter of the writes a quarter is free."""
     program = """
 import torch
@@ -300,7 +300,7 @@ for plan in (plan_torch_save, plan_directory_save):
     RESULT.append([copied, monitor.peaks.anonymous_upper_bound_bytes - monitor.peaks.anonymous_start_bytes,
                    max(written + rise for written, rise in sizes), anonymous() - before])
 """
-    result = run_fresh(program, path=Path(os.devnull).parent / "shm" / f"memload-{os.getpid()}.pt").result
+    result = run_fresh(program, path=tmp_path / "file").result
     state = 40 * (16 * MIB + 64)
     for copied, peak, written_and_held, left in result:
         assert state <= copied <= state + 8 * MIB
