@@ -221,6 +221,6 @@ def _locate(session: RestoreSession, moves: Sequence[Move]) -> list[Any]:
 def _is_torchs_own(optimizer: Any) -> bool:
     return (
         isinstance(optimizer, Optimizer)
-        and type(optimizer).__module__.startswith("torch.optim.")
+        and f"{type(optimizer).__module__}.".startswith("torch.optim.")  # Adafactor says that it is of torch.optim
         and "load_state_dict" not in vars(optimizer)
     )

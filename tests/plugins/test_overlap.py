@@ -26,6 +26,7 @@ from lightning_memload import (
     open_checkpoint,
 )
 from lightning_memload.restore import Overlap, RestoreSession
+from lightning_memload.restore.overlap import _is_torchs_own
 from lightning_memload.restore.placement import PlannedState
 from tests.plugins.harness import (
     TRUSTED,
@@ -405,6 +406,14 @@ def with_hook(parameters: Any) -> torch.optim.Optimizer:
 
     optimizer.register_load_state_dict_post_hook(double)
     return optimizer
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in sorted(vars(torch.optim)) if name[0].isupper() and name != "Optimizer"]
+)
+def test_each_optimizer_of_torch_may_overlap(name: str) -> None:
+    """Adafactor names another module than the others as its own."""
+    assert _is_torchs_own(getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1))
 
 
 @pytest.mark.parametrize("make", [lambda p: Own(p, lr=0.01), with_hook], ids=["own-class", "own-hook"])
