@@ -234,6 +234,7 @@ ATTRIBUTES: dict[str, Any] = {
     "_metadata": nn.Linear(1, 1).state_dict(),
     "_modules": nn.Linear(1, 1),
     "_non_persistent_buffers_set": nn.Linear(1, 1),
+    "_optimizer_load_state_dict_post_hooks": torch.optim.SGD([TENSOR]),
     "_optimizer_load_state_dict_pre_hooks": torch.optim.SGD([TENSOR]),
     "_overloadname": OPERATOR,
     "_parameters": nn.Linear(1, 1),

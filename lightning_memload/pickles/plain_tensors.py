@@ -70,7 +70,7 @@ class Arguments(tuple[Any, ...]):
     __slots__ = ()
 
 
-class _Place:
+class _Unmade:
     """Stands for a tensor that is not made. Like a tensor, it equals itself only."""
 
     __slots__ = ()
@@ -216,7 +216,7 @@ class Tensors:
         view = self.views.get(id(tensor))
         if type(arguments) is not tuple or view is None or view[-2] or hooks or type(requires_grad) is not bool:
             raise NotPlain
-        parameter: Any = _Place()
+        parameter: Any = _Unmade()
         if self._memory is not None:
             parameter = torch.nn.Parameter(tensor, requires_grad)
             parameter._backward_hooks = hooks
@@ -232,7 +232,7 @@ class Tensors:
         # Beyond the end of a storage torch refuses to set it. An empty storage it would give memory.
         if offset < 0 or (span_bytes > info.nbytes and span):
             raise NotPlain
-        tensor: Any = _Place()
+        tensor: Any = _Unmade()
         if self._memory is not None:
             if is_contiguous and span_bytes == info.nbytes and span and not offset and info.key not in self._owners:
                 tensor = self._owners[info.key] = self._memory.tensor(info.offset, shape, dtype)

@@ -233,7 +233,7 @@ def give_memory(parameter: WaitingParameter) -> None:
 
 def _on_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if [*map(type, args)] == [WaitingParameter] and func in questions.WITHOUT_VALUES and not kwargs:
-        with torch._C.DisableTorchFunctionSubclass():  # the most frequent case: a restore asks ten such questions
+        with without_overrides():  # the most frequent case: a restore asks ten such questions
             return func(*args)
     caller = calling_frame(__name__)
     # nn.Parameter(...) detaches its argument, and refuses results of another class.
