@@ -261,10 +261,11 @@ def render_weight_loading(result: dict[str, Any]) -> str:
         ours, peer = (result["rows"][against[name]] for name in ("ours", "fastest_peer"))
         host = "host_anonymous_peak_bytes", "host_rss_peak_bytes"
         anonymous, rss = (f"{number(ours[name], GIB)} against {number(peer[name], GIB)} GiB" for name in host)
+        times, fastest = against["times_as_fast"], label(against["fastest_peer"])
+        compared = f"{times:.2f} times as fast as" if times >= 1 else f"slower: {1 / times:.2f} times the time of"
         lines.append(
-            f"From safetensors until every weight has been read once, {label(against['ours'])} is "
-            f"{against['times_as_fast']:.2f} times as fast as the fastest other package "
-            f"({label(against['fastest_peer'])}). Anonymous memory: {anonymous}. RSS: {rss}."
+            f"From safetensors until every weight has been read once, {label(against['ours'])} is {compared} the "
+            f"fastest other package ({fastest}). Anonymous memory: {anonymous}. RSS: {rss}."
         )
     if result["not_run"]:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in result["not_run"].items())
