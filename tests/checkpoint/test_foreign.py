@@ -17,7 +17,7 @@ from lightning_memload.checkpoint.foreign import describe_directory, describe_fi
         (b"", "It is empty: the save or the copy was not finished."),
         (bytes(5000), "It begins with zeros: its space was reserved"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS, not the file itself"),
-        (gzip.compress(b"weights"), "It is compressed with gzip. Unpack it first."),
+        (gzip.compress(b"weights", mtime=0), "It is compressed with gzip. Unpack it first."),
         (b"\n <!DOCTYPE html><title>Log in</title>", "It is an HTML page. A server sent it"),
         (b"<?xml version='1.0'?><Error/>", "It is an XML document. A server sent it"),
         (b'{"error": "not found"}', 'It is JSON text (\'{"error": "not found"}\'). A server sent it'),
