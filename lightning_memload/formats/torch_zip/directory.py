@@ -11,6 +11,19 @@ import struct
 
 from lightning_memload.bytes import Record
 from lightning_memload.formats.torch_zip.frame import MAX_DIRECTORY_BYTES
+from lightning_memload.formats.torch_zip.layout import (
+    END,
+    END_64,
+    END_64_MAGIC,
+    END_MAGIC,
+    FLAG_DESCRIPTOR,
+    FLAG_UTF8,
+    LISTED_MAGIC,
+    LOCAL_MAGIC,
+    LOCATOR_64,
+    LOCATOR_64_MAGIC,
+    MAX_UINT32,
+)
 from lightning_memload.storage.source import FileView, StoredFile
 
 __all__ = ["read_regular_directory"]
@@ -19,17 +32,12 @@ __all__ = ["read_regular_directory"]
 # comment, volume, position of the local header. Between them are values that no reader of checkpoints uses.
 _LISTED = struct.Struct("<4s2x3H4x3I4H6xI")
 _LOCAL = struct.Struct("<4s2x2H16x2H")
-_END = struct.Struct("<4s4H2IH")
-_LOCATOR_64 = struct.Struct("<4sIQI")
-_END_64 = struct.Struct("<4sQ2H2I4Q")
-_ENDS_BYTES = _END_64.size + _LOCATOR_64.size + _END.size
+_ENDS_BYTES = END_64.size + LOCATOR_64.size + END.size
 _UINT64 = struct.Struct("<Q").unpack_from
 
-_LISTED_MAGIC, _LOCAL_MAGIC = b"PK\x01\x02", b"PK\x03\x04"
 # A name in UTF-8, and the sizes behind the data: what torch sets. Other flags change how a record is read.
-_KNOWN_FLAGS = 1 << 11 | 1 << 3
+_KNOWN_FLAGS = FLAG_UTF8 | FLAG_DESCRIPTOR
 _MAX_VERSION = 45
-_MAX_UINT32 = 0xFFFFFFFF
 # So many headers within so many bytes are read at once: one read of them all takes less time than one for each.
 _HEADERS, _HEADERS_BYTES = 16, 64 << 10
 
@@ -80,12 +88,12 @@ def _read_entries(file: StoredFile | FileView) -> list[_Entry]:
         (magic, version, flags, method, crc32, packed, size, name_bytes, extra_bytes, comment, volume, header) = (
             _LISTED.unpack_from(data, position)
         )
-        if magic != _LISTED_MAGIC or method or comment or volume or version > _MAX_VERSION or flags & ~_KNOWN_FLAGS:
+        if magic != LISTED_MAGIC or method or comment or volume or version > _MAX_VERSION or flags & ~_KNOWN_FLAGS:
             raise _Irregular
         name_start = position + _LISTED.size
         position = name_start + name_bytes
         name = data[name_start:position].decode("ascii")
-        if extra_bytes or size == _MAX_UINT32 or packed == _MAX_UINT32 or header == _MAX_UINT32:
+        if extra_bytes or size == MAX_UINT32 or packed == MAX_UINT32 or header == MAX_UINT32:
             packed, size, header = _large(data, position, extra_bytes, packed, size, header)
             position += extra_bytes
         if packed != size or not name.isprintable() or name.endswith("/"):
@@ -99,18 +107,18 @@ def _read_entries(file: StoredFile | FileView) -> list[_Entry]:
 def _find_directory(file: StoredFile | FileView) -> tuple[int, int, int]:
     """Number of entries, position and size of the directory."""
     tail = file.pread(_ENDS_BYTES, max(0, file.size_bytes - _ENDS_BYTES))
-    at_end = len(tail) - _END.size
-    magic, disk, start_disk, here, count, nbytes, start, comment = _END.unpack_from(tail, at_end)
-    end = file.size_bytes - _END.size
-    if magic != b"PK\x05\x06" or disk or start_disk or comment:
+    at_end = len(tail) - END.size
+    magic, disk, start_disk, here, count, nbytes, start, comment = END.unpack_from(tail, at_end)
+    end = file.size_bytes - END.size
+    if magic != END_MAGIC or disk or start_disk or comment:
         raise _Irregular
-    at_locator = at_end - _LOCATOR_64.size
-    if at_locator >= 0 and tail.startswith(b"PK\x06\x07", at_locator):
+    at_locator = at_end - LOCATOR_64.size
+    if at_locator >= 0 and tail.startswith(LOCATOR_64_MAGIC, at_locator):
         end = file.size_bytes - _ENDS_BYTES
-        if _LOCATOR_64.unpack_from(tail, at_locator)[1:] != (0, end, 1):
+        if LOCATOR_64.unpack_from(tail, at_locator)[1:] != (0, end, 1):
             raise _Irregular
-        magic, _, _, _, disk, start_disk, here, count, nbytes, start = _END_64.unpack_from(tail)
-        if magic != b"PK\x06\x06" or disk or start_disk:
+        magic, _, _, _, disk, start_disk, here, count, nbytes, start = END_64.unpack_from(tail)
+        if magic != END_64_MAGIC or disk or start_disk:
             raise _Irregular
     if here != count or start + nbytes != end or not count * _LISTED.size < nbytes <= MAX_DIRECTORY_BYTES:
         raise _Irregular
@@ -120,7 +128,7 @@ def _find_directory(file: StoredFile | FileView) -> tuple[int, int, int]:
 def _large(data: bytes, position: int, nbytes: int, *values: int) -> list[int]:
     """Packed size, size and position of a header, those of 64 bits from the extra field, as a zip64 writer has them."""
     packed, size, header = values
-    in_field = [value == _MAX_UINT32 for value in (size, packed, header)]
+    in_field = [value == MAX_UINT32 for value in (size, packed, header)]
     if nbytes != 4 + 8 * sum(in_field) or data[position : position + 4] != struct.pack("<2H", 1, nbytes - 4):
         raise _Irregular
     found: list[int] = []
@@ -140,7 +148,7 @@ def _data_offsets(file: StoredFile | FileView, entries: list[_Entry]) -> list[in
             window = file.pread(_HEADERS_BYTES if are_close else _LOCAL.size, start)
             low, high = start, start + len(window)
         magic, flags, method, name_bytes, extra_bytes = _LOCAL.unpack_from(window, start - low)
-        if magic != _LOCAL_MAGIC or method or flags & ~_KNOWN_FLAGS:
+        if magic != LOCAL_MAGIC or method or flags & ~_KNOWN_FLAGS:
             raise _Irregular
         found.append(start + _LOCAL.size + name_bytes + extra_bytes)
     return found

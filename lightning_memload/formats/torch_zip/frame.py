@@ -11,6 +11,21 @@ import zipfile
 from typing import Any
 
 from lightning_memload.checkpoint.inventory import Damage
+from lightning_memload.formats.torch_zip.layout import (
+    DESCRIPTOR,
+    DESCRIPTOR_64,
+    DESCRIPTOR_MAGIC,
+    END,
+    END_64,
+    END_64_MAGIC,
+    END_MAGIC,
+    FLAG_DESCRIPTOR,
+    LISTED_MAGIC,
+    LOCAL_HEADER,
+    LOCATOR_64,
+    LOCATOR_64_MAGIC,
+    MAX_UINT32,
+)
 from lightning_memload.storage.source import FileView, StoredFile
 from lightning_memload.storage.stream import FilePosition
 
@@ -19,20 +34,10 @@ __all__ = ["MAX_DIRECTORY_BYTES", "check_end", "check_entry", "is_folder", "read
 # The directory of a million tensors takes some 80 MiB. zipfile has no limit, and its objects take 7 times the size.
 MAX_DIRECTORY_BYTES = 256 << 20
 
-_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
-_DESCRIPTOR = struct.Struct("<4s3I")
-_DESCRIPTOR_64 = struct.Struct("<4sI2Q")
-_END = struct.Struct("<4s4H2IH")
-_LOCATOR_64 = struct.Struct("<4sIQI")
-_END_64 = struct.Struct("<4sQ2H2I4Q")
 # The magic bytes, and the lengths of name, extra field and comment.
 _LISTED_HEADER = struct.Struct("<4s24x3H12x")
-_END_MAGIC, _LOCATOR_64_MAGIC, _END_64_MAGIC = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
-_DESCRIPTOR_MAGIC, _LISTED_MAGIC = b"PK\x07\x08", b"PK\x01\x02"
 _DIRECTORY_BIT = 0x10
-_FLAG_DESCRIPTOR = 1 << 3
 _MAX_UINT16 = 0xFFFF
-_MAX_UINT32 = 0xFFFFFFFF
 
 
 class _BoundedStream(FilePosition):
@@ -86,9 +91,9 @@ def check_entry(file: StoredFile | FileView, entry: zipfile.ZipInfo, data_offset
         The first difference, ``None`` if there is none.
     """
     name = entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437", "replace")
-    header = file.pread(_LOCAL_HEADER.size + len(name), entry.header_offset)
-    _, _, flags, method, clock, date, crc32, packed, nbytes, name_length, _ = _LOCAL_HEADER.unpack_from(header)
-    local: dict[str, Any] = {"flags": flags, "compression": method, "name": header[_LOCAL_HEADER.size :]}
+    header = file.pread(LOCAL_HEADER.size + len(name), entry.header_offset)
+    _, _, flags, method, clock, date, crc32, packed, nbytes, name_length, _ = LOCAL_HEADER.unpack_from(header)
+    local: dict[str, Any] = {"flags": flags, "compression": method, "name": header[LOCAL_HEADER.size :]}
     year, month, day, hour, minute, second = entry.date_time
     local |= {"date": date, "time": clock}
     listed: dict[str, Any] = {"flags": entry.flag_bits, "compression": entry.compress_type, "name": name}
@@ -100,13 +105,13 @@ def check_entry(file: StoredFile | FileView, entry: zipfile.ZipInfo, data_offset
         ("packed size", packed, entry.compress_size),
         ("size", nbytes, entry.file_size),
     ):
-        deferred = (0, _MAX_UINT32) if flags & _FLAG_DESCRIPTOR else (_MAX_UINT32,) if word != "CRC-32" else ()
+        deferred = (0, MAX_UINT32) if flags & FLAG_DESCRIPTOR else (MAX_UINT32,) if word != "CRC-32" else ()
         local[word], listed[word] = there if here in deferred else here, there
     where = entry.header_offset
-    if local == listed and flags & _FLAG_DESCRIPTOR:
+    if local == listed and flags & FLAG_DESCRIPTOR:
         where = data_offset + entry.compress_size
-        local = _read_descriptor(file, where, is_large=max(entry.file_size, entry.header_offset) >= _MAX_UINT32)
-        listed = {"magic": _DESCRIPTOR_MAGIC, "CRC-32": entry.CRC}
+        local = _read_descriptor(file, where, is_large=max(entry.file_size, entry.header_offset) >= MAX_UINT32)
+        listed = {"magic": DESCRIPTOR_MAGIC, "CRC-32": entry.CRC}
         listed |= {"packed size": entry.compress_size, "size": entry.file_size}
     for word, here in local.items():
         if here != listed[word]:
@@ -123,7 +128,7 @@ def check_entry(file: StoredFile | FileView, entry: zipfile.ZipInfo, data_offset
 
 
 def _read_descriptor(file: StoredFile | FileView, offset: int, *, is_large: bool) -> dict[str, Any]:
-    layout = _DESCRIPTOR_64 if is_large else _DESCRIPTOR
+    layout = DESCRIPTOR_64 if is_large else DESCRIPTOR
     data = file.pread(layout.size, offset)
     values = layout.unpack(data) if len(data) == layout.size else (data, None, None, None)
     return dict(zip(("magic", "CRC-32", "packed size", "size"), values, strict=True))
@@ -154,32 +159,32 @@ def check_end(file: StoredFile | FileView, entries: list[zipfile.ZipInfo]) -> li
         # torch (2.13) takes a record with this bit for a folder, and loads uninitialised memory for it.
         if not is_folder(entry):
             require(f"{what} directory bit", entry.header_offset, entry.external_attr & _DIRECTORY_BIT, 0)
-    position = file.size_bytes - _END.size
-    magic, disk, start_disk, here, total, nbytes, start, comment_length = _END.unpack(file.pread(_END.size, position))
-    if magic != _END_MAGIC:
+    position = file.size_bytes - END.size
+    magic, disk, start_disk, here, total, nbytes, start, comment_length = END.unpack(file.pread(END.size, position))
+    if magic != END_MAGIC:
         return found  # A comment follows the end record. torch writes none, and readers skip it.
     require("disk", position, disk, 0, _MAX_UINT16)
     require("disk of the directory", position, start_disk, 0, _MAX_UINT16)
     require("a comment of length", position, comment_length, 0)
-    locator = position - _LOCATOR_64.size
-    data = file.pread(_LOCATOR_64.size, locator) if locator >= 0 else b""
-    if data.startswith(_LOCATOR_64_MAGIC):
-        _, locator_disk, end_64, disks = _LOCATOR_64.unpack(data)
+    locator = position - LOCATOR_64.size
+    data = file.pread(LOCATOR_64.size, locator) if locator >= 0 else b""
+    if data.startswith(LOCATOR_64_MAGIC):
+        _, locator_disk, end_64, disks = LOCATOR_64.unpack(data)
         require("disk", locator, locator_disk, 0)
         require("number of disks", locator, disks, 1)
-        require("its zip64 end at", locator, end_64, locator - _END_64.size)
-        end_64 = locator - _END_64.size
-        magic_64, size_64, _, _, disk_64, start_disk_64, here_64, total_64, nbytes_64, start_64 = _END_64.unpack(
-            file.pread(_END_64.size, end_64)
+        require("its zip64 end at", locator, end_64, locator - END_64.size)
+        end_64 = locator - END_64.size
+        magic_64, size_64, _, _, disk_64, start_disk_64, here_64, total_64, nbytes_64, start_64 = END_64.unpack(
+            file.pread(END_64.size, end_64)
         )
-        require("magic", end_64, magic_64, _END_64_MAGIC)
-        require("a length of itself of", end_64, size_64, _END_64.size - 12)
+        require("magic", end_64, magic_64, END_64_MAGIC)
+        require("a length of itself of", end_64, size_64, END_64.size - 12)
         require("disk", end_64, disk_64, 0)
         require("disk of the directory", end_64, start_disk_64, 0)
         require("entries on this disk", end_64, here_64, count)
         require("entries", end_64, total_64, count)
-        require("size of the directory", position, nbytes, nbytes_64, _MAX_UINT32)
-        require("start of the directory", position, start, start_64, _MAX_UINT32)
+        require("size of the directory", position, nbytes, nbytes_64, MAX_UINT32)
+        require("start of the directory", position, start, start_64, MAX_UINT32)
         require("end of the directory", end_64, start_64 + nbytes_64, end_64)
         start, nbytes = start_64, nbytes_64
     else:
@@ -197,7 +202,7 @@ def _walk(file: StoredFile | FileView, start: int, nbytes: int) -> int:
     position = 0
     while position + _LISTED_HEADER.size <= len(data):
         magic, *lengths = _LISTED_HEADER.unpack_from(data, position)
-        if magic != _LISTED_MAGIC:
+        if magic != LISTED_MAGIC:
             break
         position += _LISTED_HEADER.size + sum(lengths)
     return position

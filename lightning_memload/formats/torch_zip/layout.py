@@ -13,6 +13,21 @@ from typing import NamedTuple
 
 __all__ = [
     "ALIGNMENT_BYTES",
+    "DESCRIPTOR",
+    "DESCRIPTOR_64",
+    "DESCRIPTOR_MAGIC",
+    "END",
+    "END_64",
+    "END_64_MAGIC",
+    "END_MAGIC",
+    "FLAG_DESCRIPTOR",
+    "FLAG_UTF8",
+    "LISTED_MAGIC",
+    "LOCAL_HEADER",
+    "LOCAL_MAGIC",
+    "LOCATOR_64",
+    "LOCATOR_64_MAGIC",
+    "MAX_UINT32",
     "ZipEntry",
     "data_descriptor",
     "directory",
@@ -23,18 +38,20 @@ __all__ = [
 
 ALIGNMENT_BYTES = 64
 # Numbers from this value on are stored in the zip64 fields.
-_MAX_UINT32 = 0xFFFFFFFF
+MAX_UINT32 = 0xFFFFFFFF
 
-_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
-_DESCRIPTOR = struct.Struct("<4s3I")
-_DESCRIPTOR_64 = struct.Struct("<4sI2Q")
-_END_64 = struct.Struct("<4sQ2H2I4Q")
-_END_LOCATOR_64 = struct.Struct("<4sIQI")
-_END = struct.Struct("<4s4H2IH")
+DESCRIPTOR = struct.Struct("<4s3I")
+DESCRIPTOR_64 = struct.Struct("<4sI2Q")
+END_64 = struct.Struct("<4sQ2H2I4Q")
+LOCATOR_64 = struct.Struct("<4sIQI")
+END = struct.Struct("<4s4H2IH")
+LOCAL_MAGIC, LISTED_MAGIC, DESCRIPTOR_MAGIC = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
+END_MAGIC, LOCATOR_64_MAGIC, END_64_MAGIC = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 
-_FLAG_UTF8 = 1 << 11
-_FLAG_DESCRIPTOR = 1 << 3
+FLAG_UTF8 = 1 << 11
+FLAG_DESCRIPTOR = 1 << 3
 # torch's alignment field: "FB", the length of the padding, and the padding, all "Z".
 _PADDING_ID = b"FB"
 _PADDING = struct.Struct("<2sH")
@@ -65,12 +82,12 @@ class ZipEntry(NamedTuple):
         """The start of the next record's header. A record without data has no descriptor."""
         if not self.nbytes:
             return self.data_end
-        return self.data_end + (_DESCRIPTOR_64.size if self.is_zip64 else _DESCRIPTOR.size)
+        return self.data_end + (DESCRIPTOR_64.size if self.is_zip64 else DESCRIPTOR.size)
 
     @property
     def is_zip64(self) -> bool:
         """Whether its size or position needs 64 bits."""
-        return self.nbytes >= _MAX_UINT32 or self.header_offset >= _MAX_UINT32
+        return self.nbytes >= MAX_UINT32 or self.header_offset >= MAX_UINT32
 
 
 def lay_out(records: Iterable[tuple[str, int]], *, start: int = 0) -> list[ZipEntry]:
@@ -91,8 +108,8 @@ def lay_out(records: Iterable[tuple[str, int]], *, start: int = 0) -> list[ZipEn
         length = len(name.encode())
         if nbytes < 0 or length > 0xFFFF:
             raise ValueError(f"a record of {nbytes} bytes with a name of {length} bytes cannot be stored")
-        unpadded = start + _LOCAL_HEADER.size + length + _PADDING.size
-        if nbytes >= _MAX_UINT32 or start >= _MAX_UINT32:
+        unpadded = start + LOCAL_HEADER.size + length + _PADDING.size
+        if nbytes >= MAX_UINT32 or start >= MAX_UINT32:
             unpadded += len(_zip64_field(nbytes, start))
         entry = ZipEntry(name, nbytes, start, -(-unpadded // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
         entries.append(entry)
@@ -106,9 +123,9 @@ def local_header(entry: ZipEntry) -> bytes:
     name = text.encode()
     # The compressed size is in the descriptor and the directory. It is 0 here, as in torch's files.
     extra = _zip64_field(nbytes, start, compressed_nbytes=0)
-    padding = data_start - start - (_LOCAL_HEADER.size + len(name) + len(extra) + _PADDING.size)
+    padding = data_start - start - (LOCAL_HEADER.size + len(name) + len(extra) + _PADDING.size)
     extra += _PADDING.pack(_PADDING_ID, padding) + b"Z" * padding
-    fixed = _LOCAL_HEADER.pack(b"PK\x03\x04", 0, _flags(nbytes), 0, 0, 0, 0, 0, 0, len(name), len(extra))
+    fixed = LOCAL_HEADER.pack(LOCAL_MAGIC, 0, _flags(nbytes), 0, 0, 0, 0, 0, 0, len(name), len(extra))
     return fixed + name + extra
 
 
@@ -116,8 +133,8 @@ def data_descriptor(entry: ZipEntry, crc32: int) -> bytes:
     """The bytes after the entry's data. Empty for an entry without data."""
     if not entry.nbytes:
         return b""
-    descriptor = _DESCRIPTOR_64 if entry.is_zip64 else _DESCRIPTOR
-    return descriptor.pack(b"PK\x07\x08", crc32, entry.nbytes, entry.nbytes)
+    descriptor = DESCRIPTOR_64 if entry.is_zip64 else DESCRIPTOR
+    return descriptor.pack(DESCRIPTOR_MAGIC, crc32, entry.nbytes, entry.nbytes)
 
 
 def directory(entries: Sequence[ZipEntry], crc32s: Sequence[int]) -> bytes:
@@ -134,16 +151,16 @@ def directory(entries: Sequence[ZipEntry], crc32s: Sequence[int]) -> bytes:
     return b"".join(
         (
             central,
-            _END_64.pack(b"PK\x06\x06", _END_64.size - 12, 0x031E, 0x002D, 0, 0, count, count, len(central), start),
-            _END_LOCATOR_64.pack(b"PK\x06\x07", 0, end_64, 1),
-            _END.pack(
-                b"PK\x05\x06",
+            END_64.pack(END_64_MAGIC, END_64.size - 12, 0x031E, 0x002D, 0, 0, count, count, len(central), start),
+            LOCATOR_64.pack(LOCATOR_64_MAGIC, 0, end_64, 1),
+            END.pack(
+                END_MAGIC,
                 0,
                 0,
                 min(count, 0xFFFF),
                 min(count, 0xFFFF),
-                min(len(central), _MAX_UINT32),
-                min(start, _MAX_UINT32),
+                min(len(central), MAX_UINT32),
+                min(start, MAX_UINT32),
                 0,
             ),
         )
@@ -156,20 +173,20 @@ def directory_bytes(entries: Iterable[ZipEntry]) -> int:
         _CENTRAL_HEADER.size + len(entry.name.encode()) + len(_zip64_field(entry.nbytes, entry.header_offset))
         for entry in entries
     )
-    return central + _END_64.size + _END_LOCATOR_64.size + _END.size
+    return central + END_64.size + LOCATOR_64.size + END.size
 
 
 def _flags(nbytes: int) -> int:
-    return _FLAG_UTF8 | _FLAG_DESCRIPTOR if nbytes else _FLAG_UTF8
+    return FLAG_UTF8 | FLAG_DESCRIPTOR if nbytes else FLAG_UTF8
 
 
 def _zip64_field(nbytes: int, header_offset: int, *, compressed_nbytes: int | None = None) -> bytes:
-    if nbytes < _MAX_UINT32 and header_offset < _MAX_UINT32:
+    if nbytes < MAX_UINT32 and header_offset < MAX_UINT32:
         return b""
     numbers = []
-    if nbytes >= _MAX_UINT32:
+    if nbytes >= MAX_UINT32:
         numbers += [nbytes, nbytes if compressed_nbytes is None else compressed_nbytes]
-    if header_offset >= _MAX_UINT32:
+    if header_offset >= MAX_UINT32:
         numbers.append(header_offset)
     return struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers)
 
@@ -178,9 +195,9 @@ def _central_header(entry: ZipEntry, crc32: int) -> bytes:
     text, nbytes, start, _ = entry
     name = text.encode()
     extra = _zip64_field(nbytes, start)
-    size = nbytes if nbytes < _MAX_UINT32 else _MAX_UINT32
-    offset = start if start < _MAX_UINT32 else _MAX_UINT32
+    size = nbytes if nbytes < MAX_UINT32 else MAX_UINT32
+    offset = start if start < MAX_UINT32 else MAX_UINT32
     fixed = _CENTRAL_HEADER.pack(
-        b"PK\x01\x02", 0, 0, _flags(nbytes), 0, 0, 0, crc32, size, size, len(name), len(extra), 0, 0, 0, 0, offset
+        LISTED_MAGIC, 0, 0, _flags(nbytes), 0, 0, 0, crc32, size, size, len(name), len(extra), 0, 0, 0, 0, offset
     )
     return fixed + name + extra

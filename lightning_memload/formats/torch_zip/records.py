@@ -18,12 +18,12 @@ from lightning_memload.checkpoint.inventory import Damage
 from lightning_memload.errors import CheckpointFormatError, UnmappableCheckpointError, listed
 from lightning_memload.formats.torch_zip.directory import read_regular_directory
 from lightning_memload.formats.torch_zip.frame import check_end, check_entry, is_folder, read_entries
+from lightning_memload.formats.torch_zip.layout import LOCAL_MAGIC
 from lightning_memload.storage.places import read_start
 from lightning_memload.storage.source import FileView, StoredFile
 
 __all__ = ["is_zip", "pickle_is_sound", "read_records", "read_zip_inventory"]
 
-_ZIP_MAGIC = b"PK\x03\x04"
 # The time and memory to read a pickle grow with its size: some 10 us and 100 bytes for each tensor.
 _MAX_PICKLE_BYTES = 2 << 30
 _MAX_ORDER_BYTES = 64
@@ -32,7 +32,7 @@ _LOCAL_HEADER = struct.Struct("<4s4xH16xHH")
 
 def is_zip(path: str) -> bool:
     """Whether the file starts like a zip archive. Files of ``torch.save`` before torch 1.6 do not."""
-    return read_start(path, len(_ZIP_MAGIC)) == _ZIP_MAGIC
+    return read_start(path, len(LOCAL_MAGIC)) == LOCAL_MAGIC
 
 
 def read_records(file: StoredFile | FileView) -> tuple[dict[str, Record], bytes]:
@@ -49,8 +49,8 @@ def read_records(file: StoredFile | FileView) -> tuple[dict[str, Record], bytes]
         CheckpointFormatError: The archive is truncated or damaged, or ``torch.save`` did not write it.
         UnmappableCheckpointError: The records are compressed or byte-swapped, or it is a TorchScript archive.
     """
-    start = file.pread(len(_ZIP_MAGIC), 0)
-    if start != _ZIP_MAGIC:
+    start = file.pread(len(LOCAL_MAGIC), 0)
+    if start != LOCAL_MAGIC:
         raise CheckpointFormatError(
             f"{file.name} is not what torch.save writes by default: it begins with {start!r}. It is damaged, or was "
             "written by torch < 1.6 or with another serialization. Save it again with torch's defaults.",
@@ -187,7 +187,7 @@ def _locate(file: StoredFile | FileView, entry: zipfile.ZipInfo) -> Record:
     """
     in_file = 0 <= entry.header_offset < file.size_bytes
     header = file.pread(_LOCAL_HEADER.size, entry.header_offset) if in_file else b""
-    if len(header) < _LOCAL_HEADER.size or not header.startswith(_ZIP_MAGIC):
+    if len(header) < _LOCAL_HEADER.size or not header.startswith(LOCAL_MAGIC):
         raise CheckpointFormatError(
             f"{file.name}: the directory places record {entry.filename!r} at byte {entry.header_offset}, but no "
             "record starts there. The file is damaged.",
