@@ -92,11 +92,11 @@ def match_weights(
 def _require_match(
     module: nn.Module,
     state_dict: Mapping[str, Any],
-    wants: Callable[[str], bool] = lambda _: True,
+    wants: Callable[[str], bool],
     *,
     strict: bool,
     path: str,
-    advice: str = _ADVICE,
+    advice: str,
 ) -> None:
     """Raises the error that ``load_state_dict`` would raise, while the module is still unchanged.
 

@@ -98,17 +98,19 @@ class Overlap:
             planned: Its states. All have memory.
             moves: The moves of those that are not on their way yet. What is not in the file is copied now.
         """
-        late = {id(move) for move, chunks in zip(moves, _locate(self._session, moves), strict=True) if chunks}
+        found = self._session.checkpoint.locate_all([move.value for move in moves])
+        late = {id(move) for move, chunks in zip(moves, found, strict=True) if chunks}
         self._session.move([move for move in moves if id(move) not in late])
         left = [move for move in moves if id(move) in late]
         moved = {id(move.destination) for move in moves}
-        taken = [state for state in planned if id(state.destination) not in moved and state.destination is not None]
+        taken = [
+            Move(state.name, state.value, state.destination)
+            for state in planned
+            if state.destination is not None and id(state.destination) not in moved
+        ]
         if taken:
             assert self._stream is not None
-            again = [
-                Move(state.name, state.value, state.destination) for state in taken if state.destination is not None
-            ]
-            self._sides.append((self._stream.side, again))
+            self._sides.append((self._stream.side, taken))
         if left:
             self._sides.append((SideStream(self._session, lambda: left), left))
         for state in planned:
@@ -212,10 +214,6 @@ class Overlap:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=Overlap.before_fork)
-
-
-def _locate(session: RestoreSession, moves: Sequence[Move]) -> list[Any]:
-    return list(session.checkpoint.locate_all([move.value for move in moves]))
 
 
 def _is_torchs_own(optimizer: Any) -> bool:

@@ -1,7 +1,7 @@
 """Streams optimizer states right behind the weights, before the optimizers exist.
 
-The file tells the size of each state, and nearly always its place: the device of the training, in the dtype that it was
-saved with. So a thread brings the states there while the Trainer sets up the strategy and makes the optimizers. The
+The file tells the size of each state, and nearly always its place: the device of the training, in the dtype of the
+parameters. So a thread brings the states there while the Trainer sets up the strategy and makes the optimizers. The
 load of an optimizer takes up what is where torch wants it. Everything else is freed, and streamed in the ordinary way.
 A wrong guess, and an error in the thread, cost time and never a value: the ordinary way raises the same error itself.
 """
@@ -46,10 +46,8 @@ class StateStream:
         found = session.checkpoint.locate_all([plan.value for plan in candidates])
         # Not in the file are empty tensors, and those that a hook has written to. One may be written to later, too, and
         # is then no longer where it was found.
-        located = {id(plan.value): (plan, chunks) for plan, chunks in zip(candidates, found, strict=True) if chunks}
-        self._plans = {key: plan for key, (plan, _) in located.items()}
-        self._chunks = {key: chunks for key, (_, chunks) in located.items()}
-        planned = list(self._plans.values())
+        self._plans = {id(plan.value): (plan, chunks) for plan, chunks in zip(candidates, found, strict=True) if chunks}
+        planned = [plan for plan, _ in self._plans.values()]
         self.side = SideStream(session, lambda: [plan.allocate() for plan in planned])
 
     @classmethod
@@ -93,8 +91,8 @@ class StateStream:
         is_wrong = not is_usable
         located = self._session.checkpoint.locate_all([state.value for state in wanted])
         for state, chunks in zip(wanted, located, strict=True):
-            plan = self._plans.pop(id(state.value), None)
-            if plan is None or not is_usable or chunks is None or chunks != self._chunks[id(state.value)]:
+            plan, known = self._plans.pop(id(state.value), (None, None))
+            if plan is None or not is_usable or chunks is None or chunks != known:
                 continue
             if (plan.device, plan.dtype) == (state.device, state.dtype):
                 state.destination = plan.destination
@@ -108,7 +106,6 @@ class StateStream:
     def forget(self) -> None:
         """Frees what was not taken up, as soon as the stream has ended. No optimizer loads any more."""
         self._plans.clear()
-        self._chunks.clear()
 
     def close(self) -> None:
         """Ends the stream, if need be in the middle, and frees what was not taken up. A second call does nothing."""
