@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from lightning_memload.formats.torch_zip.layout import directory, lay_out, local_header
+
 ALL_DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64, torch.complex32,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
@@ -160,3 +162,23 @@ def quantised(values: torch.Tensor) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.quantize_per_tensor(values, 0.5, 0, torch.qint8)
+
+
+def write_headers(entries: list[tuple[str, int]], path: Path, *, at: list[int] | None = None, crc32: int = 0) -> None:
+    """A torch zip with headers and a directory, but no data: a sparse file of any size.
+
+    Args:
+        entries: Name and announced size of each record.
+        path: The file.
+        at: Where each record's header is, by default one after the other, as far apart as their sizes say.
+        crc32: The checksum of every record.
+    """
+    placed = (
+        lay_out(entries) if at is None else [lay_out([e], start=start)[0] for e, start in zip(entries, at, strict=True)]
+    )
+    with open(path, "wb") as file:
+        for entry in placed:
+            file.seek(entry.header_offset)
+            file.write(local_header(entry))
+        file.seek(placed[-1].end)
+        file.write(directory(placed, [crc32] * len(placed)))

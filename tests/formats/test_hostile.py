@@ -20,10 +20,9 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import metadata as torch_metadata
 
 from lightning_memload import CheckpointWriteError, save_directory, verify_checkpoint
-from lightning_memload.formats.torch_zip.layout import directory, lay_out, local_header
 from lightning_memload.save import save_torch
 from tests.formats.dcp_shards import place_of, sharded, write_shards
-from tests.formats.files import write_zip
+from tests.formats.files import write_headers, write_zip
 from tests.fresh_process import run_fresh
 
 MIB = 1 << 20
@@ -59,25 +58,6 @@ for name, way in ((name, way) for name, ways in ARGS["cases"].items() for way in
 """
 
 
-def lie(entries: list[tuple[str, int]], path: Path, *, at: list[int] | None = None) -> None:
-    """A torch zip with headers and a directory, but no data: a sparse file of any size.
-
-    Args:
-        entries: Name and announced size of each record.
-        path: The file.
-        at: Where each record's header is, by default one after the other, as far apart as their sizes say.
-    """
-    placed = (
-        lay_out(entries) if at is None else [lay_out([e], start=start)[0] for e, start in zip(entries, at, strict=True)]
-    )
-    with open(path, "wb") as file:
-        for entry in placed:
-            file.seek(entry.header_offset)
-            file.write(local_header(entry))
-        file.seek(placed[-1].end)
-        file.write(directory(placed, [0] * len(placed)))
-
-
 def absurd_directory(path: Path) -> None:
     path.write_bytes(b"PK\x03\x04")
     start, nbytes = 64, TIB - 200
@@ -103,18 +83,18 @@ def deflated(path: Path) -> None:
 def overlapping(path: Path) -> None:
     """Twenty thousand records, each of them the same gigabyte of the file."""
     names = ["a/data.pkl", *(f"a/data/{number}" for number in range(20_000))]
-    lie([(name, 1 << 30) for name in names], path, at=[0] * len(names))
+    write_headers([(name, 1 << 30) for name in names], path, at=[0] * len(names))
 
 
 def shifted(path: Path) -> None:
     """Likewise, but each with a header of its own, so that all of them agree with the directory."""
     names = ["a/data.pkl", *(f"a/data/{number}" for number in range(20_000))]
-    lie([(name, 1 << 30) for name in names], path, at=[number * 64 for number in range(len(names))])
+    write_headers([(name, 1 << 30) for name in names], path, at=[number * 64 for number in range(len(names))])
 
 
 def traversing(path: Path) -> None:
     names = ["../../../../tmp/data.pkl", "/etc/data/0", "..\\..\\x", "a/data/../../../x", "a/\x1b[2J"]
-    lie([(name, 16) for name in names], path)
+    write_headers([(name, 16) for name in names], path)
 
 
 def evil_pickle(mark: str) -> bytes:
@@ -301,8 +281,8 @@ CASES: dict[Callable[[Path], None], dict[str, str]] = {
     shifted: REFUSED,
     traversing: REFUSED,
     # Reading a file as long as a disk takes as long as it takes: these are not verified here.
-    lambda path: lie([("a/data.pkl", TIB)], path): UNMAPPABLE,
-    lambda path: lie([("a/byteorder", TIB), ("a/data.pkl", 10)], path): UNMAPPABLE,
+    lambda path: write_headers([("a/data.pkl", TIB)], path): UNMAPPABLE,
+    lambda path: write_headers([("a/byteorder", TIB), ("a/data.pkl", 10)], path): UNMAPPABLE,
     evil_zip: {"open": "answered", "load": "UnsafeGlobalsError", "verify": "answered"},
     evil_tensors: {"open": "answered", "load": "UnsafeGlobalsError", "verify": "answered"},
     evil_directory: {"open": "answered", "load": "UnsafeGlobalsError", "verify": "answered"},

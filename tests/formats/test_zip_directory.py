@@ -14,10 +14,9 @@ import torch
 from lightning_memload.errors import MemloadError
 from lightning_memload.formats.torch_zip import records as torch_records
 from lightning_memload.formats.torch_zip.directory import read_regular_directory
-from lightning_memload.formats.torch_zip.layout import directory, lay_out, local_header
 from lightning_memload.formats.torch_zip.records import read_records
 from lightning_memload.storage import LocalFile
-from tests.formats.files import write_zip
+from tests.formats.files import write_headers, write_zip
 
 
 class CountedFile(LocalFile):
@@ -77,14 +76,8 @@ def test_large_records_are_not_read(tmp_path: Path) -> None:
 def test_sizes_and_positions_of_64_bits(tmp_path: Path, start: int, nbytes: int) -> None:
     """A sparse file, with the directory that torch writes for large records."""
     sizes = [("a/first", start), ("a/data.pkl", 3), ("a/data/0", nbytes), ("a/data/1", nbytes), ("a/data/2", 5)]
-    entries = lay_out(sizes)
     path = tmp_path / "large.pt"
-    with open(path, "wb") as stream:
-        for entry in entries:
-            stream.seek(entry.header_offset)
-            stream.write(local_header(entry))
-        stream.seek(entries[-1].end)
-        stream.write(directory(entries, [7] * len(entries)))
+    write_headers(sizes, path, crc32=7)
     with LocalFile(path) as file:
         records = read_regular_directory(file)
         assert records is not None

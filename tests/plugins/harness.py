@@ -31,6 +31,7 @@ __all__ = [
     "TRUSTED",
     "WRAPS",
     "Case",
+    "ManualModule",
     "Probe",
     "Recorded",
     "StockResume",
@@ -109,6 +110,17 @@ class TinyModule(Recorded):
 
     def configure_optimizers(self) -> Any:
         return self.make_optimizer(self.parameters())
+
+
+class ManualModule(TinyModule):
+    """Manual optimization with two optimizers: AdamW, and SGD with momentum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [adamw(self.first.parameters()), torch.optim.SGD(self.second.parameters(), lr=0.01, momentum=0.9)]
 
 
 @dataclass(frozen=True)

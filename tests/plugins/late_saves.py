@@ -17,7 +17,18 @@ from lightning_memload import StreamingCheckpointIO
 from lightning_memload.formats import load_mapped
 from tests.plugins.harness import FEATURES, Recorded, adamw, assert_same, make_trainer
 
-__all__ = ["NOT_LATE", "Keep", "Normalised", "SaveOften", "Uploading", "Wrapper", "every_step", "listing", "train"]
+__all__ = [
+    "NOT_LATE",
+    "Keep",
+    "Look",
+    "Normalised",
+    "SaveOften",
+    "Uploading",
+    "Wrapper",
+    "every_step",
+    "listing",
+    "train",
+]
 
 
 class Normalised(Recorded):
@@ -148,3 +159,15 @@ def listing(folder: Path) -> dict[str, Any]:
         for path in sorted(folder.iterdir())
         if not path.name.startswith(".memload-")
     }
+
+
+class Look(L.Callback):
+    """Notes after each batch which checkpoints are there: the links, and their steps. All callbacks saved before."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.seen: list[Any] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        found = listing(self.folder).items()
+        self.seen.append({name: (link, held["global_step"]) for name, (link, held) in found})

@@ -23,7 +23,7 @@ from lightning_memload import CheckpointWriteError, MemoryEfficientRestore, Stre
 from lightning_memload.save import BackgroundSave
 from lightning_memload.transfer import sinks, writing
 from tests.plugins.harness import TRUSTED, adamw, assert_same, make_trainer
-from tests.plugins.late_saves import NOT_LATE, Keep, Normalised, SaveOften, every_step, listing, train
+from tests.plugins.late_saves import NOT_LATE, Keep, Look, Normalised, SaveOften, every_step, listing, train
 
 BLOCK_BYTES = 128
 
@@ -199,17 +199,6 @@ def test_names_and_contents_are_those_of_stock_after_every_batch(
     tmp_path: Path, asynchronous_save: Any, save_format: Any
 ) -> None:
     """Two ModelCheckpoints with one directory and one pattern, links, and removals: Lightning asks what is there."""
-
-    class Look(L.Callback):
-        """After all ModelCheckpoints, in the next batch."""
-
-        def __init__(self, folder: Path) -> None:
-            self.folder = folder
-            self.seen: list[Any] = []
-
-        def on_train_batch_start(self, *args: Any) -> None:
-            found = listing(self.folder).items()
-            self.seen.append({name: (link, held["global_step"]) for name, (link, held) in found})
 
     def run(name: str, *callbacks: Any) -> Any:
         look = Look(tmp_path / name)

@@ -31,6 +31,7 @@ from lightning_memload.restore.placement import PlannedState
 from tests.plugins.harness import (
     TRUSTED,
     Case,
+    ManualModule,
     Recorded,
     TinyModule,
     adamw,
@@ -144,15 +145,8 @@ def same(
     return restore
 
 
-class Manual(TinyModule):
+class Manual(ManualModule):
     """Manual optimization: two optimizers, of which the second one steps in every second batch only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def configure_optimizers(self) -> Any:
-        return [adamw(self.first.parameters()), torch.optim.SGD(self.second.parameters(), lr=0.01, momentum=0.9)]
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)

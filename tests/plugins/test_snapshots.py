@@ -23,6 +23,7 @@ from tests.plugins.harness import TRUSTED, assert_same
 from tests.plugins.late_saves import (
     NOT_LATE,
     Keep,
+    Look,
     Normalised,
     Uploading,
     Wrapper,
@@ -152,15 +153,6 @@ def test_averaged_weights_are_saved_as_by_stock(tmp_path: Path) -> None:
 @pytest.mark.parametrize("save_format", FORMATS)
 def test_names_and_contents_are_at_most_one_save_older_than_those_of_stock(tmp_path: Path, save_format: Any) -> None:
     """Several saves in one step, links and removals. At the end all is as with stock."""
-
-    class Look(L.Callback):
-        def __init__(self, folder: Path) -> None:
-            self.folder = folder
-            self.seen: list[Any] = []
-
-        def on_train_batch_start(self, *args: Any) -> None:
-            found = listing(self.folder).items()
-            self.seen.append({name: (link, held["global_step"]) for name, (link, held) in found})
 
     def run(name: str, *callbacks: Any) -> Any:
         look = Look(tmp_path / name)

@@ -21,6 +21,7 @@ from lightning_memload.restore.side_stream import SideStream
 from tests.plugins.harness import (
     TRUSTED,
     Case,
+    ManualModule,
     TinyModule,
     adamw,
     make_trainer,
@@ -75,15 +76,8 @@ def fit(path: Path, *callbacks: L.Callback, module: TinyModule | None = None) ->
     return trainer
 
 
-class TwoOptimizers(TinyModule):
-    """Manual optimization with two optimizers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def configure_optimizers(self) -> Any:
-        return [adamw(self.first.parameters()), torch.optim.SGD(self.second.parameters(), lr=0.01, momentum=0.9)]
+class TwoOptimizers(ManualModule):
+    """Both optimizers step in each batch."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
