@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import os
 import sys
 import time
@@ -27,7 +26,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from common import Deliver, above, aligned, header, positive, run_fresh, synchronize, warm
+from common import Deliver, aligned, header, positive, run_fresh, synchronize, warm
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -224,7 +223,7 @@ def take_point(
         warm(path)
         runs.append(run_fresh(measure, work, options.device, path, gigabytes, num_tensors, threads))
         path.with_suffix(".saved").unlink(missing_ok=True)
-    peaks = [above(0, run["host_bytes"]) for run in runs]
+    peaks = [run["host_bytes"] for run in runs]
     return {
         "bytes": path.stat().st_size,
         "tensors": num_tensors,
@@ -251,12 +250,6 @@ def table(report: dict[str, Any]) -> list[list[str]]:
         ]
         for point in rows
     ]
-
-
-def slope(points: Sequence[dict[str, Any]], axis: str) -> float:
-    """Return the exponent with which the seconds grow along an axis, between the last two points."""
-    before, last = sorted(points, key=lambda point: point[axis])[-2:]
-    return math.log(last["seconds"] / before["seconds"]) / math.log(last[axis] / before[axis])
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

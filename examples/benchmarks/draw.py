@@ -2,8 +2,8 @@
 
     python examples/benchmarks/draw.py
 
-Each ``results/curves-*.json`` becomes ``docs/assets/curves-*-light.svg`` and ``-dark.svg``. Both axes are logarithmic:
-a line with the slope of the grey diagonal grows in proportion. Needs matplotlib.
+Each ``results/curves-*.json`` becomes ``docs/assets/curves-*-light.svg`` and ``-dark.svg``. Both axes are logarithmic.
+Needs matplotlib.
 """
 
 from __future__ import annotations
