@@ -36,7 +36,9 @@ _NAMES = re.compile(rb"c[\w.]+\n[\w.]+\n")
 _KNOWN = tuple(b"c" + name for name in GLOBALS)
 _PROTOCOL = b"\x80\x02"
 _SHORT = b"\0\0\0"  # what the number of a short reference lacks
-_UINT16, _INT32, _UINT32, _DOUBLE = (struct.Struct(layout).unpack_from for layout in ("<H", "<i", "<I", ">d"))
+_UINT8, _UINT16, _INT32, _UINT32, _DOUBLE = (
+    struct.Struct(layout).unpack_from for layout in ("<B", "<H", "<i", "<I", ">d")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ def index_plain(
 
 
 def _carry_out(data: bytes, find: Callable[[str, str, int], StorageInfo], memory: Memory | None) -> PlainObject:
-    if not all(name.endswith(_KNOWN) for name in _NAMES.findall(data)):
+    if not data.startswith(_PROTOCOL) or not all(name.endswith(_KNOWN) for name in _NAMES.findall(data)):
         raise NotPlain  # It names something else, or a text looks like it. Most others end here, before time is lost.
     made = Tensors(find, memory)
     try:
@@ -142,126 +144,57 @@ class _Builder:
     def _run(self) -> Any:
         """Executes the instructions of the pickle. As in ``pickle``, values below a mark cannot be reached."""
         data = self._data
-        if not data.startswith(_PROTOCOL):
-            raise NotPlain
         position = len(_PROTOCOL)
         stack: list[Any] = []
         marked: list[list[Any]] = []
         # By the four bytes of the number.
         memo: dict[bytes, Any] = {}
         read_tensor = self._tensors.read
-        push, pop = stack.append, stack.pop
         while True:
             code = data[position]
             position += 1
-            if code == 0x72:  # LONG_BINPUT
-                end = position + 4
-                if data[position:end] in memo:
+            if code == 0x72 or code == 0x71:  # LONG_BINPUT, BINPUT
+                end = position + 4 if code == 0x72 else position + 1
+                number = data[position:end] + _SHORT[: 4 - end + position]
+                if number in memo:
                     raise NotPlain  # Tensors that are read at once rely on it that a number never changes its object.
-                memo[data[position:end]] = stack[-1]
-                position = end
+                memo[number], position = stack[-1], end
             elif code == 0x68 or code == 0x6A:  # BINGET, LONG_BINGET
-                end = position + 1 if code == 0x68 else position + 4
-                value = memo[data[position:end] + _SHORT if code == 0x68 else data[position:end]]
+                end = position + 4 if code == 0x6A else position + 1
+                value = memo[data[position:end] + _SHORT[: 4 - end + position]]
                 made = read_tensor(data, end, memo) if value is REBUILD else None
                 value, position = made if made is not None else (value, end)
-                push(value)
-            elif code == 0x58:  # BINUNICODE
-                end = position + 4 + _UINT32(data, position)[0]
+                stack.append(value)
+            elif code == 0x58 or code == 0x8A:  # BINUNICODE, LONG1
+                start = position + 4 if code == 0x58 else position + 1
+                end = start + (_UINT32(data, position)[0] if code == 0x58 else data[position])
                 if end > len(data):
                     raise NotPlain
-                push(data[position + 4 : end].decode("utf-8", "surrogatepass"))
+                value = data[start:end]
+                stack.append(_text(value) if code == 0x58 else int.from_bytes(value, "little", signed=True))
                 position = end
-            elif code == 0x71:  # BINPUT
-                end = position + 1
-                if data[position:end] + _SHORT in memo:
-                    raise NotPlain
-                memo[data[position:end] + _SHORT] = stack[-1]
-                position = end
-            elif code == 0x4B:  # BININT1
-                push(data[position])
-                position += 1
+            elif code in _NUMBERS:
+                unpack, nbytes = _NUMBERS[code]
+                stack.append(unpack(data, position)[0])
+                position += nbytes
             elif code == 0x28:  # MARK
                 marked.append(stack)
                 stack = []
-                push, pop = stack.append, stack.pop
-            elif code == 0x85:  # TUPLE1
-                stack[-1] = _tuple_of((stack[-1],))
-            elif code == 0x86:  # TUPLE2
-                last = pop()
-                stack[-1] = _tuple_of((stack[-1], last))
-            elif code == 0x87:  # TUPLE3
-                last, middle = pop(), pop()
-                stack[-1] = _tuple_of((stack[-1], middle, last))
-            elif code == 0x74:  # TUPLE
+            elif code in _COLLECTING:
                 items, stack = stack, marked.pop()
-                push, pop = stack.append, stack.pop
-                push(_tuple_of(tuple(items)))
+                _COLLECTING[code](stack, items)
+            elif code in _SIMPLE:
+                _SIMPLE[code](stack)
             elif code == 0x51:  # BINPERSID
-                push(self._tensors.storage(pop()))
+                stack.append(self._tensors.storage(stack.pop()))
             elif code == 0x52:  # REDUCE
-                arguments = pop()
+                arguments = stack.pop()
                 stack[-1] = self._call(stack[-1], arguments)
-            elif code == 0x89:  # NEWFALSE
-                push(False)
-            elif code == 0x88:  # NEWTRUE
-                push(True)
-            elif code == 0x4E:  # NONE
-                push(None)
-            elif code == 0x29:  # EMPTY_TUPLE
-                push(())
-            elif code == 0x4D:  # BININT2
-                push(_UINT16(data, position)[0])
-                position += 2
-            elif code == 0x4A:  # BININT
-                push(_INT32(data, position)[0])
-                position += 4
-            elif code == 0x47:  # BINFLOAT
-                push(_DOUBLE(data, position)[0])
-                position += 8
-            elif code == 0x8A:  # LONG1
-                end = position + 1 + data[position]
-                if end > len(data):
-                    raise NotPlain
-                push(int.from_bytes(data[position + 1 : end], "little", signed=True))
-                position = end
-            elif code == 0x7D:  # EMPTY_DICT
-                push({})
-            elif code == 0x5D:  # EMPTY_LIST
-                push([])
-            elif code == 0x75:  # SETITEMS
-                items, stack = stack, marked.pop()
-                push, pop = stack.append, stack.pop
-                _require_values(items)
-                if len(items) % 2:
-                    raise NotPlain
-                target = _exactly(stack[-1], (dict, OrderedDict))
-                for key, value in zip(items[::2], items[1::2], strict=True):
-                    target[key] = value
-            elif code == 0x73:  # SETITEM
-                value, key = pop(), pop()
-                _require_values((key, value))
-                _exactly(stack[-1], (dict, OrderedDict))[key] = value
-            elif code == 0x65:  # APPENDS
-                items, stack = stack, marked.pop()
-                push, pop = stack.append, stack.pop
-                _require_values(items)
-                _exactly(stack[-1], (list,)).extend(items)
-            elif code == 0x61:  # APPEND
-                value = pop()
-                _require_values((value,))
-                _exactly(stack[-1], (list,)).append(value)
             elif code == 0x63:  # GLOBAL
                 end = data.index(b"\n", data.index(b"\n", position) + 1) + 1
-                push(GLOBALS[data[position:end]])
+                stack.append(GLOBALS[data[position:end]])
                 position = end
-            elif code == 0x62:  # BUILD
-                state = pop()
-                # The versions of a state dict's modules.
-                _exactly(stack[-1], (OrderedDict,)).__dict__.update(_exactly(state, (dict,)))
-            elif code == 0x2E:  # STOP
-                if marked:
-                    raise NotPlain
+            elif code == 0x2E and not marked:  # STOP
                 _require_values(stack)
                 (result,) = stack
                 return result
@@ -278,6 +211,10 @@ class _Builder:
         raise NotPlain
 
 
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogatepass")
+
+
 def _tuple_of(items: tuple[Any, ...]) -> tuple[Any, ...]:
     return items if PLACEHOLDERS.isdisjoint(map(type, items)) else Arguments(items)
 
@@ -292,3 +229,66 @@ def _exactly(value: Any, kinds: tuple[type, ...]) -> Any:
     if type(value) not in kinds:
         raise NotPlain
     return value
+
+
+def _tuple_of_last(count: int) -> Callable[[list[Any]], None]:
+    def make(stack: list[Any]) -> None:
+        if len(stack) < count:
+            raise NotPlain
+        stack[-count:] = (_tuple_of(tuple(stack[-count:])),)
+
+    return make
+
+
+def _push_tuple(stack: list[Any], items: list[Any]) -> None:
+    stack.append(_tuple_of(tuple(items)))
+
+
+def _set_items(stack: list[Any], items: list[Any]) -> None:
+    _require_values(items)
+    if len(items) % 2:
+        raise NotPlain
+    target = _exactly(stack[-1], (dict, OrderedDict))
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        target[key] = value
+
+
+def _append_items(stack: list[Any], items: list[Any]) -> None:
+    _require_values(items)
+    _exactly(stack[-1], (list,)).extend(items)
+
+
+def _set_item(stack: list[Any]) -> None:
+    value, key = stack.pop(), stack.pop()
+    _set_items(stack, [key, value])
+
+
+def _append_item(stack: list[Any]) -> None:
+    _append_items(stack, [stack.pop()])
+
+
+def _set_versions(stack: list[Any]) -> None:
+    """Gives an ``OrderedDict`` its attributes: the versions of a state dict's modules."""
+    state = stack.pop()
+    _exactly(stack[-1], (OrderedDict,)).__dict__.update(_exactly(state, (dict,)))
+
+
+# Instructions with a number of fixed length: BININT1, BININT2, BININT, BINFLOAT.
+_NUMBERS = {0x4B: (_UINT8, 1), 0x4D: (_UINT16, 2), 0x4A: (_INT32, 4), 0x47: (_DOUBLE, 8)}
+# Instructions that use all values down to the mark: TUPLE, SETITEMS, APPENDS.
+_COLLECTING = {0x74: _push_tuple, 0x75: _set_items, 0x65: _append_items}
+# Instructions that use the stack only.
+_SIMPLE: dict[int, Callable[[list[Any]], None]] = {
+    0x85: _tuple_of_last(1),  # TUPLE1
+    0x86: _tuple_of_last(2),  # TUPLE2
+    0x87: _tuple_of_last(3),  # TUPLE3
+    0x73: _set_item,  # SETITEM
+    0x61: _append_item,  # APPEND
+    0x62: _set_versions,  # BUILD
+    0x89: lambda stack: stack.append(False),  # NEWFALSE
+    0x88: lambda stack: stack.append(True),  # NEWTRUE
+    0x4E: lambda stack: stack.append(None),  # NONE
+    0x29: lambda stack: stack.append(()),  # EMPTY_TUPLE
+    0x7D: lambda stack: stack.append({}),  # EMPTY_DICT
+    0x5D: lambda stack: stack.append([]),  # EMPTY_LIST
+}
