@@ -1,8 +1,9 @@
-"""Products of options, of which one row per axis is enough.
+"""Options of which a part is enough: one row per axis of a product, or the first value.
 
 ``@pytest.mark.axes("format", "way")`` on a test names parameters that act apart. Of their product the rows are run in
-which at most one of them is not its first value, for each combination of the other parameters. ``make test-all`` runs
-the whole product.
+which at most one of them is not its first value, for each combination of the other parameters. With
+``@pytest.mark.first("format")`` only the first value of a parameter is run, for other tests have its other values.
+``make test-all`` runs all cases.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ class Axes:
         Raises:
             pytest.UsageError: The marker names a parameter that the test lacks.
         """
-        marker = item.get_closest_marker("axes")
+        return self._has(item, "axes", 1) and self._has(item, "first", 0)
+
+    def _has(self, item: pytest.Item, marker_name: str, most: int) -> bool:
+        """Whether at most so many of the parameters that a marker names are not their first value."""
+        marker = item.get_closest_marker(marker_name)
         if marker is None or not isinstance(item, pytest.Function):
             return True
         values = item.callspec.params
@@ -34,4 +39,4 @@ class Axes:
             if name not in values:
                 raise pytest.UsageError(f"{item.originalname} has no parameter {name!r}, which its marker names.")
         firsts = self._firsts.setdefault(item.nodeid.partition("[")[0], values)
-        return sum(values[name] is not firsts[name] for name in marker.args) <= 1
+        return sum(values[name] is not firsts[name] for name in marker.args) <= most

@@ -242,6 +242,7 @@ class TestImportCost:
         _, packages = measure_import(f"from lightning_memload import {', '.join(names)}", num_runs=1)
         assert packages == set()
 
+    @pytest.mark.first("name")
     @pytest.mark.parametrize("name", sorted(NAMES_WITH_LIGHTNING))
     def test_the_check_can_fail(self, name: str) -> None:
         # The same measurement sees Lightning, and its price, as soon as one of these names is touched.

@@ -44,6 +44,12 @@ def test_whole_products_on_request(pytester: pytest.Pytester) -> None:
     assert len(taken(pytester, PRODUCT, "--all")) == 19
 
 
+def test_the_first_value_alone(pytester: pytest.Pytester) -> None:
+    program = PRODUCT.replace('axes("a", "b")', 'first("a", "c")')
+    assert set(taken(pytester, program)) == {*(f"test_product[x-{b}-x]" for b in "xyz"), "test_other"}
+    assert len(taken(pytester, program, "--all")) == 19
+
+
 def test_every_third_case(pytester: pytest.Pytester) -> None:
     assert len(taken(pytester, PRODUCT, "--all", "--every", "3")) == 7
 

@@ -347,6 +347,7 @@ def test_copied_nothing_of_the_checkpoint_stays(runs: Runs, way: Way) -> None:
     assert assigned.held
 
 
+@pytest.mark.first("dtype")
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float64", 8), ("bfloat16", 2)])
 def test_a_cast_costs_the_budget(runs: Runs, dtype: str, itemsize: int) -> None:
     """Another dtype in the file than in the float32 module: destination 3 W + the staging budget.

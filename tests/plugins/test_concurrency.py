@@ -46,6 +46,7 @@ for number in range(ARGS["times"]):
 """
 
 
+@pytest.mark.first("format")
 @pytest.mark.parametrize("format", ["torch", "directory"])
 def test_two_resume_while_a_third_saves(format: str, tmp_path: Path) -> None:
     states, expected = [], []

@@ -164,6 +164,7 @@ RESULT = [finder for finder in sys.meta_path if "lightning_memload" in type(find
 )
 
 
+@pytest.mark.axes("first", "package")
 @pytest.mark.parametrize("first", [True, False], ids=["package first", "memload first"])
 @pytest.mark.parametrize("package", PACKAGES)
 def test_program_of_one_package(package: str, first: bool) -> None:
@@ -191,6 +192,7 @@ def test_no_package_can_be_imported() -> None:
         )
 
 
+@pytest.mark.first("packages")
 @pytest.mark.parametrize("packages", [PACKAGES, PACKAGES[::-1]], ids=" then ".join)
 def test_program_of_both_packages(packages: tuple[str, ...]) -> None:
     assert run_fresh(BOTH, packages=packages, fabric=FABRIC, hidden=[], broken=False).result == []

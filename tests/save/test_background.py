@@ -387,6 +387,7 @@ save = BackgroundSave(plan, tensors_of_optimizers([optimizer]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="saves in the background on Linux only")
+@pytest.mark.first("options")
 @pytest.mark.parametrize("options", [None, "", ", safetensors=True"], ids=["file", "directory", "safetensors"])
 def test_the_end_of_the_process_waits(tmp_path: Path, options: str | None) -> None:
     """The interpreter refuses new threads while it ends, so all must have started before training goes on."""

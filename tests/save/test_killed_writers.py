@@ -17,19 +17,21 @@ PROGRAM = "tests.save.save_in_process"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.first("format")
 @pytest.mark.parametrize("format", WRITERS)
 def test_a_killed_writer_leaves_the_newest_complete_checkpoint(format: str, tmp_path: Path) -> None:
-    """15 kills; ``python -m tests.save.save_in_process FOLDER 200 [FORMAT]`` does more."""
-    result = run_fresh(f"{PROGRAM}:kill_writers", folder=tmp_path, times=15, format=format).result
-    assert result["kills"] == 15
+    """10 kills; ``python -m tests.save.save_in_process FOLDER 200 [FORMAT]`` does more."""
+    result = run_fresh(f"{PROGRAM}:kill_writers", folder=tmp_path, times=10, format=format).result
+    assert result["kills"] == 10
     # A claim about kills in the middle of a save needs some there.
-    assert result["in_the_middle"] >= 3
+    assert result["in_the_middle"] >= 2
     assert result["most_left"] == 1
     WRITERS[format]({"new": torch.ones(1)}, tmp_path / "last.ckpt")
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.axes("asynchronous", "format")
 @pytest.mark.parametrize(
     ("asynchronous", "format"),
     [
