@@ -85,6 +85,8 @@ def draw_lines(panel: Any, points: list[dict[str, Any]], axis: str, name: str, u
         side.set_minor_formatter(lambda *_: "")
     if axis == "threads":
         panel.set_xticks(sorted({point["threads"] for point in points if point["axis"] == axis}))
+    if axis == "tensors":
+        panel.set_xticks([10, 1_000, 100_000])  # Between them there is no room for the others.
     return ends
 
 
