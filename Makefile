@@ -11,6 +11,9 @@ DOCS_PACKAGES := 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.29' ruff
 # Twice quiet: errors only, no hints that newer versions exist.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
+# The tests start hundreds of processes. Without cached bytecode each of them compiles the package again.
+export PYTHONDONTWRITEBYTECODE :=
+
 # One process for each core, each with whole files of tests. Figures of memory are taken in processes of their own.
 IN_PARALLEL := --numprocesses auto --dist loadfile
 

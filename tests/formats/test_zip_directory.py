@@ -130,6 +130,7 @@ def test_all_others_are_left_to_zipfile(name: str, tmp_path: Path) -> None:
         assert read_regular_directory(file) is None
 
 
+@pytest.mark.slow
 def test_with_any_damage_it_says_what_zipfile_says_or_nothing(tmp_path: Path) -> None:
     """Each byte of the headers, the directory and the end records, changed in several ways; and all lengths."""
     path = tmp_path / "w.pt"

@@ -443,6 +443,7 @@ class TestLifeCycle:
         assert peaks.num_samples == num_threads * num_ticks + 2
         assert peaks.pinned_peak_bytes == num_ticks - 1
 
+    @pytest.mark.slow
     def test_windows_of_many_threads(self) -> None:
         failures: list[BaseException] = []
 

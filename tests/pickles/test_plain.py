@@ -373,6 +373,7 @@ def test_the_instructions_of_a_tensor_are_read_at_once(tmp_path: Path, monkeypat
     assert identities(loaded) == identities(torch.load(path))
 
 
+@pytest.mark.slow
 def test_read_at_once_or_singly_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with any byte of a tensor changed: the same object, or NotPlain both times."""
     data = pickled(many_tensors(), tmp_path)

@@ -628,6 +628,7 @@ class TestWithinOneAnother:
         assert module.number == module.outer.weight.tolist()
 
 
+@pytest.mark.slow
 def test_threads_build_beside_one_another() -> None:
     """torch runs through its hooks at every registration, in every thread."""
 

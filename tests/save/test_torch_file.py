@@ -315,6 +315,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, asks: bool, monkeypatch
         save_torch({"new": torch.ones(MIB // 2)}, path)
 
 
+@pytest.mark.slow
 def test_threads_and_descriptors_are_flat(tmp_path: Path) -> None:
     def levels() -> tuple[int, int]:
         return threading.active_count(), len(os.listdir("/proc/self/fd"))

@@ -33,6 +33,7 @@ def as_ranges(of: list[tuple[int, int]]) -> list[TargetRange]:
 class TestReads:
     @settings(max_examples=300, deadline=None)
     @given(wanted=spans, block=st.integers(1, 1500), gap=st.integers(0, 300))
+    @pytest.mark.slow
     def test_every_byte_of_every_target_exactly_once(self, wanted: list[tuple[int, int]], block: int, gap: int) -> None:
         reads = plan_reads(as_ranges(wanted), block_bytes=block, max_gap_bytes=gap)
         targets = [bytearray(nbytes) for _, nbytes in wanted]
@@ -69,6 +70,7 @@ class TestReads:
         with pytest.raises(ValueError, match=message):
             plan_reads(as_ranges([span]), block_bytes=block)
 
+    @pytest.mark.slow
     def test_a_hundred_thousand_small_targets_take_linear_time(self) -> None:
         def seconds(count: int) -> float:
             wanted = as_ranges([(192 * n, 4) for n in range(count)])
@@ -83,6 +85,7 @@ class TestReads:
 class TestChecks:
     @settings(max_examples=300, deadline=None)
     @given(wanted=spans, block=st.integers(1, 700), cuts=st.lists(st.integers(0, 4900), max_size=14))
+    @pytest.mark.slow
     def test_parts_combine_to_the_whole(self, wanted: list[tuple[int, int]], block: int, cuts: list[int]) -> None:
         edges = sorted(set(cuts))
         records = [(a, b - a) for a, b in itertools.pairwise(edges)][::2]
@@ -102,6 +105,7 @@ class TestChecks:
 
     @settings(max_examples=300, deadline=None)
     @given(wanted=spans, block=st.integers(1, 700), cuts=st.lists(st.integers(0, 4900), max_size=14))
+    @pytest.mark.slow
     def test_reads_of_unwanted_bytes_complete_the_records(
         self, wanted: list[tuple[int, int]], block: int, cuts: list[int]
     ) -> None:
