@@ -14,7 +14,6 @@ from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tenso
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_memload.distributed.shards import Region, are_rows, local_regions, local_shape, regions_of
-from lightning_memload.torch_private import is_strided_shard, split_indices
 
 
 def strided(dim: int, split_factor: int) -> Any:
@@ -121,9 +120,3 @@ def test_of_a_distributed_tensor() -> None:
             assert regions_of(distribute_tensor(full, inner, [S0], src_data_rank=None)) is None
         finally:
             torch.distributed.destroy_process_group()
-
-
-def test_indices_of_a_strided_shard_are_split_by_torch() -> None:
-    assert is_strided_shard(strided(0, 2))
-    assert not is_strided_shard(S0)
-    assert [part.tolist() for part in split_indices(strided(1, 2), 8, 2)] == [[0, 1, 4, 5], [2, 3, 6, 7]]
