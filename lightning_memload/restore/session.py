@@ -373,7 +373,7 @@ class RestoreSession:
         return self.checkpoint.detach() if detach else 0
 
     def records_at(self, offsets: Sequence[int]) -> list[Record]:
-        """The records with checksums to compare that contain the tensors at these offsets, see :class:`RecordChecks`."""
+        """The records to compare that contain the tensors at these offsets, see :class:`RecordChecks`."""
         return self._checks.at(offsets)
 
     def _get_ring(self) -> StagingRing:
