@@ -126,7 +126,7 @@ class TrainerRestore:
         skip_next_move_to_cpu(module)
         name_mixed_imports(exception, trainer, module)
         if restoring:
-            advise = not self._options.replaces_damaged
+            advise = not (self._options.replaces_damaged or loads_by_itself(trainer.strategy))
             name_intact_sibling(exception, str(trainer.ckpt_path), trainer, advise_option=advise)
 
     def abort(self) -> None:

@@ -48,7 +48,7 @@ class _State:
 
     def allocate(self) -> ShardTarget:
         if self.parameter is not None:
-            self.made = torch.empty_like(self.parameter.detach(), dtype=self.dtype)
+            self.made = _empty_like(self.parameter, self.dtype)
         elif isinstance(self.value, ChunkedTensor):
             shape, stride = self.value.shape, self.value.dense_stride
             self.made = torch.empty_strided(shape, stride, device=self.device, dtype=self.dtype)
@@ -146,6 +146,24 @@ def _fill_in(value: Any) -> Any:
 def _local(parameter: Any) -> torch.Tensor:
     with torch.no_grad():
         return parameter.to_local()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _empty_like(parameter: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A ``DTensor`` with the shards of a parameter, without values."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, local = parameter.device_mesh, parameter.to_local()
+    if local.device.type != mesh.device_type:  # FSDP2 with CPU offload. from_local would move it to the mesh.
+        return torch.empty_like(parameter.detach(), dtype=dtype)
+    return DTensor.from_local(
+        torch.empty_like(local, dtype=dtype),
+        mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def _names_of(module: nn.Module) -> dict[int, list[str]]:
