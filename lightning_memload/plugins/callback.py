@@ -180,8 +180,9 @@ class MemoryEfficientRestore(Callback):
         require_one(trainer, type(self))
         io = install_io(trainer, self._make_io)
         options = self._options
-        allows = bool(options.safe_globals) and not reads_shards(trainer.strategy)
-        loading = {"safe_globals=...": allows, "on_corrupt='previous'": options.replaces_damaged}
+        loading = {"safe_globals=...": bool(options.safe_globals), "on_corrupt='previous'": options.replaces_damaged}
+        if reads_shards(trainer.strategy):
+            loading = {}  # It warns of them itself.
         saving = {
             "asynchronous": (self._asynchronous_save, False),
             "snapshot": (self._save_snapshot, False),

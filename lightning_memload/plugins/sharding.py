@@ -82,18 +82,17 @@ class ShardedLoad(Opening):
         """
         request = self._request
         try:
-            if self._companions is None or not self._companions.can_agree:
+            if self._world_size > 1 and (self._companions is None or not self._companions.can_agree):
                 raise Unshardable("not every rank has a MemoryEfficientRestore callback")
             with self._resources.pop_all() as stack:
                 checkpoint, reader, weights, optimizers = self._plan(path, weights_only, stack)
                 # From here on something is changed.
                 self._read(reader, lambda: weights)
-                run_load_hooks(request.module, checkpoint.get("state_dict", {}))
+                self._together(lambda: self._run_hooks(checkpoint, weights), lambda _: None)
                 request.meter.begin("optimizers", self.stats)
                 self._read(reader, lambda: self._allocate(optimizers))
-                for optimizer in optimizers:
-                    optimizer.load()
-                self._warn_of_unverified(reader)
+                self._together(lambda: _load_states(optimizers), lambda _: None)
+                self._warn(reader)
                 checkpoint.pop("state_dict", None)
                 step = checkpoint.get("global_step")
                 step = step if isinstance(step, int) else None
@@ -145,13 +144,13 @@ class ShardedLoad(Opening):
 
     def _open_shards(self, mapped: MappedCheckpoint, stack: ExitStack) -> RestoreSession:
         request, options, companions = self._request, self._request.options, self._companions
-        assert companions is not None
         bar = request.make_bar(mapped, request.trainer.world_size)
         if bar is not None:
             self._until_training.callback(bar.close)
 
         def advance(nbytes: int) -> None:
-            companions.sign()
+            if companions is not None:
+                companions.sign()
             if bar is not None:
                 bar.advance(nbytes)
 
@@ -192,6 +191,10 @@ class ShardedLoad(Opening):
             plans.append(ShardedOptimizer(optimizer, states, request.module, name=name, strict=strict))
         return plans
 
+    def _run_hooks(self, checkpoint: Mapping[str, Any], weights: Sequence[ShardTarget]) -> None:
+        if weights:
+            run_load_hooks(self._request.module, checkpoint["state_dict"])
+
     def _allocate(self, optimizers: Sequence[ShardedOptimizer]) -> list[ShardTarget]:
         needed: dict[Any, int] = {}
         for optimizer in optimizers:
@@ -216,7 +219,6 @@ class ShardedLoad(Opening):
             MemloadError: Another rank has failed.
             Exception: The error of the work of this rank.
         """
-        assert self._companions is not None
         failure: Exception | None = None
         try:
             result = work()
@@ -225,9 +227,9 @@ class ShardedLoad(Opening):
             told = {"refusal": str(reason)}
         except Exception as error:
             failure, told = error, {"failure": _describe(error)}
-        rank, world_size = self._request.trainer.global_rank, self._request.trainer.world_size
+        rank, world_size = self._request.trainer.global_rank, self._world_size
         try:
-            heard = self._companions.agree(told)
+            heard = self._companions.agree(told) if self._companions is not None else {rank: told}
         except LostCompanion as lost:
             if failure is not None:
                 raise failure from lost
@@ -257,7 +259,20 @@ class ShardedLoad(Opening):
         request.meter.start()
         return stock(path), Measured(request)
 
-    def _warn_of_unverified(self, reader: ShardReader) -> None:
+    @property
+    def _world_size(self) -> int:
+        return self._request.trainer.world_size
+
+    def _warn(self, reader: ShardReader) -> None:
+        options = self._request.options
+        asked = {
+            "mode='assign'": options.mode == "assign",
+            "overlap=True": options.overlaps,
+            "on_corrupt='previous'": options.replaces_damaged,
+        }
+        for option, is_set in asked.items():
+            if is_set:
+                rank_zero_warn(f"MemoryEfficientRestore({option}) is ignored: each rank reads its own shards.")
         if reader.unverified_bytes:
             rank_zero_warn(f"{self._path}: the checksums of {reader.unverified_bytes} bytes were not compared.")
 
@@ -270,6 +285,11 @@ class ShardedLoad(Opening):
     def stats(self) -> TransferStats:
         """The figures of the streaming since the beginning of the restore."""
         return super().stats if self._session is None else self._session.stats
+
+
+def _load_states(optimizers: Sequence[ShardedOptimizer]) -> None:
+    for optimizer in optimizers:
+        optimizer.load()
 
 
 def _digest(index: Checkpoint, weights: Sequence[ShardTarget], optimizers: Sequence[ShardedOptimizer]) -> str:

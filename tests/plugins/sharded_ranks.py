@@ -108,9 +108,8 @@ class Net(L.LightningModule):
         self.losses.append(self(batch).sum().item().hex())
 
     def train_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader(
-            torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(1)), batch_size=4
-        )
+        rows: Any = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(1))
+        return torch.utils.data.DataLoader(rows, batch_size=4)
 
     val_dataloader = train_dataloader
 
