@@ -134,13 +134,18 @@ class Seeing(L.Callback):
     """
 
     def __init__(self, measures: bool) -> None:
-        self.monitor = MemoryMonitor() if measures else None
+        self.measures = measures
+        self.monitor: MemoryMonitor | None = None
+        self.gpu_bytes = 0
         self.weights: dict[str, Any] = {}
         self.states: list[dict[str, Any]] = []
         self.groups: list[Any] = []
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if self.monitor is not None:
+        if self.measures:
+            device = trainer.strategy.root_device
+            self.gpu_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+            self.monitor = MemoryMonitor(device)
             self.monitor.start()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -163,6 +168,16 @@ class Seeing(L.Callback):
             self.groups.append([{**group, "params": len(group["params"])} for group in optimizer.param_groups])
 
     on_validation_start = on_train_start
+
+    def memory(self) -> dict[str, int | None]:
+        if self.monitor is None:
+            return {}
+        peaks = self.monitor.peaks
+        gpu = peaks.cuda_allocated_peak_bytes
+        return {
+            "above_start": peaks.anonymous_above_start_bytes,
+            "gpu_above_start": None if gpu is None else gpu - self.gpu_bytes,
+        }
 
 
 def described(value: Any) -> list[Any]:
@@ -210,7 +225,7 @@ def run(folder: Path, rank: int, restore: Any, arguments: dict[str, Any]) -> dic
     report = restore is not None and restore.report
     result = {
         "losses": module.losses,
-        "above_start": seeing.monitor and seeing.monitor.peaks.anonymous_above_start_bytes,
+        **seeing.memory(),
         "seen": sorted(set(module.seen)),
         "weights": seeing.weights,
         "states": seeing.states,
