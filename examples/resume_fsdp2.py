@@ -1,9 +1,10 @@
 """Resume a GPT of one device on several, sharded with FSDP2, with stock Lightning and with one more callback.
 
-A first process trains on one device and saves an ordinary checkpoint. Then the ranks of ``ModelParallelStrategy`` resume
-it, once with stock Lightning and once with ``MemoryEfficientRestore`` among the callbacks. Stock sends every whole tensor
-to every rank, and makes an optimizer step to create the states. With the callback each rank reads the bytes of its own
-shards. The exit status is 0 only if all ranks have the same losses, weights and optimizer states both ways, bit for bit.
+A first process trains on one device and saves an ordinary checkpoint. Then the ranks of ``ModelParallelStrategy``
+resume it, once with stock Lightning and once with ``MemoryEfficientRestore`` among the callbacks. Stock sends every
+whole tensor to every rank, and makes an optimizer step to create the states. With the callback each rank reads only its
+own shards. The exit status is 0 only if all ranks have the same losses, weights and optimizer states both ways, bit for
+bit.
 
     python examples/resume_fsdp2.py
     python examples/resume_fsdp2.py --size gpt2-xl --accelerator gpu --devices 8

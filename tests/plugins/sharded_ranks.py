@@ -39,13 +39,13 @@ class Net(L.LightningModule):
         kind: ``"tied"``: two layers share a weight. ``"groups"``: two groups, not in the order of the module.
             ``"two"``: two optimizers. ``"unused"``: a parameter without gradient. ``"hooks"``: a module with a hook.
             ``"large"``: a weight of 64 MiB. ``"new"``: a layer that no checkpoint has. ``"lax"``: the same, without
-            strict loading.
+            strict loading. ``"wrapped"``, ``"compiled"``: a layer has another name, without strict loading.
     """
 
     def __init__(self, kind: str = "plain") -> None:
         super().__init__()
         self.kind = kind
-        self.strict_loading = kind != "lax"
+        self.strict_loading = kind not in ("lax", "wrapped", "compiled")
         self.automatic_optimization = kind != "two"
         self.losses: list[str] = []
         self.seen: list[str] = []
@@ -72,6 +72,7 @@ class Net(L.LightningModule):
     def configure_model(self) -> None:
         if self.device_mesh is None:
             return
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
         from torch.distributed.fsdp import fully_shard
         from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -80,6 +81,10 @@ class Net(L.LightningModule):
             parallelize_module(self, columns, {"first": ColwiseParallel(), "second": RowwiseParallel()})
         if rows.size() > 1:
             fully_shard(self.first, mesh=rows)
+            if self.kind == "wrapped":
+                self.second = checkpoint_wrapper(self.second)
+            if self.kind == "compiled":
+                self.second = torch.compile(self.second, backend="eager")
             fully_shard(self, mesh=rows)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
