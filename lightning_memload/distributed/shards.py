@@ -19,7 +19,7 @@ from lightning_memload.torch_private import is_strided_shard, split_indices
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Region", "are_rows", "local_regions", "local_shape", "regions_of"]
+__all__ = ["Region", "are_rows", "first_dimension", "local_regions", "local_shape", "regions_of"]
 
 
 class Region(NamedTuple):
@@ -107,11 +107,16 @@ def are_rows(shape: Sequence[int], mesh_shape: Sequence[int], placements: Sequen
         mesh_shape: Sizes of the device mesh.
         placements: The placement of the tensor on each dimension of the mesh.
     """
-    first = next((number for number, size in enumerate(shape) if size > 1), 0)
+    first = first_dimension(shape)
     return all(
         size == 1 or placement.is_replicate() or placement.dim == first
         for size, placement in zip(mesh_shape, placements, strict=True)
     )
+
+
+def first_dimension(shape: Sequence[int]) -> int:
+    """The first dimension with more than one element, whose indices are the rows of a contiguous tensor."""
+    return next((number for number, size in enumerate(shape) if size > 1), 0)
 
 
 def _local_runs(

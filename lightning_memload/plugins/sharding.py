@@ -46,7 +46,6 @@ from lightning_memload.transfer import TransferStats
 __all__ = ["ShardedLoad"]
 
 _MODE = ChosenMode("copy", "each rank reads its own shards")
-_DCP = "FSDP and ModelParallel save such directories, and torch reads the shards of each rank itself"
 _T = TypeVar("_T")
 
 
@@ -94,6 +93,8 @@ class ShardedLoad(Opening):
                 self._together(lambda: _load_states(optimizers), lambda _: None)
                 self._warn(reader)
                 checkpoint.pop("state_dict", None)
+                if self._opened_session.checkpoint.index.format == "dcp":
+                    checkpoint.pop("optimizer_states", None)  # Lightning returns its meta.pt alone.
                 step = checkpoint.get("global_step")
                 step = step if isinstance(step, int) else None
                 opened = Opened(request, self._path, self._opened_session, _MODE, step, self._until_training)
@@ -138,8 +139,6 @@ class ShardedLoad(Opening):
                 checkpoint, mapped = load_mapped(path, weights_only=weights_only, erases=allowance.erases)
         except (UnmappableCheckpointError, FileNotFoundError) as reason:
             raise Unshardable(str(reason)) from reason
-        if mapped.index.format == "dcp":
-            raise Unshardable(_DCP)
         return checkpoint, mapped
 
     def _open_shards(self, mapped: MappedCheckpoint, stack: ExitStack) -> RestoreSession:

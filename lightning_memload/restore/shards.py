@@ -5,7 +5,7 @@ the file are those of whole records. Each rank computes the checksums of the par
 them together. Three kinds of records:
 
 * every rank reads all of it (small tensors that are not sharded): each rank compares it alone;
-* it is one tensor, and only its rows are sharded: the parts are the shards;
+* it is one tensor, or a block of its rows, and only rows are sharded: the parts are the shards;
 * any other (columns are sharded, or tensors share it): each rank reads and checks an equal share of it in addition.
   Ranks that read columns read most of this share anyway.
 """
@@ -24,7 +24,7 @@ from zlib_ng import zlib_ng
 
 from lightning_memload.bytes import Record
 from lightning_memload.checkpoint import ChunkedTensor, FileChunk, part_of
-from lightning_memload.distributed.shards import Region, are_rows, regions_of
+from lightning_memload.distributed.shards import Region, are_rows, first_dimension, regions_of
 from lightning_memload.errors import ChecksumError
 from lightning_memload.restore.overlaps import is_plain_tensor
 from lightning_memload.restore.record_checks import Checks
@@ -198,13 +198,14 @@ class ShardReader:
             if not inside:
                 continue  # A record that ends before a tensor without checksum begins.
             self._planned.add(record.offset)
-            is_one = len({id(target.value) for target, _ in inside}) == 1 and _is_all_of(*inside[0], record)
+            target, chunk = inside[0]
+            is_one = len({id(target.value) for target, _ in inside}) == 1 and _is_all_of(target, chunk, record)
             if is_one and all(target.regions is None for target, _ in inside):
                 planned.append(record)
                 continue
             self._shared.append(record)
-            if is_one and len(inside) == 1 and inside[0][0].is_rows:
-                planned.extend(_rows(inside[0][0], record))
+            if is_one and len(inside) == 1 and target.is_rows and _is_block_of_rows(target, chunk):
+                planned.extend(_rows(target, chunk, record))
             else:
                 planned.extend(self._share(record))
         return planned
@@ -225,23 +226,33 @@ def _part(record: Record, start: int, nbytes: int) -> Record:
     return Record(record.name, record.offset + start, nbytes, None)
 
 
-def _rows(target: ShardTarget, record: Record) -> list[Record]:
-    """The parts of a record that are the regions of a tensor of which only rows are sharded."""
-    value, itemsize = target.value, target.value.dtype.itemsize
-    strides = _contiguous_stride(value.shape)
-    starts = [sum(i * s for i, s in zip(region.starts, strides, strict=True)) for region in target.regions or ()]
-    sizes = [math.prod(region.shape) for region in target.regions or ()]
-    return [_part(record, start * itemsize, size * itemsize) for start, size in zip(starts, sizes, strict=True)]
+def _rows(target: ShardTarget, chunk: FileChunk, record: Record) -> list[Record]:
+    """The parts of a record that belong to a rank. The record is a chunk of a tensor of which only rows are sharded."""
+    itemsize, strides = target.value.dtype.itemsize, _contiguous_stride(chunk.shape)
+    parts = []
+    for region in target.regions or ():
+        low = [max(start, of_chunk) for start, of_chunk in zip(region.starts, chunk.starts, strict=True)]
+        ends = zip(region.starts, region.shape, chunk.starts, chunk.shape, strict=True)
+        sizes = [max(0, min(r + n, c + m) - at) for at, (r, n, c, m) in zip(low, ends, strict=True)]
+        start = sum((at - c) * step for at, c, step in zip(low, chunk.starts, strides, strict=True))
+        if math.prod(sizes):
+            parts.append(_part(record, start * itemsize, math.prod(sizes) * itemsize))
+    return parts
 
 
 def _is_all_of(target: ShardTarget, chunk: FileChunk, record: Record) -> bool:
-    """Whether a record is one tensor, with its elements in order."""
-    shape = tuple(target.value.shape)
-    is_whole = chunk.shape == shape and chunk.offset == record.offset
-    if not is_whole or math.prod(shape) * target.value.dtype.itemsize != record.nbytes:
+    """Whether a record is a chunk of a tensor, with its elements in order."""
+    if chunk.offset != record.offset or math.prod(chunk.shape) * target.value.dtype.itemsize != record.nbytes:
         return False
-    steps = zip(shape, chunk.stride, _contiguous_stride(shape), strict=True)
+    steps = zip(chunk.shape, chunk.stride, _contiguous_stride(chunk.shape), strict=True)
     return all(size == 1 or step == dense for size, step, dense in steps)
+
+
+def _is_block_of_rows(target: ShardTarget, chunk: FileChunk) -> bool:
+    """Whether a chunk is all of a tensor but for some rows."""
+    shape = tuple(target.value.shape)
+    first = first_dimension(shape)
+    return all(number == first or n == size for number, (n, size) in enumerate(zip(chunk.shape, shape, strict=True)))
 
 
 def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:

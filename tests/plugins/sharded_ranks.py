@@ -5,6 +5,7 @@ One program makes many runs in one process group, since a start of the ranks tak
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -14,11 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import tests.lightning as L
 from lightning_memload import MemoryMonitor
+from lightning_memload.errors import CheckpointReadError
+from lightning_memload.restore import session
 from tests.fresh_process import run_program
 from tests.plugins.harness import TRUSTED, make_trainer
 
@@ -38,6 +42,7 @@ class Net(L.LightningModule):
     Args:
         kind: ``"tied"``: two layers share a weight. ``"groups"``: two groups, not in the order of the module.
             ``"two"``: two optimizers. ``"unused"``: a parameter without gradient. ``"hooks"``: a module with a hook.
+            ``"bad hooks"``: it fails on one rank.
             ``"large"``: a weight of 64 MiB. ``"new"``: a layer that no checkpoint has. ``"lax"``: the same, without
             strict loading. ``"wrapped"``, ``"compiled"``: a layer has another name, without strict loading.
     """
@@ -51,7 +56,7 @@ class Net(L.LightningModule):
         self.seen: list[str] = []
         self.norm = nn.LayerNorm(WIDTH)
         self.first = nn.Linear(WIDTH, HIDDEN)
-        self.second = nn.Linear(HIDDEN, 7)
+        self.second: Any = nn.Linear(HIDDEN, 7)
         self.tiny = nn.Parameter(torch.ones(1))
         if kind == "tied":
             self.twin = nn.Linear(HIDDEN, 7, bias=False)
@@ -62,12 +67,17 @@ class Net(L.LightningModule):
             self.large = nn.Linear(4096, 4096, bias=False)
         if kind in ("new", "lax"):
             self.new = nn.Linear(5, 3).requires_grad_(False)
-        if kind == "hooks":
-            self.first._register_load_state_dict_pre_hook(lambda *_: self.seen.append("first"))
+        if kind in ("hooks", "bad hooks"):
+            self.first._register_load_state_dict_pre_hook(self.see)
         self.frozen = nn.Linear(WIDTH, 64).requires_grad_(False)
         self.register_buffer("scale", torch.rand(3))
         self.register_buffer("count", torch.tensor(0))
         self.register_buffer("ramp", torch.arange(5.0), persistent=False)
+
+    def see(self, *_: Any) -> None:
+        self.seen.append("first")
+        if self.kind == "bad hooks" and self.global_rank == 0:
+            raise RuntimeError("the hook of rank 0")
 
     def configure_model(self) -> None:
         if self.device_mesh is None:
@@ -201,6 +211,7 @@ def mappings(path: Any) -> set[str]:
 def run(folder: Path, rank: int, restore: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     from tests.lightning.pytorch.strategies import ModelParallelStrategy
 
+    gc.collect()  # what an earlier run has left, which would count as the start of a measurement
     options = dict(arguments)
     dp, tp, stage = options.pop("dp", 1), options.pop("tp", 1), options.pop("stage", "fit")
     path, save, name = options.pop("path"), options.pop("save", None), options.pop("name")
@@ -246,14 +257,23 @@ def run(folder: Path, rank: int, restore: Any, arguments: dict[str, Any]) -> dic
     return result
 
 
+def fail(*_: Any, **__: Any) -> Any:
+    raise CheckpointReadError("The disk is gone.", path="?", key=None, offset=0)
+
+
 def main() -> None:
     from lightning_memload import MemoryEfficientRestore
 
     folder, rank = Path(os.environ["MEMLOAD_TEST_FOLDER"]), int(os.environ.get("LOCAL_RANK", 0))
     for arguments in json.loads((folder / "runs.json").read_text()):
-        ours = arguments.pop("ours", None)
+        ours, other, failing = (arguments.pop(name, None) for name in ("ours", "other", "failing"))
+        if other is not None and rank == 1:
+            arguments["path"] = other
         has = ours is not None and arguments.pop("only", rank) == rank
-        run(folder, rank, MemoryEfficientRestore(**ours) if has else None, arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            if failing == rank:
+                patch.setattr(session, "transfer", fail)
+            run(folder, rank, MemoryEfficientRestore(**ours) if has else None, arguments)
 
 
 def run_ranks(folder: Path, runs: Sequence[dict[str, Any]], num_ranks: int) -> dict[str, list[dict[str, Any]]]:

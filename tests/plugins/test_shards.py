@@ -35,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Stock puts the states of these under the wrong parameters, or refuses them. Single devices do not.
 TRUTH = ["groups", "two", "unused"]
+DCP = ["dcp", "columns"]
 # In the rows of rank 1 (the last byte), in those of rank 0, and in a value that every rank reads.
 DAMAGE = {"state_dict.first.weight": -1, "optimizer_states[0].state[2].exp_avg": 1, "state_dict.scale": 1}
 
@@ -76,11 +77,20 @@ def two(folder: Path) -> Results:
         {"name": "saving", "dp": 2, "path": plain, "shards": True, "save": folder / "dcp.ckpt"},
         {"name": "dcp stock", "dp": 2, "path": folder / "dcp.ckpt", "max_epochs": 3},
         {"name": "dcp", "dp": 2, "path": folder / "dcp.ckpt", "max_epochs": 3, "ours": {}},
+        {"name": "columns stock", "tp": 2, "path": folder / "dcp.ckpt", "max_epochs": 3},
+        {"name": "columns", "tp": 2, "path": folder / "dcp.ckpt", "max_epochs": 3, "ours": {}},
         {"name": "weights", "dp": 2, "path": plain, "ours": {"restore": ["weights"], "verify": False}},
         {"name": "one rank", "dp": 2, "path": plain, "ours": {}, "only": 0},
         *({"name": kind, "dp": 2, "path": folder / f"{kind}.ckpt", "kind": kind, "ours": {}} for kind in TRUTH),
         {"name": "new stock", "dp": 2, "path": plain, "kind": "new"},
         {"name": "new", "dp": 2, "path": plain, "kind": "new", "ours": {}},
+        {"name": "bf16 stock", "dp": 2, "path": plain, "precision": "bf16-true"},
+        {"name": "bf16", "dp": 2, "path": plain, "precision": "bf16-true", "ours": {}},
+        {"name": "wrapped stock", "dp": 2, "path": plain, "kind": "wrapped"},
+        {"name": "wrapped", "dp": 2, "path": plain, "kind": "wrapped", "ours": {}},
+        {"name": "unlike", "dp": 2, "path": plain, "other": folder / "tied.ckpt", "ours": {"mode": "assign"}},
+        {"name": "bad disk", "dp": 2, "path": plain, "ours": {}, "failing": 1},
+        {"name": "bad hooks", "dp": 2, "path": plain, "kind": "bad hooks", "ours": {}},
         *({"name": f"bad {number}", "dp": 2, "path": bad, "ours": {}} for number, bad in enumerate(damaged(folder))),
     ]
     return run_ranks(folder / "two", [{"max_epochs": 2, **arguments} for arguments in runs], 2)
@@ -97,7 +107,9 @@ def assert_same(ours: dict[str, Any], stock: dict[str, Any]) -> None:
     assert not ours["own"]
 
 
-@pytest.mark.parametrize("name", ["fsdp", "full", "tp", "folder", "tied", "hooks", "lax", "validate"])
+@pytest.mark.parametrize(
+    "name", ["fsdp", "full", "tp", "folder", "tied", "hooks", "lax", "validate", "bf16", "wrapped", *DCP]
+)
 def test_ranks_train_as_stock(name: str, two: Results) -> None:
     stock = {"folder": "fsdp"}.get(name, name)
     for ours, theirs in zip(two[name], two[f"{stock} stock"], strict=True):
@@ -158,15 +170,11 @@ def test_a_missing_weight_ends_all_ranks_with_the_message_of_stock(two: Results)
         assert "The model contains a key 'new.weight'" in ours["error"][1]
 
 
-def test_a_distributed_checkpoint_is_left_to_stock(two: Results) -> None:
-    for rank, (ours, stock) in enumerate(zip(two["dcp"], two["dcp stock"], strict=True)):
-        assert [ours[part] for part in ("weights", "states", "losses")] == [
-            stock[part] for part in ("weights", "states", "losses")
-        ]
-        assert ["torch reads the shards of each rank itself" in words for words in ours["warnings"]] == [True] * (
-            1 - rank
-        )
-        assert ours["report"]["mode"] == "default"
+def test_distributed_checkpoints_are_read_once_too(two: Results, folder: Path) -> None:
+    nbytes = sum(storage.nbytes for storage in open_checkpoint(folder / "dcp.ckpt").storages)
+    reports = [result["report"] for result in two["dcp"]]
+    assert sum(report["total"]["bytes_read"] for report in reports) <= 1.05 * nbytes  # with gaps between small ones
+    assert sum(report["bytes_verified"] for report in reports) >= nbytes
 
 
 def test_parts_are_restored(two: Results) -> None:
@@ -185,6 +193,24 @@ def test_without_the_callback_on_a_rank_stock_loads(two: Results) -> None:
     assert ["not every rank has a MemoryEfficientRestore callback" in words for words in first["warnings"]] == [True]
     assert first["report"]["mode"] == "default"
     assert second["report"] is None
+
+
+def test_ranks_with_different_files_are_left_to_stock(two: Results) -> None:
+    for ours, stock in zip(two["unlike"], two["fsdp stock"], strict=True):
+        assert (ours["weights"], ours["states"]) == (stock["weights"], stock["states"])
+        assert ours["report"]["mode"] == "default"
+    assert "the ranks have different files, modules or optimizers" in two["unlike"][0]["warnings"][0]
+
+
+def test_the_failure_of_one_rank_ends_all(two: Results) -> None:
+    (first, second) = (result["error"] for result in two["bad disk"])
+    assert first[:2] == ["MemloadError", "CheckpointReadError: The disk is gone. Found by rank 1 of 2."]
+    assert second[0] == "CheckpointReadError"
+    assert second[1].startswith("The disk is gone. Found by rank 1 of 2. ")
+    (first, second) = (result["error"] for result in two["bad hooks"])
+    assert first[:2] == ["RuntimeError", "the hook of rank 0"]
+    assert second[:2] == ["MemloadError", "RuntimeError: the hook of rank 0 Found by rank 0 of 2."]
+    assert all(result["error"][2] < 30 for result in (*two["bad disk"], *two["bad hooks"]))
 
 
 @pytest.mark.parametrize("number", range(len(DAMAGE)))
