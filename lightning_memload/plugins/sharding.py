@@ -8,6 +8,7 @@ them raise within seconds.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -100,7 +101,7 @@ class ShardedLoad(Opening):
                 opened = Opened(request, self._path, self._opened_session, _MODE, step, self._until_training)
                 return checkpoint, Loaded(opened, stack.pop_all(), None)
         except Unshardable as reason:
-            return self._leave_to_stock(stock, path, str(reason))
+            return self._leave_to_stock(stock, path, str(reason).rstrip("."))
 
     # --------------------------------------------------------------------------------------------------------------
 
@@ -138,6 +139,11 @@ class ShardedLoad(Opening):
             with allow_globals(allowance.safe_globals):
                 checkpoint, mapped = load_mapped(path, weights_only=weights_only, erases=allowance.erases)
         except (UnmappableCheckpointError, FileNotFoundError) as reason:
+            raise Unshardable(str(reason)) from reason
+        except CheckpointFormatError as reason:
+            if not os.path.exists(os.path.join(path, ".metadata")):
+                raise
+            # A distributed checkpoint. Each node may have the shards of its own ranks alone, which is enough for torch.
             raise Unshardable(str(reason)) from reason
         return checkpoint, mapped
 

@@ -42,7 +42,8 @@ class Net(L.LightningModule):
     Args:
         kind: ``"tied"``: two layers share a weight. ``"groups"``: two groups, not in the order of the module.
             ``"two"``: two optimizers. ``"unused"``: a parameter without gradient. ``"hooks"``: a module with a hook.
-            ``"bad hooks"``: it fails on one rank.
+            ``"bad hooks"``: it fails on one rank. ``"hybrid"``: two replicas, each sharded over two ranks.
+            ``"columns"``: tensor parallel alone, also on a mesh with rows.
             ``"large"``: a weight of 64 MiB. ``"new"``: a layer that no checkpoint has. ``"lax"``: the same, without
             strict loading. ``"wrapped"``, ``"compiled"``: a layer has another name, without strict loading.
     """
@@ -86,10 +87,14 @@ class Net(L.LightningModule):
         from torch.distributed.fsdp import fully_shard
         from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+        if self.kind == "hybrid":
+            fully_shard(self.first, mesh=self.device_mesh)
+            fully_shard(self, mesh=self.device_mesh)
+            return
         rows, columns = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
         if columns.size() > 1:
             parallelize_module(self, columns, {"first": ColwiseParallel(), "second": RowwiseParallel()})
-        if rows.size() > 1:
+        if rows.size() > 1 and self.kind != "columns":
             fully_shard(self.first, mesh=rows)
             if self.kind == "wrapped":
                 self.second = checkpoint_wrapper(self.second)

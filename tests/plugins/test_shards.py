@@ -30,6 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_single(folder / f"{kind}.ckpt", kind)
     checkpoint = torch.load(folder / "plain.ckpt", weights_only=False)
     save_directory(checkpoint, folder / "folder.ckpt")
+    (folder / "lacking.ckpt").mkdir()  # of another node, without its shards
+    (folder / "lacking.ckpt" / ".metadata").write_bytes(b"")
     return folder
 
 
@@ -88,6 +90,14 @@ def two(folder: Path) -> Results:
         {"name": "bf16", "dp": 2, "path": plain, "precision": "bf16-true", "ours": {}},
         {"name": "wrapped stock", "dp": 2, "path": plain, "kind": "wrapped"},
         {"name": "wrapped", "dp": 2, "path": plain, "kind": "wrapped", "ours": {}},
+        {
+            "name": "partial",
+            "dp": 2,
+            "path": folder / "dcp.ckpt",
+            "other": folder / "lacking.ckpt",
+            "max_epochs": 3,
+            "ours": {},
+        },
         {"name": "unlike", "dp": 2, "path": plain, "other": folder / "tied.ckpt", "ours": {"mode": "assign"}},
         {"name": "bad disk", "dp": 2, "path": plain, "ours": {}, "failing": 1},
         {"name": "bad hooks", "dp": 2, "path": plain, "kind": "bad hooks", "ours": {}},
@@ -199,6 +209,9 @@ def test_ranks_with_different_files_are_left_to_stock(two: Results) -> None:
     for ours, stock in zip(two["unlike"], two["fsdp stock"], strict=True):
         assert (ours["weights"], ours["states"]) == (stock["weights"], stock["states"])
         assert ours["report"]["mode"] == "default"
+    for ours, stock in zip(two["partial"], two["dcp stock"], strict=True):
+        assert (ours["weights"], ours["states"]) == (stock["weights"], stock["states"])
+    assert "lacking.ckpt" in two["partial"][0]["warnings"][0]
     assert "the ranks have different files, modules or optimizers" in two["unlike"][0]["warnings"][0]
 
 
@@ -227,16 +240,29 @@ def test_damage_ends_every_rank_with_the_name(number: int, two: Results, folder:
         assert result["states"] == []
 
 
-def test_fsdp_of_tensor_parallel_weights(folder: Path) -> None:
+def test_four_ranks_train_as_stock(folder: Path) -> None:
+    """FSDP2 of tensor parallel weights, replicas of shards, and tensor parallel weights with replicas."""
+    kinds = ("plain", "hybrid", "columns")
+    ways: dict[str, dict[str, Any]] = {"stock": {}, "ours": {"ours": {}}}
     runs = [
-        {"name": "stock", "dp": 2, "tp": 2, "path": folder / "plain.ckpt", "max_epochs": 2},
-        {"name": "ours", "dp": 2, "tp": 2, "path": folder / "plain.ckpt", "max_epochs": 2, "ours": {}},
+        {
+            "name": f"{kind} {way}",
+            "dp": 2,
+            "tp": 2,
+            "path": folder / "plain.ckpt",
+            "kind": kind,
+            "max_epochs": 2,
+            **ours,
+        }
+        for kind in kinds
+        for way, ours in ways.items()
     ]
     four = run_ranks(folder / "four", runs, 4)
-    for ours, stock in zip(four["ours"], four["stock"], strict=True):
-        assert_same(ours, stock)
     nbytes = sum(storage.nbytes for storage in open_checkpoint(folder / "plain.ckpt").storages)
-    assert sum(result["report"]["bytes_verified"] for result in four["ours"]) >= nbytes
+    for kind in kinds:
+        for ours, stock in zip(four[f"{kind} ours"], four[f"{kind} stock"], strict=True):
+            assert_same(ours, stock)
+        assert sum(result["report"]["bytes_verified"] for result in four[f"{kind} ours"]) >= nbytes
 
 
 @pytest.mark.memory
