@@ -31,11 +31,13 @@ __all__ = [
     "current_dispatch_mode",
     "default_store",
     "has_dispatch_modes",
+    "is_strided_shard",
     "is_traced_by_dispatch",
     "is_traced_by_jit",
     "make_subclass",
     "make_wrapper_subclass",
     "no_torch_function",
+    "split_indices",
     "storage_from_weak_reference",
     "tree_map_only",
     "without_dispatch_modes",
@@ -104,3 +106,30 @@ def default_store() -> Any:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()
+
+
+def is_strided_shard(placement: Any) -> bool:
+    """Whether a placement of a ``DTensor`` is the one that FSDP2 makes of parameters that are sharded already."""
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    return isinstance(placement, _StridedShard)
+
+
+def split_indices(placement: Any, length: int, num_chunks: int) -> list[torch.Tensor]:
+    """The indices that each rank of a mesh dimension gets from a dimension that a shard cuts.
+
+    Where a strided shard cuts a length that it does not divide, versions of torch differ. So torch itself cuts.
+
+    Args:
+        placement: A ``Shard`` or ``_StridedShard``. Its ``dim`` may be any.
+        length: Length of the dimension.
+        num_chunks: Size of the mesh dimension.
+
+    Returns:
+        For each rank a tensor of int64, in the order in which its local tensor has the indices.
+    """
+    shape = [1] * placement.dim + [length]
+    with torch.device("cpu"):
+        indices = torch.arange(length).view(shape)
+        parts, _ = placement._split_tensor(indices, num_chunks, with_padding=False, contiguous=False)
+    return [part.flatten() for part in parts]

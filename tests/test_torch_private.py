@@ -330,6 +330,23 @@ class TestOnePlace:
         assert not any(is_torchs for _, is_torchs in private_names(source))
 
 
+def test_strided_shards_are_told_from_others() -> None:
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    assert private.is_strided_shard(_StridedShard(0, split_factor=2))
+    assert not any(map(private.is_strided_shard, (Shard(0), Replicate())))
+
+
+def test_indices_are_split_as_torch_distributes_a_tensor() -> None:
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    parts = private.split_indices(_StridedShard(1, split_factor=2), 8, 2)
+    assert [part.tolist() for part in parts] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert [part.tolist() for part in private.split_indices(Shard(0), 5, 4)] == [[0, 1], [2, 3], [4], []]
+
+
 @pytest.mark.parametrize("name", sorted(ATTRIBUTES))
 def test_objects_of_torch_have_the_attribute(name: str) -> None:
     owner = ATTRIBUTES[name]

@@ -1,6 +1,6 @@
 """From disk to index: which bytes of a file are which tensor, and the file's object with its tensors left there."""
 
-from lightning_memload.checkpoint.chunked import ChunkedTensor, FileChunk
+from lightning_memload.checkpoint.chunked import ChunkedTensor, FileChunk, part_of
 from lightning_memload.checkpoint.index import (
     Checkpoint,
     ChunkInfo,
@@ -26,6 +26,7 @@ __all__ = [
     "TensorInfo",
     "end_loading",
     "hub_advice",
+    "part_of",
     "span_bytes",
     "span_elements",
 ]

@@ -19,7 +19,7 @@ from lightning_memload.storage import FileSet, read_fully
 from lightning_memload.torch_private import make_wrapper_subclass, no_torch_function, tree_map_only
 from lightning_memload.units import counted
 
-__all__ = ["ChunkedTensor", "ChunkedValues", "FileChunk", "ValuesInFiles"]
+__all__ = ["ChunkedTensor", "ChunkedValues", "FileChunk", "ValuesInFiles", "part_of"]
 
 # When a chunked tensor is used, at most this much is read at a time.
 _READ_BLOCK_BYTES = 16 << 20
@@ -149,6 +149,39 @@ class ChunkedValues:
             part.copy_(torch.frombuffer(data, dtype=self.dtype).as_strided(part.shape, chunk.stride))
 
 
+class _PartOfValues:
+    """A part of the values of a chunked tensor, see :class:`ValuesInFiles`. To read it reads the whole tensor.
+
+    Args:
+        whole: The values of the tensor.
+        starts: Position of the first element.
+        shape: Sizes of the part.
+    """
+
+    __slots__ = ("_starts", "_whole", "chunks", "dtype", "shape", "source")
+
+    layout = None
+
+    def __init__(self, whole: ValuesInFiles, starts: tuple[int, ...], shape: tuple[int, ...]) -> None:
+        self._whole = whole
+        self._starts = starts
+        self.shape = torch.Size(shape)
+        self.dtype = whole.dtype
+        self.source = whole.source
+        parts = [_cut_chunk(chunk, starts, shape, whole.dtype.itemsize) for chunk in whole.chunks]
+        self.chunks = tuple(part for part in parts if math.prod(part.shape))
+
+    @property
+    def memory(self) -> torch.Tensor | None:
+        """The values. ``None`` until the tensor is read."""
+        return None if self._whole.memory is None else self.read()
+
+    def read(self) -> torch.Tensor:
+        """See :meth:`ChunkedTensor.read`."""
+        parts = zip(self._starts, self.shape, strict=True)
+        return self._whole.read()[tuple(slice(start, start + n) for start, n in parts)]
+
+
 class ChunkedTensor(torch.Tensor):
     """A CPU tensor whose values lie in several places of the files until they are used.
 
@@ -192,6 +225,15 @@ class ChunkedTensor(torch.Tensor):
                 return torch.empty(self.shape, device="meta").stride()
             expected *= size
         return self.stride()
+
+    def part(self, starts: Sequence[int], shape: Sequence[int]) -> ChunkedTensor:
+        """A part of the tensor, as another chunked tensor. No byte is read.
+
+        Args:
+            starts: Position of its first element, for every dimension.
+            shape: Its sizes.
+        """
+        return ChunkedTensor(_PartOfValues(self._held, tuple(starts), tuple(shape)))
 
     @property
     def is_read(self) -> bool:
@@ -258,3 +300,30 @@ class ChunkedTensor(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         parts = counted(len(self.chunks), "part")
         return f"ChunkedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, in {parts} of the file)"
+
+
+def part_of(tensor: torch.Tensor, starts: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+    """A part of a tensor of a checkpoint that is in the files where the tensor is. No byte is read.
+
+    Args:
+        tensor: The tensor.
+        starts: Position of the part's first element, for every dimension.
+        shape: Sizes of the part.
+    """
+    if isinstance(tensor, ChunkedTensor):
+        return tensor.part(starts, shape)
+    return tensor.detach()[tuple(slice(start, start + n) for start, n in zip(starts, shape, strict=True))]
+
+
+def _cut_chunk(chunk: FileChunk, starts: Sequence[int], shape: Sequence[int], itemsize: int) -> FileChunk:
+    """What a chunk of a tensor holds of a part of the tensor. Its sizes contain 0 if it holds nothing of it."""
+    ends = [start + n for start, n in zip(starts, shape, strict=True)]
+    low = [max(start, of_chunk) for start, of_chunk in zip(starts, chunk.starts, strict=True)]
+    high = [min(end, c + n) for end, c, n in zip(ends, chunk.starts, chunk.shape, strict=True)]
+    skipped = sum((at - of_chunk) * step for at, of_chunk, step in zip(low, chunk.starts, chunk.stride, strict=True))
+    return FileChunk(
+        offset=chunk.offset + skipped * itemsize,
+        stride=chunk.stride,
+        starts=tuple(at - start for at, start in zip(low, starts, strict=True)),
+        shape=tuple(max(0, end - at) for at, end in zip(low, high, strict=True)),
+    )

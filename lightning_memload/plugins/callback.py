@@ -19,7 +19,7 @@ from lightning_memload.plugins.mode import Mode
 from lightning_memload.plugins.parts import Part, check_parts
 from lightning_memload.plugins.request import RestoreOptions
 from lightning_memload.plugins.saving_io import Asynchronous, SaveFormat
-from lightning_memload.plugins.seams import install_io, keep_strategy_on_device, require_one
+from lightning_memload.plugins.seams import install_io, keep_strategy_on_device, reads_shards, require_one
 from lightning_memload.plugins.telling import warn_of_ignored_options
 from lightning_memload.plugins.trainer_restore import TrainerRestore
 from lightning_memload.plugins.trainer_saves import TrainerSaves
@@ -181,6 +181,8 @@ class MemoryEfficientRestore(Callback):
         io = install_io(trainer, self._make_io)
         options = self._options
         loading = {"safe_globals=...": bool(options.safe_globals), "on_corrupt='previous'": options.replaces_damaged}
+        if reads_shards(trainer.strategy):
+            loading = {}  # It warns of them itself.
         saving = {
             "asynchronous": (self._asynchronous_save, False),
             "snapshot": (self._save_snapshot, False),

@@ -30,9 +30,9 @@ class PhaseMeter:
         self._counted = TransferStats()
 
     def start(self) -> None:
-        """Starts the measurement of the whole. If it is running, it starts again."""
-        if self.total.is_running:
-            self.total.stop()
+        """Starts the measurement of the whole. If it is running, it starts again, without the phases so far."""
+        self.stop(self._counted)
+        self.reports.clear()
         self.total.start()
 
     def begin(self, name: str, stats: TransferStats) -> None:

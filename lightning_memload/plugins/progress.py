@@ -20,16 +20,17 @@ class RestoreBar:
     Args:
         mapped: The checkpoint.
         stage: The stage of the Trainer. Only ``"fit"`` restores optimizer states.
+        num_readers: Number of processes that read the checkpoint together.
     """
 
-    def __init__(self, mapped: MappedCheckpoint, stage: str) -> None:
+    def __init__(self, mapped: MappedCheckpoint, stage: str, num_readers: int = 1) -> None:
         parts = ("state_dict", "optimizer_states") if stage == "fit" else ("state_dict",)
         # A file of weights alone has no such parts.
         restored = [tensor for tensor in mapped.index if tensor.path[0] in parts] or mapped.index
         storages = {storage.key: storage.nbytes for tensor in restored for storage in tensor.storages}
         self._bar: tqdm[Any] = tqdm(
             desc="Restoring checkpoint",
-            total=sum(storages.values()),
+            total=sum(storages.values()) // num_readers,
             unit="B",
             unit_scale=True,
             unit_divisor=1024,

@@ -83,10 +83,10 @@ class Request:
         trained = (parameter for parameter in self.module.parameters() if parameter.requires_grad)
         return frozenset({dtype} if dtype else {p.dtype for p in trained if p.is_floating_point()})
 
-    def make_bar(self, mapped: MappedCheckpoint) -> RestoreBar | None:
-        """The progress bar, ``None`` if the user or the Trainer wants none, or on another rank than 0."""
+    def make_bar(self, mapped: MappedCheckpoint, num_readers: int = 1) -> RestoreBar | None:
+        """The progress bar of one of several readers, ``None`` if it is not wanted or on another rank than 0."""
         shown = self.trainer.progress_bar_callback
         is_shown = shown is not None and not getattr(shown, "is_disabled", False)
         if self.options.progress_bar and is_shown and self.trainer.is_global_zero:
-            return RestoreBar(mapped, self.stage)
+            return RestoreBar(mapped, self.stage, num_readers)
         return None

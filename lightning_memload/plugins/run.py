@@ -33,6 +33,7 @@ from lightning_memload.plugins.phases import (
 from lightning_memload.plugins.rank_maxima import reduce_maxima
 from lightning_memload.plugins.request import Request, RestoreOptions
 from lightning_memload.plugins.seams import all_ranks_load
+from lightning_memload.plugins.sharding import ShardedLoad
 from lightning_memload.report import MEMORY_FIGURES, PhaseReport, RestoreReport
 from lightning_memload.restore import WeightsSource
 
@@ -51,21 +52,30 @@ class RestoreRun:
         pl_module: Its module.
         stage: The stage, as Lightning names it.
         streams: Whether a ``StreamingCheckpointIO`` loads the checkpoint. If not, the run only measures, from now on.
+        shards: Whether the strategy loads the checkpoint with :meth:`load_shards`.
 
     Attributes:
         phase: The present phase.
     """
 
     def __init__(
-        self, options: RestoreOptions, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str, *, streams: bool
+        self,
+        options: RestoreOptions,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        stage: str,
+        *,
+        streams: bool,
+        shards: bool = False,
     ) -> None:
         device = trainer.strategy.root_device
         # Lightning passes an enum, and its str() is the name of the member in Python.
         name = str(getattr(stage, "value", stage))
         request = self._request = Request(options, trainer, pl_module, name, device, PhaseMeter(device))
         self._chooses = options.replaces_damaged and streams and all_ranks_load(trainer.strategy)
-        self._companions = Companions.announce(agrees=self._chooses) if trainer.world_size > 1 else None
-        self.phase: Phase = Waiting() if streams else Measured(request)
+        agrees = self._chooses or shards
+        self._companions = Companions.announce(agrees=agrees) if trainer.world_size > 1 else None
+        self.phase: Phase = Waiting() if streams or shards else Measured(request)
         if not streams:
             request.meter.start()
 
@@ -109,6 +119,17 @@ class RestoreRun:
             self.phase.load_model(load, checkpoint, strict)
         else:
             load(checkpoint, strict=strict)
+
+    def load_shards(
+        self, load: Callable[[str], dict[str, Any]], path: str, weights_only: bool | None
+    ) -> dict[str, Any]:
+        """Loads a checkpoint into a sharded module, or calls ``load`` if that is not possible, see :mod:`sharding`."""
+        if not isinstance(self.phase, Waiting) or str(path) != str(self._request.trainer.ckpt_path):
+            return load(path)
+        loading = ShardedLoad(self._request, self._companions)
+        self.phase = loading
+        checkpoint, self.phase = loading.load_shards(load, path, weights_only)
+        return checkpoint
 
     # Called by the Callback -----------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "after_optimizers_load",
     "all_ranks_load",
+    "around_checkpoint",
     "around_load",
     "before_move",
     "begin_averages",
@@ -34,6 +35,7 @@ __all__ = [
     "keep_strategy_on_device",
     "loads_by_itself",
     "loads_optimizers_as_stock",
+    "reads_shards",
     "require_one",
     "restore_from",
     "sets_strict_loading",
@@ -46,6 +48,7 @@ _SELF_LOADING = (
     "lightning.pytorch.strategies.ModelParallelStrategy",
     "lightning.pytorch.strategies.DeepSpeedStrategy",
 )
+_SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
 _WRAPPING = "lightning.pytorch.plugins.io.wrapper._WrappingCheckpointIO"
 _STOCK = "lightning.fabric.plugins.io.torch_io.TorchCheckpointIO"
 
@@ -53,6 +56,12 @@ _STOCK = "lightning.fabric.plugins.io.torch_io.TorchCheckpointIO"
 def loads_by_itself(strategy: Strategy) -> bool:
     """Whether a strategy loads checkpoints without the CheckpointIO, and allocates meta parameters itself."""
     return isinstance(strategy, classes(*_SELF_LOADING))
+
+
+def reads_shards(strategy: Strategy) -> bool:
+    """Whether the load of a strategy can be replaced by one in which each rank reads only its shards."""
+    stock = package_of(strategy).find(_SHARDED)
+    return isinstance(strategy, stock) and type(strategy).load_checkpoint is stock.load_checkpoint
 
 
 def all_ranks_load(strategy: Strategy) -> bool:
@@ -91,6 +100,8 @@ def install_io(trainer: pl.Trainer, make: Callable[..., StreamingCheckpointIO]) 
     """
     strategy = trainer.strategy
     if loads_by_itself(strategy):
+        if reads_shards(strategy):
+            return None
         rank_zero_warn(
             f"{type(strategy).__name__} loads checkpoints itself and ignores the CheckpointIO, so "
             "MemoryEfficientRestore cannot limit the memory of this restore. It only measures and reports it."
@@ -156,6 +167,30 @@ def around_load(
 
     strategy.__dict__["load_model_state_dict"] = load_model_state_dict
     return lambda: strategy.__dict__.pop("load_model_state_dict", None) and None
+
+
+def around_checkpoint(
+    strategy: Strategy, load: Callable[[Callable[..., dict[str, Any]], str, bool | None], dict[str, Any]]
+) -> Callable[[], None]:
+    """Replaces the method with which a strategy loads a checkpoint into its sharded module and optimizers.
+
+    Args:
+        strategy: A strategy for which :func:`reads_shards` is true.
+        load: Called instead, with a function of a path that calls the strategy's own method, with the path, and with
+            ``weights_only``. Returns what that method returns: the checkpoint without the weights.
+
+    Returns:
+        A function that removes the replacement.
+    """
+    stock = strategy.load_checkpoint
+
+    def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # Lightning 2.5 does not pass this argument, and loads with False.
+        weights_only = args[0] if args else kwargs.get("weights_only", False)
+        return load(lambda path: stock(path, *args, **kwargs), checkpoint_path, weights_only)
+
+    strategy.__dict__["load_checkpoint"] = load_checkpoint
+    return lambda: strategy.__dict__.pop("load_checkpoint", None) and None
 
 
 def loads_optimizers_as_stock(strategy: Strategy) -> bool:

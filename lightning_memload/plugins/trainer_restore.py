@@ -16,10 +16,12 @@ from lightning_memload.plugins.request import RestoreOptions
 from lightning_memload.plugins.run import RestoreRun
 from lightning_memload.plugins.save_log import step_of_loggers
 from lightning_memload.plugins.seams import (
+    around_checkpoint,
     around_load,
     before_move,
     begin_averages,
     loads_by_itself,
+    reads_shards,
     skip_next_move_to_cpu,
     when_set_up,
 )
@@ -70,12 +72,15 @@ class TrainerRestore:
             stage: The stage, as Lightning names it.
             io: The CheckpointIO that loads. ``None`` if another one or the strategy loads.
         """
-        run = self._run = RestoreRun(self._options, trainer, module, stage, streams=io is not None)
         strategy, hook = trainer.strategy, self._hooks.callback
+        shards = io is None and reads_shards(strategy)
+        run = self._run = RestoreRun(self._options, trainer, module, stage, streams=io is not None, shards=shards)
         if io is not None:
             hook(io.observe(run))
             hook(io.allow(run.allowance))
             hook(around_load(strategy, run.load_model))
+        if shards:
+            hook(around_checkpoint(strategy, run.load_shards))
         if not loads_by_itself(strategy):
             hook(before_move(strategy, lambda: self._end_weights(run, trainer, module)))
         hook(when_set_up(strategy, run.meet_companions, lambda: self._begin_stage(run, trainer, module)))
@@ -121,7 +126,7 @@ class TrainerRestore:
         skip_next_move_to_cpu(module)
         name_mixed_imports(exception, trainer, module)
         if restoring:
-            advise = not self._options.replaces_damaged
+            advise = not (self._options.replaces_damaged or loads_by_itself(trainer.strategy))
             name_intact_sibling(exception, str(trainer.ckpt_path), trainer, advise_option=advise)
 
     def abort(self) -> None:

@@ -9,6 +9,9 @@ from lightning_memload.restore.overlap import Overlap
 from lightning_memload.restore.recipes import follow_recipes, names_of_data
 from lightning_memload.restore.session import Move, RestoreSession
 from lightning_memload.restore.settling import mapped_bytes
+from lightning_memload.restore.sharded_optimizer import ShardedOptimizer
+from lightning_memload.restore.sharded_weights import plan_sharded_weights, run_load_hooks, show_shards
+from lightning_memload.restore.shards import ShardReader, ShardTarget, Unshardable
 from lightning_memload.restore.state_dict import add_compiled_versions, find_state_dict, rename_compiled
 from lightning_memload.restore.state_stream import StateStream
 from lightning_memload.restore.weights import WeightsRestore
@@ -20,7 +23,11 @@ __all__ = [
     "OptimizerRestore",
     "Overlap",
     "RestoreSession",
+    "ShardReader",
+    "ShardTarget",
+    "ShardedOptimizer",
     "StateStream",
+    "Unshardable",
     "WeightsMatch",
     "WeightsRestore",
     "WeightsSource",
@@ -34,6 +41,9 @@ __all__ = [
     "module_keys",
     "names_of_data",
     "open_any",
+    "plan_sharded_weights",
     "rename_compiled",
+    "run_load_hooks",
     "short_errors",
+    "show_shards",
 ]

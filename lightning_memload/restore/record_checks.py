@@ -5,13 +5,26 @@ from __future__ import annotations
 import functools
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from lightning_memload.bytes import Record
 from lightning_memload.checkpoint import Checkpoint, MappedCheckpoint
 from lightning_memload.errors import ChecksumError
 from lightning_memload.transfer import TransferStats, compare_records
 
-__all__ = ["RecordChecks"]
+__all__ = ["Checks", "RecordChecks"]
+
+
+class Checks(NamedTuple):
+    """The checksums of one :meth:`RestoreSession.move`.
+
+    Attributes:
+        records: The records. All their bytes are read.
+        on_checksum: Called with each record without a checksum, and with its CRC-32, from any thread.
+    """
+
+    records: Sequence[Record]
+    on_checksum: Callable[[Record, int], None] | None = None
 
 
 class RecordChecks:

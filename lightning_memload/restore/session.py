@@ -22,7 +22,7 @@ from lightning_memload.errors import ChecksumError, InsufficientMemoryError
 from lightning_memload.memory import free_device_bytes
 from lightning_memload.restore.freeing import free_in_background
 from lightning_memload.restore.given_pages import GivenPages
-from lightning_memload.restore.record_checks import RecordChecks
+from lightning_memload.restore.record_checks import Checks, RecordChecks
 from lightning_memload.restore.recording import claim
 from lightning_memload.restore.whole import WholeCheckpoint, is_worth_reading
 from lightning_memload.transfer import LazyRing, StagingRing, TensorCopy, TransferStats, transfer
@@ -115,8 +115,12 @@ class RestoreSession:
         """Leaves what is read from now on in the page cache: the memory of a module is used again."""
         self.checkpoint.source.drop_behind = False
 
-    def move(self, moves: Sequence[Move]) -> None:
+    def move(self, moves: Sequence[Move], checks: Checks | None = None) -> None:
         """Brings values to their destinations. Values that still lie in the file are streamed, torch copies the others.
+
+        Args:
+            moves: The moves.
+            checks: The checksums to compute or compare. ``None``: those of all records that the values lie in.
 
         Raises:
             CheckpointReadError: Reading failed. Some destinations have their values, others do not.
@@ -127,7 +131,7 @@ class RestoreSession:
         if self._whole is not None:
             self._whole.copy((item.value, item.destination) for item in moves)
             return
-        stats, ordinary = self._stream(moves, self._on_progress)
+        stats, ordinary = self._stream(moves, self._on_progress, checks)
         self.stats += stats
         with torch.no_grad():
             for item in ordinary:
@@ -160,7 +164,7 @@ class RestoreSession:
         return stats, not ordinary
 
     def _stream(
-        self, moves: Sequence[Move], on_progress: Callable[[int], None] | None
+        self, moves: Sequence[Move], on_progress: Callable[[int], None] | None, checks: Checks | None = None
     ) -> tuple[TransferStats, list[Move]]:
         """Streams what lies in the file. Returns the counters and the other moves."""
         copies = []
@@ -173,7 +177,9 @@ class RestoreSession:
             for chunk in chunks:
                 destination = chunk.within(item.destination)
                 copies.append(TensorCopy(item.name, chunk.offset, item.value.dtype, chunk.stride, destination))
-        if not copies:
+        if checks is None:
+            checks = Checks(self._checks.at([copy.offset for copy in copies]))
+        if not copies and not checks.records:
             return TransferStats(), ordinary
         with self._streaming:
             stats = transfer(
@@ -182,8 +188,9 @@ class RestoreSession:
                 self._get_ring,
                 num_threads=self._ring.layout.num_threads,
                 block_bytes=self._ring.layout.block_bytes,
-                records=self._checks.at([copy.offset for copy in copies]),
+                records=checks.records,
                 on_progress=on_progress,
+                on_checksum=checks.on_checksum,
             )
         return stats, ordinary
 
@@ -364,6 +371,10 @@ class RestoreSession:
             stack.callback(self._pages.end)
             self._ring.close()
         return self.checkpoint.detach() if detach else 0
+
+    def records_at(self, offsets: Sequence[int]) -> list[Record]:
+        """The records to compare that contain the tensors at these offsets, see :class:`RecordChecks`."""
+        return self._checks.at(offsets)
 
     def _get_ring(self) -> StagingRing:
         ring = self._ring.get()

@@ -59,6 +59,7 @@ def transfer(
     block_bytes: int,
     records: Sequence[Record] = (),
     on_progress: Callable[[int], None] | None = None,
+    on_checksum: Callable[[Record, int], None] | None = None,
 ) -> TransferStats:
     """Copies every tensor from the source to its destination.
 
@@ -72,6 +73,8 @@ def transfer(
         block_bytes: Maximum length of one read, at most the ring's block.
         records: Checksums to compare. All bytes of these records are read, also those that no copy needs.
         on_progress: Called after every read with its length in bytes, from the threads, one call at a time.
+        on_checksum: Called with each record without a checksum and its CRC-32, from the threads. With it, records are
+            also read if no copy needs any of their bytes.
 
     Returns:
         The counters, when all values have arrived on every device.
@@ -92,8 +95,8 @@ def transfer(
         on_cpu = by_device.pop(torch.device("cpu"), [])
         next(iter(by_device.values())).extend(on_cpu)
     stats = TransferStats()
-    for of_device in by_device.values():
-        stats += _Transfer(source, of_device, ring, num_threads, block_bytes, records, on_progress).run()
+    for of_device in by_device.values() or ([[]] if records and on_checksum is not None else []):
+        stats += _Transfer(source, of_device, ring, num_threads, block_bytes, records, on_progress, on_checksum).run()
     return stats
 
 
@@ -115,7 +118,9 @@ class _Transfer:
         block_bytes: int,
         records: Sequence[Record],
         on_progress: Callable[[int], None] | None,
+        on_checksum: Callable[[Record, int], None] | None,
     ) -> None:
+        self._on_checksum = on_checksum
         self._source = source
         self._copies = copies
         self._records = sorted(records, key=lambda record: record.offset)
@@ -173,7 +178,12 @@ class _Transfer:
         records = [(record.offset, record.nbytes) for record in self._records]
         checks, checked = plan_checks([read for read, _ in reads], records)
         if len(checked) < len(records):
-            others = complete_records([read for read, _ in reads], records, block_bytes=raw_bytes)
+            others = complete_records(
+                [read for read, _ in reads],
+                records,
+                block_bytes=raw_bytes,
+                untouched=self._on_checksum is not None,
+            )
             reads.extend((read, None) for read in others)
             reads.sort(key=lambda item: item[0].offset)
             checks, _ = plan_checks([read for read, _ in reads], records)
@@ -272,7 +282,9 @@ class _Transfer:
         record = self._records[check.record]
         with self._lock:
             self._bytes_verified += record.nbytes
-        if actual != record.crc32:
+        if record.crc32 is None and self._on_checksum is not None:
+            self._on_checksum(record, actual)
+        elif actual != record.crc32:
             raise checksum_error(self._source, record, actual)
 
     def _read(self, job: _Job, parts: Sequence[tuple[int, memoryview]]) -> None:

@@ -144,7 +144,9 @@ def _cut_run(ranges: Sequence[TargetRange], run_start: int, run_end: int, block_
             yield Read(start + low, high - low, tuple(segments))
 
 
-def complete_records(reads: Sequence[Read], records: Sequence[tuple[int, int]], *, block_bytes: int) -> list[Read]:
+def complete_records(
+    reads: Sequence[Read], records: Sequence[tuple[int, int]], *, block_bytes: int, untouched: bool = False
+) -> list[Read]:
     """Plans reads of what the other reads leave out of their records, so that the checksums can be compared.
 
     A tensor that is a part of a larger storage needs only a part of the record. Damage of this part would not be found.
@@ -153,6 +155,7 @@ def complete_records(reads: Sequence[Read], records: Sequence[tuple[int, int]], 
         reads: The reads for the targets, in file order.
         records: File offset and length of every record, in file order, not overlapping.
         block_bytes: Maximum length of one read.
+        untouched: Also cover records that the other reads do not touch.
 
     Returns:
         Reads without segments. Together with the other reads they cover each record that the other reads touch.
@@ -164,7 +167,7 @@ def complete_records(reads: Sequence[Read], records: Sequence[tuple[int, int]], 
         while first_read < len(reads) and reads[first_read].offset + reads[first_read].nbytes <= offset:
             first_read += 1
         number = first_read
-        if number == len(reads) or reads[number].offset >= end:
+        if not untouched and (number == len(reads) or reads[number].offset >= end):
             continue
         while covered < end:
             has_read = number < len(reads) and reads[number].offset < end

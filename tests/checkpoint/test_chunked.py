@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_memload.checkpoint import ChunkedTensor, FileChunk, StorageInfo
+from lightning_memload.checkpoint import ChunkedTensor, FileChunk, StorageInfo, part_of
 from lightning_memload.checkpoint.chunked import ChunkedValues
 from lightning_memload.checkpoint.index import ChunkInfo
 from lightning_memload.checkpoint.unread import UnreadStorage, UnreadView
@@ -147,3 +147,34 @@ class TestUnread:
             storage.read()
         assert (caught.value.key, caught.value.expected) == (name, 1)
         assert storage.memory is None
+
+
+@pytest.mark.parametrize(
+    ("starts", "shape"), [((0, 0), (3, 4)), ((1, 0), (2, 4)), ((0, 1), (3, 2)), ((2, 3), (1, 1)), ((1, 0), (0, 4))]
+)
+def test_a_part_lies_in_the_parts_of_the_file(
+    starts: tuple[int, int], shape: tuple[int, int], source: Counting, tmp_path: Path
+) -> None:
+    tensor = tensor_in(source)
+    part = part_of(tensor, starts, shape)
+    expected = part_of(VALUES, starts, shape)
+    assert isinstance(part, ChunkedTensor)
+    assert (part.shape, part.is_read, source.num_reads) == (expected.shape, False, 0)
+    found = torch.zeros(shape)
+    for chunk in part.chunks:
+        place = chunk.within(found)
+        place.copy_(
+            torch.from_file(str(tmp_path / "parts.bin"), size=12).as_strided(
+                place.shape, chunk.stride, chunk.offset // 4
+            )
+        )
+    assert torch.equal(found, expected)
+    assert torch.equal(part, expected)
+    assert tensor.is_read
+    assert part.is_read
+
+
+def test_a_part_of_an_ordinary_tensor_is_a_view() -> None:
+    part = part_of(VALUES, (1, 2), (2, 1))
+    assert part.data_ptr() == VALUES[1:, 2:].data_ptr()
+    assert part.tolist() == VALUES[1:3, 2:3].tolist()

@@ -548,6 +548,30 @@ class TestChecksums:
             move(Memory(bytes(damaged)), [part], records=records)
         assert move(Memory(bytes(data)), [part], records=records).bytes_verified == records[1].nbytes
 
+    @pytest.mark.parametrize("num_copies", [0, 1, 3])
+    def test_checksums_of_parts_are_told_and_their_bytes_are_read(self, num_copies: int) -> None:
+        data, copies, records = many(3)
+        cut = records[1].offset + 7777
+        parts = [
+            Record("low", records[1].offset, 7777, None),
+            Record("high", cut, records[1].nbytes - 7777, None),
+            records[2],
+        ]
+        found: dict[str, int] = {}
+        stats = move(
+            Memory(data),
+            copies[:num_copies],
+            records=parts,
+            on_checksum=lambda record, crc32: found.update({record.name: crc32}),
+        )
+        end = records[1].offset + records[1].nbytes
+        assert found == {"low": zlib.crc32(data[records[1].offset : cut]), "high": zlib.crc32(data[cut:end])}
+        assert stats.bytes_verified == records[1].nbytes + records[2].nbytes
+        damaged = bytearray(data)
+        damaged[records[2].offset] ^= 1
+        with pytest.raises(ChecksumError):
+            move(Memory(bytes(damaged)), copies[:num_copies], records=parts, on_checksum=lambda record, crc32: None)
+
 
 @pytest.mark.memory
 class TestMemory:

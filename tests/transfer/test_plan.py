@@ -120,6 +120,9 @@ class TestChecks:
         assert sorted(extra) == sorted(missing)  # each byte once, and none besides
         everything = sorted([*reads, *others], key=lambda read: read.offset)
         assert plan_checks(everything, records)[1] == touched
+        others = complete_records(reads, records, block_bytes=block, untouched=True)
+        everything = sorted([*reads, *others], key=lambda read: read.offset)
+        assert plan_checks(everything, records)[1] == list(range(len(records)))
 
     def verify(self, reads: list[Read], records: list[tuple[int, int]]) -> None:
         checks, checked = plan_checks(reads, records)
