@@ -20,7 +20,7 @@ from lightning_memload.collector import paused_collector
 from lightning_memload.pickles import SafeGlobal
 from lightning_memload.restore.session import RestoreSession
 from lightning_memload.restore.weights_source import WeightsSource
-from lightning_memload.storage.places import path_of
+from lightning_memload.storage.places import is_local, path_of
 from lightning_memload.torch_private import IncompatibleKeys
 from lightning_memload.transfer import check_host_budget, check_num_threads, start_ring
 
@@ -126,7 +126,7 @@ def load_weights(
     )
     target = _device_of(module) if device is None else torch.device(device)
     options = LoadOptions(target, mode, host_budget_mib, num_threads, verify, check_fit)
-    state_dict, session = options.open(weights.open)
+    state_dict, session = options.open(weights.open, is_remote=not is_local(os.fspath(weights.path)))
     with options.closing(session):
         keys, _ = weights.stream(state_dict, module, session, dtype=dtype, assign=options.assigns)
         del state_dict  # the end of the session copies every tensor that still has a reference
@@ -167,11 +167,14 @@ class LoadOptions:
         """Whether parameters are mapped onto the file's pages."""
         return self.mode == "assign"
 
-    def open(self, load: Callable[[], tuple[_T, MappedCheckpoint]]) -> tuple[_T, RestoreSession]:
+    def open(
+        self, load: Callable[[], tuple[_T, MappedCheckpoint]], *, is_remote: bool = False
+    ) -> tuple[_T, RestoreSession]:
         """Opens a checkpoint, while the staging ring is prepared in parallel.
 
         Args:
             load: Opens the checkpoint.
+            is_remote: Whether the checkpoint is not on a local disk.
 
         Returns:
             The loaded checkpoint, and the session that restores it into modules.
@@ -179,7 +182,7 @@ class LoadOptions:
         device = self.device
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())  # Parameters report their device with an index.
-        ring = start_ring(device, self.host_budget_mib * _MIB, self.num_threads)
+        ring = start_ring(device, self.host_budget_mib * _MIB, self.num_threads, is_remote=is_remote)
         try:
             with paused_collector():
                 loaded, mapped = load()

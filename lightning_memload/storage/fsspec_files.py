@@ -76,7 +76,9 @@ class FsspecFile(StoredFile):
         end = min(self.size_bytes, offset + max(wanted, _WINDOW_BYTES))
         data: bytes = _told(self.name, lambda: self._system.cat_file(self._key, start=offset, end=end))
         if len(data) != end - offset:
-            raise OSError(errno.EIO, f"The server sent {len(data)} of the {end - offset} bytes from {offset} on", self.name)
+            raise OSError(
+                errno.EIO, f"The server sent {len(data)} of the {end - offset} bytes from {offset} on", self.name
+            )
         if wanted < _WINDOW_BYTES:
             self._window = (offset, data)
         return data[:wanted]

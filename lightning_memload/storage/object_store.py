@@ -8,14 +8,16 @@ caller asks for the rest.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from lightning_memload.errors import UnmappableCheckpointError
 from lightning_memload.storage.options import storage_options
 from lightning_memload.storage.source import Place, StoredFile
 
@@ -38,6 +40,7 @@ _REMEMBERED_SECONDS = 5.0
 _REMEMBERED = 64
 # The parts of storage_options that obstore takes beside the configuration of a store.
 _ARGUMENTS = ("config", "client_options", "retry_config", "credential_provider")
+_WEB = ("http://", "https://")
 _SECRETS = re.compile(r"\?[^\s\"')]+")
 
 
@@ -47,6 +50,10 @@ class _Version(NamedTuple):
     e_tag: str | None
     last_modified: object
     size: int
+
+
+class _BrokenReply(Exception):
+    """A reply that is not what was asked for."""
 
 
 class ObjectFile(StoredFile):
@@ -88,19 +95,19 @@ class ObjectFile(StoredFile):
             meta = _told(self.name, "HEAD", lambda: _obstore().head(self._store, self._key))
             self._version = _version_of(meta)
             if self._version.size:
-                raise OSError(
-                    errno.ENOTSUP,
-                    "The server sends whole files only, no ranges of bytes. Download the file, or serve it from a "
-                    "server with ranges",
-                    self.name,
+                raise UnmappableCheckpointError(
+                    f"{self.name}: the server sends whole files only, no ranges of bytes. Download the file, or serve "
+                    "it from a server with ranges.",
+                    path=self.name,
                 )
             return b""
         self._version = _version_of(reply.meta)
-        head = bytearray()
-        for part in self._parts(reply, 0):
-            head += part
-        if len(head) != min(_HEAD_BYTES, self._version.size):
-            raise OSError(errno.EIO, f"GET bytes=0-{_HEAD_BYTES - 1} ended after {len(head)} bytes", self.name)
+        head = memoryview(bytearray(min(_HEAD_BYTES, self._version.size)))
+        arrived = [0]
+        with contextlib.suppress(_obstore().exceptions.BaseError):
+            _fill([head], reply.stream(min_chunk_size=_PART_BYTES), arrived, len(head))
+        while arrived[0] < len(head):
+            arrived[0] += self._fetch([head[arrived[0] :]], arrived[0], len(head) - arrived[0])
         return bytes(head)
 
     def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
@@ -114,9 +121,9 @@ class ObjectFile(StoredFile):
     def _near(self, offset: int, wanted: int) -> memoryview | None:
         """Bytes that a request has already brought, or that one request brings with their neighbours."""
         with self._lock:
-            for start, data in self._windows.items():
-                if start <= offset < start + len(data) and offset + wanted <= start + len(data):
-                    return memoryview(data)[offset - start : offset - start + wanted]
+            for start, known in self._windows.items():
+                if start <= offset and offset + wanted <= start + len(known):
+                    return memoryview(known)[offset - start : offset - start + wanted]
         if wanted > _WINDOW_BYTES:
             return None
         at_end = offset >= self.size_bytes - _HEAD_BYTES
@@ -143,11 +150,11 @@ class ObjectFile(StoredFile):
                 if reply is None:
                     raise OSError(errno.EIO, f"{words}: the object has no such range", self.name)
                 self._require_same(reply, words)
-                _fill(buffers, self._parts(reply, offset), arrived, wanted)
+                _fill(buffers, reply.stream(min_chunk_size=_PART_BYTES), arrived, wanted)
                 if arrived[0] == wanted:
                     return wanted
                 reason = "it ended too early"
-            except _obstore().exceptions.BaseError as error:
+            except (_obstore().exceptions.BaseError, _BrokenReply) as error:
                 reason = _reason(error)
             if arrived[0]:
                 return arrived[0]
@@ -166,8 +173,10 @@ class ObjectFile(StoredFile):
         except _obstore().exceptions.NotSupportedError:
             return None
         except _obstore().exceptions.GenericError as error:
-            if "416" in str(error) or "NotPartial" in str(error) or "range" in str(error).lower():
+            if "416" in str(error):
                 return None
+            if str(error).partition("error: ")[2].startswith("Requested "):
+                raise _BrokenReply(_reason(error)) from error  # Another range came.
             raise
 
     def _require_same(self, reply: Any, words: str) -> None:
@@ -178,13 +187,6 @@ class ObjectFile(StoredFile):
                 f"{words}: the object was replaced since it was opened. Start again, and it is read anew",
                 self.name,
             )
-
-    @staticmethod
-    def _parts(reply: Any, offset: int) -> Iterator[Any]:
-        start, _ = reply.range
-        if start != offset:
-            raise OSError(errno.EIO, f"The server sent the bytes from {start} on where {offset} was asked for")
-        return iter(reply.stream(min_chunk_size=_PART_BYTES))
 
 
 class ObjectStore(Place):
@@ -209,9 +211,9 @@ class ObjectStore(Place):
         return True
 
     def is_folder(self, path: str) -> bool:
-        """Whether names of objects begin with the path and a ``/``. ``False`` where a server has no lists."""
+        """Whether names of objects begin with the path and a ``/``, and none is the path. A web server has no lists."""
         try:
-            return bool(self.names_in(path))
+            return not self.is_file(path) and bool(self.names_in(path))
         except NotADirectoryError:
             return False
 
@@ -225,7 +227,7 @@ class ObjectStore(Place):
         try:
             return _version_of(_told(path, "HEAD", lambda: _obstore().head(store, key)))
         except FileNotFoundError:
-            found = _list_entries(path)
+            found = _list_entries(path) if not path.startswith(_WEB) else ([], [])
             if not any(found):
                 raise
             return found
@@ -263,14 +265,12 @@ def _list(folder: str) -> list[str]:
 
 
 def _list_entries(folder: str) -> tuple[list[tuple[str, object]], list[str]]:
+    """The objects directly below a folder with their versions, and the folders."""
+    if folder.startswith(_WEB):
+        raise NotADirectoryError(errno.ENOTDIR, "A web server gives no list of its files", folder)
     store, key = _locate(folder)
     prefix = key.rstrip("/") + "/" if key.strip("/") else None
-    try:
-        found = _told(folder, "LIST", lambda: _obstore().list_with_delimiter(store, prefix))
-    except OSError as error:
-        if folder.startswith(("http://", "https://")):
-            raise NotADirectoryError(errno.ENOTDIR, "The server gives no list of files", folder) from error
-        raise
+    found = _told(folder, "LIST", lambda: _obstore().list_with_delimiter(store, prefix))
     return [(entry["path"], _version_of(entry)) for entry in found["objects"]], list(found["common_prefixes"])
 
 
@@ -280,6 +280,9 @@ def _locate(path: str) -> tuple[Any, str]:
     bucket, _, key = rest.partition("/")
     options = dict(storage_options())
     arguments = {name: options.pop(name) for name in _ARGUMENTS if name in options}
+    if scheme == "http":
+        # Who writes http:// means it.
+        arguments["client_options"] = {"allow_http": True, **arguments.get("client_options", {})}
     name = (f"{scheme}://{bucket}", repr(sorted(options.items())), repr(sorted(arguments.items(), key=str)))
     with _STORES_LOCK:
         if name not in _STORES:
@@ -320,6 +323,8 @@ def _told(path: str, words: str, ask: Callable[[], _T]) -> _T:
             path,
         ) from error
     except errors.BaseError as error:
+        if "status code: 404" in str(error):  # There is no such bucket.
+            raise FileNotFoundError(errno.ENOENT, f"{words}: {_reason(error)}", path) from error
         raise OSError(errno.EIO, f"{words} failed: {_reason(error)}", path) from error
 
 

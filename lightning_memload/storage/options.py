@@ -9,12 +9,12 @@ from typing import Any
 
 __all__ = ["storage_options", "use_storage_options"]
 
-_OPTIONS: ContextVar[Mapping[str, Any]] = ContextVar("lightning_memload_storage_options", default={})
+_OPTIONS: ContextVar[Mapping[str, Any] | None] = ContextVar("lightning_memload_storage_options", default=None)
 
 
 def storage_options() -> Mapping[str, Any]:
     """The options that apply in this context. Empty: the library of the place finds everything itself."""
-    return _OPTIONS.get()
+    return _OPTIONS.get() or {}
 
 
 @contextlib.contextmanager

@@ -25,6 +25,11 @@ _Self = TypeVar("_Self", bound="StoredFile")
 class ByteSource(Protocol):
     """Anything that bytes are read from: one file, or several as one run of bytes."""
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether a read may be a request over a network, so that few and large reads are best."""
+        ...
+
     def place(self, offset: int) -> tuple[str, int]:
         """The file at ``offset``, by its name for messages, and the position in it."""
         ...

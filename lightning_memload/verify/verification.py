@@ -20,7 +20,7 @@ from lightning_memload.collector import paused_collector
 from lightning_memload.errors import MemloadError
 from lightning_memload.formats import find_format
 from lightning_memload.storage import FileSet, describe_mismatch
-from lightning_memload.storage.places import held, path_of
+from lightning_memload.storage.places import held, is_local, path_of
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.plan import MAX_GAP_BYTES
 from lightning_memload.transfer.threads import available_cpus, check_num_threads, run_threads
@@ -31,6 +31,7 @@ __all__ = ["VerifyReport", "verify_checkpoint"]
 # Each thread has one buffer of this size. It is small enough to be in the core's cache for the checksum.
 _BLOCK_BYTES = 1 << 20
 _MAX_THREADS = 8
+_MAX_THREADS_REMOTE = 16
 _MAX_LISTED = 20
 _MAX_TRIES = 5
 
@@ -147,7 +148,8 @@ def verify_checkpoint(
 
 def _verify(name: str, num_threads: int | None, progress: bool | Callable[[int, int], None]) -> _Verification:
     inventory = find_format(name).take_inventory(name)
-    run = _Verification(inventory, num_threads or min(_MAX_THREADS, available_cpus()))
+    default = min(_MAX_THREADS, available_cpus()) if is_local(name) else _MAX_THREADS_REMOTE
+    run = _Verification(inventory, num_threads or default)
     if callable(progress):
         run.read_all(progress)
     elif progress:

@@ -27,7 +27,7 @@ from lightning_memload.formats.torch_zip.layout import (
 )
 from lightning_memload.storage.source import FileView, StoredFile
 
-__all__ = ["read_regular_directory"]
+__all__ = ["ListedRecord", "list_records", "read_regular_directory"]
 
 # A directory entry: magic, version, flags, method, CRC-32, packed size, size, the lengths of name, extra field and
 # comment, volume, position of the local header. Between them are values that no reader of checkpoints uses.
@@ -46,6 +46,15 @@ _HEADERS, _HEADERS_BYTES = 16, 64 << 10
 _ALIGNMENT = 64
 # Lengths of what follows the data of a record: nothing, or its sizes of 32 or 64 bits.
 _PLAIN_ENDS, _DESCRIBED_ENDS = (0,), (16, 24)
+
+
+class ListedRecord(NamedTuple):
+    """A record by its full name: the position of its local header, and the position and the length of its data."""
+
+    name: str
+    header: int
+    offset: int
+    nbytes: int
 
 
 class _Entry(NamedTuple):
@@ -93,6 +102,25 @@ def read_regular_directory(file: StoredFile | FileView) -> dict[str, Record] | N
         return None
     is_whole = end <= file.size_bytes and len(records) == len(entries)
     return records if is_whole and "data.pkl" in records and "constants.pkl" not in records else None
+
+
+def list_records(file: StoredFile | FileView) -> tuple[list[ListedRecord], int] | None:
+    """The records in the order of the file, and the position of the directory, without a look at a local header.
+
+    Returns:
+        ``None`` for an archive that is not laid out as ``torch.save`` does it.
+
+    Raises:
+        OSError: Reading failed.
+    """
+    try:
+        entries, start = _read_entries(file)
+    except (_Irregular, struct.error, UnicodeDecodeError):
+        return None
+    offsets = _derived_offsets(entries, start)
+    if offsets is None:
+        return None
+    return [ListedRecord(e.name, e.header, at, e.nbytes) for e, at in zip(entries, offsets, strict=True)], start
 
 
 def _read_entries(file: StoredFile | FileView) -> tuple[list[_Entry], int]:
