@@ -46,7 +46,7 @@ __all__ = ["transfer"]
 
 # For CPU memory: the checksum finds a block of 1 MiB still in the core's cache, twice as fast as with 16 MiB.
 _DIRECT_BLOCK_BYTES = 1 << 20
-# Over a network each block is one request. It needs no buffer, whatever its size.
+# Over a network each block is one request. A block of any size needs no buffer.
 _REQUEST_BYTES = 8 << 20
 # The pages of smaller parts are faulted in one by one.
 _POPULATED_BYTES = 64 << 10

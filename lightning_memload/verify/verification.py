@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_memload.bytes import Record
 from lightning_memload.checkpoint import Damage, Inventory
@@ -20,6 +21,7 @@ from lightning_memload.collector import paused_collector
 from lightning_memload.errors import MemloadError
 from lightning_memload.formats import find_format
 from lightning_memload.storage import FileSet, describe_mismatch
+from lightning_memload.storage.options import use_storage_options
 from lightning_memload.storage.places import held, is_local, path_of
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.plan import MAX_GAP_BYTES
@@ -93,6 +95,7 @@ def verify_checkpoint(
     *,
     num_threads: int | None = None,
     progress: bool | Callable[[int, int], None] = False,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> VerifyReport:
     """Reads a whole checkpoint and compares every checksum in it.
 
@@ -102,6 +105,7 @@ def verify_checkpoint(
         progress: ``True`` shows a progress bar. A function is called after every read with the bytes read so far and
             the total bytes, from any thread, one call at a time. An exception that it raises ends the verification.
             The bar and the counts start again if another checkpoint has replaced this one.
+        storage_options: See ``open_checkpoint``.
 
     Returns:
         The report. Damage raises no exception: the report lists all of it. A file or directory that is replaced during
@@ -119,8 +123,12 @@ def verify_checkpoint(
     the records that are being read, and the pickled objects beside the tensors.
     """
     check_num_threads(num_threads)
+    with use_storage_options(storage_options):
+        return _verify_unchanged(path_of(path), num_threads, progress)
+
+
+def _verify_unchanged(name: str, num_threads: int | None, progress: bool | Callable[[int, int], None]) -> VerifyReport:
     started = time.perf_counter()
-    name = path_of(path)
     for _ in range(_MAX_TRIES):
         with held(name) as is_same, paused_collector():
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import socket
 import warnings
 from collections.abc import Iterator
@@ -61,6 +62,14 @@ def client(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield client
     for found in client.list_objects_v2(Bucket="bucket").get("Contents", ()):
         client.delete_object(Bucket="bucket", Key=found["Key"])
+
+
+SOON = datetime.timedelta(seconds=0.01)
+RETRY_ONCE = {
+    "max_retries": 1,
+    "retry_timeout": datetime.timedelta(seconds=1),
+    "backoff": {"init_backoff": SOON, "max_backoff": SOON, "base": 2},
+}
 
 
 class Validated(TinyModule):
@@ -126,7 +135,7 @@ def test_all_that_takes_a_path(checkpoint: tuple[Path, str], tmp_path: Path, cap
     make_trainer(tmp_path, [restore], max_epochs=1).fit(TinyModule(adamw))
     assert restore.report is not None
     assert restore.report.path == url
-    data = torch.utils.data.DataLoader(torch.randn(2, FEATURES))
+    data: Any = torch.utils.data.DataLoader(torch.randn(2, FEATURES))  # type: ignore[arg-type]
     for options in ({"callbacks": [MemoryEfficientRestore()]}, {"callbacks": [], "plugins": [StreamingCheckpointIO()]}):
         make_trainer(tmp_path, **options).validate(Validated(), data, ckpt_path=url, verbose=False, **TRUSTED)
     if path.is_file():
@@ -164,3 +173,30 @@ def test_secrets_are_not_in_errors(client: Any, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(OSError, match="HEAD failed") as raised:
         open_checkpoint("s3://elsewhere/run/last.ckpt")
     assert "not-to-be-shown" not in str(raised.value)
+
+
+def test_options_for_one_load(endpoint: str, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the environment: all is passed."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP"):
+        monkeypatch.delenv(name)
+    path = write_checkpoint(Case(lambda: TinyModule(adamw)), tmp_path)
+    client.upload_file(str(path), "bucket", "a b/last%20.ckpt")
+    url = "s3://bucket/a b/last%20.ckpt"
+    options = {
+        "access_key_id": "key",
+        "secret_access_key": "not-to-be-shown",
+        "region": "us-east-1",
+        "endpoint": endpoint,
+        "client_options": {"allow_http": True},
+    }
+    with pytest.raises(OSError, match=r"failed|credentials|No such"):
+        open_checkpoint(url, storage_options={**options, "endpoint": "http://127.0.0.1:9", "retry_config": RETRY_ONCE})
+    assert len(open_checkpoint(url, storage_options=options)) == len(open_checkpoint(path))
+    assert verify_checkpoint(url, storage_options=options).is_verified
+    load_weights(TinyModule(adamw), url, weights_only=False, storage_options=options)
+    expected, _ = losses(tmp_path, path)
+    assert losses(tmp_path, url, storage_options=options)[0] == expected
+    torch.manual_seed(0)
+    restore = MemoryEfficientRestore(weights_from=url, storage_options=options)
+    make_trainer(tmp_path, [restore], max_epochs=1).fit(TinyModule(adamw))
+    assert restore.report is not None
