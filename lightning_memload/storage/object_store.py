@@ -25,19 +25,19 @@ __all__ = ["ObjectFile", "ObjectStore"]
 
 _T = TypeVar("_T")
 
-# The first request of an object brings so many bytes: most headers and pickles begin there.
-_HEAD_BYTES = 1 << 20
-# A small read brings so many bytes more, and at the end of an object as many as at the beginning.
+# A small read brings so many bytes, and so does the first request of an object: most headers are there.
 _WINDOW_BYTES = 64 << 10
 _WINDOWS = 8
+# A small read near the end of an object brings so many: there is the directory of a zip archive.
+_TAIL_BYTES = 1 << 20
 # A reply is taken from the library in parts of this size. Each thread that reads has one of them.
-_PART_BYTES = 1 << 20
+_PART_BYTES = 256 << 10
 # The library tries again itself until a reply begins. This is for a reply that breaks off without a byte.
 _ATTEMPTS = 6
 _FIRST_PAUSE_SECONDS = 0.2
-# Several formats look at the same object, one after the other.
+# Several formats look at the same object, one after the other. Each holds up to 2 MiB of it.
 _REMEMBERED_SECONDS = 5.0
-_REMEMBERED = 64
+_REMEMBERED = 4
 # The parts of storage_options that obstore takes beside the configuration of a store.
 _ARGUMENTS = ("config", "client_options", "retry_config", "credential_provider")
 _WEB = ("http://", "https://")
@@ -89,7 +89,7 @@ class ObjectFile(StoredFile):
         return self._version
 
     def _read_head(self) -> bytes:
-        reply = _told(self.name, "GET", lambda: self._get(0, _HEAD_BYTES))
+        reply = _told(self.name, "GET", lambda: self._get(0, _WINDOW_BYTES))
         if reply is None:
             # An empty object has no range at all, and no other store refuses its first bytes.
             meta = _told(self.name, "HEAD", lambda: _obstore().head(self._store, self._key))
@@ -102,7 +102,7 @@ class ObjectFile(StoredFile):
                 )
             return b""
         self._version = _version_of(reply.meta)
-        head = memoryview(bytearray(min(_HEAD_BYTES, self._version.size)))
+        head = memoryview(bytearray(min(_WINDOW_BYTES, self._version.size)))
         arrived = [0]
         with contextlib.suppress(_obstore().exceptions.BaseError):
             _fill([head], reply.stream(min_chunk_size=_PART_BYTES), arrived, len(head))
@@ -126,9 +126,9 @@ class ObjectFile(StoredFile):
                     return memoryview(known)[offset - start : offset - start + wanted]
         if wanted > _WINDOW_BYTES:
             return None
-        at_end = offset >= self.size_bytes - _HEAD_BYTES
-        start = max(0, self.size_bytes - _HEAD_BYTES) if at_end else offset
-        data = bytearray(min(_HEAD_BYTES if at_end else _WINDOW_BYTES, self.size_bytes - start))
+        at_end = offset >= self.size_bytes - _TAIL_BYTES
+        start = max(0, self.size_bytes - _TAIL_BYTES) if at_end else offset
+        data = bytearray(min(_TAIL_BYTES if at_end else _WINDOW_BYTES, self.size_bytes - start))
         done = 0
         while done < len(data):
             done += self._fetch([memoryview(data)[done:]], start + done, len(data) - done)
@@ -136,8 +136,7 @@ class ObjectFile(StoredFile):
             self._windows[start] = bytes(data)
             while len(self._windows) > _WINDOWS:
                 # The beginning and the end of the object are asked for again and again.
-                oldest = next(s for s, known in self._windows.items() if len(known) <= _WINDOW_BYTES)
-                del self._windows[oldest]
+                del self._windows[next(s for s, known in self._windows.items() if s and len(known) <= _WINDOW_BYTES)]
         return memoryview(data)[offset - start : offset - start + wanted]
 
     def _fetch(self, buffers: Sequence[memoryview], offset: int, wanted: int) -> int:
@@ -246,9 +245,10 @@ class ObjectStore(Place):
         key = (name, repr(storage_options()))
         now = time.monotonic()
         with self._lock:
-            made, value = self._remembered.get(key, (0.0, None))
-        if value is not None and now - made < _REMEMBERED_SECONDS:
-            return value  # type: ignore[no-any-return]
+            for old in [old for old, (made, _) in self._remembered.items() if now - made > _REMEMBERED_SECONDS]:
+                del self._remembered[old]
+            if key in self._remembered:
+                return self._remembered[key][1]  # type: ignore[no-any-return]
         result = make()
         with self._lock:
             self._remembered[key] = (now, result)

@@ -16,6 +16,7 @@ from lightning_memload.errors import CheckpointReadError, ChecksumError, Memload
 from lightning_memload.save import save_directory
 from lightning_memload.storage import places
 from lightning_memload.storage.object_store import ObjectStore
+from tests.fresh_process import run_fresh
 from tests.storage.web_server import WebServer, serve
 
 pytest.importorskip("obstore")
@@ -118,6 +119,31 @@ def test_connections_that_are_cut_anywhere(web: WebServer, url: str, module: nn.
     assert verify_checkpoint(url).is_verified
     size = (web.folder / "last.ckpt").stat().st_size
     assert sum(end - start for start, end in web.requests) < 12 * size
+
+
+def test_host_memory_is_that_of_the_weights(web: WebServer) -> None:
+    """In a fresh process: the weights, once, and what 16 connections hold. A copy of the file would be twice that."""
+    torch.save({f"{number}": torch.ones(4 << 20) for number in range(12)}, web.folder / "large.pt")
+    program = """
+import torch
+from torch import nn
+from lightning_memload import MemoryMonitor, load_weights, meta_init
+load = lambda name, size, count: load_weights(build(size, count), ARGS["url"] + name)
+def build(size, count):
+    with meta_init():
+        return nn.ParameterDict({str(n): nn.Parameter(torch.empty(size)) for n in range(count)})
+load("/small.pt", 10, 1)  # the libraries
+with MemoryMonitor() as monitor:
+    module = build(4 << 20, 12)
+    load_weights(module, ARGS["url"] + "/large.pt")
+RESULT = monitor.peaks.host_above_start_bytes
+assert all((parameter == 1).all() for parameter in module.values())
+"""
+    torch.save({"0": torch.ones(10)}, web.folder / "small.pt")
+    weights = 12 * (16 << 20)
+    rise = run_fresh(program, url=web.url).result
+    assert weights <= rise + (1 << 20)
+    assert rise <= weights + (48 << 20)
 
 
 def test_bursts_of_errors(web: WebServer, url: str, module: nn.Module) -> None:
