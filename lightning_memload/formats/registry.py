@@ -8,6 +8,7 @@ the files; and it lists all records and all damage for verification.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from lightning_memload.checkpoint.foreign import describe_directory, describe_file
@@ -23,6 +24,7 @@ from lightning_memload.formats.tensor_directory.reader import TensorDirectory
 from lightning_memload.formats.torch_zip.reader import TorchZip
 from lightning_memload.formats.torch_zip.shards import TorchShards
 from lightning_memload.storage.file_mapping import FileMapping
+from lightning_memload.storage.options import use_storage_options
 from lightning_memload.storage.places import is_file, is_folder, names_in, path_of, read_start, size_of
 
 __all__ = [
@@ -161,7 +163,7 @@ def _may_be_legacy(name: str) -> bool:
     return start.startswith((b"\x80", b"L119547037146038801333356")) or start[257:262] == b"ustar"
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> Checkpoint:
     """Indexes a checkpoint: name, shape, dtype, ties and byte range of every tensor. Reads no tensor data.
 
     Runs no code from the file, so it is safe for files of unknown origin. The file may be larger than the memory.
@@ -170,7 +172,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         path: A checkpoint of any known format: a file of ``torch.save`` (torch >= 1.6), such as a Lightning ``.ckpt``
             or a bare state dict; a ``.safetensors`` file, a directory of such files, or the
             ``.safetensors.index.json`` that lists them, and the same with ``pytorch_model.bin``; a directory of
-            ``save_directory`` or of ``torch.distributed.checkpoint``. A ``file://`` URL is accepted too.
+            ``save_directory`` or of ``torch.distributed.checkpoint``. Or a URL of one: in a bucket,
+            behind a web server, at any place that fsspec knows, or ``file://``.
+        storage_options: For a remote path: keyword arguments of ``obstore.store.from_url`` (``s3://``, ``gs://``,
+            ``az://``, ``http(s)://``), or of the fsspec file system of any other scheme. ``None``: the library finds
+            credentials, region and endpoint itself, as its documentation says.
 
     Returns:
         The index.
@@ -181,8 +187,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointFormatError: It is not such a checkpoint, or it is truncated, damaged or incomplete.
         UnmappableCheckpointError: It is sound, but compressed, byte-swapped, or of torch < 1.6.
     """
-    name = path_of(path)
-    with paused_collector():
+    with use_storage_options(storage_options), paused_collector():
+        name = path_of(path)
         return find_format(name).read_index(name)
 
 

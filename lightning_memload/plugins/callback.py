@@ -6,7 +6,7 @@ A thin adaptor: it installs the CheckpointIO, and passes Lightning's hooks to it
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +98,7 @@ class MemoryEfficientRestore(Callback):
             fork, as data loader workers need. An error ends the run before the step. Applies to optimizers of
             ``torch.optim``. Until then the file must not change, and no CUDA graph can be captured. ``report`` is set
             after the first step.
+        storage_options: Passed to ``StreamingCheckpointIO``, and used for ``weights_from``, see ``open_checkpoint``.
 
     Attributes:
         report: The figures of the last restore, ``None`` before the first.
@@ -130,6 +131,7 @@ class MemoryEfficientRestore(Callback):
         save_format: SaveFormat = "torch",
         safe_globals: Sequence[SafeGlobal] = (),
         overlap: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_choice("mode", mode, Mode)
@@ -150,7 +152,10 @@ class MemoryEfficientRestore(Callback):
         )
         if weights_from is not None and not isinstance(weights_from, (str, Path, WeightsSource)):
             raise ValueError(f"weights_from must be a path or a WeightsSource, got {weights_from!r}.")
-        source = WeightsSource(weights_from) if isinstance(weights_from, (str, Path)) else weights_from
+        source = weights_from
+        if source is not None and not isinstance(source, WeightsSource):
+            source = WeightsSource(source, storage_options=storage_options)
+        self._storage_options = storage_options
         check_choice("save_format", save_format, SaveFormat)
         check_choice("asynchronous_save", asynchronous_save, Asynchronous)
         check_snapshot("save_snapshot", save_snapshot, "asynchronous_save", asynchronous_save)
@@ -260,4 +265,5 @@ class MemoryEfficientRestore(Callback):
             asynchronous=False if wrapped else self._asynchronous_save,
             snapshot=False if wrapped else self._save_snapshot,
             format=self._save_format,
+            storage_options=self._storage_options,
         )

@@ -15,7 +15,7 @@ import sys
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -32,6 +32,7 @@ from lightning_memload.plugins.choices import SnapshotSize
 from lightning_memload.plugins.compat import TorchCheckpointIO, classes
 from lightning_memload.plugins.save_log import register
 from lightning_memload.plugins.saving_io import Asynchronous, SaveFormat, SavingIO
+from lightning_memload.storage.options import use_storage_options
 from lightning_memload.storage.places import identity_of, is_folder, is_local
 from lightning_memload.storage.stream import path_or_stream
 
@@ -73,10 +74,11 @@ class LoadObserver(Protocol):
 
 
 class StreamingCheckpointIO(SavingIO):
-    """Loads local checkpoints of every known format as mapped files, and saves with bounded host memory.
+    """Loads checkpoints of every known format without reading their tensors, and saves with bounded host memory.
 
-    Lightning's own plugin loads files that cannot be mapped (the format of torch < 1.6, compressed, remote). One
-    warning then names the memory that this takes.
+    Local checkpoints are mapped. Tensors at a URL are read when they are used, and streamed by
+    ``MemoryEfficientRestore``. Lightning's own plugin loads files that can be neither mapped nor read in parts (the
+    format of torch < 1.6, compressed). One warning then names the memory that this takes.
 
     Args:
         host_budget_mib: The most host memory, in MiB, that a save takes to copy tensors from a device. At least 1.
@@ -91,6 +93,7 @@ class StreamingCheckpointIO(SavingIO):
             disks only. Files of storages that have not changed since the last saved or loaded checkpoint, such as
             those of frozen layers, are hard-linked instead of written. ``"safetensors+state"`` saves such directories
             with the weights in one ``model.safetensors``. Loading accepts every format.
+        storage_options: For checkpoints at a URL that are loaded, see ``open_checkpoint``.
 
     Attributes:
         asynchronous: The argument.
@@ -114,7 +117,9 @@ class StreamingCheckpointIO(SavingIO):
         asynchronous: Asynchronous = False,
         snapshot: SnapshotSize = False,
         format: SaveFormat = "torch",
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
+        self.storage_options = storage_options
         super().__init__(host_budget_mib=host_budget_mib, asynchronous=asynchronous, format=format, snapshot=snapshot)
         self._observers: list[LoadObserver] = []
         self._allowances: list[Callable[[str], Allowance]] = []
@@ -168,6 +173,12 @@ class StreamingCheckpointIO(SavingIO):
 
         Peak memory: the checkpoint without its tensors.
         """
+        with use_storage_options(self.storage_options):
+            return self._load_checkpoint(path, map_location, weights_only)
+
+    def _load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any, weights_only: bool | Literal["stock"] | None
+    ) -> dict[str, Any]:
         self.teardown()
         if weights_only == "stock":
             # A Trainer of Lightning 2.5 does not pass this argument, which that version does not have.
@@ -221,7 +232,11 @@ class StreamingCheckpointIO(SavingIO):
                     return stock.load_checkpoint(self, path, **options)
                 # The installed fsspec may not know the place.
                 options = {"map_location": "cpu", **options, "weights_only": weights_only}
-                return torch.load(path_or_stream(str(path)), **options)
+                try:
+                    stream = path_or_stream(str(path))
+                except UnmappableCheckpointError:  # A server without ranges. fsspec reads the whole of it.
+                    return stock.load_checkpoint(self, path, **options)
+                return torch.load(stream, **options)
             except pickle.UnpicklingError as error:
                 raise explain_torch_refusal(str(path), error) from error
 

@@ -116,7 +116,7 @@ def _load(
     )
     strict = asked.get("strict")
     loading = _load_options(asked)
-    _, session = loading.open(lambda: (None, mapped))
+    _, session = loading.open(lambda: (None, mapped), is_remote=mapped.source.is_remote)
     with loading.closing(session):
         checkpoint.setdefault(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(overrides)
         module = _build_whole(cls, checkpoint, overrides)

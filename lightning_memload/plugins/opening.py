@@ -29,9 +29,10 @@ class Opening(Phase):
     Args:
         request: The restore.
         find: Returns the path of the checkpoint. Called when the ring is being made.
+        is_remote: Whether the checkpoint is not on a local disk.
     """
 
-    def __init__(self, request: Request, find: Callable[[], str]) -> None:
+    def __init__(self, request: Request, find: Callable[[], str], *, is_remote: bool = False) -> None:
         self._request = request
         request.meter.start()
         request.meter.begin("open", self.stats)
@@ -41,7 +42,13 @@ class Opening(Phase):
             # whole heap for 0.2 to 0.4 s and find no garbage.
             self._until_training = stack.enter_context(ExitStack())
             self._until_training.enter_context(paused_collector())
-            self._ring = start_ring(request.device, options.host_budget_bytes, options.num_threads, trainer.num_devices)
+            self._ring = start_ring(
+                request.device,
+                options.host_budget_bytes,
+                options.num_threads,
+                trainer.num_devices,
+                is_remote=is_remote,
+            )
             stack.callback(self._ring.close)
             self._path = find()
             self._resources = stack.pop_all()

@@ -36,6 +36,7 @@ from lightning_memload.plugins.seams import all_ranks_load
 from lightning_memload.plugins.sharding import ShardedLoad
 from lightning_memload.report import MEMORY_FIGURES, PhaseReport, RestoreReport
 from lightning_memload.restore import WeightsSource
+from lightning_memload.storage.places import is_local
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -97,7 +98,7 @@ class RestoreRun:
             return path  # A user's hook loads another checkpoint.
         find = (lambda: self._choose(path) or path) if self._request.options.replaces_damaged else lambda: path
         # Until a checkpoint is chosen the run has no path: an error of the choice needs no addition about intact ones.
-        opening = Opening(self._request, find)
+        opening = Opening(self._request, find, is_remote=not is_local(path))
         self.phase = opening
         return opening.path
 
@@ -144,7 +145,8 @@ class RestoreRun:
         Raises:
             MemloadError: As ``WeightsSource`` does.
         """
-        opening = Opening(self._request, lambda: os.fspath(source.path))
+        path = os.fspath(source.path)
+        opening = Opening(self._request, lambda: path, is_remote=not is_local(path))
         self.phase = opening
         self.phase = opening.load(source)
 

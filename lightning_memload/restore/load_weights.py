@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from lightning_memload.collector import paused_collector
 from lightning_memload.pickles import SafeGlobal
 from lightning_memload.restore.session import RestoreSession
 from lightning_memload.restore.weights_source import WeightsSource
-from lightning_memload.storage.places import path_of
+from lightning_memload.storage.places import is_local, path_of
 from lightning_memload.torch_private import IncompatibleKeys
 from lightning_memload.transfer import check_host_budget, check_num_threads, start_ring
 
@@ -50,6 +50,7 @@ def load_weights(
     num_threads: int | None = None,
     verify: bool = True,
     check_fit: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> IncompatibleKeys:
     """Loads weights from a checkpoint of any known format directly onto a device.
 
@@ -63,7 +64,8 @@ def load_weights(
 
     Args:
         module: The module. After the call, all of it is on ``device``.
-        path: A checkpoint: a bare state dict, a Lightning ``.ckpt``, or any format that ``open_checkpoint`` knows.
+        path: A checkpoint: a bare state dict, a Lightning ``.ckpt``, or any format that ``open_checkpoint`` knows, on a
+            disk or at a URL.
         device: Device of the weights. ``None``: the device of the module's first parameter, or the CPU if that
             parameter is on meta.
         mode: ``"copy"`` streams every tensor into its own memory. ``"assign"`` maps CPU parameters onto the file's
@@ -93,6 +95,7 @@ def load_weights(
         verify: Compare every tensor that is read with the CRC-32 that the file records for it. No effect on tensors
             that ``mode="assign"`` maps, and on formats without checksums.
         check_fit: Compare needed with free memory before the first byte is read, and refuse weights that cannot fit.
+        storage_options: See ``open_checkpoint``.
 
     Returns:
         ``missing_keys`` and ``unexpected_keys`` as ``nn.Module.load_state_dict`` returns them: the keys of the module
@@ -122,11 +125,11 @@ def load_weights(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex)):
         raise ValueError(f"dtype must be a floating-point type of torch, or None, got {dtype!r}.")
     weights = WeightsSource(
-        path_of(path), key, strip_prefix, rename, include, exclude, strict, weights_only, safe_globals
+        path_of(path), key, strip_prefix, rename, include, exclude, strict, weights_only, safe_globals, storage_options
     )
     target = _device_of(module) if device is None else torch.device(device)
     options = LoadOptions(target, mode, host_budget_mib, num_threads, verify, check_fit)
-    state_dict, session = options.open(weights.open)
+    state_dict, session = options.open(weights.open, is_remote=not is_local(os.fspath(weights.path)))
     with options.closing(session):
         keys, _ = weights.stream(state_dict, module, session, dtype=dtype, assign=options.assigns)
         del state_dict  # the end of the session copies every tensor that still has a reference
@@ -167,11 +170,14 @@ class LoadOptions:
         """Whether parameters are mapped onto the file's pages."""
         return self.mode == "assign"
 
-    def open(self, load: Callable[[], tuple[_T, MappedCheckpoint]]) -> tuple[_T, RestoreSession]:
+    def open(
+        self, load: Callable[[], tuple[_T, MappedCheckpoint]], *, is_remote: bool = False
+    ) -> tuple[_T, RestoreSession]:
         """Opens a checkpoint, while the staging ring is prepared in parallel.
 
         Args:
             load: Opens the checkpoint.
+            is_remote: Whether the checkpoint is not on a local disk.
 
         Returns:
             The loaded checkpoint, and the session that restores it into modules.
@@ -179,7 +185,7 @@ class LoadOptions:
         device = self.device
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())  # Parameters report their device with an index.
-        ring = start_ring(device, self.host_budget_mib * _MIB, self.num_threads)
+        ring = start_ring(device, self.host_budget_mib * _MIB, self.num_threads, is_remote=is_remote)
         try:
             with paused_collector():
                 loaded, mapped = load()

@@ -43,6 +43,7 @@ from lightning_memload.restore.state_dict import (
     rename_keys,
 )
 from lightning_memload.restore.weights import WeightsRestore
+from lightning_memload.storage.options import use_storage_options
 from lightning_memload.storage.places import is_folder, path_of
 from lightning_memload.storage.stream import path_or_stream
 from lightning_memload.torch_private import IncompatibleKeys
@@ -64,6 +65,7 @@ class WeightsSource:
         strict: Refuse missing and unexpected keys.
         weights_only: Passed to ``torch.load`` where the format holds pickled objects.
         safe_globals: Classes, functions or their dotted names that ``weights_only`` allows for this load.
+        storage_options: See ``open_checkpoint``.
 
     Raises:
         ValueError: A regular expression is invalid, or a name in ``safe_globals`` cannot be imported.
@@ -79,6 +81,7 @@ class WeightsSource:
     strict: bool = True
     weights_only: bool | None = True
     safe_globals: Sequence[SafeGlobal] = ()
+    storage_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         # Both raise for an invalid regular expression.
@@ -97,7 +100,8 @@ class WeightsSource:
             UnsafeGlobalsError: ``weights_only`` refuses classes within the weights.
         """
         wants = key_filter(self.include, self.exclude)
-        loaded, mapped = open_any(self.path, self.weights_only, self.safe_globals, erases=True)
+        with use_storage_options(self.storage_options):
+            loaded, mapped = open_any(self.path, self.weights_only, self.safe_globals, erases=True)
         try:
             found = find_state_dict(loaded, self.path, self.key)
         except CheckpointFormatError:

@@ -51,6 +51,11 @@ class FileSet:
         """Whether the kernel can map all files."""
         return len(self.mappable) == len(self.files)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether a read may be a request over a network."""
+        return any(file.is_remote for file in self.files)
+
     def reopened(self) -> FileSet:
         """The same files under independent descriptors, see :meth:`LocalFile.reopened`.
 

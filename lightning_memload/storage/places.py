@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import importlib.util
 import os
 import re
 from collections.abc import Callable
 from urllib.parse import unquote, urlsplit
 
 from lightning_memload.storage.local import LocalDisk
+from lightning_memload.storage.object_store import ObjectStore
 from lightning_memload.storage.source import Place, StoredFile
 
 __all__ = [
@@ -35,12 +38,14 @@ __all__ = [
     "size_of",
 ]
 
+_LOCAL_SCHEMES = ("file", "local")
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
 
 
-# The places by the scheme of their URLs, in small letters. Everything else is on the local disk.
-PLACES: dict[str, Place] = {}
 _LOCAL: Place = LocalDisk()
+_OBJECTS = ObjectStore()
+# The places by the scheme of their URLs, in small letters. fsspec is asked for all other schemes.
+PLACES: dict[str, Place] = dict.fromkeys(("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "http", "https"), _OBJECTS)
 
 
 def path_of(path: str | os.PathLike[str]) -> str:
@@ -60,7 +65,7 @@ def path_of(path: str | os.PathLike[str]) -> str:
     if not _URL.match(name) or not is_local(name):
         return name
     parts = urlsplit(name)
-    if parts.scheme.lower() in ("file", "local") and parts.netloc in ("", "localhost"):
+    if parts.scheme.lower() in _LOCAL_SCHEMES and parts.netloc in ("", "localhost"):
         return unquote(parts.path)
     if os.path.lexists(name):
         return name
@@ -75,7 +80,26 @@ def is_local(path: str) -> bool:
 def _place_of(path: str) -> Place:
     if "://" not in path or (url := _URL.match(path)) is None:
         return _LOCAL
-    return PLACES.get(url[1].lower(), _LOCAL)
+    scheme = url[1].lower()
+    place = PLACES.get(scheme, _LOCAL)
+    if place is _LOCAL and scheme in _LOCAL_SCHEMES:
+        return _LOCAL
+    if place is _LOCAL or (place is _OBJECTS and (not _has_obstore() or "?" in path)):
+        # obstore would encode the query of a signed URL.
+        return _other_place(scheme)
+    return place
+
+
+@functools.cache
+def _other_place(scheme: str) -> Place:
+    from lightning_memload.storage.fsspec_files import FsspecPlace, is_known
+
+    return FsspecPlace() if is_known(scheme) else _LOCAL
+
+
+@functools.cache
+def _has_obstore() -> bool:
+    return importlib.util.find_spec("obstore") is not None
 
 
 def open_file(path: str, *, keep_open: bool = True) -> StoredFile:

@@ -25,6 +25,11 @@ _Self = TypeVar("_Self", bound="StoredFile")
 class ByteSource(Protocol):
     """Anything that bytes are read from: one file, or several as one run of bytes."""
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether a read may be a request over a network, so that few and large reads are best."""
+        ...
+
     def place(self, offset: int) -> tuple[str, int]:
         """The file at ``offset``, by its name for messages, and the position in it."""
         ...
@@ -133,11 +138,13 @@ class StoredFile(ABC):
         name: The path of the file, as it was given to :meth:`Place.open`.
         size_bytes: The size of the file.
         drop_behind: Whether to drop what is read from a cache. Only a local file does this. Others ignore it.
+        is_remote: Whether each read is a request over a network, so that few and large reads are best.
     """
 
     name: str
     size_bytes: int
     drop_behind: bool = False
+    is_remote: bool = False
 
     @abstractmethod
     def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
@@ -281,6 +288,7 @@ class FileView:
         self.name = name
         self.start = start
         self.size_bytes = nbytes
+        self.is_remote = file.is_remote
         self._file = file
         if nbytes <= 2 * self._EDGE_BYTES:
             self._head = self._tail = file.pread(nbytes, start)

@@ -46,6 +46,8 @@ __all__ = ["transfer"]
 
 # For CPU memory: the checksum finds a block of 1 MiB still in the core's cache, twice as fast as with 16 MiB.
 _DIRECT_BLOCK_BYTES = 1 << 20
+# Over a network each block is one request. A block of any size needs no buffer.
+_REQUEST_BYTES = 8 << 20
 # The pages of smaller parts are faulted in one by one.
 _POPULATED_BYTES = 64 << 10
 
@@ -169,7 +171,9 @@ class _Transfer:
                 nbytes = block.span * itemsize
                 segment = Segment(0, nbytes, number, 0)
                 blocks.append((Read(copy.offset + block.offset * itemsize, nbytes, (segment,)), block))
-        raw_bytes = block_bytes if self._device is not None else min(block_bytes, _DIRECT_BLOCK_BYTES)
+        raw_bytes = block_bytes
+        if self._device is None:
+            raw_bytes = _REQUEST_BYTES if self._source.is_remote else min(block_bytes, _DIRECT_BLOCK_BYTES)
         reads: list[tuple[Read, TensorBlock | None]] = [
             (read, None) for read in plan_reads(ranges, block_bytes=raw_bytes)
         ]

@@ -241,7 +241,12 @@ class LazyRing:
 
 
 def start_ring(
-    device: torch.device, budget_bytes: int, num_threads: int | None = None, num_processes: int = 1
+    device: torch.device,
+    budget_bytes: int,
+    num_threads: int | None = None,
+    num_processes: int = 1,
+    *,
+    is_remote: bool = False,
 ) -> LazyRing:
     """Returns a staging ring for tensors on a device. For CUDA, its creation and pinning start in the background.
 
@@ -250,11 +255,13 @@ def start_ring(
         budget_bytes: Maximum host memory of the ring.
         num_threads: Number of threads that read. ``None`` means :func:`default_threads`.
         num_processes: See :func:`default_threads`.
+        is_remote: See :func:`default_threads`.
 
     Raises:
         ValueError: The budget is too small.
     """
-    layout = choose_layout(budget_bytes, num_threads or default_threads(device, num_processes))
+    threads = num_threads or default_threads(device, num_processes, is_remote=is_remote)
+    layout = choose_layout(budget_bytes, threads)
     ring = LazyRing(layout, pinned=device.type == "cuda", device=device)
     if device.type == "cuda":
         ring.prepare()

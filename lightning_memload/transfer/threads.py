@@ -29,6 +29,8 @@ __all__ = [
 # Measured on one H100 with 16 cores (examples/benchmarks/streaming.py). For CPU memory, more than 4 are not faster.
 _MAX_THREADS_DEVICE = 12
 _MAX_THREADS_CPU = 4
+# Connections of one host. They wait for the network most of the time, so they may be more than the CPUs.
+_MAX_THREADS_REMOTE = 16
 
 
 def available_cpus() -> int:
@@ -36,13 +38,16 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def default_threads(device: torch.device, num_processes: int = 1) -> int:
+def default_threads(device: torch.device, num_processes: int = 1, *, is_remote: bool = False) -> int:
     """Returns the default number of threads that read.
 
     Args:
         device: Device of the tensors.
         num_processes: Number of processes on this host that do the same at the same time and share its CPUs.
+        is_remote: Whether the bytes come over a network.
     """
+    if is_remote:
+        return max(1, _MAX_THREADS_REMOTE // max(1, num_processes))
     most = _MAX_THREADS_CPU if device.type == "cpu" else _MAX_THREADS_DEVICE
     return max(1, min(most, available_cpus() // max(1, num_processes)))
 

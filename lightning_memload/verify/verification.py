@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_memload.bytes import Record
 from lightning_memload.checkpoint import Damage, Inventory
@@ -20,7 +21,8 @@ from lightning_memload.collector import paused_collector
 from lightning_memload.errors import MemloadError
 from lightning_memload.formats import find_format
 from lightning_memload.storage import FileSet, describe_mismatch
-from lightning_memload.storage.places import held, path_of
+from lightning_memload.storage.options import use_storage_options
+from lightning_memload.storage.places import held, is_local, path_of
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.plan import MAX_GAP_BYTES
 from lightning_memload.transfer.threads import available_cpus, check_num_threads, run_threads
@@ -31,6 +33,7 @@ __all__ = ["VerifyReport", "verify_checkpoint"]
 # Each thread has one buffer of this size. It is small enough to be in the core's cache for the checksum.
 _BLOCK_BYTES = 1 << 20
 _MAX_THREADS = 8
+_MAX_THREADS_REMOTE = 16
 _MAX_LISTED = 20
 _MAX_TRIES = 5
 
@@ -92,6 +95,7 @@ def verify_checkpoint(
     *,
     num_threads: int | None = None,
     progress: bool | Callable[[int, int], None] = False,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> VerifyReport:
     """Reads a whole checkpoint and compares every checksum in it.
 
@@ -101,6 +105,7 @@ def verify_checkpoint(
         progress: ``True`` shows a progress bar. A function is called after every read with the bytes read so far and
             the total bytes, from any thread, one call at a time. An exception that it raises ends the verification.
             The bar and the counts start again if another checkpoint has replaced this one.
+        storage_options: See ``open_checkpoint``.
 
     Returns:
         The report. Damage raises no exception: the report lists all of it. A file or directory that is replaced during
@@ -118,8 +123,12 @@ def verify_checkpoint(
     the records that are being read, and the pickled objects beside the tensors.
     """
     check_num_threads(num_threads)
+    with use_storage_options(storage_options):
+        return _verify_unchanged(path_of(path), num_threads, progress)
+
+
+def _verify_unchanged(name: str, num_threads: int | None, progress: bool | Callable[[int, int], None]) -> VerifyReport:
     started = time.perf_counter()
-    name = path_of(path)
     for _ in range(_MAX_TRIES):
         with held(name) as is_same, paused_collector():
             try:
@@ -147,7 +156,8 @@ def verify_checkpoint(
 
 def _verify(name: str, num_threads: int | None, progress: bool | Callable[[int, int], None]) -> _Verification:
     inventory = find_format(name).take_inventory(name)
-    run = _Verification(inventory, num_threads or min(_MAX_THREADS, available_cpus()))
+    default = min(_MAX_THREADS, available_cpus()) if is_local(name) else _MAX_THREADS_REMOTE
+    run = _Verification(inventory, num_threads or default)
     if callable(progress):
         run.read_all(progress)
     elif progress:

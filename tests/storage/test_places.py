@@ -33,7 +33,7 @@ def test_what_names_no_path() -> None:
     with pytest.raises(TypeError, match=r"got a int\.$"):
         path_of(3)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match="copy it to a local disk first"):
-        path_of("gs://bucket/last.ckpt")
+        path_of("nowhere://bucket/last.ckpt")
 
 
 def test_a_local_file_may_have_the_name_of_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

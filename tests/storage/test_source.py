@@ -98,6 +98,8 @@ class TestMismatch:
     class Files:
         """Files of which the second begins at byte 100."""
 
+        is_remote = False
+
         def place(self, offset: int) -> tuple[str, int]:
             return ("first", offset) if offset < 100 else ("second", offset - 100)
 

@@ -58,6 +58,8 @@ class Memory:
     def place(self, offset: int) -> tuple[str, int]:
         return "memory.ckpt", offset
 
+    is_remote = False
+
     def readv(self, buffers: Sequence[memoryview], offset: int) -> int:
         with self.lock:
             number, self.calls = self.calls, self.calls + 1

@@ -8,6 +8,7 @@ takes three times as long.
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 from lightning_memload.bytes import Record
 from lightning_memload.formats.torch_zip.frame import MAX_DIRECTORY_BYTES
@@ -26,7 +27,7 @@ from lightning_memload.formats.torch_zip.layout import (
 )
 from lightning_memload.storage.source import FileView, StoredFile
 
-__all__ = ["read_regular_directory"]
+__all__ = ["ListedRecord", "list_records", "read_regular_directory"]
 
 # A directory entry: magic, version, flags, method, CRC-32, packed size, size, the lengths of name, extra field and
 # comment, volume, position of the local header. Between them are values that no reader of checkpoints uses.
@@ -41,8 +42,29 @@ _MAX_VERSION = 45
 # So many headers within so many bytes are read at once: one read of them all takes less time than one for each.
 _HEADERS, _HEADERS_BYTES = 16, 64 << 10
 
-# Name, position of the local header, size, and CRC-32.
-_Entry = tuple[str, int, int, int]
+# torch.save begins the data of each record at a multiple of this. The local header is filled up for it.
+_ALIGNMENT = 64
+# Lengths of what follows the data of a record: nothing, or its sizes of 32 or 64 bits.
+_PLAIN_ENDS, _DESCRIBED_ENDS = (0,), (16, 24)
+
+
+class ListedRecord(NamedTuple):
+    """A record by its full name: the position of its local header, and the position and the length of its data."""
+
+    name: str
+    header: int
+    offset: int
+    nbytes: int
+
+
+class _Entry(NamedTuple):
+    """A record as the directory lists it: ``header`` is the position of its local header."""
+
+    name: str
+    header: int
+    nbytes: int
+    crc32: int
+    is_described: bool
 
 
 class _Irregular(Exception):
@@ -63,12 +85,15 @@ def read_regular_directory(file: StoredFile | FileView) -> dict[str, Record] | N
     Peak memory: some 600 bytes for each record.
     """
     try:
-        entries = _read_entries(file)
-        top = entries[0][0].partition("/")[0] + "/"
+        entries, start = _read_entries(file)
+        top = entries[0].name.partition("/")[0] + "/"
         skip = len(top)
         records: dict[str, Record] = {}
         new, end = tuple.__new__, 0  # half the time of Record's own
-        for (name, _, nbytes, crc32), offset in zip(entries, _data_offsets(file, entries), strict=True):
+        offsets = _derived_offsets(entries, start) if file.is_remote else None
+        if offsets is None:
+            offsets = _data_offsets(file, entries)
+        for (name, _, nbytes, crc32, _), offset in zip(entries, offsets, strict=True):
             if offset < end or not name.startswith(top):
                 return None
             end = offset + nbytes
@@ -79,7 +104,27 @@ def read_regular_directory(file: StoredFile | FileView) -> dict[str, Record] | N
     return records if is_whole and "data.pkl" in records and "constants.pkl" not in records else None
 
 
-def _read_entries(file: StoredFile | FileView) -> list[_Entry]:
+def list_records(file: StoredFile | FileView) -> tuple[list[ListedRecord], int] | None:
+    """The records in the order of the file, and the position of the directory, without a look at a local header.
+
+    Returns:
+        ``None`` for an archive that is not laid out as ``torch.save`` does it.
+
+    Raises:
+        OSError: Reading failed.
+    """
+    try:
+        entries, start = _read_entries(file)
+    except (_Irregular, struct.error, UnicodeDecodeError):
+        return None
+    offsets = _derived_offsets(entries, start)
+    if offsets is None:
+        return None
+    return [ListedRecord(e.name, e.header, at, e.nbytes) for e, at in zip(entries, offsets, strict=True)], start
+
+
+def _read_entries(file: StoredFile | FileView) -> tuple[list[_Entry], int]:
+    """The records, and where the directory starts."""
     count, start, nbytes = _find_directory(file)
     data = file.pread(nbytes, start)
     found: list[_Entry] = []
@@ -98,10 +143,10 @@ def _read_entries(file: StoredFile | FileView) -> list[_Entry]:
             position += extra_bytes
         if packed != size or not name.isprintable() or name.endswith("/"):
             raise _Irregular
-        found.append((name, header, size, crc32))
+        found.append(_Entry(name, header, size, crc32, bool(flags & FLAG_DESCRIPTOR)))
     if not found or len(found) != count or position != nbytes:
         raise _Irregular
-    return found
+    return found, start
 
 
 def _find_directory(file: StoredFile | FileView) -> tuple[int, int, int]:
@@ -137,14 +182,38 @@ def _large(data: bytes, position: int, nbytes: int, *values: int) -> list[int]:
     return [found[1], found[0], found[2]]
 
 
+def _derived_offsets(entries: list[_Entry], directory: int) -> list[int] | None:
+    """Where the data of each record starts, without a request for each local header.
+
+    One record follows the other, so the data ends where the next local header starts. The alignment tells whether its
+    sizes stand between them, and the checksums are compared with what is read.
+
+    Returns:
+        ``None`` if the records are not laid out in this way.
+    """
+    found: list[int] = []
+    ends = [entry.header for entry in entries[1:]] + [directory]
+    for (name, header, nbytes, _, is_described), end in zip(entries, ends, strict=True):
+        least = header + _LOCAL.size + len(name)
+        possible = [
+            start
+            for after in (_DESCRIBED_ENDS if is_described else _PLAIN_ENDS)
+            if (start := end - after - nbytes) % _ALIGNMENT == 0 and least <= start < least + 2 * _ALIGNMENT
+        ]
+        if len(possible) != 1:
+            return None
+        found += possible
+    return found
+
+
 def _data_offsets(file: StoredFile | FileView, entries: list[_Entry]) -> list[int]:
     """Where the data of each record starts, which only its local header tells."""
     found: list[int] = []
     window, low, high = b"", 0, 0
     last = len(entries) - _HEADERS
-    for number, (_, start, _, _) in enumerate(entries):
+    for number, (_, start, _, _, _) in enumerate(entries):
         if not low <= start <= high - _LOCAL.size:
-            are_close = number <= last and entries[number + _HEADERS - 1][1] - start < _HEADERS_BYTES
+            are_close = number <= last and entries[number + _HEADERS - 1].header - start < _HEADERS_BYTES
             window = file.pread(_HEADERS_BYTES if are_close else _LOCAL.size, start)
             low, high = start, start + len(window)
         magic, flags, method, name_bytes, extra_bytes = _LOCAL.unpack_from(window, start - low)

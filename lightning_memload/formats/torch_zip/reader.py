@@ -278,8 +278,9 @@ def _load_plain(source: FileSet, records: Mapping[str, Record], pickled: bytes) 
         if isinstance(mapping, Reservation):
             mapping.abandon()
         raise
-    index = _make_index(file, PickleContents(plain.tensors(), plain.storages, (), ()))
-    return end_loading(plain.root, index, source, mapping)
+    index, root = _make_index(file, PickleContents(plain.tensors(), plain.storages, (), ())), plain.root
+    del plain  # It holds the storages, and what no tensor holds any more is not read.
+    return end_loading(root, index, source, mapping)
 
 
 def _load_plain_indexed(mapping: FileMapping, index: Checkpoint, file: StoredFile, stubs: Collection[str]) -> Any:
