@@ -42,7 +42,7 @@ from lightning_memload.transfer.plan import (
 from lightning_memload.transfer.staging import StagingRing
 from lightning_memload.transfer.threads import run_threads
 
-__all__ = ["transfer"]
+__all__ = ["Job", "Transfer", "transfer"]
 
 # For CPU memory: the checksum finds a block of 1 MiB still in the core's cache, twice as fast as with 16 MiB.
 _DIRECT_BLOCK_BYTES = 1 << 20
@@ -93,11 +93,11 @@ def transfer(
         next(iter(by_device.values())).extend(on_cpu)
     stats = TransferStats()
     for of_device in by_device.values():
-        stats += _Transfer(source, of_device, ring, num_threads, block_bytes, records, on_progress).run()
+        stats += Transfer(source, of_device, ring, num_threads, block_bytes, records, on_progress).run()
     return stats
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
     """One read and its use: either raw segments, or one block of a tensor that must be rearranged."""
 
     read: Read
@@ -105,7 +105,9 @@ class _Job(NamedTuple):
     block: TensorBlock | None = None
 
 
-class _Transfer:
+class Transfer:
+    """One transfer to the CPU, to a device, or to both. See :func:`transfer` for the arguments."""
+
     def __init__(
         self,
         source: ByteSource,
@@ -144,14 +146,14 @@ class _Transfer:
         for view, tensor in zip(self._ring.views, self._ring.tensors, strict=True) if self._ring else ():
             self._empty.put(Buffer(view, tensor, self._stream))
         # Queue of filled buffers. Each thread puts ``None`` when it ends.
-        self._full: queue.SimpleQueue[tuple[_Job, Buffer] | None] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[tuple[Job, Buffer] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._stopped = False
         self._bytes_read = 0
         self._bytes_verified = 0
         self._checksums = PartialChecksums([record.nbytes for record in self._records])
 
-    def _plan(self, block_bytes: int) -> list[_Job]:
+    def _plan(self, block_bytes: int) -> list[Job]:
         ranges = []
         blocks: list[tuple[Read, TensorBlock]] = []
         for number, copy in enumerate(self._copies):
@@ -177,20 +179,16 @@ class _Transfer:
             reads.extend((read, None) for read in others)
             reads.sort(key=lambda item: item[0].offset)
             checks, _ = plan_checks([read for read, _ in reads], records)
-        return [_Job(read, check, block) for (read, block), check in zip(reads, checks, strict=True)]
+        return [Job(read, check, block) for (read, block), check in zip(reads, checks, strict=True)]
 
     def run(self) -> TransferStats:
+        """Carries out the transfer, see :func:`transfer`."""
         started = time.perf_counter()
         if self._stream is not None:
             # Work that was queued before the destinations were allocated may still use their memory.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
-            if self._device is None and self._num_jobs == 1:
-                self._read_all()  # Thousands of modules may be filled one by one; a thread for each is slower.
-            else:
-                run_threads(
-                    self._read_all, self._num_threads, self._stop, meanwhile=self._copy_all, alone=self._read_and_copy
-                )
+            self._carry_out()
         finally:
             if self._stream is not None:
                 self._stream.synchronize()
@@ -202,12 +200,20 @@ class _Transfer:
             staging_bytes=self._ring.nbytes if self._ring else 0,
         )
 
+    def _carry_out(self) -> None:
+        if self._device is None and self._num_jobs == 1:
+            self._read_all()  # Thousands of modules may be filled one by one; a thread for each is slower.
+        else:
+            run_threads(
+                self._read_all, self._num_threads, self._stop, meanwhile=self._copy_all, alone=self._read_and_copy
+            )
+
     def _stop(self) -> None:
         self._stopped = True
         for _ in range(self._num_threads):
             self._empty.put(None)
 
-    def _next_job(self) -> _Job | None:
+    def _next_job(self) -> Job | None:
         with self._lock:
             return None if self._stopped else next(self._jobs, None)
 
@@ -275,13 +281,13 @@ class _Transfer:
         if actual != record.crc32:
             raise checksum_error(self._source, record, actual)
 
-    def _read(self, job: _Job, parts: Sequence[tuple[int, memoryview]]) -> None:
+    def _read(self, job: Job, parts: Sequence[tuple[int, memoryview]]) -> None:
         """Reads into consecutive parts of memory and compares the checksums while the bytes are in the cache."""
         read_fully(self._source, [part for _, part in parts], job.read.offset, name_at=self._name_at)
         for check in job.checks:
             self._verify(check, _cut(parts, check.start, check.nbytes))
 
-    def _read_directly(self, job: _Job) -> None:
+    def _read_directly(self, job: Job) -> None:
         parts: list[tuple[int, memoryview]] = []
         again: list[Segment] = []
         position = 0
@@ -317,7 +323,7 @@ class _Transfer:
             populate_memory(address, length)  # by each thread for its own block
         return memoryview((ctypes.c_char * length).from_address(address)).cast("B")
 
-    def _copy(self, job: _Job, buffer: Buffer) -> None:
+    def _copy(self, job: Job, buffer: Buffer) -> None:
         read = job.read
         if job.block is not None:
             buffer.rearrange(self._copies[read.segments[0].target], job.block, read.nbytes)

@@ -29,7 +29,7 @@ from lightning_memload import (
     save_directory,
 )
 from lightning_memload.restore import RestoreSession, given_pages, overlaps, record_checks, session, targets
-from lightning_memload.transfer.engine import _Transfer
+from lightning_memload.transfer.engine import Transfer
 from tests.formats.files import as_bytes
 from tests.fresh_process import run_fresh
 
@@ -468,8 +468,8 @@ def test_what_changes_while_others_load(
     with meta_init(meta):
         module = make()
     transfers: list[int] = []
-    run = _Transfer.run
-    monkeypatch.setattr(_Transfer, "run", lambda self: transfers.append(1) or run(self))
+    run = Transfer.run
+    monkeypatch.setattr(Transfer, "run", lambda self: transfers.append(1) or run(self))
     load_weights(module, path, mode=mode)
     ours, theirs = module.state_dict(), expected.state_dict()
     assert ours.keys() == theirs.keys()
