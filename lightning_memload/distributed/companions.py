@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
 import time
 from typing import Any, NamedTuple, Protocol
@@ -42,7 +43,7 @@ _SILENCE_SECONDS = 600.0
 _FIRST_POLL_SECONDS = 0.001
 _LAST_POLL_SECONDS = 0.1
 # While processes share what they read, a thread gives signs of life. If they stop, the process is dead or suspended.
-_HEARTBEAT_SECONDS = 1.0
+_HEARTBEAT_SECONDS = 0.5
 _DEAD_SECONDS = 20.0
 # Each process looks after this many others, so the number of requests to the store does not grow with the square.
 _WATCHED = 16
@@ -102,9 +103,7 @@ class Companions:
         shares: Whether this process shares what it reads, which takes agreements of its own.
     """
 
-    def __init__(
-        self, store: KeyValueStore, rank: int, world_size: int, *, agrees: bool, shares: bool = False
-    ) -> None:
+    def __init__(self, store: KeyValueStore, rank: int, world_size: int, *, agrees: bool, shares: bool = False) -> None:
         self._store = store
         self._rank, self._world_size, self._agrees, self._shares = rank, world_size, agrees, shares
         self._run = 0
@@ -168,26 +167,28 @@ class Companions:
         """Number of processes of the run."""
         return self._world_size
 
-    def agree(self, message: Any, *, silence_seconds: float | None = None) -> dict[int, Any]:
+    def agree(
+        self, message: Any, *, silence_seconds: float | None = None, limit_seconds: float | None = None
+    ) -> dict[int, Any]:
         """Sends a message to all ranks and waits for their messages. Every rank must call it equally often.
-
-        The wait has no limit as long as each rank gives signs of life.
 
         Args:
             message: Any value that JSON can represent.
             silence_seconds: The longest time without a sign of life. ``None``: ten minutes.
+            limit_seconds: The longest wait. ``None``: no limit as long as each rank gives signs of life.
 
         Returns:
             The messages of all ranks, by rank. Equal on every rank.
 
         Raises:
-            LostCompanion: A rank has left, or was silent for so long.
+            LostCompanion: A rank has left, was silent for so long, or has sent no message within the limit.
         """
         assert self.can_agree or self.can_share
         silence = _SILENCE_SECONDS if silence_seconds is None else silence_seconds
         self._rounds += 1
         try:
-            told = self._gather(f"round{self._rounds}", message, self._world_size, deadline=None, silence=silence)
+            deadline = None if limit_seconds is None else time.monotonic() + limit_seconds
+            told = self._gather(f"round{self._rounds}", message, self._world_size, deadline=deadline, silence=silence)
         except Exception as error:
             raise LostCompanion((0,), silence) from error  # the process of rank 0 holds the store
         missing = tuple(sorted(set(range(self._world_size)) - set(told)))
@@ -196,8 +197,11 @@ class Companions:
         return told
 
     def agree_or_notice(self, message: Any) -> dict[int, Any]:
-        """Does what :meth:`agree` does, among processes that share, and notices within seconds that one is dead."""
-        return self.agree(message, silence_seconds=_DEAD_SECONDS)
+        """Does what :meth:`agree` does, among processes that share, and notices within seconds that one is dead.
+
+        A live process may wait for this one at another place, so the wait ends after ten minutes in any case.
+        """
+        return self.agree(message, silence_seconds=_DEAD_SECONDS, limit_seconds=_SILENCE_SECONDS)
 
     def look(self, silence_seconds: float = _DEAD_SECONDS) -> None:
         """Looks for ranks that have stopped, among processes that share. Call it about once a second while waiting.
@@ -303,7 +307,7 @@ class Companions:
                 self._store.add(self._key(f"sign/{self._slot}"), 1)
 
     def _gather(
-        self, topic: str, message: Any, slots: int, *, deadline: float | None, silence: float = 0.0
+        self, topic: str, message: Any, slots: int, *, deadline: float | None, silence: float | None = None
     ) -> dict[int, Any]:
         """Sends a message and collects those of all slots.
 
@@ -324,13 +328,14 @@ class Companions:
                 return dict(told)
         return {self._rank: message}
 
-    def _receive(self, name: str, slot: int, deadline: float | None, silence: float) -> Any:
-        """Waits for a message of a slot. ``None`` if the slot has left or missed the deadline.
+    def _receive(self, name: str, slot: int, deadline: float | None, silence: float | None) -> Any:
+        """Waits for a message of a slot. ``None`` if the slot has left, is silent for too long, or missed the deadline.
 
-        Without a deadline it waits as long as the slot gives signs of life.
+        ``None`` for a limit means that there is none.
         """
         key, left, sign = self._key(name), self._key(f"left/{slot}"), self._key(f"sign/{slot}")
-        limit = time.monotonic() + silence if deadline is None else deadline
+        last = math.inf if deadline is None else deadline
+        limit = math.inf if silence is None else time.monotonic() + silence
         pause, signs = _FIRST_POLL_SECONDS, 0
         # Polling instead of store.wait(), which cannot be interrupted and holds a lock that other torch threads need.
         while not self._store.check([key]):
@@ -338,12 +343,12 @@ class Companions:
                 if self._store.check([key]):
                     break
                 return None
-            if deadline is None:
+            if silence is not None:
                 self.sign()
                 seen = self._store.add(sign, 0)
                 if seen != signs:
                     signs, limit = seen, time.monotonic() + silence
-            if time.monotonic() > limit:
+            if time.monotonic() > min(limit, last):
                 return None
             time.sleep(pause)
             pause = min(2 * pause, _LAST_POLL_SECONDS)

@@ -20,7 +20,7 @@ _FIRST_POLL_SECONDS = 50e-6
 _LAST_POLL_SECONDS = 2e-3
 _LOOK_SECONDS = 1.0
 # After a collective has failed: a rank that gives no sign for so long is dead, and is looked for as long.
-_DEAD_SECONDS = 3.0
+_DEAD_SECONDS = 2.0
 _SEARCH_SECONDS = 8.0
 
 

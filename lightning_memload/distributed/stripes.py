@@ -12,7 +12,15 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-__all__ = ["ALIGNMENT_BYTES", "Piece", "StripeRound", "choose_piece_bytes", "choose_read_bytes", "cut_stripes", "digest_plan"]
+__all__ = [
+    "ALIGNMENT_BYTES",
+    "Piece",
+    "StripeRound",
+    "choose_piece_bytes",
+    "choose_read_bytes",
+    "cut_stripes",
+    "digest_plan",
+]
 
 # Tensors of any dtype can be viewed at such a place.
 ALIGNMENT_BYTES = 64

@@ -11,6 +11,7 @@ from lightning_memload.restore.session import Move, RestoreSession
 from lightning_memload.restore.settling import mapped_bytes
 from lightning_memload.restore.state_dict import add_compiled_versions, find_state_dict, rename_compiled
 from lightning_memload.restore.state_stream import StateStream
+from lightning_memload.restore.striping import Striping
 from lightning_memload.restore.weights import WeightsRestore
 from lightning_memload.restore.weights_source import WeightsSource, open_any
 
@@ -21,6 +22,7 @@ __all__ = [
     "Overlap",
     "RestoreSession",
     "StateStream",
+    "Striping",
     "WeightsMatch",
     "WeightsRestore",
     "WeightsSource",

@@ -1,7 +1,6 @@
 """One restore of one checkpoint: what weights and optimizers share while it lasts.
 
-The session moves values from the file to their destinations, counts bytes, and checks that what is needed fits. Pages
-of the file are given to parameters by :class:`GivenPages`, checksums are compared by :class:`RecordChecks`. After
+The session moves values from the file to their destinations, counts bytes, and checks that what is needed fits. After
 :meth:`RestoreSession.close` nothing of the checkpoint is mapped or open.
 """
 
@@ -11,7 +10,7 @@ import gc
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from lightning_memload.restore.freeing import free_in_background
 from lightning_memload.restore.given_pages import GivenPages
 from lightning_memload.restore.record_checks import RecordChecks
 from lightning_memload.restore.recording import claim
+from lightning_memload.restore.striping import Striping
 from lightning_memload.restore.whole import WholeCheckpoint, is_worth_reading
 from lightning_memload.transfer import LazyRing, StagingRing, TensorCopy, TransferStats, transfer
 from lightning_memload.units import format_bytes
@@ -74,6 +74,7 @@ class RestoreSession:
         stats: The counters of all that was read.
         bytes_assigned: Bytes of parameters that became pages of the file. The caller counts them.
         bytes_copied_ordinarily: Bytes that torch copied, since they were no longer in the file unchanged.
+        striping: Set if several ranks share what they read, in :meth:`move` and in its phases.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class RestoreSession:
         self.stats = TransferStats()
         self.bytes_copied_ordinarily = 0
         self.bytes_assigned = 0
+        self.striping: Striping | None = None
         self._ring = ring
         self._on_progress = on_progress = _one_at_a_time(on_progress) if on_progress is not None else None
         self._on_pinned = on_pinned
@@ -110,6 +112,15 @@ class RestoreSession:
         self._checks = RecordChecks(
             checkpoint, enabled=verify, num_threads=ring.layout.num_threads, on_progress=on_progress
         )
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the ranks share what they read from now on."""
+        return self.striping is not None and self.striping.ended is None
+
+    def shared_phase(self) -> AbstractContextManager[None]:
+        """A context in which every rank loads the same, see :meth:`Striping.phase`."""
+        return self.striping.phase() if self.striping else nullcontext()
 
     def keep_cached(self) -> None:
         """Leaves what is read from now on in the page cache: the memory of a module is used again."""
@@ -127,7 +138,7 @@ class RestoreSession:
         if self._whole is not None:
             self._whole.copy((item.value, item.destination) for item in moves)
             return
-        stats, ordinary = self._stream(moves, self._on_progress)
+        stats, ordinary = self._stream(moves, self._on_progress, self.striping.transfer if self.striping else transfer)
         self.stats += stats
         with torch.no_grad():
             for item in ordinary:
@@ -160,7 +171,10 @@ class RestoreSession:
         return stats, not ordinary
 
     def _stream(
-        self, moves: Sequence[Move], on_progress: Callable[[int], None] | None
+        self,
+        moves: Sequence[Move],
+        on_progress: Callable[[int], None] | None,
+        engine: Callable[..., TransferStats] = transfer,
     ) -> tuple[TransferStats, list[Move]]:
         """Streams what lies in the file. Returns the counters and the other moves."""
         copies = []
@@ -176,7 +190,7 @@ class RestoreSession:
         if not copies:
             return TransferStats(), ordinary
         with self._streaming:
-            stats = transfer(
+            stats = engine(
                 self.checkpoint.source,
                 copies,
                 self._get_ring,

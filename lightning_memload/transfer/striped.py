@@ -102,6 +102,11 @@ class StripedTransfer(Transfer):
         self._bytes_received = 0
 
     @property
+    def bytes_read(self) -> int:
+        """Bytes that this rank has read."""
+        return self._bytes_read
+
+    @property
     def scratch_bytes(self) -> int:
         """Memory for the pieces on the device of the destinations."""
         return sum(memory.numel() for memory in self._memory)
