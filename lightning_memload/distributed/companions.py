@@ -203,15 +203,16 @@ class Companions:
         """
         return self.agree(message, silence_seconds=_DEAD_SECONDS, limit_seconds=_SILENCE_SECONDS)
 
-    def look(self, silence_seconds: float = _DEAD_SECONDS) -> None:
+    def look(self, silence_seconds: float | None = None) -> None:
         """Looks for ranks that have stopped, among processes that share. Call it about once a second while waiting.
 
         Args:
-            silence_seconds: The longest time without a sign of life.
+            silence_seconds: The longest time without a sign of life. ``None``: 20 seconds.
 
         Raises:
             LostCompanion: A rank has left or is silent.
         """
+        silence_seconds = _DEAD_SECONDS if silence_seconds is None else silence_seconds
         assert self._slot is not None
         lost: list[int] = []
         now = time.monotonic()

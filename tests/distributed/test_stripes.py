@@ -27,7 +27,7 @@ def aligned(nbytes: int) -> int:
 )
 def test_every_read_has_one_place(sizes: list[int], num_ranks: int, piece_bytes: int) -> None:
     rounds = cut_stripes(sizes, num_ranks, piece_bytes)
-    reads = []
+    reads: list[int] = []
     for of_round in rounds:
         assert len(of_round.pieces) == num_ranks
         longest = 0
