@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_memload.checkpoint import MappedCheckpoint
 from lightning_memload.distributed import Companions, LostCompanion
 from lightning_memload.distributed.exchange import Exchange
-from lightning_memload.errors import CheckpointFormatError, MemloadError, listed
+from lightning_memload.errors import MemloadError, listed
 from lightning_memload.restore import RestoreSession, Striping
 from lightning_memload.verify import fingerprint
 
@@ -71,8 +71,7 @@ class ReadingChoice:
             overlaps: Whether training was to begin before all states have arrived.
 
         Raises:
-            CheckpointFormatError: The ranks have different checkpoints.
-            MemloadError: Another rank has failed.
+            MemloadError: The ranks have different checkpoints, or another rank has failed.
         """
         if not self._is_open:
             return
@@ -136,11 +135,10 @@ class ReadingChoice:
                 "each", f"rank {rank} may have another file than rank 0: its time is different"
             )
             return False
-        raise CheckpointFormatError(
+        raise MemloadError(
             f"The ranks have different checkpoints. Rank 0 has {_described(told[0]['path'], first)}; rank "
             f"{listed(others)} has {_described(theirs['path'], second)}. Pass the same checkpoint on every rank, or "
-            "use read='each'.",
-            path=theirs["path"],
+            "use read='each'."
         )
 
 

@@ -136,6 +136,8 @@ class RestoreRun:
     def end_weights(self) -> None:
         """Removes the streaming from the module, once its values are loaded."""
         if isinstance(self.phase, Weights):
+            if self._reading.striping is not None:
+                self._reading.striping.confirm("the weights are loaded")  # A hook may have failed on one rank.
             self.phase.end_streaming()
 
     def begin_optimizers(self, optimizers: Sequence[Any]) -> None:

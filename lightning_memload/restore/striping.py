@@ -24,7 +24,14 @@ from lightning_memload.distributed.exchange import Exchange
 from lightning_memload.distributed.stripes import choose_piece_bytes, choose_read_bytes
 from lightning_memload.errors import CheckpointReadError, ChecksumError, MemloadError, listed
 from lightning_memload.storage import ByteSource, checksum_error
-from lightning_memload.transfer import StagingRing, StripedTransfer, TensorCopy, TransferStats, transfer
+from lightning_memload.transfer import (
+    StagingRing,
+    StripedTransfer,
+    TensorCopy,
+    TransferStats,
+    compare_records,
+    transfer,
+)
 
 __all__ = ["Striping"]
 
@@ -74,8 +81,7 @@ class Striping:
             yield
         finally:
             self._thread = None
-        if self.ended is None:
-            self._agree_on("the end of a phase")
+        self.confirm("the end of a phase")
 
     def transfer(
         self,
@@ -128,6 +134,18 @@ class Striping:
         except LostCompanion as lost:
             raise self._error_of(lost) from lost
 
+    def confirm(self, step: str) -> None:
+        """Waits until every rank has come to a step, so that none begins a collective without the others.
+
+        Args:
+            step: Its name, equal on all ranks.
+
+        Raises:
+            MemloadError: Another rank has failed.
+        """
+        if self.ended is None:
+            self._agree_on(step)
+
     # --------------------------------------------------------------------------------------------------------------
 
     def _agree_on(self, step: str) -> bool:
@@ -168,10 +186,23 @@ class Striping:
             record = by_offset[offset]
             for crc32, ranks in found:
                 if crc32 != record.crc32:
-                    error = checksum_error(source, record, crc32)
-                    error.args = (f"{error.args[0]} These bytes were read by rank {listed(ranks, separator=' and ')}.",)
-                    raise error
+                    raise self._find_damaged(source, record, crc32, ranks)
         return TransferStats(bytes_verified=sum(part.nbytes for parts in incomplete.values() for part in parts))
+
+    def _find_damaged(self, source: ByteSource, record: Record, crc32: int, ranks: Sequence[int]) -> Exception:
+        """The error of the rank whose own file is damaged. For this, each rank reads the whole record."""
+        own: CheckpointReadError | None = None
+        try:
+            compare_records(source, [record], num_threads=1)
+        except CheckpointReadError as error:
+            own = error
+        told = self._companions.agree_or_notice(_described(own) if own is not None else None)
+        for rank, error in sorted(told.items()):
+            if error is not None:
+                return self._rebuilt(rank, error, own)
+        damaged = checksum_error(source, record, crc32)
+        damaged.args = (f"{damaged.args[0]} Rank {listed(ranks)} read it together, and read it intact later.",)
+        return damaged
 
     def _rebuilt(self, rank: int, told: dict[str, Any], own: Exception | None) -> Exception:
         """The error of a rank, on every rank."""

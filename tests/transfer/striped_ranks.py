@@ -134,7 +134,8 @@ def raw(copies: list[TensorCopy]) -> bytes:
 def same(num_tensors: int, largest: int, budget_bytes: int, seed: int) -> dict[str, Any]:
     """Whether the shared bytes are those of a transfer by one rank, and what was read."""
     data, records, make = checkpoint(num_tensors, largest, seed)
-    alone, ours, arrived = make(), make(), []
+    alone, ours = make(), make()
+    arrived: list[int] = []
     shared = Shared(budget_bytes)
     layout = shared.ring.layout
     stats = transfer(
@@ -196,7 +197,7 @@ def failures() -> dict[str, dict[str, Any]]:
     results = {}
     for name, damage in {"flip": flip_any, "fail": fail, "exhaust": exhaust, "maybe": flip, "none": None}.items():
         shared = Shared(512 * KIB)
-        results[name] = shared.attempt(Memory(data, damage), make(), records)  # type: ignore[arg-type]
+        results[name] = shared.attempt(Memory(data, damage), make(), records)
         shared.close()
         dist.barrier()
     # A record that both ranks read in part: no rank alone sees the damage.
@@ -289,10 +290,10 @@ def peaks(nbytes: int, budget_bytes: int) -> dict[str, Any]:
     small = [TensorCopy("small", 0, torch.uint8, (1,), target[: 4 * MIB])]
     with shared.striping.phase():
         shared.move(File(), small, [])  # gloo's own buffers and threads
-    start, most = read_status().anonymous_bytes, [0]
+    start, most = read_status().anonymous_bytes or 0, [0]
 
     def look(_: int) -> None:
-        most[0] = max(most[0], read_status().anonymous_bytes)
+        most[0] = max(most[0], read_status().anonymous_bytes or 0)
 
     with shared.striping.phase():
         stats = shared.move(File(), [TensorCopy("large", 0, torch.uint8, (1,), target)], [], on_progress=look)
