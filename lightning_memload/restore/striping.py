@@ -197,9 +197,9 @@ class Striping:
         except CheckpointReadError as error:
             own = error
         told = self._companions.agree_or_notice(_described(own) if own is not None else None)
-        for rank, error in sorted(told.items()):
-            if error is not None:
-                return self._rebuilt(rank, error, own)
+        for rank, theirs in sorted(told.items()):
+            if theirs is not None:
+                return self._rebuilt(rank, theirs, own)
         damaged = checksum_error(source, record, crc32)
         damaged.args = (f"{damaged.args[0]} Rank {listed(ranks)} read it together, and read it intact later.",)
         return damaged

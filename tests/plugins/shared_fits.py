@@ -69,7 +69,7 @@ def digest(trainer: L.Trainer, module: L.LightningModule) -> str:
     states = [value for optimizer in trainer.optimizers for s in optimizer.state.values() for value in s.values()]
     found = hashlib.sha256()
     for value in (*module.state_dict().values(), *states):
-        found.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
@@ -86,7 +86,7 @@ class Folder:
         restore: MemoryEfficientRestore | None,
         checkpoint: str,
         *,
-        validates: bool = False,
+        predicts: bool = False,
         **more: Any,
     ) -> None:
         """Fits from a checkpoint, and writes what came of it: the values at the start, or the error."""
@@ -94,17 +94,18 @@ class Folder:
         with meta_init(enabled=more.pop("meta", False)):
             module = Mixed()
         callbacks = [*more.pop("callbacks", []), *([restore] if restore else [])]
-        trainer = make_trainer(
-            self.path, callbacks, max_epochs=2, devices=2, strategy="ddp", limit_val_batches=1, **more
-        )
+        more = {"accelerator": os.environ.get("MEMLOAD_TEST_ACCELERATOR", "cpu"), **more}
+        trainer = make_trainer(self.path, callbacks, max_epochs=2, devices=2, strategy="ddp", **more)
         result: dict[str, Any] = {}
         started = time.monotonic()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 path = self.path / checkpoint.format(rank=self.rank)
-                if validates:
-                    trainer.validate(module, module.train_dataloader(), ckpt_path=path, verbose=False, **TRUSTED)
+                if predicts:
+                    trainer.predict(
+                        module, module.train_dataloader(), ckpt_path=path, return_predictions=False, **TRUSTED
+                    )
                 else:
                     trainer.fit(module, ckpt_path=path, **TRUSTED)
             except Exception as error:
@@ -134,8 +135,8 @@ def compare(folder: Folder) -> None:
     folder.fit("overlap", stripes(overlap=True), "last.ckpt")
     folder.fit("rank 0 only", stripes() if folder.rank == 0 else MemoryEfficientRestore(), "last.ckpt")
     folder.fit("copies", stripes(on_corrupt="previous"), "node{rank}/last.ckpt")
-    folder.fit("validate", stripes(mode="copy"), "last.ckpt", validates=True)
-    folder.fit("assign", stripes(), "last.ckpt", validates=True)
+    folder.fit("predict", stripes(mode="copy"), "last.ckpt", predicts=True)
+    folder.fit("assign", stripes(), "last.ckpt", predicts=True, meta=True)
     folder.fit("double", stripes(), "last.ckpt", precision="64-true")
     folder.fit("double stock", None, "last.ckpt", precision="64-true")
 
@@ -174,6 +175,17 @@ class Killed(L.Callback):
             return readv(self, *args)
 
         LocalFile.readv = read_and_die  # type: ignore[assignment,method-assign]
+
+
+def gpus(folder: Folder) -> None:
+    folder.fit("stock", None, "last.ckpt")
+    folder.fit("each", MemoryEfficientRestore(read="each", host_budget_mib=16), "last.ckpt")
+    folder.fit("stripes", MemoryEfficientRestore(read="stripes", host_budget_mib=16), "last.ckpt")
+    folder.fit("directory", MemoryEfficientRestore(read="stripes", host_budget_mib=16), "directory")
+
+
+def gpu_damage(folder: Folder) -> None:
+    folder.fit("damage", stripes(), "damage{rank}/last.ckpt")
 
 
 def kill(folder: Folder) -> None:

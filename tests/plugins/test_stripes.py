@@ -69,11 +69,11 @@ def test_ranks_resume_as_stock(folder: Path) -> None:
         assert max(read) < 0.6 * sum(read)
         if name != "safetensors":
             assert sum(report["bytes_verified"] for report in reports) == alone["bytes_verified"]
-    first, second = results(folder, "validate", printed)
+    first, second = results(folder, "predict", printed)
     assert first["report"]["bytes_received"] == second["report"]["total"]["bytes_read"] > 0
     # Weights that are pages of the file are not read, and so not shared.
     first, second = results(folder, "assign", printed)
-    assert first["digest"] == second["digest"] == results(folder, "validate", printed)[0]["digest"]
+    assert first["digest"] == second["digest"] == results(folder, "predict", printed)[0]["digest"]
     assert first["report"]["read_reason"].startswith("mode assign (")
     assert first["report"]["read_reason"].endswith(" on rank 0")
     warned = results(folder, "overlap", printed)[0]["warnings"]
