@@ -1,4 +1,4 @@
-"""The exchange of one round of pieces between all ranks, with the default process group.
+"""The exchange of one round of stripes between all ranks, with the default process group.
 
 A collective needs every rank, in the same order. So it is started only in the thread that restores, and only after all
 ranks have agreed to it. No wait for a collective is without an end: with NCCL it would hang if a rank were killed.
@@ -25,11 +25,11 @@ _SEARCH_SECONDS = 8.0
 
 
 class Exchange:
-    """Sends the pieces of each rank to all others.
+    """Sends the stripes of each rank to all others.
 
     Args:
         companions: The other ranks, which all share what they read.
-        device: The device of the pieces.
+        device: The device of the stripes.
     """
 
     def __init__(self, companions: Companions, device: torch.device) -> None:
@@ -45,11 +45,11 @@ class Exchange:
             return None
         return f"the process group exchanges memory on {device.type} with {backend or 'no backend'}"
 
-    def start(self, pieces: torch.Tensor) -> list[Any]:
-        """Starts to send the piece of this rank to all others, and to receive theirs.
+    def start(self, stripes: torch.Tensor) -> list[Any]:
+        """Starts to send the stripe of this rank to all others, and to receive theirs.
 
         Args:
-            pieces: The pieces, one row for each rank, ``uint8``, on the device, contiguous. The row of this rank is
+            stripes: The stripes, one row for each rank, ``uint8``, on the device, contiguous. The row of this rank is
                 filled. Until the end of the exchange, no row may be used.
 
         Returns:
@@ -58,10 +58,10 @@ class Exchange:
         if self._gathers:
             # The new name (torch 2.13) of the second one, which warns there.
             gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
-            return [gather(pieces.view(-1), pieces[self.rank], async_op=True)]
+            return [gather(stripes.view(-1), stripes[self.rank], async_op=True)]
         # all_gather of gloo copies everything twice, into memory of its own: 0.30 s for 3 x 32 MiB on one host, and
         # three broadcasts take 0.10 s.
-        return [torch.distributed.broadcast(pieces[rank], rank, async_op=True) for rank in range(self.num_ranks)]
+        return [torch.distributed.broadcast(stripes[rank], rank, async_op=True) for rank in range(self.num_ranks)]
 
     def finish(self, works: list[Any], meanwhile: Callable[[], object]) -> None:
         """Waits for the end of an exchange. On a GPU, the current stream waits for it too.

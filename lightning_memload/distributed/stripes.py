@@ -1,8 +1,8 @@
-"""Cuts the reads of a transfer into pieces that the ranks read in turn. Pure functions on integers.
+"""Cuts the reads of a transfer into stripes that the ranks read in turn. Pure functions on integers.
 
-All ranks plan the same reads. They are exchanged in rounds: in each round, rank ``k`` reads piece ``k``, and the ranks
-send their pieces to each other. A piece is a run of consecutive reads. Within a piece each read has a place of its own.
-Every read is in exactly one piece, and no piece is longer than the limit. This module does not know torch.
+All ranks plan the same reads. They are exchanged in rounds: in each round, rank ``k`` reads stripe ``k``, and the ranks
+send their stripes to each other. A stripe is a run of consecutive reads. Within a stripe each read has a place of its
+own. Every read is in exactly one stripe, and no stripe is longer than the limit. This module does not know torch.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from typing import NamedTuple
 
 __all__ = [
     "ALIGNMENT_BYTES",
-    "Piece",
+    "Stripe",
     "StripeRound",
-    "choose_piece_bytes",
     "choose_read_bytes",
+    "choose_stripe_bytes",
     "cut_stripes",
     "digest_plan",
 ]
 
 # Tensors of any dtype can be viewed at such a place.
 ALIGNMENT_BYTES = 64
-# With smaller pieces, an exchange costs more than a read. Such a budget is for too many ranks.
-_MIN_PIECE_BYTES = 64 << 10
-# A larger piece is no faster, and the first one cannot overlap with any exchange.
-_MAX_PIECE_BYTES = 64 << 20
-# A piece has at least so many reads, so that several threads can read it, and pieces have about the same length.
-_READS_PER_PIECE = 4
+# With smaller stripes, an exchange costs more than a read. Such a budget is for too many ranks.
+_MIN_STRIPE_BYTES = 64 << 10
+# A larger stripe is no faster, and the first one cannot overlap with any exchange.
+_MAX_STRIPE_BYTES = 64 << 20
+# A stripe has at least so many reads, so that several threads can read it, and stripes have about the same length.
+_READS_PER_STRIPE = 4
 
 
-class Piece(NamedTuple):
-    """The reads ``[first, last)``, and the place of each of them in the piece, in bytes."""
+class Stripe(NamedTuple):
+    """The reads ``[first, last)``, and the place of each of them in the stripe, in bytes."""
 
     first: int
     last: int
@@ -41,73 +41,73 @@ class Piece(NamedTuple):
 
 
 class StripeRound(NamedTuple):
-    """One piece for each rank.
+    """One stripe for each rank.
 
     Attributes:
-        pieces: The pieces, by rank. A piece may be empty.
-        nbytes: Length of the longest piece in bytes, rounded up to the alignment.
+        stripes: The stripes, by rank. A stripe may be empty.
+        nbytes: Length of the longest stripe in bytes, rounded up to the alignment.
     """
 
-    pieces: tuple[Piece, ...]
+    stripes: tuple[Stripe, ...]
     nbytes: int
 
 
-def choose_piece_bytes(budget_bytes: int, num_ranks: int) -> int | None:
-    """The maximum length of a piece, such that two rounds fit into a budget. The one is read, the other is exchanged.
+def choose_stripe_bytes(budget_bytes: int, num_ranks: int) -> int | None:
+    """The maximum length of a stripe, such that two rounds fit into a budget. The one is read, the other is exchanged.
 
     Args:
-        budget_bytes: Memory for the pieces of all ranks.
+        budget_bytes: Memory for the stripes of all ranks.
         num_ranks: Number of ranks.
 
     Returns:
         The length in bytes. ``None`` if the budget is too small for so many ranks.
     """
-    # Each piece is followed by a flag of its rank.
+    # Each stripe is followed by a flag of its rank.
     most = budget_bytes // (2 * num_ranks) - ALIGNMENT_BYTES
-    piece_bytes = min(most, _MAX_PIECE_BYTES) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-    return piece_bytes if piece_bytes >= _MIN_PIECE_BYTES else None
+    stripe_bytes = min(most, _MAX_STRIPE_BYTES) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    return stripe_bytes if stripe_bytes >= _MIN_STRIPE_BYTES else None
 
 
-def choose_read_bytes(piece_bytes: int, block_bytes: int) -> int:
-    """The maximum length of one read, at most ``block_bytes``, such that a piece has several reads."""
-    return min(block_bytes, piece_bytes // _READS_PER_PIECE // ALIGNMENT_BYTES * ALIGNMENT_BYTES)
+def choose_read_bytes(stripe_bytes: int, block_bytes: int) -> int:
+    """The maximum length of one read, at most ``block_bytes``, such that a stripe has several reads."""
+    return min(block_bytes, stripe_bytes // _READS_PER_STRIPE // ALIGNMENT_BYTES * ALIGNMENT_BYTES)
 
 
-def cut_stripes(sizes: Sequence[int], num_ranks: int, piece_bytes: int) -> list[StripeRound]:
-    """Cuts reads into rounds of pieces of about the same length.
+def cut_stripes(sizes: Sequence[int], num_ranks: int, stripe_bytes: int) -> list[StripeRound]:
+    """Cuts reads into rounds of stripes of about the same length.
 
     Args:
-        sizes: Length of each read in bytes, at most half of ``piece_bytes`` when rounded up to the alignment.
+        sizes: Length of each read in bytes, at most half of ``stripe_bytes`` when rounded up to the alignment.
         num_ranks: Number of ranks.
-        piece_bytes: Maximum length of a piece.
+        stripe_bytes: Maximum length of a stripe.
 
     Returns:
-        The rounds. As few as possible, except that a piece may be shorter by the length of the longest read.
+        The rounds. As few as possible, except that a stripe may be shorter by the length of the longest read.
 
     Raises:
         ValueError: A read is too long.
     """
     padded = [_aligned(size) for size in sizes]
     longest, total = max(padded, default=0), sum(padded)
-    if 2 * longest > piece_bytes:
-        raise ValueError(f"A read of {longest} bytes is too long for pieces of {piece_bytes} bytes.")
+    if 2 * longest > stripe_bytes:
+        raise ValueError(f"A read of {longest} bytes is too long for stripes of {stripe_bytes} bytes.")
     if not total:
         return []
-    # A piece ends with the first read that reaches its share. So it exceeds its share by less than one read.
-    num_pieces = num_ranks * -(-total // (num_ranks * (piece_bytes - longest)))
-    pieces: list[Piece] = []
+    # A stripe ends with the first read that reaches its share. So it exceeds its share by less than one read.
+    num_stripes = num_ranks * -(-total // (num_ranks * (stripe_bytes - longest)))
+    stripes: list[Stripe] = []
     first = position = 0
-    for number in range(num_pieces):
-        end = total * (number + 1) // num_pieces
+    for number in range(num_stripes):
+        end = total * (number + 1) // num_stripes
         start, last, places = position, first, []
         while last < len(padded) and position < end:
             places.append(position - start)
             position += padded[last]
             last += 1
-        pieces.append(Piece(first, last, tuple(places)))
+        stripes.append(Stripe(first, last, tuple(places)))
         first = last
-    rounds = [tuple(pieces[at : at + num_ranks]) for at in range(0, num_pieces, num_ranks)]
-    return [StripeRound(of_round, max(_length(piece, padded) for piece in of_round)) for of_round in rounds]
+    rounds = [tuple(stripes[at : at + num_ranks]) for at in range(0, num_stripes, num_ranks)]
+    return [StripeRound(of_round, max(_length(stripe, padded) for stripe in of_round)) for of_round in rounds]
 
 
 def digest_plan(reads: Iterable[tuple[int, int]], *limits: int) -> str:
@@ -124,8 +124,8 @@ def digest_plan(reads: Iterable[tuple[int, int]], *limits: int) -> str:
     return hashlib.blake2b(numbers.tobytes(), digest_size=16).hexdigest()
 
 
-def _length(piece: Piece, padded: Sequence[int]) -> int:
-    return piece.places[-1] + padded[piece.last - 1] if piece.places else 0
+def _length(stripe: Stripe, padded: Sequence[int]) -> int:
+    return stripe.places[-1] + padded[stripe.last - 1] if stripe.places else 0
 
 
 def _aligned(nbytes: int) -> int:

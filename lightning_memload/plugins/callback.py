@@ -101,7 +101,7 @@ class MemoryEfficientRestore(Callback):
             after the first step.
         read: How several processes read the checkpoint, if each of them loads it, as with ``ddp``. ``"each"``: each
             process reads all of it. ``"stripes"``: each reads a part, and they send the parts to each other through the
-            default process group, in pieces that fit into ``host_budget_mib``, with as much memory for pieces on each
+            default process group, in stripes that fit into ``host_budget_mib``, with as much memory for stripes on each
             GPU. Pass it on every rank. The processes must have the same checkpoint, or all raise. They read as with
             ``"each"`` if not all take part, do not load the same tensors, or have another backend than NCCL for GPUs
             and gloo for the CPU. If one process fails or is killed, all raise within seconds. ``overlap`` is then

@@ -66,7 +66,7 @@ class ReadingChoice:
 
         Args:
             session: The restore. It gets the sharing.
-            budget_bytes: Memory for the pieces of the ranks.
+            budget_bytes: Memory for the stripes of the ranks.
             obstacle: Why this rank reads its values in another way, ``None`` if it streams them.
             overlaps: Whether training was to begin before all states have arrived.
 

@@ -21,7 +21,7 @@ import torch
 from lightning_memload.bytes import Record
 from lightning_memload.distributed import Companions, LostCompanion, gather_checksums
 from lightning_memload.distributed.exchange import Exchange
-from lightning_memload.distributed.stripes import choose_piece_bytes, choose_read_bytes
+from lightning_memload.distributed.stripes import choose_read_bytes, choose_stripe_bytes
 from lightning_memload.errors import CheckpointReadError, ChecksumError, MemloadError, listed
 from lightning_memload.storage import ByteSource, checksum_error
 from lightning_memload.transfer import (
@@ -35,7 +35,7 @@ from lightning_memload.transfer import (
 
 __all__ = ["Striping"]
 
-_NO_MEMORY = "no memory for the pieces"
+_NO_MEMORY = "no memory for the stripes"
 # The errors that are the same on every rank, and their fields.
 _FIELDS: dict[type[CheckpointReadError], tuple[str, ...]] = {
     CheckpointReadError: ("path", "key", "offset", "errno"),
@@ -49,7 +49,7 @@ class Striping:
     Args:
         companions: The other ranks, which all share what they read.
         device: The device of the training. Only values for this device are shared.
-        budget_bytes: Memory for the pieces, on this device.
+        budget_bytes: Memory for the stripes, on this device.
         path: The checkpoint, for messages.
 
     Attributes:
@@ -62,11 +62,11 @@ class Striping:
         self._exchange = Exchange(companions, device)
         self._device = device
         self._path = path
-        self._piece_bytes = choose_piece_bytes(budget_bytes, companions.world_size)
+        self._stripe_bytes = choose_stripe_bytes(budget_bytes, companions.world_size)
         self._thread: int | None = None
         self.ended: str | None = None
-        if self._piece_bytes is None:
-            self.ended = f"host_budget_mib is too small for the pieces of {companions.world_size} ranks"
+        if self._stripe_bytes is None:
+            self.ended = f"host_budget_mib is too small for the stripes of {companions.world_size} ranks"
         self.bytes_read: dict[int, int] = {}
 
     @contextlib.contextmanager
@@ -111,7 +111,7 @@ class Striping:
         stats = alone(source, [c for c in copies if c.destination.device != self._device], ring)
         striped: StripedTransfer | None = None
         plan = _NO_MEMORY
-        assert self._piece_bytes is not None
+        assert self._stripe_bytes is not None
         # An error here becomes one of the plan, so that no rank waits for this one.
         with contextlib.suppress(RuntimeError, MemoryError, OSError, ValueError):
             striped = StripedTransfer(
@@ -120,8 +120,8 @@ class Striping:
                 ring,
                 self._exchange,
                 num_threads=num_threads,
-                block_bytes=choose_read_bytes(self._piece_bytes, block_bytes),
-                piece_bytes=self._piece_bytes,
+                block_bytes=choose_read_bytes(self._stripe_bytes, block_bytes),
+                stripe_bytes=self._stripe_bytes,
                 records=records,
                 on_progress=on_progress,
             )
@@ -161,7 +161,7 @@ class Striping:
         poor = [rank for rank, theirs in told.items() if theirs == _NO_MEMORY]
         others = [rank for rank, theirs in told.items() if theirs != told[0]]
         if poor:
-            self.ended = f"rank {listed(poor)} has no memory for the pieces"
+            self.ended = f"rank {listed(poor)} has no memory for the stripes"
         elif others:
             self.ended = f"rank {listed(others)} and rank 0 do not load the same parts of the checkpoint together"
         return self.ended is None

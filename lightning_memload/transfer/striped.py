@@ -1,11 +1,11 @@
 """A transfer that several ranks make together: each rank reads a part of the file, and gets the rest from the others.
 
-All ranks plan the same reads. They are cut into rounds of one piece for each rank (``distributed/stripes.py``). While
-the ranks exchange one round and copy it to its destinations, their threads read the next one. The pieces are on the
-device of the destinations. For the CPU, threads read directly into the piece; for a GPU, through the staging ring.
+All ranks plan the same reads. They are cut into rounds of one stripe for each rank (``distributed/stripes.py``). While
+the ranks exchange one round and copy it to its destinations, their threads read the next one. The stripes are on the
+device of the destinations. For the CPU, threads read directly into the stripe; for a GPU, through the staging ring.
 
-A rank whose read fails keeps sending pieces, with a flag in each. All ranks see the flag after the same round, and stop
-there. So no rank waits for another one in vain.
+A rank whose read fails keeps sending stripes, with a flag in each. All ranks see the flag after the same round, and
+stop there. So no rank waits for another one in vain.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NO_VIEW = memoryview(b"")
 
 
 class _Task(NamedTuple):
-    """One read of this rank, and its place in the piece."""
+    """One read of this rank, and its place in the stripe."""
 
     job: Job
     place: torch.Tensor
@@ -52,8 +52,8 @@ class StripedTransfer(Transfer):
         ring: Returns the staging ring.
         exchange: The other ranks.
         num_threads: Number of threads that read on this rank.
-        block_bytes: Maximum length of one read, at most a quarter of a piece.
-        piece_bytes: Maximum length of a piece.
+        block_bytes: Maximum length of one read, at most a quarter of a stripe.
+        stripe_bytes: Maximum length of a stripe.
         records: Checksums to compare.
         on_progress: Called with the number of bytes that have arrived, from the calling thread.
 
@@ -61,10 +61,10 @@ class StripedTransfer(Transfer):
         digest: Equal on all ranks that plan the same reads.
         error: The error of this rank, ``None`` if it has none. The transfer has then ended early on all ranks.
 
-    Peak memory: on the device of the destinations, two rounds of pieces. For a GPU, also the ring on the host.
+    Peak memory: on the device of the destinations, two rounds of stripes. For a GPU, also the ring on the host.
 
     Raises:
-        RuntimeError: There is no memory for the pieces.
+        RuntimeError: There is no memory for the stripes.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class StripedTransfer(Transfer):
         *,
         num_threads: int,
         block_bytes: int,
-        piece_bytes: int,
+        stripe_bytes: int,
         records: Sequence[Record],
         on_progress: Callable[[int], None] | None,
     ) -> None:
@@ -84,9 +84,9 @@ class StripedTransfer(Transfer):
         super().__init__(source, copies, ring, num_threads, block_bytes, records, on_progress)
         self._exchange = exchange
         reads = [job.read for job in self._planned]
-        self.digest = digest_plan(((read.offset, read.nbytes) for read in reads), piece_bytes)
+        self.digest = digest_plan(((read.offset, read.nbytes) for read in reads), stripe_bytes)
         self.error: Exception | None = None
-        self._rounds = cut_stripes([read.nbytes for read in reads], exchange.num_ranks, piece_bytes)
+        self._rounds = cut_stripes([read.nbytes for read in reads], exchange.num_ranks, stripe_bytes)
         round_bytes = exchange.num_ranks * max((r.nbytes + ALIGNMENT_BYTES for r in self._rounds), default=0)
         device = copies[0].destination.device
         with torch.inference_mode(False):
@@ -108,7 +108,7 @@ class StripedTransfer(Transfer):
 
     @property
     def scratch_bytes(self) -> int:
-        """Memory for the pieces on the device of the destinations."""
+        """Memory for the stripes on the device of the destinations."""
         return sum(memory.numel() for memory in self._memory)
 
     def incomplete_records(self) -> dict[int, list[PartChecksum]]:
@@ -134,7 +134,7 @@ class StripedTransfer(Transfer):
 
     def _carry_out(self) -> None:
         run_threads(
-            self._read_pieces, self._num_threads, self._stop, meanwhile=self._exchange_all, alone=self._exchange_alone
+            self._read_stripes, self._num_threads, self._stop, meanwhile=self._exchange_all, alone=self._exchange_alone
         )
 
     def _stop(self) -> None:
@@ -148,13 +148,13 @@ class StripedTransfer(Transfer):
 
     # In the threads -------------------------------------------------------------------------------------------------
 
-    def _read_pieces(self) -> None:
+    def _read_stripes(self) -> None:
         with torch.inference_mode(self._inference_mode), torch.no_grad():
             while (task := self._tasks.get()) is not None and not self._stopped:
                 self._fill(task)
 
     def _fill(self, task: _Task) -> None:
-        """Reads into a piece, or into a buffer of the ring. After an error of this rank, nothing more is read."""
+        """Reads into a stripe, or into a buffer of the ring. After an error of this rank, nothing more is read."""
         buffer: Buffer | None = None
         nbytes = task.job.read.nbytes
         try:
@@ -184,40 +184,40 @@ class StripedTransfer(Transfer):
     def _exchange_all(self, _: int) -> None:
         with torch.no_grad(), on_stream(self._stream):
             if self._rounds:
-                self._begin_piece(0)
+                self._begin_stripe(0)
             for number, of_round in enumerate(self._rounds):
                 while self._missing:
                     self._take_ended(wait=True)
-                pieces = self._pieces_of(number)
-                flags = pieces[:, of_round.nbytes]
+                stripes = self._stripes_of(number)
+                flags = stripes[:, of_round.nbytes]
                 flags[self._exchange.rank] = self.error is not None
-                works = self._exchange.start(pieces)
+                works = self._exchange.start(stripes)
                 if number + 1 < len(self._rounds):
-                    self._begin_piece(number + 1)
+                    self._begin_stripe(number + 1)
                 self._exchange.finish(works, self._take_ended)
                 if bool(flags.any()):
                     break
                 try:
-                    self._scatter(number, pieces)
+                    self._scatter(number, stripes)
                 except Exception as error:
                     self._fail(error)
             self._stop()  # After an error, what the threads still read is of no use.
 
-    def _pieces_of(self, number: int) -> torch.Tensor:
-        """The memory of a round, with shape ``(ranks, bytes)``. The flag is the byte after each piece."""
+    def _stripes_of(self, number: int) -> torch.Tensor:
+        """The memory of a round, with shape ``(ranks, bytes)``. The flag is the byte after each stripe."""
         row_bytes = self._rounds[number].nbytes + ALIGNMENT_BYTES
         num_ranks = self._exchange.num_ranks
         return self._memory[number % 2][: num_ranks * row_bytes].view(num_ranks, row_bytes)
 
-    def _begin_piece(self, number: int) -> None:
-        """Lets the threads read this rank's piece of a round."""
+    def _begin_stripe(self, number: int) -> None:
+        """Lets the threads read this rank's stripe of a round."""
         rank = self._exchange.rank
-        piece, row = self._rounds[number].pieces[rank], self._pieces_of(number)[rank]
-        self._missing = len(piece.places)
+        stripe, row = self._rounds[number].stripes[rank], self._stripes_of(number)[rank]
+        self._missing = len(stripe.places)
         view = _NO_VIEW
         if self._device is None:
             view = memoryview((ctypes.c_char * row.numel()).from_address(row.data_ptr())).cast("B")
-        for job, place in zip(self._planned[piece.first : piece.last], piece.places, strict=True):
+        for job, place in zip(self._planned[stripe.first : stripe.last], stripe.places, strict=True):
             end = place + job.read.nbytes
             task = _Task(job, row[place:end], view[place:end])
             if self._is_alone:
@@ -227,7 +227,7 @@ class StripedTransfer(Transfer):
                 self._tasks.put(task)
 
     def _take_ended(self, *, wait: bool = False) -> None:
-        """Takes the reads that have ended, and copies their bytes into the piece if it is on a GPU.
+        """Takes the reads that have ended, and copies their bytes into the stripe if it is on a GPU.
 
         Args:
             wait: Wait for a read or a copy that ends.
@@ -249,13 +249,13 @@ class StripedTransfer(Transfer):
                 buffer.mark()
                 self._under_way.append(buffer)
 
-    def _scatter(self, number: int, pieces: torch.Tensor) -> None:
+    def _scatter(self, number: int, stripes: torch.Tensor) -> None:
         """Copies the bytes of all ranks to their destinations."""
         arrived = own = 0
-        for rank, piece in enumerate(self._rounds[number].pieces):
-            row = pieces[rank]
+        for rank, stripe in enumerate(self._rounds[number].stripes):
+            row = stripes[rank]
             before = arrived
-            for job, place in zip(self._planned[piece.first : piece.last], piece.places, strict=True):
+            for job, place in zip(self._planned[stripe.first : stripe.last], stripe.places, strict=True):
                 self._copy(job, Buffer(_NO_VIEW, row[place : place + job.read.nbytes], self._stream))
                 arrived += job.read.nbytes
             if rank == self._exchange.rank:

@@ -25,7 +25,7 @@ def test_four_ranks_share_what_one_rank_reads(tmp_path: Path) -> None:
     cases = [
         {"num_tensors": 40, "largest": 600_001, "budget_bytes": 1 * MIB, "seed": 1},
         {"num_tensors": 200, "largest": 20_000, "budget_bytes": 8 * MIB, "seed": 2},
-        {"num_tensors": 3, "largest": 7, "budget_bytes": 8 * MIB, "seed": 3},  # more ranks than pieces
+        {"num_tensors": 3, "largest": 7, "budget_bytes": 8 * MIB, "seed": 3},  # more ranks than stripes
         {"num_tensors": 5, "largest": 3_000_000, "budget_bytes": 640 * KIB, "seed": 4},
     ]
     by_rank = results("many_same", 4, tmp_path, cases=cases)
@@ -41,7 +41,7 @@ def test_four_ranks_share_what_one_rank_reads(tmp_path: Path) -> None:
             assert result["staging"] <= case["budget_bytes"]
             assert result["by_rank"] == {str(other): nbytes for other, nbytes in enumerate(read)}
             assert result["empty"] == 0
-        # The plan depends on the size of a piece, and a few bytes between two tensors may be read or not.
+        # The plan depends on the size of a stripe, and a few bytes between two tensors may be read or not.
         assert abs(sum(read) - ranks[0]["all"]) <= 0.02 * ranks[0]["all"] + 8192
         # Each byte is verified once.
         assert sum(rank["verified"] for rank in ranks) == ranks[0]["verified_alone"]
@@ -79,7 +79,7 @@ def test_ranks_that_do_not_load_the_same_read_by_themselves(tmp_path: Path) -> N
             assert rank[name]["ended"] == "rank 1 and rank 0 do not load the same parts of the checkpoint together"
             assert rank[name]["received"] == 0
             assert rank[name]["again"]["received"] == 0
-    assert first["budget"]["ended"] == "host_budget_mib is too small for the pieces of 2 ranks"
+    assert first["budget"]["ended"] == "host_budget_mib is too small for the stripes of 2 ranks"
     assert first["left"]["error"] == "The ranks restore memory.ckpt together, and rank 1 failed: ValueError: boom"
     assert first["left"]["seconds"] < 10
     assert first["gone"]["read"] > 0
