@@ -113,6 +113,7 @@ class Companions:
         self._has_left = False
         self._signed_at = 0.0
         self._ended = threading.Event()
+        self._signing: threading.Thread | None = None
         # For each watched slot: its last counter of signs, and when it changed.
         self._seen: dict[int, tuple[int, float]] = {}
         self._store.add(_ANNOUNCED, 1)
@@ -145,7 +146,11 @@ class Companions:
             self._slot = slot
         if self.can_share:
             # Ends with leave(). A daemon: it must not keep a process alive that ends without.
-            threading.Thread(target=self._give_signs, name="memload-signs", daemon=True).start()
+            self._signing = threading.Thread(target=self._give_signs, name="memload-signs", daemon=True)
+            with contextlib.suppress(
+                RuntimeError
+            ):  # No thread can be started. Then only a wait for others gives signs.
+                self._signing.start()
 
     @property
     def can_agree(self) -> bool:
@@ -286,6 +291,9 @@ class Companions:
             return
         self._has_left = True
         self._ended.set()
+        if self._signing is not None:
+            with contextlib.suppress(RuntimeError):
+                self._signing.join(_HEARTBEAT_SECONDS)
         with contextlib.suppress(Exception):
             self._store.add(_AGREEING, -int(self._agrees))
             self._store.add(_SHARING, -int(self._shares))

@@ -35,6 +35,8 @@ from lightning_memload.transfer import (
 
 __all__ = ["Striping"]
 
+# To agree on a transfer takes some milliseconds. A module may be filled in thousands of small ones.
+_WORTH_BYTES = 64 << 10
 _NO_MEMORY = "no memory for the stripes"
 # The errors that are the same on every rank, and their fields.
 _FIELDS: dict[type[CheckpointReadError], tuple[str, ...]] = {
@@ -105,7 +107,8 @@ class Striping:
             transfer, num_threads=num_threads, block_bytes=block_bytes, records=records, on_progress=on_progress
         )
         shared = [c for c in copies if c.destination.numel() and c.destination.device == self._device]
-        if self.ended is not None or self._thread != threading.get_ident() or not shared:
+        is_worth = sum(copy.destination.numel() * copy.dtype.itemsize for copy in shared) >= _WORTH_BYTES
+        if self.ended is not None or self._thread != threading.get_ident() or not shared or not is_worth:
             return alone(source, copies, ring)
         # An optimizer's steps on the CPU, beside states on a GPU, are so small that each rank reads them.
         stats = alone(source, [c for c in copies if c.destination.device != self._device], ring)
