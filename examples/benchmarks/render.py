@@ -16,6 +16,7 @@ from typing import Any
 import curves
 import frozen
 import growth
+import resume_distributed
 import save
 import weight_loading
 from common import GIB, median, number
@@ -31,6 +32,7 @@ START, END = "<!-- results: examples/benchmarks/render.py -->", "<!-- end of res
 MODELS = {"demo": "a small GPT"}
 TITLES = {
     "resume": "Resuming a training",
+    "resume-distributed": "Resuming a training by several processes",
     "save": "Saving checkpoints",
     "weight-loading": "Loading weights",
     "frozen": "Saving a finetuning",
@@ -105,6 +107,7 @@ def render(result: dict[str, Any]) -> str:
         "frozen": render_frozen,
         "growth": render_growth,
         "resume": render_resume,
+        "resume-distributed": render_distributed,
         "save": render_save,
         "weight-loading": render_weight_loading,
     }
@@ -234,6 +237,26 @@ def render_frozen(result: dict[str, Any]) -> str:
             f"| | {' | '.join(frozen.COLUMNS)} | right |",
             f"|---|{'---:|' * len(frozen.COLUMNS)}---|",
             *(f"| {' | '.join(frozen.cells(result, name))} |" for name in ways),
+            "",
+            f"`{result['command']}`",
+        ]
+    )
+
+
+def render_distributed(result: dict[str, Any]) -> str:
+    """Return the table of the costs of a resume by several processes."""
+    versions, columns = result["versions"], resume_distributed.COLUMNS
+    repetitions = max(row["repetitions"] for row in result["variants"].values())
+    return "\n".join(
+        [
+            f"**{result['size']} + AdamW, a {result['checkpoint_bytes'] / 1e9:.2f} GB `.ckpt` in the page cache, "
+            f"{result['devices']} processes with {result['strategy']}, on {on(result)}.** {place(result)}, load "
+            f"average {result['load_average']:.1f}, torch {versions['torch']}, Lightning {versions['lightning']}; "
+            f"median of {repetitions}. Memory: the rise above the start.",
+            "",
+            f"| | {' | '.join(columns)} |",
+            f"|---|{'---:|' * len(columns)}",
+            *(f"| {' | '.join(resume_distributed.cells(result, name))} |" for name in result["variants"]),
             "",
             f"`{result['command']}`",
         ]

@@ -158,7 +158,7 @@ def timed() -> Iterator[dict[str, float]]:
         mock.patch.object(buffer.Buffer, "wait", take("wait", buffer.Buffer.wait)),
         mock.patch.object(buffer.Buffer, "mark", take("record", buffer.Buffer.mark)),
         mock.patch.object(torch.Tensor, "copy_", take("copy", torch.Tensor.copy_)),
-        mock.patch.object(engine._Transfer, "run", take("whole", engine._Transfer.run)),
+        mock.patch.object(engine.Transfer, "run", take("whole", engine.Transfer.run)),
     ):
         yield found
     for name, seconds in taken:

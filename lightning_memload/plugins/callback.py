@@ -17,6 +17,7 @@ from lightning_memload.plugins.compat import Callback
 from lightning_memload.plugins.damaged import OnCorrupt
 from lightning_memload.plugins.mode import Mode
 from lightning_memload.plugins.parts import Part, check_parts
+from lightning_memload.plugins.reading import Read
 from lightning_memload.plugins.request import RestoreOptions
 from lightning_memload.plugins.saving_io import Asynchronous, SaveFormat
 from lightning_memload.plugins.seams import install_io, keep_strategy_on_device, reads_shards, require_one
@@ -99,6 +100,14 @@ class MemoryEfficientRestore(Callback):
             ``torch.optim``. Until then the file must not change, and no CUDA graph can be captured. ``report`` is set
             after the first step.
         storage_options: Passed to ``StreamingCheckpointIO``, and used for ``weights_from``, see ``open_checkpoint``.
+        read: How several processes read the checkpoint, if each of them loads it, as with ``ddp``. ``"each"``: each
+            process reads all of it. ``"stripes"``: each reads a part, and they send the parts to each other through the
+            default process group, in stripes that fit into ``host_budget_mib``, with as much memory for stripes on each
+            GPU. Pass it on every rank. The processes must have the same checkpoint, or all raise. They read as with
+            ``"each"`` if not all take part, do not load the same tensors, or have another backend than NCCL for GPUs
+            and gloo for the CPU. If one process fails or is killed, all raise within seconds. ``overlap`` is then
+            ignored. ``"auto"`` is ``"each"``: which one is faster depends on the links between the GPUs, and is not
+            measured for enough of them. ``report.read`` and ``report.read_reason`` tell what was done.
 
     Attributes:
         report: The figures of the last restore, ``None`` before the first.
@@ -132,12 +141,14 @@ class MemoryEfficientRestore(Callback):
         safe_globals: Sequence[SafeGlobal] = (),
         overlap: bool = False,
         storage_options: Mapping[str, Any] | None = None,
+        read: Read = "auto",
     ) -> None:
         super().__init__()
         check_choice("mode", mode, Mode)
         check_host_budget(host_budget_mib)
         check_num_threads(num_threads)
         check_choice("on_corrupt", on_corrupt, OnCorrupt)
+        check_choice("read", read, Read)
         self._options = RestoreOptions(
             mode=mode,
             host_budget_bytes=host_budget_mib * _MIB,
@@ -149,6 +160,7 @@ class MemoryEfficientRestore(Callback):
             replaces_damaged=on_corrupt == "previous",
             safe_globals=check_safe_globals(safe_globals),
             overlaps=overlap,
+            read=read,
         )
         if weights_from is not None and not isinstance(weights_from, (str, Path, WeightsSource)):
             raise ValueError(f"weights_from must be a path or a WeightsSource, got {weights_from!r}.")

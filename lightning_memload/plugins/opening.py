@@ -14,6 +14,7 @@ from lightning_memload.collector import paused_collector
 from lightning_memload.plugins.mode import ChosenMode, choose_mode
 from lightning_memload.plugins.parts import keep_parts
 from lightning_memload.plugins.phases import Loaded, Opened, Outcome, Phase, Weights
+from lightning_memload.plugins.reading import ReadingChoice
 from lightning_memload.plugins.request import Request
 from lightning_memload.plugins.seams import forget_loaded_checkpoint
 from lightning_memload.plugins.telling import warn_of_hyperparameters
@@ -58,16 +59,18 @@ class Opening(Phase):
         """The checkpoint."""
         return self._path
 
-    def begin_weights(self, checkpoint: Any, mapped: MappedCheckpoint | None) -> Weights:
+    def begin_weights(self, checkpoint: Any, mapped: MappedCheckpoint | None, reading: ReadingChoice) -> Weights:
         """Reduces a loaded checkpoint to what is restored, and installs the streaming into the module.
 
         Args:
             checkpoint: The loaded checkpoint. It is changed in place.
             mapped: Its mapping, ``None`` if Lightning's own plugin loaded it.
+            reading: Chooses whether the ranks share what they read.
 
         Raises:
             CheckpointFormatError: It is not a checkpoint, or a part to restore is missing.
             UnsafeGlobalsError: ``weights_only`` refused objects that are needed.
+            MemloadError: Ranks that share what they read have different checkpoints, or another rank has failed.
         """
         request = self._request
         request.meter.begin("weights", self.stats)
@@ -77,6 +80,9 @@ class Opening(Phase):
             session, mode = self._open_session(mapped or MappedCheckpoint.unmapped(self._path), stack)
             if mapped is None:
                 mode = ChosenMode("default", "loaded by torch.load")
+            options = request.options
+            obstacle = f"mode {mode.name} ({mode.reason})" if mode.name != "copy" else None
+            reading.choose(session, options.host_budget_bytes, obstacle, overlaps=options.overlaps)
             step = checkpoint.get("global_step")
             weights = WeightsRestore(
                 request.module,

@@ -23,6 +23,7 @@ from lightning_memload.plugins.seams import (
     forget_loaded_checkpoint,
     keep_strategy_on_device,
     loads_optimizers_as_stock,
+    within_optimizers_load,
 )
 from lightning_memload.report import RestoreReport
 from lightning_memload.restore import (
@@ -241,9 +242,15 @@ class Weights(_Streaming):
         Raises:
             IncompatibleWeightsError: The weights do not fit the module. It is a ``RuntimeError``, as in torch.
         """
-        self._load_model(load, checkpoint, strict)
-        request = self._opened.request
-        if request.stage != "fit" or not request.trainer.strategy.lightning_restore_optimizer or self._states:
+        with self._session.shared_phase():
+            self._load_model(load, checkpoint, strict)
+        request, is_shared = self._opened.request, self._session.is_shared  # Another thread cannot share.
+        if (
+            request.stage != "fit"
+            or is_shared
+            or self._states
+            or not request.trainer.strategy.lightning_restore_optimizer
+        ):
             return
         self._states = StateStream.begin(
             self._session, checkpoint.get("optimizer_states"), request.dtypes_of_parameters()
@@ -276,7 +283,9 @@ class Weights(_Streaming):
         session, states, strategy = self._session, self._states, request.trainer.strategy
         with self._resources.pop_all() as stack:
             overlap = None
-            if request.options.overlaps and loads_optimizers_as_stock(strategy):
+            if session.is_shared:
+                stack.callback(within_optimizers_load(strategy, session.shared_phase))
+            elif request.options.overlaps and loads_optimizers_as_stock(strategy):
                 overlap = Overlap(session, states, optimizers)
                 stack.callback(_end_overlap, overlap, strategy)
                 stack.callback(after_optimizers_load(strategy, overlap.guard))

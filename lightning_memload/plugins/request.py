@@ -15,6 +15,7 @@ from lightning_memload.plugins.meter import PhaseMeter
 from lightning_memload.plugins.mode import Mode
 from lightning_memload.plugins.parts import hooks_load
 from lightning_memload.plugins.progress import RestoreBar
+from lightning_memload.plugins.reading import Read
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -42,6 +43,7 @@ class RestoreOptions:
     replaces_damaged: bool = False
     safe_globals: tuple[SafeGlobal, ...] = ()
     overlaps: bool = False
+    read: Read = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from lightning_memload.plugins.phases import (
     Weights,
 )
 from lightning_memload.plugins.rank_maxima import reduce_maxima
+from lightning_memload.plugins.reading import ReadingChoice
 from lightning_memload.plugins.request import Request, RestoreOptions
 from lightning_memload.plugins.seams import all_ranks_load
 from lightning_memload.plugins.sharding import ShardedLoad
@@ -74,8 +75,12 @@ class RestoreRun:
         name = str(getattr(stage, "value", stage))
         request = self._request = Request(options, trainer, pl_module, name, device, PhaseMeter(device))
         self._chooses = options.replaces_damaged and streams and all_ranks_load(trainer.strategy)
+        obstacle = None if streams and all_ranks_load(trainer.strategy) else "the strategy or a plugin loads by itself"
+        several = trainer.world_size > 1
+        shares = options.read == "stripes" and obstacle is None
         agrees = self._chooses or shards
-        self._companions = Companions.announce(agrees=agrees) if trainer.world_size > 1 else None
+        self._companions = Companions.announce(agrees=agrees, shares=shares) if several else None
+        self._reading = ReadingChoice(options.read, self._companions, obstacle if several else "one process")
         self.phase: Phase = Waiting() if streams or shards else Measured(request)
         if not streams:
             request.meter.start()
@@ -111,7 +116,7 @@ class RestoreRun:
         phase = self.phase
         if not isinstance(phase, Opening) or phase.path != path:
             return False
-        self.phase = phase.begin_weights(checkpoint, mapped)
+        self.phase = phase.begin_weights(checkpoint, mapped, self._reading)
         return True
 
     def load_model(self, load: Callable[..., None], checkpoint: Mapping[str, Any], strict: bool) -> None:
@@ -135,9 +140,10 @@ class RestoreRun:
     # Called by the Callback -----------------------------------------------------------------------------------------
 
     def on_no_load(self) -> None:
-        """Tells the other ranks that this rank restores no checkpoint, if they have to choose one together."""
+        """Tells the other ranks that this rank restores no checkpoint, if they wait for it."""
         if self._chooses and self._companions is not None and self._companions.can_agree:
             self._choose(None)
+        self._reading.decline()
 
     def load_weights(self, source: WeightsSource) -> None:
         """Streams the weights of a checkpoint into the module, without a resume.
@@ -153,6 +159,8 @@ class RestoreRun:
     def end_weights(self) -> None:
         """Removes the streaming from the module, once its values are loaded."""
         if isinstance(self.phase, Weights):
+            if self._reading.striping is not None:
+                self._reading.striping.confirm("the weights are loaded")  # A hook may have failed on one rank.
             self.phase.end_streaming()
 
     def begin_optimizers(self, optimizers: Sequence[Any]) -> None:
@@ -194,12 +202,17 @@ class RestoreRun:
         finally:
             self.abort()
 
-    def abort(self) -> None:
-        """Ends a restore that failed, or that was never requested. A second call does nothing."""
+    def abort(self, exception: BaseException | None = None) -> None:
+        """Ends a restore that failed, or that was never requested. A second call does nothing.
+
+        Args:
+            exception: The error that ends the run, for the other ranks. ``None`` if there is none.
+        """
         phase = self.phase
         with ExitStack() as stack:
             if self._companions is not None:
-                stack.callback(self._companions.leave)
+                failure = None if exception is None else f"{type(exception).__name__}: {exception}"
+                stack.callback(self._companions.leave, failure)
             stack.callback(self._request.meter.stop, phase.stats)
             stack.callback(phase.abort)
             if not isinstance(phase, Done):
@@ -215,6 +228,7 @@ class RestoreRun:
         request, stats = self._request, outcome.stats
         trainer, peaks = request.trainer, request.meter.total.peaks
         first_step = trainer.global_step if outcome.first_step is None else outcome.first_step
+        reading, striping = self._reading.chosen, self._reading.striping
         return RestoreReport(
             path=outcome.path,
             stage=request.stage,
@@ -234,4 +248,8 @@ class RestoreRun:
             num_threads=stats.num_threads,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
+            read=reading.name,
+            read_reason=reading.reason,
+            bytes_received=stats.bytes_received,
+            bytes_read_by_rank=dict(striping.bytes_read) if striping is not None else {},
         )

@@ -6,6 +6,7 @@ objects are not changed. Each function names the reason, and the versions of Lig
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ __all__ = [
     "sets_strict_loading",
     "skip_next_move_to_cpu",
     "when_set_up",
+    "within_optimizers_load",
 ]
 
 _SELF_LOADING = (
@@ -218,6 +220,24 @@ def after_optimizers_load(strategy: Strategy, action: Callable[[], object]) -> C
             action()
 
     strategy.__dict__["load_optimizer_state_dict"] = load_then_action
+    return lambda: strategy.__dict__.pop("load_optimizer_state_dict", None) and None
+
+
+def within_optimizers_load(
+    strategy: Strategy, context: Callable[[], contextlib.AbstractContextManager[object]]
+) -> Callable[[], None]:
+    """Makes a strategy load the states of the optimizers within a context. Lightning (2.5, 2.6) has no hook for it.
+
+    Returns:
+        A function that removes the shadow.
+    """
+    stock = strategy.load_optimizer_state_dict
+
+    def load_within(checkpoint: Mapping[str, Any]) -> None:
+        with context():
+            stock(checkpoint)
+
+    strategy.__dict__["load_optimizer_state_dict"] = load_within
     return lambda: strategy.__dict__.pop("load_optimizer_state_dict", None) and None
 
 

@@ -122,18 +122,18 @@ class TrainerRestore:
     def fail(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         """Ends the restore after an exception. The error of a damaged checkpoint names an intact one."""
         restoring = self._run is not None and self._run.path == str(trainer.ckpt_path)
-        self.abort()
+        self.abort(exception)
         skip_next_move_to_cpu(module)
         name_mixed_imports(exception, trainer, module)
         if restoring:
             advise = not (self._options.replaces_damaged or loads_by_itself(trainer.strategy))
             name_intact_sibling(exception, str(trainer.ckpt_path), trainer, advise_option=advise)
 
-    def abort(self) -> None:
-        """Ends a restore that did not come to its end, if there is one."""
+    def abort(self, exception: BaseException | None = None) -> None:
+        """Ends a restore that did not come to its end, if there is one. The other ranks are told of the exception."""
         run = self._take_run()
         if run is not None:
-            run.abort()
+            run.abort(exception)
 
     def warn_of_changed_files(self) -> None:
         """Warns if a file whose pages are parameters was changed in place."""

@@ -89,6 +89,10 @@ class RestoreReport:
         num_threads: Number of reading threads.
         rank: The rank of this process.
         world_size: Number of processes.
+        read: ``"each"``: this rank has read everything itself. ``"stripes"``: the ranks have shared what they read.
+        read_reason: The reason for this, in words.
+        bytes_received: Bytes that other ranks have read and sent to this one.
+        bytes_read_by_rank: The bytes that each rank has read and sent to the others. Empty if none has.
         waited_seconds: With ``overlap=True``: how long training waited for optimizer states. ``None`` without overlap.
         maxima: The maximum over ``maxima_ranks``, by the name of the figure. Empty for a single process.
         maxima_ranks: The ranks whose figures are known here: those that have the callback and answered in time.
@@ -112,6 +116,10 @@ class RestoreReport:
     rank: int = 0
     world_size: int = 1
     waited_seconds: float | None = None
+    read: str = "each"
+    read_reason: str = "one process"
+    bytes_received: int = 0
+    bytes_read_by_rank: Mapping[int, int] = field(default_factory=dict)
     maxima: Mapping[str, RankMaximum] = field(default_factory=dict)
     maxima_ranks: tuple[int, ...] = ()
 
@@ -126,6 +134,8 @@ class RestoreReport:
         for phase in self.phases:
             scalars[f"memload/{phase.name}_seconds"] = phase.seconds
         scalars["memload/read_gib"] = self.total.bytes_read / _GIB
+        if self.bytes_received:
+            scalars["memload/received_gib"] = self.bytes_received / _GIB
         if self.total.bytes_per_second is not None:
             scalars["memload/read_gib_per_second"] = self.total.bytes_per_second / _GIB
         if self.waited_seconds is not None:
@@ -171,6 +181,15 @@ class RestoreReport:
 
     def _footer(self) -> str:
         parts = [f"mode {self.mode} ({self.mode_reason})"]
+        if self.world_size > 1:
+            parts.append(f"read {self.read} ({self.read_reason})")
+        if self.bytes_read_by_rank:
+            read = self.bytes_read_by_rank.items()
+            most, least = max(read, key=lambda item: item[1]), min(read, key=lambda item: item[1])
+            parts.append(
+                f"received {format_bytes(self.bytes_received)} from other ranks, which read {format_bytes(least[1])} "
+                f"(rank {least[0]}) to {format_bytes(most[1])} (rank {most[0]}) for all"
+            )
         peaks = self.total.peaks
         if peaks.file_backed_peak_bytes is not None:
             parts.append(f"file-backed peak {format_bytes(peaks.file_backed_peak_bytes)}")

@@ -14,6 +14,7 @@ from lightning_memload.restore.sharded_weights import plan_sharded_weights, run_
 from lightning_memload.restore.shards import ShardReader, ShardTarget, Unshardable
 from lightning_memload.restore.state_dict import add_compiled_versions, find_state_dict, rename_compiled
 from lightning_memload.restore.state_stream import StateStream
+from lightning_memload.restore.striping import Striping
 from lightning_memload.restore.weights import WeightsRestore
 from lightning_memload.restore.weights_source import WeightsSource, open_any
 
@@ -27,6 +28,7 @@ __all__ = [
     "ShardTarget",
     "ShardedOptimizer",
     "StateStream",
+    "Striping",
     "Unshardable",
     "WeightsMatch",
     "WeightsRestore",

@@ -1,7 +1,6 @@
 """One restore of one checkpoint: what weights and optimizers share while it lasts.
 
-The session moves values from the file to their destinations, counts bytes, and checks that what is needed fits. Pages
-of the file are given to parameters by :class:`GivenPages`, checksums are compared by :class:`RecordChecks`. After
+The session moves values from the file to their destinations, counts bytes, and checks that what is needed fits. After
 :meth:`RestoreSession.close` nothing of the checkpoint is mapped or open.
 """
 
@@ -9,29 +8,26 @@ from __future__ import annotations
 
 import gc
 import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import NamedTuple
 
 import torch
 
 from lightning_memload.bytes import Record
 from lightning_memload.checkpoint import MappedCheckpoint
-from lightning_memload.errors import ChecksumError, InsufficientMemoryError
-from lightning_memload.memory import free_device_bytes
+from lightning_memload.errors import ChecksumError
+from lightning_memload.restore.free_memory import has_room, require_room
 from lightning_memload.restore.freeing import free_in_background
 from lightning_memload.restore.given_pages import GivenPages
 from lightning_memload.restore.record_checks import Checks, RecordChecks
 from lightning_memload.restore.recording import claim
+from lightning_memload.restore.striping import Striping
 from lightning_memload.restore.whole import WholeCheckpoint, is_worth_reading
 from lightning_memload.transfer import LazyRing, StagingRing, TensorCopy, TransferStats, transfer
-from lightning_memload.units import format_bytes
 
 __all__ = ["Move", "RestoreSession"]
 
-# A fraction of the free memory. A restore that needs more is announced: the first step of training needs memory too.
-_TIGHT_FRACTION = 0.9
 # If tensors of at least this size still lie in the file, a garbage collection comes before they are copied out of it.
 _COLLECT_BYTES = 1 << 20
 # To stream one tensor takes 100 to 200 us. torch copies one of this size out of the mapping in 20 us.
@@ -74,6 +70,7 @@ class RestoreSession:
         stats: The counters of all that was read.
         bytes_assigned: Bytes of parameters that became pages of the file. The caller counts them.
         bytes_copied_ordinarily: Bytes that torch copied, since they were no longer in the file unchanged.
+        striping: Set if several ranks share what they read, in :meth:`move` and in its phases.
     """
 
     def __init__(
@@ -96,6 +93,7 @@ class RestoreSession:
         self.stats = TransferStats()
         self.bytes_copied_ordinarily = 0
         self.bytes_assigned = 0
+        self.striping: Striping | None = None
         self._ring = ring
         self._on_progress = on_progress = _one_at_a_time(on_progress) if on_progress is not None else None
         self._on_pinned = on_pinned
@@ -110,6 +108,15 @@ class RestoreSession:
         self._checks = RecordChecks(
             checkpoint, enabled=verify, num_threads=ring.layout.num_threads, on_progress=on_progress
         )
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the ranks share what they read from now on."""
+        return self.striping is not None and self.striping.ended is None
+
+    def shared_phase(self) -> AbstractContextManager[None]:
+        """A context in which every rank loads the same, see :meth:`Striping.phase`."""
+        return self.striping.phase() if self.striping else nullcontext()
 
     def keep_cached(self) -> None:
         """Leaves what is read from now on in the page cache: the memory of a module is used again."""
@@ -131,7 +138,8 @@ class RestoreSession:
         if self._whole is not None:
             self._whole.copy((item.value, item.destination) for item in moves)
             return
-        stats, ordinary = self._stream(moves, self._on_progress, checks)
+        engine = self.striping.transfer if self.striping else None
+        stats, ordinary = self._stream(moves, self._on_progress, checks, engine)
         self.stats += stats
         with torch.no_grad():
             for item in ordinary:
@@ -164,7 +172,11 @@ class RestoreSession:
         return stats, not ordinary
 
     def _stream(
-        self, moves: Sequence[Move], on_progress: Callable[[int], None] | None, checks: Checks | None = None
+        self,
+        moves: Sequence[Move],
+        on_progress: Callable[[int], None] | None,
+        checks: Checks | None = None,
+        engine: Callable[..., TransferStats] | None = None,
     ) -> tuple[TransferStats, list[Move]]:
         """Streams what lies in the file. Returns the counters and the other moves."""
         copies = []
@@ -182,7 +194,7 @@ class RestoreSession:
         if not copies and not checks.records:
             return TransferStats(), ordinary
         with self._streaming:
-            stats = transfer(
+            stats = (engine or transfer)(
                 self.checkpoint.source,
                 copies,
                 self._get_ring,
@@ -226,31 +238,7 @@ class RestoreSession:
         if self.device.type != "cpu":
             host = torch.device("cpu")
             needs[host] = needs.get(host, 0) + self._ring.missing_bytes
-        for device, needed in needs.items():
-            if needed == 0:
-                continue
-            if device.type == "cuda":
-                # The thread that page-locks the ring may not have initialised CUDA yet. Before that nothing is known.
-                torch.cuda.init()
-            free = free_device_bytes(device)
-            if free is None:
-                continue
-            place = "host memory" if device.type == "cpu" else f"memory on {device}"
-            if needed > free:
-                raise InsufficientMemoryError(
-                    f"Restoring {self.checkpoint.index.path} needs {format_bytes(needed)} of {place}, but only "
-                    f"{format_bytes(free)} are free. Nothing was changed. Free memory or restore on a larger machine; "
-                    "if you know that the estimate is wrong, pass check_fit=False.",
-                    device=str(device),
-                    needed_bytes=needed,
-                    free_bytes=free,
-                )
-            if needed > _TIGHT_FRACTION * free:
-                warnings.warn(
-                    f"Restoring {self.checkpoint.index.path} takes {format_bytes(needed)} of {format_bytes(free)} free "
-                    f"{place}: little is left for training.",
-                    stacklevel=2,
-                )
+        require_room(self.checkpoint.index.path, needs)
 
     @property
     def is_in_memory(self) -> bool:
@@ -263,8 +251,7 @@ class RestoreSession:
         Args:
             needed_bytes: The bytes on each device.
         """
-        free = {device: free_device_bytes(device) for device in needed_bytes}
-        return all(known is None or needed_bytes[device] <= _TIGHT_FRACTION * known for device, known in free.items())
+        return has_room(needed_bytes)
 
     def watch_pages(self) -> str | None:
         """Makes what :meth:`pages_of` gives ordinary memory before another program changes a file in place.

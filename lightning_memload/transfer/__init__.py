@@ -12,6 +12,7 @@ from lightning_memload.transfer.staging import (
     choose_layout,
     start_ring,
 )
+from lightning_memload.transfer.striped import StripedTransfer
 from lightning_memload.transfer.threads import (
     Latch,
     available_cpus,
@@ -28,6 +29,7 @@ __all__ = [
     "LazyRing",
     "RingLayout",
     "StagingRing",
+    "StripedTransfer",
     "TensorCopy",
     "TransferStats",
     "available_cpus",

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from zlib_ng import zlib_ng
 
+from lightning_memload.distributed import PartChecksum
+
 __all__ = ["PartialChecksums"]
 
 
@@ -60,3 +62,8 @@ class PartialChecksums:
         for _, length, part_crc32 in found[1:]:
             whole = zlib_ng.crc32_combine(whole, part_crc32, length)
         return int(whole)
+
+    def incomplete(self) -> dict[int, list[PartChecksum]]:
+        """The parts of the records that are not complete. Other ranks may have read the other parts."""
+        with self._lock:
+            return {record: [PartChecksum(*part) for part in parts] for record, parts in self._parts.items()}

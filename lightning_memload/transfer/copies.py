@@ -38,6 +38,7 @@ class TransferStats:
         seconds: Wall time from the first read to the end of the last copy.
         num_threads: Number of threads that read.
         staging_bytes: Host memory of the staging ring. 0 if the transfer needs no ring.
+        bytes_received: Bytes that other ranks have read and sent.
     """
 
     bytes_read: int = 0
@@ -45,6 +46,7 @@ class TransferStats:
     seconds: float = 0.0
     num_threads: int = 0
     staging_bytes: int = 0
+    bytes_received: int = 0
 
     def __add__(self, other: TransferStats) -> TransferStats:
         return TransferStats(
@@ -53,4 +55,5 @@ class TransferStats:
             self.seconds + other.seconds,
             max(self.num_threads, other.num_threads),
             max(self.staging_bytes, other.staging_bytes),
+            self.bytes_received + other.bytes_received,
         )

@@ -13,7 +13,6 @@ import ctypes
 import queue
 import threading
 import time
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -28,6 +27,7 @@ from lightning_memload.transfer.buffer import Buffer
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.copies import TensorCopy, TransferStats
 from lightning_memload.transfer.cuda_context import on_stream
+from lightning_memload.transfer.flat_bytes import address_of, bytes_of, cut, is_raw
 from lightning_memload.transfer.plan import (
     Read,
     RecordSegment,
@@ -42,7 +42,7 @@ from lightning_memload.transfer.plan import (
 from lightning_memload.transfer.staging import StagingRing
 from lightning_memload.transfer.threads import run_threads
 
-__all__ = ["transfer"]
+__all__ = ["Job", "Transfer", "transfer"]
 
 # For CPU memory: the checksum finds a block of 1 MiB still in the core's cache, twice as fast as with 16 MiB.
 _DIRECT_BLOCK_BYTES = 1 << 20
@@ -98,11 +98,11 @@ def transfer(
         next(iter(by_device.values())).extend(on_cpu)
     stats = TransferStats()
     for of_device in by_device.values() or ([[]] if records and on_checksum is not None else []):
-        stats += _Transfer(source, of_device, ring, num_threads, block_bytes, records, on_progress, on_checksum).run()
+        stats += Transfer(source, of_device, ring, num_threads, block_bytes, records, on_progress, on_checksum).run()
     return stats
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
     """One read and its use: either raw segments, or one block of a tensor that must be rearranged."""
 
     read: Read
@@ -110,7 +110,9 @@ class _Job(NamedTuple):
     block: TensorBlock | None = None
 
 
-class _Transfer:
+class Transfer:
+    """One transfer to the CPU, to a device, or to both. See :func:`transfer` for the arguments."""
+
     def __init__(
         self,
         source: ByteSource,
@@ -120,7 +122,7 @@ class _Transfer:
         block_bytes: int,
         records: Sequence[Record],
         on_progress: Callable[[int], None] | None,
-        on_checksum: Callable[[Record, int], None] | None,
+        on_checksum: Callable[[Record, int], None] | None = None,
     ) -> None:
         self._on_checksum = on_checksum
         self._source = source
@@ -131,7 +133,7 @@ class _Transfer:
         self._device = next((c.destination.device for c in copies if c.destination.device.type != "cpu"), None)
         on_cuda = self._device is not None and self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if on_cuda else None
-        self._is_raw = [_is_raw(copy) for copy in copies]
+        self._is_raw = [is_raw(copy) for copy in copies]
         jobs = self._plan(block_bytes)
         self._jobs, self._num_jobs = iter(jobs), len(jobs)
         needs_ring = self._device is not None or any(job.block is not None for job in jobs)
@@ -151,14 +153,14 @@ class _Transfer:
         for view, tensor in zip(self._ring.views, self._ring.tensors, strict=True) if self._ring else ():
             self._empty.put(Buffer(view, tensor, self._stream))
         # Queue of filled buffers. Each thread puts ``None`` when it ends.
-        self._full: queue.SimpleQueue[tuple[_Job, Buffer] | None] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[tuple[Job, Buffer] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._stopped = False
         self._bytes_read = 0
         self._bytes_verified = 0
         self._checksums = PartialChecksums([record.nbytes for record in self._records])
 
-    def _plan(self, block_bytes: int) -> list[_Job]:
+    def _plan(self, block_bytes: int) -> list[Job]:
         ranges = []
         blocks: list[tuple[Read, TensorBlock]] = []
         for number, copy in enumerate(self._copies):
@@ -191,20 +193,16 @@ class _Transfer:
             reads.extend((read, None) for read in others)
             reads.sort(key=lambda item: item[0].offset)
             checks, _ = plan_checks([read for read, _ in reads], records)
-        return [_Job(read, check, block) for (read, block), check in zip(reads, checks, strict=True)]
+        return [Job(read, check, block) for (read, block), check in zip(reads, checks, strict=True)]
 
     def run(self) -> TransferStats:
+        """Carries out the transfer, see :func:`transfer`."""
         started = time.perf_counter()
         if self._stream is not None:
             # Work that was queued before the destinations were allocated may still use their memory.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
-            if self._device is None and self._num_jobs == 1:
-                self._read_all()  # Thousands of modules may be filled one by one; a thread for each is slower.
-            else:
-                run_threads(
-                    self._read_all, self._num_threads, self._stop, meanwhile=self._copy_all, alone=self._read_and_copy
-                )
+            self._carry_out()
         finally:
             if self._stream is not None:
                 self._stream.synchronize()
@@ -216,12 +214,20 @@ class _Transfer:
             staging_bytes=self._ring.nbytes if self._ring else 0,
         )
 
+    def _carry_out(self) -> None:
+        if self._device is None and self._num_jobs == 1:
+            self._read_all()  # Thousands of modules may be filled one by one; a thread for each is slower.
+        else:
+            run_threads(
+                self._read_all, self._num_threads, self._stop, meanwhile=self._copy_all, alone=self._read_and_copy
+            )
+
     def _stop(self) -> None:
         self._stopped = True
         for _ in range(self._num_threads):
             self._empty.put(None)
 
-    def _next_job(self) -> _Job | None:
+    def _next_job(self) -> Job | None:
         with self._lock:
             return None if self._stopped else next(self._jobs, None)
 
@@ -291,13 +297,13 @@ class _Transfer:
         elif actual != record.crc32:
             raise checksum_error(self._source, record, actual)
 
-    def _read(self, job: _Job, parts: Sequence[tuple[int, memoryview]]) -> None:
+    def _read(self, job: Job, parts: Sequence[tuple[int, memoryview]]) -> None:
         """Reads into consecutive parts of memory and compares the checksums while the bytes are in the cache."""
         read_fully(self._source, [part for _, part in parts], job.read.offset, name_at=self._name_at)
         for check in job.checks:
-            self._verify(check, _cut(parts, check.start, check.nbytes))
+            self._verify(check, cut(parts, check.start, check.nbytes))
 
-    def _read_directly(self, job: _Job) -> None:
+    def _read_directly(self, job: Job) -> None:
         parts: list[tuple[int, memoryview]] = []
         again: list[Segment] = []
         position = 0
@@ -318,9 +324,9 @@ class _Transfer:
         for segment in again:
             # An earlier target of this read has the same bytes: a tie or a view.
             target_start = 0
-            for part in _cut(parts, segment.start, segment.nbytes):
+            for part in cut(parts, segment.start, segment.nbytes):
                 destination = self._cpu_bytes(segment, target_start, len(part))
-                ctypes.memmove(_address(destination), _address(part), len(part))
+                ctypes.memmove(address_of(destination), address_of(part), len(part))
                 target_start += len(part)
 
     def _cpu_bytes(self, segment: Segment, skip: int, nbytes: int | None = None) -> memoryview:
@@ -333,7 +339,7 @@ class _Transfer:
             populate_memory(address, length)  # by each thread for its own block
         return memoryview((ctypes.c_char * length).from_address(address)).cast("B")
 
-    def _copy(self, job: _Job, buffer: Buffer) -> None:
+    def _copy(self, job: Job, buffer: Buffer) -> None:
         read = job.read
         if job.block is not None:
             buffer.rearrange(self._copies[read.segments[0].target], job.block, read.nbytes)
@@ -341,7 +347,7 @@ class _Transfer:
         for segment in read.segments:
             target = self._bytes[segment.target]
             if target is None:
-                target = self._bytes[segment.target] = _bytes_of(self._copies[segment.target].destination)
+                target = self._bytes[segment.target] = bytes_of(self._copies[segment.target].destination)
             if isinstance(target, int):
                 # An optimizer's steps: for thousands of scalars, a torch call for each is slower.
                 ctypes.memmove(target + segment.target_start, buffer.address + segment.start, segment.nbytes)
@@ -356,49 +362,3 @@ class _Transfer:
             if copy.offset <= offset < copy.offset + span * copy.dtype.itemsize:
                 return copy.name
         return None
-
-
-def _is_raw(copy: TensorCopy) -> bool:
-    """Whether the destination's memory holds the same bytes in the same order as the file."""
-    destination = copy.destination
-    if destination.dtype != copy.dtype or destination.is_conj() or destination.is_neg():
-        return False
-    if destination.is_contiguous() and destination.stride() == copy.stride:
-        return True
-    axes = sorted(
-        (in_memory, in_file, size)
-        for size, in_file, in_memory in zip(destination.shape, copy.stride, destination.stride(), strict=True)
-        if size > 1
-    )
-    # Dense: no gaps between the elements, and no shared elements.
-    expected = 1
-    for in_memory, in_file, size in axes:
-        if in_memory != expected or in_file != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the bytes of a dense tensor on a device as a flat tensor."""
-    start = tensor.storage_offset() * tensor.element_size()
-    nbytes = tensor.numel() * tensor.element_size()
-    empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return empty.set_(tensor.untyped_storage(), start, (nbytes,), (1,))
-
-
-def _cut(parts: Sequence[tuple[int, memoryview]], start: int, nbytes: int) -> list[memoryview]:
-    """Returns the parts of consecutive buffers that hold bytes ``[start, start + nbytes)`` of a read."""
-    # Binary search: a block may hold a hundred thousand small tensors, with one call for each.
-    number = bisect_right(parts, start, key=lambda item: item[0]) - 1
-    found = []
-    while number < len(parts) and parts[number][0] < start + nbytes:
-        position, part = parts[number]
-        low, high = max(start, position), min(start + nbytes, position + len(part))
-        found.append(part[low - position : high - position])
-        number += 1
-    return found
-
-
-def _address(view: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))

@@ -111,6 +111,101 @@ def test_signs_of_life_are_waited_for(store: Any, monkeypatch: pytest.MonkeyPatc
     assert now[0] == 3000
 
 
+def sharing(store: Any, world_size: int) -> list[Companions]:
+    """Companions that share what they read."""
+    found = [Companions(store, rank, world_size, agrees=False, shares=True) for rank in range(world_size)]
+    for companion in reversed(found):  # slots are not ranks
+        companion.meet()
+    return found
+
+
+def test_only_ranks_that_all_share_can_share(store: Any) -> None:
+    first, second = sharing(store, 2)
+    # The first one to meet was not alone, so both know that all share.
+    assert first.can_share
+    assert second.can_share
+    assert not first.can_agree
+    for companion in (first, second):
+        companion.leave()
+    first, second = (Companions(store, rank, 2, agrees=True, shares=rank == 0) for rank in range(2))
+    for companion in (first, second):
+        companion.meet()
+    assert first.can_agree
+    assert not first.can_share
+    assert not [thread for thread in threading.enumerate() if thread.name == "memload-signs"]
+
+
+def test_live_ranks_are_seen(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(companions, "_HEARTBEAT_SECONDS", 0.01)
+    first, second, third = sharing(store, 3)
+    counted = threading.Event()
+    monkeypatch.setattr(second, "_store", Counting(store, 5, counted))
+    first.look()
+    assert counted.wait(30)
+    first.look()  # it has seen other counters
+    third.leave("ValueError: boom")
+    second.leave("OSError: later")
+    with pytest.raises(LostCompanion) as lost:
+        first.look()
+    assert lost.value.ranks == (1, 2)
+    assert first.failure() == (2, "ValueError: boom")
+    with pytest.raises(LostCompanion):
+        first.agree_or_notice("hello")
+    first.leave()
+
+
+class Counting:
+    """A store that tells after some additions."""
+
+    def __init__(self, store: Any, number: int, counted: threading.Event) -> None:
+        self.store, self.left, self.counted = store, number, counted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def add(self, key: str, value: int) -> int:
+        self.left -= 1
+        if not self.left:
+            self.counted.set()
+        return int(self.store.add(key, value))
+
+
+def test_a_silent_rank_is_seen(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(companions, "_HEARTBEAT_SECONDS", 1e6)
+    first, second = sharing(store, 2)
+    now = [0.0]
+    monkeypatch.setattr(companions.time, "monotonic", lambda: now[0])
+    first.look()
+    now[0] = 19
+    first.look()
+    now[0] = 21
+    with pytest.raises(LostCompanion, match="rank 1 failed, or was silent for 20 s"):
+        first.look()
+    second.sign()
+    first.look()
+    monkeypatch.setattr(companions, "_HEARTBEAT_SECONDS", 0.0)
+    for companion in (first, second):
+        companion.leave()
+
+
+def test_a_wait_for_a_live_rank_ends(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may wait for this one at another place."""
+    now = [0.0]
+    monkeypatch.setattr(companions.time, "monotonic", lambda: now[0])
+    first, second = sharing(store, 2)
+
+    def pause(_: float) -> None:
+        now[0] += 10
+        store.add(second._key(f"sign/{second._slot}"), 1)
+
+    monkeypatch.setattr(companions.time, "sleep", pause)
+    with pytest.raises(LostCompanion):
+        first.agree_or_notice("hello")
+    assert 600 <= now[0] <= 620
+    for companion in (first, second):
+        companion.leave()
+
+
 def test_a_store_that_fails_costs_no_run(store: Any) -> None:
     class Failing:
         def __init__(self) -> None:

@@ -368,7 +368,7 @@ def test_damage_is_found_before_training_and_the_model_is_as_it_was(tmp_path: Pa
 def test_a_restore_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = OPTIMIZERS["adamw"]
     path = make_checkpoint(tmp_path, make)
-    monkeypatch.setattr("lightning_memload.restore.session.free_device_bytes", lambda device: 1000)
+    monkeypatch.setattr("lightning_memload.restore.free_memory.free_device_bytes", lambda device: 1000)
     with pytest.raises(InsufficientMemoryError, match="check_fit"):
         resume(tmp_path, path, Net(make), MemoryEfficientRestore())
 

@@ -446,7 +446,7 @@ def test_verify_false_does_not_look(tmp_path: Path, path: Path) -> None:
 
 
 def test_refuses_what_cannot_fit(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_memload.restore.session.free_device_bytes", lambda device: 100)
+    monkeypatch.setattr("lightning_memload.restore.free_memory.free_device_bytes", lambda device: 100)
     module = Evaluated()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     trainer = make_trainer(tmp_path, [MemoryEfficientRestore()])
@@ -461,7 +461,7 @@ def test_refuses_what_cannot_fit(tmp_path: Path, path: Path, monkeypatch: pytest
 
 
 def test_check_fit_false_tries(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_memload.restore.session.free_device_bytes", lambda device: 100)
+    monkeypatch.setattr("lightning_memload.restore.free_memory.free_device_bytes", lambda device: 100)
     restore = MemoryEfficientRestore(check_fit=False)
     resume(Case(Evaluated), path, tmp_path, restore)
     assert restore.report is not None
@@ -469,7 +469,7 @@ def test_check_fit_false_tries(tmp_path: Path, path: Path, monkeypatch: pytest.M
 
 def test_warns_where_it_is_tight(tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = bytes_of(path, "optimizer_states")
-    monkeypatch.setattr("lightning_memload.restore.session.free_device_bytes", lambda device: int(needed * 1.05))
+    monkeypatch.setattr("lightning_memload.restore.free_memory.free_device_bytes", lambda device: int(needed * 1.05))
     with pytest.warns(UserWarning, match="little is left for training"):
         resume(Case(Evaluated), path, tmp_path, MemoryEfficientRestore())
 

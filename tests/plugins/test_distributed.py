@@ -92,6 +92,16 @@ def test_ranks_train_as_stock(strategy: str, path: Path, stock: list[dict[str, A
     assert ours[0]["losses"] != ours[1]["losses"]
 
 
+def test_forked_ranks_share_what_they_read(path: Path, stock: list[dict[str, Any]], tmp_path: Path) -> None:
+    ours = ranks(path, tmp_path / "ours", "ddp_fork", ours=True, read="stripes", worth_bytes=0)
+    for expected, actual in zip(stock, ours, strict=True):
+        assert (actual["losses"], actual["weights"]) == (expected["losses"], expected["weights"])
+        assert actual["report"]["read"] == "stripes"
+        assert actual["held"] == 0
+    read = [result["report"]["total"]["bytes_read"] for result in ours]
+    assert [result["report"]["bytes_received"] for result in ours] == read[::-1]
+
+
 def test_ranks_that_are_not_alike(path: Path, tmp_path: Path) -> None:
     """No rank waits for one that does not take part, and all train as stock, with the same checkpoint."""
     for rank in range(2):

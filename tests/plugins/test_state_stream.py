@@ -293,7 +293,7 @@ def test_memory_that_is_not_there_is_asked_for_again(
 def test_states_that_leave_little_memory_wait(
     tmp_path: Path, streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_memload.restore.session.free_device_bytes", lambda device: 1010)
+    monkeypatch.setattr("lightning_memload.restore.free_memory.free_device_bytes", lambda device: 1010)
     session = RestoreSession.__new__(RestoreSession)
     cpu = torch.device("cpu")
     assert session.has_room({cpu: 900})

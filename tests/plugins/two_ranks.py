@@ -20,6 +20,7 @@ import tests.lightning as L
 import torch
 
 from lightning_memload import MemoryEfficientRestore
+from lightning_memload.restore import striping
 from tests.plugins.harness import TRUSTED, TinyModule, adamw, make_trainer
 
 
@@ -39,7 +40,9 @@ class Writing(L.Callback):
         (pathlib.Path(self.folder) / f"{trainer.global_rank}.json").write_text(json.dumps(result))
 
 
-def main(path, folder, strategy, ours, **options):
+def main(path, folder, strategy, ours, worth_bytes=None, **options):
+    if worth_bytes is not None:
+        striping._WORTH_BYTES = worth_bytes
     torch.manual_seed(2)
     module = TinyModule(adamw)
     restore = MemoryEfficientRestore(**options) if ours else None

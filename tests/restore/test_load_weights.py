@@ -28,8 +28,16 @@ from lightning_memload import (
     open_checkpoint,
     save_directory,
 )
-from lightning_memload.restore import RestoreSession, given_pages, overlaps, record_checks, session, targets
-from lightning_memload.transfer.engine import _Transfer
+from lightning_memload.restore import (
+    RestoreSession,
+    free_memory,
+    given_pages,
+    overlaps,
+    record_checks,
+    session,
+    targets,
+)
+from lightning_memload.transfer.engine import Transfer
 from tests.formats.files import as_bytes
 from tests.fresh_process import run_fresh
 
@@ -468,8 +476,8 @@ def test_what_changes_while_others_load(
     with meta_init(meta):
         module = make()
     transfers: list[int] = []
-    run = _Transfer.run
-    monkeypatch.setattr(_Transfer, "run", lambda self: transfers.append(1) or run(self))
+    run = Transfer.run
+    monkeypatch.setattr(Transfer, "run", lambda self: transfers.append(1) or run(self))
     load_weights(module, path, mode=mode)
     ours, theirs = module.state_dict(), expected.state_dict()
     assert ours.keys() == theirs.keys()
@@ -637,7 +645,7 @@ def test_the_work_for_a_module_does_not_grow_with_the_number_of_modules(
         looks: list[None] = []
         records: list[int] = []
         asked: list[None] = []
-        is_plain, transfer, free = targets.is_plain_tensor, session.transfer, session.free_device_bytes
+        is_plain, transfer, free = targets.is_plain_tensor, session.transfer, free_memory.free_device_bytes
         with monkeypatch.context() as patch:
             for owner in (targets, overlaps):
                 patch.setattr(owner, "is_plain_tensor", lambda tensor: looks.append(None) or is_plain(tensor))
@@ -647,7 +655,7 @@ def test_the_work_for_a_module_does_not_grow_with_the_number_of_modules(
                 return transfer(*args, **kwargs)
 
             patch.setattr(session, "transfer", count_records)
-            patch.setattr(session, "free_device_bytes", lambda device: asked.append(None) or free(device))
+            patch.setattr(free_memory, "free_device_bytes", lambda device: asked.append(None) or free(device))
             path = tmp_path / f"{number}.pt"
             saved = nn.Sequential(*(kind(2, 2) for _ in range(number)))
             torch.save(saved.state_dict(), path, _use_new_zipfile_serialization=not legacy)
@@ -889,7 +897,7 @@ class TestFailures:
 
     def test_what_does_not_fit(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.save(Net().state_dict(), path)
-        monkeypatch.setattr("lightning_memload.restore.session.free_device_bytes", lambda device: 100)
+        monkeypatch.setattr("lightning_memload.restore.free_memory.free_device_bytes", lambda device: 100)
         with meta_init():
             module = Net()
         with pytest.raises(InsufficientMemoryError, match="Nothing was changed"):

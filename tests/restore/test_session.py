@@ -26,7 +26,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return free[device.type] if initialised or device.type == "cpu" else None
 
     monkeypatch.setattr(torch.cuda, "init", lambda: initialised.append(True))
-    monkeypatch.setattr("lightning_memload.restore.session.free_device_bytes", free_device_bytes)
+    monkeypatch.setattr("lightning_memload.restore.free_memory.free_device_bytes", free_device_bytes)
     return free
 
 

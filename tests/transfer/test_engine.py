@@ -30,7 +30,7 @@ from lightning_memload.transfer import (
     transfer,
 )
 from lightning_memload.transfer.buffer import Buffer
-from lightning_memload.transfer.engine import _Transfer
+from lightning_memload.transfer.engine import Transfer
 from tests.formats.files import ALL_DTYPES, as_bytes, layouts, of_dtype
 from tests.fresh_process import run_fresh
 
@@ -141,10 +141,10 @@ def converted(count: int) -> tuple[Memory, list[TensorCopy]]:
     return Memory(data), in_doubles(copies)
 
 
-PLAN = _Transfer._plan
+PLAN = Transfer._plan
 
 
-def pretend_a_device(self: _Transfer, block_bytes: int) -> Any:
+def pretend_a_device(self: Transfer, block_bytes: int) -> Any:
     """As if the destinations were on another device than the CPU."""
     self._device = torch.device("cpu")
     return PLAN(self, block_bytes)
@@ -153,7 +153,7 @@ def pretend_a_device(self: _Transfer, block_bytes: int) -> Any:
 @pytest.fixture
 def device_that_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose buffers are never free, so that all threads come to wait for one."""
-    monkeypatch.setattr(_Transfer, "_plan", pretend_a_device)
+    monkeypatch.setattr(Transfer, "_plan", pretend_a_device)
     monkeypatch.setattr(Buffer, "is_free", lambda self: False)
 
 
@@ -338,9 +338,9 @@ class TestReading:
     def test_a_failing_disk(
         self, number: int, threads: int, is_converted: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        running: list[_Transfer] = []
-        run = _Transfer.run
-        monkeypatch.setattr(_Transfer, "run", lambda self: running.append(self) or run(self))
+        running: list[Transfer] = []
+        run = Transfer.run
+        monkeypatch.setattr(Transfer, "run", lambda self: running.append(self) or run(self))
 
         def fail(call: int, offset: int) -> None:
             if call == number:
@@ -425,16 +425,16 @@ class TestReading:
             raise KeyboardInterrupt
 
         interruptions: list[int] = []
-        stop = _Transfer._stop
+        stop = Transfer._stop
 
-        def interrupted(self: _Transfer) -> None:
+        def interrupted(self: Transfer) -> None:
             interruptions.append(1)
             if len(interruptions) < 3:
                 raise KeyboardInterrupt
             stop(self)
 
         monkeypatch.setattr(Buffer, "wait", interrupt)
-        monkeypatch.setattr(_Transfer, "_stop", interrupted)
+        monkeypatch.setattr(Transfer, "_stop", interrupted)
         with pytest.raises(KeyboardInterrupt):
             move(*converted(40), block=5000)
         assert len(interruptions) == 3
@@ -452,7 +452,7 @@ class TestReading:
         move(source, copies, block=5000)
         assert threads == {"memload"}  # for the CPU all of them convert
         threads.clear()
-        monkeypatch.setattr(_Transfer, "_plan", pretend_a_device)
+        monkeypatch.setattr(Transfer, "_plan", pretend_a_device)
         source, again = converted(40)
         move(source, again, block=5000)
         assert threads == {threading.current_thread().name}
@@ -474,7 +474,7 @@ class TestReading:
             start(thread)
 
         if to_device:
-            monkeypatch.setattr(_Transfer, "_plan", pretend_a_device)
+            monkeypatch.setattr(Transfer, "_plan", pretend_a_device)
         source, expected = converted(40)
         move(source, expected, threads=3, block=5000)
         source, copies = converted(40)
