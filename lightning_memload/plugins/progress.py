@@ -30,9 +30,9 @@ class RestoreBar:
         self._bar: tqdm[Any] = tqdm(
             desc="Restoring checkpoint",
             total=sum(storages.values()),
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
+            unit="GiB",
+            unit_scale=2**-30,
+            bar_format="{l_bar}{bar}| {n:.2f}/{total:.2f} GiB [{elapsed}<{remaining}, {rate_noinv_fmt}]",
             delay=_DELAY_SECONDS,
             leave=False,
             dynamic_ncols=True,

@@ -211,4 +211,5 @@ class RestoreRun:
             num_threads=stats.num_threads,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
+            series=request.meter.series(),
         )
