@@ -330,6 +330,10 @@ class TestPages:
         }
         logged |= {f"{phase}_seconds" for phase in ("open", "weights", "optimizers", "overlap")}
         assert explained == logged
+        reports = ("restore_report", "save_report")
+        modules = [importlib.import_module(f"lightning_memload.report.{name}") for name in reports]
+        by_default = {name for module in modules for name in module._SUMMARY}
+        assert {f"memload/{name}" for name in re.findall(r"\*\*`memload/(\w+)`\*\*", text)} == by_default
 
     def test_site_is_built_without_a_warning(self, tmp_path: Path) -> None:
         if any(importlib.util.find_spec(name) is None for name in ("mkdocs", "material", "mkdocstrings_handlers")):

@@ -269,15 +269,16 @@ def rows_of(logger: CSVLogger) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if v} for row in csv.DictReader(lines)]
 
 
-def test_logs_to_every_logger_at_the_restored_step(tmp_path: Path, path: Path) -> None:
+@pytest.mark.parametrize(("log", "detail"), [(True, "summary"), ("all", "all")])
+def test_logs_to_every_logger_at_the_restored_step(tmp_path: Path, path: Path, log: Any, detail: Any) -> None:
     from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
 
     loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "other")]
-    restore = MemoryEfficientRestore()
+    restore = MemoryEfficientRestore(log=log)
     trainer = make_trainer(tmp_path, [restore, L.Callback()], logger=loggers, max_epochs=2, log_every_n_steps=1)
     trainer.fit(Evaluated(), ckpt_path=path, **TRUSTED)
     assert restore.report is not None
-    expected = restore.report.scalars()
+    expected = restore.report.scalars(detail)
     for logger in (loggers[0], loggers[2]):
         assert isinstance(logger, CSVLogger)
         (row,) = [row for row in rows_of(logger) if "memload/seconds" in row]
