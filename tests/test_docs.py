@@ -329,6 +329,7 @@ class TestPages:
             f"{name}_gib" for name in importlib.import_module("lightning_memload.report.restore_report").MEMORY_FIGURES
         }
         logged |= {f"{phase}_seconds" for phase in ("open", "weights", "optimizers", "overlap")}
+        logged.add(importlib.import_module("lightning_memload.plugins.figure_log").PICTURE.removeprefix("memload/"))
         assert explained == logged
         reports = ("restore_report", "save_report")
         modules = [importlib.import_module(f"lightning_memload.report.{name}") for name in reports]

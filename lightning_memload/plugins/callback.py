@@ -62,7 +62,9 @@ class MemoryEfficientRestore(Callback):
         check_fit: Compare needed and free memory of device and host before the first byte is read, and raise if the
             checkpoint does not fit.
         log: ``True`` or ``"summary"``: print a table with the time and memory of the restore, and log few figures as
-            ``memload/...`` to every logger of the Trainer. ``"all"``: log all figures. ``False``: silence.
+            ``memload/...`` to every logger of the Trainer. Loggers that take pictures get memory over time of a restore
+            of at least a second, if matplotlib is installed. ``"all"``: log all figures, and the picture of every
+            restore. ``False``: silence.
         log_saves: The same for saves, which print a line and log ``memload/save_...``. Measuring a save takes about 20
             ms. ``None``: as ``log``.
         progress_bar: Show a bar for restores of more than a second, if the Trainer shows bars.

@@ -212,4 +212,5 @@ class RestoreRun:
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             series=request.meter.series(),
+            budget_bytes=request.options.host_budget_bytes,
         )

@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
 from lightning_memload.plugins.damaged import name_intact_sibling
 from lightning_memload.plugins.exposed import ExposedParameters
+from lightning_memload.plugins.figure_log import log_picture
 from lightning_memload.plugins.mixed_imports import name_mixed_imports
 from lightning_memload.plugins.request import RestoreOptions
 from lightning_memload.plugins.run import RestoreRun
@@ -113,6 +114,7 @@ class TrainerRestore:
         step = report.global_step if report.stage != "fit" else step_of_loggers(trainer, trainer.global_step)
         for logger in trainer.loggers:
             logger.log_metrics(report.scalars(self._detail), step=step)
+        log_picture(trainer, report, self._detail, step)
 
     def fail(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         """Ends the restore after an exception. The error of a damaged checkpoint names an intact one."""

@@ -5,11 +5,14 @@ Fields are in bytes, logged scalars and the table in GiB. An unknown figure is a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from lightning_memload.memory import MemoryPeaks, MemorySeries
+from lightning_memload.report.picture_style import Theme, require_matplotlib
+from lightning_memload.report.plot import restore_figure, save_figure
 from lightning_memload.report.table import html_table, text_table
 from lightning_memload.restore import WeightsMatch
 from lightning_memload.units import format_gib
@@ -97,6 +100,7 @@ class RestoreReport:
         bytes_kept: Bytes of the checkpoint that other objects still refer to after the restore; they became ordinary
             memory.
         staging_bytes: Host memory of the staging ring.
+        budget_bytes: The limit of the memory for staging, ``host_budget_mib``. 0: unknown.
         num_threads: Number of reading threads.
         rank: The rank of this process.
         world_size: Number of processes.
@@ -128,6 +132,7 @@ class RestoreReport:
     maxima: Mapping[str, RankMaximum] = field(default_factory=dict)
     maxima_ranks: tuple[int, ...] = ()
     series: MemorySeries = field(default_factory=MemorySeries)
+    budget_bytes: int = 0
 
     def figures(self) -> dict[str, int]:
         """Return the known memory figures of the whole restore, in bytes, by name."""
@@ -163,6 +168,21 @@ class RestoreReport:
     def as_dict(self) -> dict[str, Any]:
         """Return all fields as plain dicts, lists and numbers for ``json``, in bytes and seconds."""
         return asdict(self)
+
+    def save_plot(self, path: str | os.PathLike[str], *, theme: Theme = "light") -> None:
+        """Draw memory over time, with the phases as bands, and the budget and the memory limit as lines.
+
+        Args:
+            path: The picture. The end of its name decides the format: ``.png``, ``.svg`` or ``.pdf``.
+            theme: ``"light"`` or ``"dark"``.
+
+        Raises:
+            ValueError: The report has no series, or there is no such theme or format.
+            ModuleNotFoundError: matplotlib is not installed. The extra ``plot`` installs it.
+            OSError: The file cannot be written.
+        """
+        require_matplotlib("RestoreReport.save_plot()")
+        save_figure(restore_figure(self, theme), path, theme)
 
     def table(self) -> str:
         """Return a table for people: one line per phase, with seconds, and memory in GiB. ``str(report)`` is the same.
