@@ -105,7 +105,7 @@ def test_each_logger_gets_what_it_takes(path: Path, tmp_path: Path) -> None:
     runs, figures, files = Runs(), Figures(), RunFiles()
     loggers = [Images(), Artifacts(), Taking(runs), Taking(figures), Taking(files), Taking(), Without()]
     for logger in loggers[2:5]:
-        logger.run_id = "r1"  # type: ignore[attr-defined]
+        logger.run_id = "r1"
     resume(path, tmp_path, [*loggers, CSVLogger(tmp_path)], log="all")
     (_, step) = loggers[0].given[0]
     ((key, size, of_image),) = loggers[0].given[1:]
