@@ -49,9 +49,8 @@ def test_pictures_are_the_measured_results() -> None:
         [sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
     )
     drawn = json.loads(done.stdout)
-    assert {f"{name}-{theme}.svg" for name in ("summary-h100", "curves-cpu") for theme in ("light", "dark")} == set(
-        drawn
-    )
+    names = ("summary-h100", "curves-cpu")
+    assert set(drawn) == {f"{name}-{theme}.svg" for name in names for theme in ("light", "dark")}
     for name, picture in drawn.items():
         assert texts((ROOT / "docs" / "assets" / name).read_text()) == texts(picture), "run make figures"
         assert name in README or name in (ROOT / "docs" / "benchmarks.md").read_text()

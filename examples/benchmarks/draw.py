@@ -3,7 +3,8 @@
     python examples/benchmarks/draw.py
 
 Writes ``docs/assets/NAME-light.svg`` and ``-dark.svg``: ``summary-h100`` from the results of a resume and a save on a
-GPU, and ``curves-*`` from each ``results/curves-*.json``. Needs matplotlib. No figure is typed by hand.
+GPU, ``curves-*`` from each ``results/curves-*.json``, and ``memory-*`` from each ``results/resume-*.json`` that has
+memory over time. Needs matplotlib. No figure is typed by hand.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from common import GIB
 from curves import WORKS
 from matplotlib.figure import Figure
 
-from lightning_memload.report.picture_style import PALETTES, Label, Palette, label_lines, plain_numbers, styled
+from lightning_memload.memory import MemorySeries
+from lightning_memload.report import compare_figure
+from lightning_memload.report.picture_style import PALETTES, Label, Palette, Theme, label_lines, plain_numbers, styled
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS, ASSETS = Path(__file__).resolve().parent / "results", ROOT / "docs" / "assets"
@@ -41,12 +45,14 @@ def drawn() -> dict[Path, str]:
     makers: dict[str, Any] = {"summary-h100": (draw_summary, read("resume-h100"), read("save-h100"))}
     for path in sorted(RESULTS.glob("curves-*.json")):
         makers[path.stem] = (draw_curves, read(path.stem))
-    pictures = {}
-    for name, (make, *results) in makers.items():
-        for theme in PALETTES:
-            with styled(theme) as palette:
-                pictures[ASSETS / f"{name}-{theme}.svg"] = svg(make(palette, *results))
-    return pictures
+    for path in sorted(RESULTS.glob("resume-*.json")):
+        if "series" in read(path.stem):
+            makers[path.stem.replace("resume", "memory")] = (draw_memory, read(path.stem))
+    return {
+        ASSETS / f"{name}-{theme}.svg": picture(theme, make, *results)
+        for name, (make, *results) in makers.items()
+        for theme in PALETTES
+    }
 
 
 def read(name: str) -> dict[str, Any]:
@@ -55,10 +61,12 @@ def read(name: str) -> dict[str, Any]:
     return result
 
 
-def svg(figure: Figure) -> str:
-    """Return a figure as an SVG without a background, for pages of any colour."""
+def picture(theme: Theme, make: Callable[..., Figure], *results: dict[str, Any]) -> str:
+    """Return a picture of results as an SVG without a background, for pages of any colour."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with styled(theme) as palette:
+        figure = make(palette, *results)
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return file.getvalue()
 
 
@@ -133,6 +141,20 @@ def draw_spans(panel: Any, palette: Palette, values: dict[str, list[float]]) -> 
     panel.minorticks_off()
     panel.grid(axis="x")
     plain_numbers(panel.xaxis)
+
+
+# Memory over time -----------------------------------------------------------------------------------------------------
+
+
+def draw_memory(palette: Palette, result: dict[str, Any]) -> Figure:
+    """Draw the memory of the same resume over time: stock and this project."""
+    courses = {
+        label: MemorySeries(**{figure: tuple(levels) for figure, levels in result["series"][variant].items()})
+        for label, variant in ((STOCK, "stock"), (OURS, "callback"))
+    }
+    (theme,) = (theme for theme, known in PALETTES.items() if known is palette)
+    figure: Figure = compare_figure(courses, theme)
+    return figure
 
 
 # Curves ---------------------------------------------------------------------------------------------------------------

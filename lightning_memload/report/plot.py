@@ -28,7 +28,7 @@ from lightning_memload.units import format_gib
 if TYPE_CHECKING:
     from lightning_memload.report.restore_report import PhaseReport, RestoreReport
 
-__all__ = ["compare_plots", "restore_figure", "save_figure"]
+__all__ = ["compare_figure", "compare_plots", "restore_figure", "save_figure"]
 
 _GIB = 2**30
 # In inches, at 100 points to the inch: the width of a README.
@@ -95,6 +95,16 @@ def compare_plots(
         OSError: The file cannot be written.
     """
     require_matplotlib("compare_plots()")
+    save_figure(compare_figure(measurements, theme), path, theme)
+
+
+def compare_figure(measurements: Mapping[str, RestoreReport | MemorySeries], theme: Theme = "light") -> Any:
+    """Return the picture of :func:`compare_plots` as a ``matplotlib.figure.Figure``.
+
+    Raises:
+        ValueError: There is nothing to draw, or no such theme.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
     named = {name: one if isinstance(one, MemorySeries) else one.series for name, one in measurements.items()}
     panels = _panels_of(list(named.values()), theme)
     last = max(series.seconds[-1] for series in named.values())
@@ -108,7 +118,7 @@ def compare_plots(
             _finish(axes, title, last)
             label_lines(axes, labels)
         grid[-1].set_xlabel("seconds since the start")
-    save_figure(figure, path, theme)
+        return figure
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str], theme: Theme) -> None:
