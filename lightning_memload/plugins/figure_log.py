@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_memload.report import Detail, RestoreReport, restore_figure
+from lightning_memload.report.picture_style import styled
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -47,8 +48,9 @@ def log_picture(trainer: pl.Trainer, report: RestoreReport, detail: Detail, step
     failures = []
     for logger in takers:
         try:
-            # A figure for each: a logger may close or change the one that it gets.
-            _give(logger, restore_figure(report), step)
+            # In the style, since some parts are only made while a logger draws. A figure for each: it may change it.
+            with styled("light"):
+                _give(logger, restore_figure(report), step)
         except Exception as error:
             failures.append(f"{type(logger).__name__}: {type(error).__name__}: {error}")
     if failures:

@@ -92,6 +92,7 @@ def styled(theme: Theme) -> Iterator[Palette]:
     style: dict[Any, Any] = {
         **dict.fromkeys(inked, palette.ink),
         "text.usetex": False,
+        "text.parse_math": False,  # a name with dollar signs is no formula
         "font.family": "sans-serif",
         # Fonts of the same width, so that text in an SVG has room where the first one is missing.
         "font.sans-serif": ["DejaVu Sans", "Verdana", "Bitstream Vera Sans", "Arial", "sans-serif"],

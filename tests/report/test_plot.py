@@ -82,6 +82,11 @@ class TestRestore:
             assert found[0] == found[1]
         assert found[0].startswith({"a.png": b"\x89PNG", "a.svg": b"<?xml", "a.pdf": b"%PDF"}[name])
 
+    def test_a_name_is_no_formula(self, tmp_path: Path) -> None:
+        report = timed(bare_report(path="a $x^$ b.ckpt"), series(0.5, 0.75))
+        report.save_plot(tmp_path / "a.svg")
+        assert any("a $x^$ b.ckpt" in text for text in texts(tmp_path / "a.svg"))
+
     def test_themes_differ(self, tmp_path: Path) -> None:
         report = timed(bare_report(), series(0.5, 0.75))
         for theme, palette in PALETTES.items():
