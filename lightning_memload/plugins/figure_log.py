@@ -63,7 +63,7 @@ def log_picture(trainer: pl.Trainer, report: RestoreReport, detail: Detail, step
 def _way(logger: Any) -> str | None:
     """The name of the method that takes a picture, ``None`` if there is none."""
     owners = ((logger, "log_image"), (_experiment(logger), "add_figure"), (_experiment(logger), "log_figure"))
-    files = ((logger, "log_artifact"), (logger, "log_file"), (_experiment(logger), "log_artifact"))
+    files = ((logger, "log_artifact"), (_experiment(logger), "log_artifact"))
     for owner, name in (*owners, *files):
         if callable(getattr(owner, name, None)):
             return name
