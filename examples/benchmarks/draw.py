@@ -46,8 +46,9 @@ def drawn() -> dict[Path, str]:
     for path in sorted(RESULTS.glob("curves-*.json")):
         makers[path.stem] = (draw_curves, read(path.stem))
     for path in sorted(RESULTS.glob("resume-*.json")):
-        if "series" in read(path.stem):
-            makers[path.stem.replace("resume", "memory")] = (draw_memory, read(path.stem))
+        result = read(path.stem)
+        if "series" in result:
+            makers["memory-gpu" if result["machine"]["gpu"] else "memory-cpu"] = (draw_memory, result)
     return {
         ASSETS / f"{name}-{theme}.svg": picture(theme, make, *results)
         for name, (make, *results) in makers.items()

@@ -42,6 +42,7 @@ def test_every_variant_gets_the_same_bits(
     draw = import_benchmark("draw")
     assert f">{draw.OURS}<" in draw.picture("dark", draw.draw_memory, result)
     rendered = import_benchmark("render").render(result)
+    assert "(assets/memory-cpu-dark.svg#only-dark)" in rendered
     labels = [benchmark.VARIANTS[variant] for variant in variants]
     for row in (*labels, "one run with a cold page cache", "reading a cold file"):
         assert row in rendered
