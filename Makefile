@@ -66,6 +66,10 @@ demo: $(INSTALLED) ## Train, save and resume a small GPT, stock and with the cal
 finetune: $(INSTALLED) ## Finetune a model larger than the memory that the process may use (needs root for the limit)
 	@$(BIN)/python examples/finetune_low_ram.py
 
+.PHONY: figures
+figures: $(INSTALLED) ## Draw the pictures of README and the documentation from the measured results
+	@$(BIN)/python examples/benchmarks/draw.py
+
 # Strict: a broken link or reference is an error. The variable silences a notice of the theme about other programs.
 .PHONY: docs
 docs: $(DOCS_INSTALLED) ## Build the documentation into build/docs

@@ -37,6 +37,7 @@ __all__ = [
     "MemoryEfficientRestore",
     "MemoryMonitor",
     "MemoryPeaks",
+    "MemorySeries",
     "MetaTensorError",
     "OptimizerMismatchError",
     "RestoreReport",
@@ -46,6 +47,7 @@ __all__ = [
     "VerifyReport",
     "WeightsSource",
     "__version__",
+    "compare_plots",
     "load_from_checkpoint",
     "load_weights",
     "meta_init",
@@ -59,9 +61,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lightning_memload.checkpoint import Checkpoint
     from lightning_memload.formats import open_checkpoint
-    from lightning_memload.memory import MemoryMonitor, MemoryPeaks
+    from lightning_memload.memory import MemoryMonitor, MemoryPeaks, MemorySeries
     from lightning_memload.plugins import MemoryEfficientRestore, StreamingCheckpointIO, load_from_checkpoint
-    from lightning_memload.report import RestoreReport
+    from lightning_memload.report import RestoreReport, compare_plots
     from lightning_memload.restore import WeightsSource, load_weights, meta_init
     from lightning_memload.save import save_directory
     from lightning_memload.verify import VerifyReport, verify_checkpoint
@@ -72,10 +74,12 @@ else:
         "MemoryEfficientRestore": "lightning_memload.plugins",
         "MemoryMonitor": "lightning_memload.memory",
         "MemoryPeaks": "lightning_memload.memory",
+        "MemorySeries": "lightning_memload.memory",
         "RestoreReport": "lightning_memload.report",
         "StreamingCheckpointIO": "lightning_memload.plugins",
         "VerifyReport": "lightning_memload.verify",
         "WeightsSource": "lightning_memload.restore",
+        "compare_plots": "lightning_memload.report",
         "load_from_checkpoint": "lightning_memload.plugins",
         "load_weights": "lightning_memload.restore",
         "meta_init": "lightning_memload.restore",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["counted", "format_bytes", "format_speed", "parse_bytes"]
+__all__ = ["counted", "format_bytes", "format_gib", "format_speed", "parse_bytes"]
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
 
@@ -31,6 +31,17 @@ def format_bytes(nbytes: float, *, like: float | None = None) -> str:
     while exponent < len(_UNITS) and round(largest / 1024**exponent, 2) >= 1024:
         exponent += 1
     return f"{nbytes / 1024**exponent:.2f} {_UNITS[exponent - 1]}"
+
+
+def format_gib(nbytes: float, *, like: float | None = None) -> str:
+    """Return a number of bytes in GiB: with two decimals from 1 GiB on and three below: ``"0.125 GiB"``.
+
+    Args:
+        nbytes: The number of bytes.
+        like: Choose the decimals for this number of bytes instead, for a column. ``None``: for ``nbytes``.
+    """
+    decimals = 2 if abs(nbytes if like is None else like) >= 2**30 else 3
+    return f"{nbytes / 2**30:.{decimals}f} GiB"
 
 
 def format_speed(nbytes: float, seconds: float) -> str:

@@ -329,7 +329,21 @@ class TestPages:
             f"{name}_gib" for name in importlib.import_module("lightning_memload.report.restore_report").MEMORY_FIGURES
         }
         logged |= {f"{phase}_seconds" for phase in ("open", "weights", "optimizers", "overlap")}
+        logged.add(importlib.import_module("lightning_memload.plugins.figure_log").PICTURE.removeprefix("memload/"))
         assert explained == logged
+        reports = ("restore_report", "save_report")
+        modules = [importlib.import_module(f"lightning_memload.report.{name}") for name in reports]
+        by_default = {name for module in modules for name in module._SUMMARY}
+        assert {f"memload/{name}" for name in re.findall(r"\*\*`memload/(\w+)`\*\*", text)} == by_default
+
+    def test_the_site_has_the_pictures_of_its_pages(self) -> None:
+        """mkdocs gives no warning of a picture that exclude_docs keeps out."""
+        (excluded,) = re.findall(r"^exclude_docs: \|\n((?:  .*\n)+)", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+        pictures = {name for page in DOCS.rglob("*.md") for name in re.findall(r"!\[.*\]\(([^)#]+)", page.read_text())}
+        assert len(pictures) >= 4
+        for name in pictures:
+            assert (DOCS / name).is_file()
+            assert not any(Path(name).match(pattern) for pattern in excluded.split())
 
     def test_site_is_built_without_a_warning(self, tmp_path: Path) -> None:
         if any(importlib.util.find_spec(name) is None for name in ("mkdocs", "material", "mkdocstrings_handlers")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_memload.units import counted, format_bytes, format_speed, parse_bytes
+from lightning_memload.units import counted, format_bytes, format_gib, format_speed, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,13 @@ def test_the_unit_fits(nbytes: int, words: str) -> None:
 
 def test_a_column_has_the_unit_of_its_largest() -> None:
     assert [format_bytes(n, like=3 << 30) for n in (0, 1 << 20, 3 << 30)] == ["0.00 GiB", "0.00 GiB", "3.00 GiB"]
+
+
+def test_one_unit_for_figures_beside_each_other() -> None:
+    assert [format_gib(n) for n in (0, 1 << 20, 128 << 20, 1 << 30, 18 << 30)] == [
+        "0.000 GiB", "0.001 GiB", "0.125 GiB", "1.00 GiB", "18.00 GiB",
+    ]  # fmt: skip
+    assert [format_gib(n, like=2 << 30) for n in (0, 128 << 20)] == ["0.00 GiB", "0.12 GiB"]
 
 
 def test_nouns_agree() -> None:

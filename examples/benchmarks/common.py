@@ -8,6 +8,7 @@ import mmap
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -195,6 +196,11 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(item) for item in value]
     return round(value, 2) if isinstance(value, float) else value
+
+
+def lists_in_lines(text: str) -> str:
+    """Return indented JSON with each list of numbers in one line."""
+    return re.sub(r"\[\s+([-+.,\deE\s]|null)+\]", lambda found: " ".join(found[0].split()), text)
 
 
 def aligned(rows: Sequence[Sequence[str]], num_labels: int) -> list[str]:

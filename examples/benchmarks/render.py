@@ -119,7 +119,6 @@ def render(result: dict[str, Any]) -> str:
 def render_curves(result: dict[str, Any]) -> str:
     """Return the pictures that ``draw.py`` draws, and the table below them."""
     versions = result["versions"]
-    name = "cpu" if result["machine"]["gpu"] is None else "gpu"
     picture = "Seconds and host memory of five works, along the size, the tensors and the threads"
     rows = [f"| {' | '.join(row)} |" for row in curves.table(result)]
     return "\n".join(
@@ -128,7 +127,7 @@ def render_curves(result: dict[str, Any]) -> str:
             f"stay fixed: {curves.NUM_TENSORS} tensors of {result['fixed_gigabytes']:g} GB in all, and the default "
             "number of threads.",
             "",
-            *(f"![{picture}](assets/curves-{name}-{variant}.svg#only-{variant})" for variant in ("light", "dark")),
+            *pictures(picture, "curves", result),
             "",
             "| | along | GB | tensors | threads | seconds | host, MiB |",
             "|---|---|---:|---:|---:|---:|---:|",
@@ -187,8 +186,16 @@ def render_resume(result: dict[str, Any]) -> str:
             number(row["streaming_gb_per_second"], 1),
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    if "series" in result:
+        lines += ["", *pictures("Host memory over time, stock and this project", "memory", result)]
     lines.extend(["", f"Limits of this machine, GB/s: {at_best(result['ceilings'])}.", "", f"`{result['command']}`"])
     return "\n".join(lines)
+
+
+def pictures(words: str, name: str, result: dict[str, Any]) -> list[str]:
+    """Return the lines that show a picture of ``draw.py``, in light and in dark."""
+    device = "cpu" if result["machine"]["gpu"] is None else "gpu"
+    return [f"![{words}](assets/{name}-{device}-{variant}.svg#only-{variant})" for variant in ("light", "dark")]
 
 
 def at_best(ceilings: dict[str, Any]) -> str:

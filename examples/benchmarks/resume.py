@@ -31,6 +31,7 @@ from common import (
     digest,
     evict,
     header,
+    lists_in_lines,
     median,
     number,
     positive,
@@ -49,7 +50,7 @@ from gpt import SIZES as SIZES  # other benchmarks import it from here
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from lightning_memload import MemoryEfficientRestore, meta_init
-from lightning_memload.memory import MemoryMonitor
+from lightning_memload.memory import MemoryMonitor, MemorySeries, SeriesRecorder
 from lightning_memload.transfer import choose_layout, default_threads
 
 VARIANTS = {
@@ -110,9 +111,10 @@ class StopAtTrainingStart(L.Callback):
         self.monitor.stop()
         peaks = self.monitor.peaks
         self.result["peaks"] = peaks.as_dict()
+        self.result["series"] = thinned(self.monitor.series).as_dict()
         self.result["host_above_start_bytes"] = peaks.host_above_start_bytes
         if self.restore is not None and self.restore.report is not None:
-            self.result["report"] = self.restore.report.as_dict()
+            self.result["report"] = {**self.restore.report.as_dict(), "series": None}
         self.result["digest"] = digest(pl_module, trainer.optimizers)
         self.deliver(self.result)
         sys.stdout.flush()
@@ -128,12 +130,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_fresh(save, options)
     limits = run_fresh(ceilings, options)
     results: dict[str, list[dict[str, Any]]] = {}
+    # Memory over time, of the first run of each variant.
+    series: dict[str, dict[str, Any]] = {}
     for repetition in range(options.repetitions):
         for variant in options.variants:
             if repetition and variant.endswith("-cold"):
                 continue  # Only once, because it takes as long as the disk.
             (evict if variant.endswith("-cold") else warm)(path)
             run = run_fresh(resume, options, variant)
+            series.setdefault(variant, run.pop("series"))
             results.setdefault(variant, []).append(run)
             print(f"  {variant} #{repetition + 1}: {run['seconds']:.2f} s", file=sys.stderr, flush=True)
             # The report is written after every run, so that an interrupted benchmark keeps its results.
@@ -145,9 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "equal": len({run["digest"] for runs in results.values() for run in runs}) == 1,
                 "ceilings": limits,
                 "runs": results,
+                "series": series,
             }
             if options.output:
-                options.output.write_text(json.dumps(report, indent=1) + "\n")
+                options.output.write_text(lists_in_lines(json.dumps(report, indent=1)) + "\n")
     print(table(report))
     return 0 if report["equal"] else 1
 
@@ -272,6 +278,14 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "phases": phases(runs),
         "repetitions": len(runs),
     }
+
+
+def thinned(series: MemorySeries) -> MemorySeries:
+    """Return the same course in at most 400 points, enough for a picture."""
+    recorder = SeriesRecorder(0.001, 400)
+    for seconds, levels in series:
+        recorder.add(seconds, levels)
+    return recorder.series()
 
 
 def phases(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -12,5 +12,14 @@ from lightning_memload.memory.fit import refusal
 from lightning_memload.memory.host import available_host_bytes
 from lightning_memload.memory.monitor import MemoryMonitor
 from lightning_memload.memory.peaks import MemoryPeaks
+from lightning_memload.memory.series import MemorySeries, SeriesRecorder
 
-__all__ = ["MemoryMonitor", "MemoryPeaks", "available_host_bytes", "free_device_bytes", "refusal"]
+__all__ = [
+    "MemoryMonitor",
+    "MemoryPeaks",
+    "MemorySeries",
+    "SeriesRecorder",
+    "available_host_bytes",
+    "free_device_bytes",
+    "refusal",
+]

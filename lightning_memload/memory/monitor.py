@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from lightning_memload.memory.device import reset_cuda_peaks
 from lightning_memload.memory.host import HostMeter, HostSample, read_status, reset_peak_rss
 from lightning_memload.memory.peaks import MemoryPeaks
-from lightning_memload.memory.window import Window, larger
+from lightning_memload.memory.series import MemorySeries
+from lightning_memload.memory.window import Window
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -122,6 +123,15 @@ class MemoryMonitor:
             RuntimeError: The monitor was never started.
         """
         return _PROCESS.figures(self._started_window())
+
+    @property
+    def series(self) -> MemorySeries:
+        """Memory over time since the start, in at most 2,000 points for any duration.
+
+        Raises:
+            RuntimeError: The monitor was never started.
+        """
+        return _PROCESS.series(self._started_window())
 
     def __enter__(self) -> MemoryMonitor:
         self.start()
@@ -229,9 +239,15 @@ class _Process:
             for window in self._windows:
                 window.take_sample(now, host)
                 if pinned_bytes > 0:
-                    window.pinned_peak_bytes = larger(window.pinned_peak_bytes, pinned_bytes)
+                    window.take_pinned(pinned_bytes)
             if self._has_moved(host):
                 self._take_status(host)
+            for window in self._windows:
+                window.record(now)
+
+    def series(self, window: Window) -> MemorySeries:
+        with self._turn():
+            return window.recorder.series()
 
     def figures(self, window: Window) -> MemoryPeaks:
         with self._turn() as has_lock:
@@ -268,6 +284,7 @@ class _Process:
         self._take_status(self._meter.read())
         for window in windows:
             window.take_slow_figures()
+            window.record(window.last_seconds)
 
     def _take_status(self, host: HostSample) -> None:
         status = read_status()

@@ -55,6 +55,7 @@ class MemoryPeaks:
             the page cache, other processes, and the time before the start.
         num_samples: The number of samples.
         longest_gap_seconds: The longest time between two samples.
+        file_backed_start_bytes: Resident pages of mapped files at the start.
     """
 
     seconds: float
@@ -83,11 +84,17 @@ class MemoryPeaks:
     cgroup_peak_bytes: int | None
     num_samples: int
     longest_gap_seconds: float
+    file_backed_start_bytes: int | None = None
 
     @property
     def anonymous_above_start_bytes(self) -> int | None:
         """The rise of anonymous memory above its level at the start, in bytes."""
         return rise(self.anonymous_start_bytes, self.anonymous_peak_bytes)
+
+    @property
+    def file_backed_above_start_bytes(self) -> int | None:
+        """The rise of the pages of mapped files above their number at the start, in bytes."""
+        return rise(self.file_backed_start_bytes, self.file_backed_peak_bytes)
 
     @property
     def host_above_start_bytes(self) -> int | None:

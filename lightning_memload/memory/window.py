@@ -9,14 +9,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning_memload.memory.cgroup import CgroupMemory
-from lightning_memload.memory.device import DeviceSample, cuda_memory, cuda_peaks, pinned_bytes, resolve_cuda_device
+from lightning_memload.memory.device import (
+    DeviceSample,
+    cuda_levels,
+    cuda_memory,
+    cuda_peaks,
+    pinned_bytes,
+    resolve_cuda_device,
+)
 from lightning_memload.memory.host import HostSample, HostStatus, major_faults, read_io_bytes
 from lightning_memload.memory.peaks import MemoryPeaks, rise, total
+from lightning_memload.memory.series import SeriesRecorder
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Window", "larger"]
+
+# Reading the allocators takes ten times as long as a sample of the host.
+_DEVICE_INTERVAL_SECONDS = 0.020
 
 
 class Window:
@@ -47,8 +58,13 @@ class Window:
         self.rss_mark_floor_bytes = None if rss_mark_was_reset else status.peak_rss_bytes
         self.rss_mark_peak_bytes: int | None = None
         self.pinned_peak_bytes: int | None = None
+        self.pinned_bytes: int | None = None
+        self.told_pinned_bytes: int | None = None
+        self.recorder = SeriesRecorder(self.interval_seconds)
         self.cuda_start: DeviceSample | None = None
         self.cuda_end: DeviceSample | None = None
+        self.cuda_now: DeviceSample | None = None
+        self.device_seconds = now
         self.cuda_allocated_peak_bytes = self.cuda_reserved_peak_bytes = 0
         self.start_io, self.start_major_faults = read_io_bytes(), major_faults()
         self.cgroup = CgroupMemory.of_this_process()
@@ -56,6 +72,7 @@ class Window:
         self.take_status(status)
         self.take_slow_figures()
         self.cuda_start = self.cuda_end
+        self.record(now)
         self.is_active = True
 
     def take_sample(self, now: float, host: HostSample) -> None:
@@ -77,14 +94,39 @@ class Window:
         self.page_table_bytes = larger(self.page_table_bytes, status.page_table_bytes)
         self.rss_mark_peak_bytes = larger(self.rss_mark_peak_bytes, status.peak_rss_bytes)
 
+    def take_pinned(self, nbytes: int) -> None:
+        """Record page-locked memory that the measured code has told of."""
+        self.told_pinned_bytes = nbytes
+        self.pinned_peak_bytes = larger(self.pinned_peak_bytes, nbytes)
+
+    def record(self, now: float) -> None:
+        """Add the present levels to the series. Those of the device are read at most every 20 ms."""
+        if self.device is not None and now - self.device_seconds >= _DEVICE_INTERVAL_SECONDS:
+            self.device_seconds = now
+            levels = cuda_levels(self.device)
+            if levels is not None:
+                self.cuda_now, self.pinned_bytes = levels
+        file_bytes, shmem_bytes = self.host.file_backed_bytes, self.status.shmem_bytes or 0
+        self.recorder.add(
+            now - self.start_seconds,
+            (
+                total(self.host.anonymous_bytes, shmem_bytes),
+                None if file_bytes is None else max(file_bytes - shmem_bytes, 0),
+                larger(self.pinned_bytes, self.told_pinned_bytes),
+                self.cuda_now.allocated_bytes if self.cuda_now else None,
+                self.cuda_now.reserved_bytes if self.cuda_now else None,
+            ),
+        )
+
     def take_slow_figures(self) -> None:
         """Read the figures that are too slow for a tick, or whose source keeps a peak or a total itself."""
-        self.pinned_peak_bytes = larger(self.pinned_peak_bytes, pinned_bytes())
+        self.pinned_bytes = pinned_bytes()
+        self.pinned_peak_bytes = larger(self.pinned_peak_bytes, self.pinned_bytes)
         if self.device is not None:
             self.device = resolve_cuda_device(self.device) or self.device
             now, peaks = cuda_memory(self.device), cuda_peaks(self.device)
             if now is not None and peaks is not None:
-                self.cuda_end = now
+                self.cuda_end = self.cuda_now = now
                 self.cuda_allocated_peak_bytes = max(self.cuda_allocated_peak_bytes, peaks.allocated_bytes)
                 self.cuda_reserved_peak_bytes = max(self.cuda_reserved_peak_bytes, peaks.reserved_bytes)
         self.end_io, self.end_major_faults = read_io_bytes(), major_faults()
@@ -136,6 +178,7 @@ class Window:
             cgroup_peak_bytes=self.cgroup_peak_bytes,
             num_samples=self.num_samples,
             longest_gap_seconds=self.longest_gap_seconds,
+            file_backed_start_bytes=self.start_status.file_bytes,
         )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_memload.pickles import SafeGlobal, check_safe_globals
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
-from lightning_memload.plugins.choices import SnapshotSize, check_choice, check_snapshot
+from lightning_memload.plugins.choices import Log, SnapshotSize, check_choice, check_snapshot, detail_of
 from lightning_memload.plugins.compat import Callback
 from lightning_memload.plugins.damaged import OnCorrupt
 from lightning_memload.plugins.mode import Mode
@@ -62,8 +62,12 @@ class MemoryEfficientRestore(Callback):
             weights are not read before their first use.
         check_fit: Compare needed and free memory of device and host before the first byte is read, and raise if the
             checkpoint does not fit.
-        log: Print a table with the time and memory of the restore, and log it as ``memload/...`` to every logger of the
-            Trainer. Print a line for saves, and log ``memload/save_...``. Measuring a save takes about 20 ms.
+        log: ``True`` or ``"summary"``: print a table with the time and memory of the restore, and log few figures as
+            ``memload/...`` to every logger of the Trainer. Loggers that take pictures get memory over time of a restore
+            of at least a second, if matplotlib is installed. ``"all"``: log all figures, and the picture of every
+            restore. ``False``: silence.
+        log_saves: The same for saves, which print a line and log ``memload/save_...``. Measuring a save takes about 20
+            ms. ``None``: as ``log``.
         progress_bar: Show a bar for restores of more than a second, if the Trainer shows bars.
         restore: The parts of the checkpoint that ``fit`` restores: some of ``"weights"``, ``"optimizer"`` (with
             learning rate schedulers and the precision plugin's state), ``"loops"`` (epoch, step, progress) and
@@ -129,7 +133,7 @@ class MemoryEfficientRestore(Callback):
         num_threads: int | None = None,
         verify: bool = True,
         check_fit: bool = True,
-        log: bool = True,
+        log: Log = True,
         progress_bar: bool = True,
         restore: Part | Collection[Part] | None = None,
         weights_from: str | Path | WeightsSource | None = None,
@@ -142,6 +146,7 @@ class MemoryEfficientRestore(Callback):
         overlap: bool = False,
         storage_options: Mapping[str, Any] | None = None,
         read: Read = "auto",
+        log_saves: Log | None = None,
     ) -> None:
         super().__init__()
         check_choice("mode", mode, Mode)
@@ -175,8 +180,8 @@ class MemoryEfficientRestore(Callback):
         self._save_snapshot: SnapshotSize = save_snapshot
         self._save_format: SaveFormat = save_format
         self._keep_on_device = keep_on_device
-        self._log = log
-        self._restore = TrainerRestore(self._options, source, logs=log)
+        self._save_detail = detail_of("log", log) if log_saves is None else detail_of("log_saves", log_saves)
+        self._restore = TrainerRestore(self._options, source, detail=detail_of("log", log))
         self._saves: TrainerSaves | None = None
 
     @property
@@ -208,7 +213,7 @@ class MemoryEfficientRestore(Callback):
         warn_of_ignored_options(io, saving=saving, loading=loading)
         if self._saves is not None:
             self._saves.forget()
-        self._saves = TrainerSaves(trainer, io, logs=self._log) if io is not None else None
+        self._saves = TrainerSaves(trainer, io, detail=self._save_detail) if io is not None else None
         if self._keep_on_device:
             keep_strategy_on_device(trainer.strategy)
         self._restore.begin(trainer, pl_module, stage, io)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+from lightning_memload.report import Detail
 from lightning_memload.units import parse_bytes
 
-__all__ = ["SnapshotSize", "check_choice", "check_snapshot"]
+__all__ = ["Log", "SnapshotSize", "check_choice", "check_snapshot", "detail_of"]
 
+Log = Literal[False, True, "summary", "all"]
 SnapshotSize = Literal["auto", False] | int | str
 
 
@@ -24,6 +26,22 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
     """
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}.")
+
+
+def detail_of(name: str, value: Log) -> Detail | None:
+    """Return how many figures an argument of :data:`Log` stands for, ``None`` for silence.
+
+    Args:
+        name: The name of the argument, for the message.
+        value: Its value.
+
+    Raises:
+        ValueError: The value is not possible.
+    """
+    check_choice(name, value, Log)
+    if isinstance(value, str):
+        return value
+    return "summary" if value else None
 
 
 def check_snapshot(name: str, value: SnapshotSize, asynchronous_name: str, asynchronous: object) -> int | None:

@@ -12,6 +12,8 @@ __all__ = ["RestoreBar"]
 
 # Shorter restores show no bar.
 _DELAY_SECONDS = 1.0
+# The bar counts in GiB: tqdm's own scaling of bytes is wrong in a notebook (its bar is full at once).
+_GIB = 2**30
 
 
 class RestoreBar:
@@ -30,10 +32,9 @@ class RestoreBar:
         storages = {storage.key: storage.nbytes for tensor in restored for storage in tensor.storages}
         self._bar: tqdm[Any] = tqdm(
             desc="Restoring checkpoint",
-            total=sum(storages.values()) // num_readers,
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
+            total=sum(storages.values()) / num_readers / _GIB,
+            unit="GiB",
+            bar_format="{l_bar}{bar}| {n:.2f}/{total:.2f} GiB [{elapsed}<{remaining}, {rate_noinv_fmt}]",
             delay=_DELAY_SECONDS,
             leave=False,
             dynamic_ncols=True,
@@ -44,7 +45,7 @@ class RestoreBar:
 
         The gaps between records are read as well, so the sum may exceed the total, which tqdm cannot draw.
         """
-        self._bar.update(min(nbytes, self._bar.total - self._bar.n))
+        self._bar.update(min(nbytes / _GIB, self._bar.total - self._bar.n))
 
     def close(self) -> None:
         """Removes the bar."""

@@ -252,4 +252,6 @@ class RestoreRun:
             read_reason=reading.reason,
             bytes_received=stats.bytes_received,
             bytes_read_by_rank=dict(striping.bytes_read) if striping is not None else {},
+            series=request.meter.series(),
+            budget_bytes=request.options.host_budget_bytes,
         )

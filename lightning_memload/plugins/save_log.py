@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_memload.memory import MemoryMonitor
-from lightning_memload.report import SaveReport
+from lightning_memload.report import Detail, SaveReport
 from lightning_memload.save import SaveStats
 
 if TYPE_CHECKING:
@@ -68,10 +68,12 @@ class SaveLog:
 
     Args:
         trainer: Its loggers get ``memload/save_...``.
+        detail: How many of these figures.
     """
 
-    def __init__(self, trainer: pl.Trainer) -> None:
+    def __init__(self, trainer: pl.Trainer, detail: Detail = "summary") -> None:
         self._trainer: pl.Trainer | None = trainer
+        self._detail: Detail = detail
         self._thread = threading.get_ident()
         self._reports: deque[SaveReport] = deque()
         self._told_seconds: float | None = None
@@ -100,7 +102,7 @@ class SaveLog:
                 return  # A signal handler that saves may have taken the last one.
             step = step_of_loggers(trainer, report.global_step)
             for logger in trainer.loggers:
-                logger.log_metrics(report.scalars(), step=step)
+                logger.log_metrics(report.scalars(self._detail), step=step)
 
     def close(self) -> None:
         """Logs the added figures. Later saves get lines only, since the loggers are about to end."""

@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_memload.plugins.checkpoint_io import StreamingCheckpointIO
 from lightning_memload.plugins.damaged import name_intact_sibling
 from lightning_memload.plugins.exposed import ExposedParameters
+from lightning_memload.plugins.figure_log import log_picture
 from lightning_memload.plugins.mixed_imports import name_mixed_imports
 from lightning_memload.plugins.request import RestoreOptions
 from lightning_memload.plugins.run import RestoreRun
@@ -26,7 +27,7 @@ from lightning_memload.plugins.seams import (
     when_set_up,
 )
 from lightning_memload.plugins.telling import meta_error, report_match
-from lightning_memload.report import RestoreReport
+from lightning_memload.report import Detail, RestoreReport
 from lightning_memload.restore import WeightsSource, follow_recipes, meta_names, names_of_data
 
 if TYPE_CHECKING:
@@ -41,17 +42,17 @@ class TrainerRestore:
     Args:
         options: The arguments of the callback.
         weights_from: The weights that ``fit`` starts from without ``ckpt_path``, ``None`` for none.
-        logs: Whether to print a table and log the figures of each restore.
+        detail: How many figures of each restore to log. ``None``: none, and no table.
 
     Attributes:
         report: The figures of the last restore, ``None`` before the first.
     """
 
-    def __init__(self, options: RestoreOptions, weights_from: WeightsSource | None, *, logs: bool) -> None:
+    def __init__(self, options: RestoreOptions, weights_from: WeightsSource | None, *, detail: Detail | None) -> None:
         self.report: RestoreReport | None = None
         self._options = options
         self._weights_from = weights_from
-        self._logs = logs
+        self._detail = detail
         self._has_weights: weakref.ref[pl.LightningModule] | None = None
         self._exposed: ExposedParameters | None = None
         self._run: RestoreRun | None = None
@@ -112,12 +113,13 @@ class TrainerRestore:
         if done.exposed_files is not None:
             self._exposed = ExposedParameters(done.exposed_files, trainer.lightning_module)
         report_match(report, module)
-        if not self._logs:
+        if self._detail is None:
             return
         rank_zero_info(f"Restored {report.path} for {report.stage}\n{report.table()}")
         step = report.global_step if report.stage != "fit" else step_of_loggers(trainer, trainer.global_step)
         for logger in trainer.loggers:
-            logger.log_metrics(report.scalars(), step=step)
+            logger.log_metrics(report.scalars(self._detail), step=step)
+        log_picture(trainer, report, self._detail, step)
 
     def fail(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         """Ends the restore after an exception. The error of a damaged checkpoint names an intact one."""

@@ -18,6 +18,7 @@ from lightning_memload.plugins.onlookers import (
 )
 from lightning_memload.plugins.pending import Gate
 from lightning_memload.plugins.save_log import SaveLog
+from lightning_memload.report import Detail
 from lightning_memload.save import tensors_of_optimizers
 
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ class TrainerSaves:
     Args:
         trainer: The Trainer.
         io: The CheckpointIO that saves.
-        logs: Whether to print lines for saves and log their figures.
+        detail: How many figures of saves to log. ``None``: none, and no lines.
     """
 
-    def __init__(self, trainer: pl.Trainer, io: StreamingCheckpointIO, *, logs: bool) -> None:
+    def __init__(self, trainer: pl.Trainer, io: StreamingCheckpointIO, *, detail: Detail | None) -> None:
         self._io = io
         self._writer: WriterRank | None = None
         if io.writes_late:
@@ -43,7 +44,7 @@ class TrainerSaves:
             self._writer.arrive()
         if io.format != "torch":
             warn_of_loggers_without_directories(trainer.loggers)
-        self._log = SaveLog(trainer) if logs else None
+        self._log = SaveLog(trainer, detail) if detail is not None else None
         self._observers = ExitStack()
         if self._log is not None:
             self._observers.callback(io.observe_saves(self._log.add))

@@ -1,21 +1,33 @@
 """The report of one restore: its time and memory, as a dict, as scalars for a logger, and as a table.
 
-Fields are in bytes, logged scalars in GiB, and the table uses the unit that fits. An unknown figure is absent, never
-zero.
+Fields are in bytes, logged scalars and the table in GiB. An unknown figure is absent, never zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from lightning_memload.errors import listed
-from lightning_memload.memory import MemoryPeaks
+from lightning_memload.memory import MemoryPeaks, MemorySeries
+from lightning_memload.report.picture_style import Theme, require_matplotlib
+from lightning_memload.report.plot import restore_figure, save_figure
+from lightning_memload.report.table import html_table, text_table
 from lightning_memload.restore import WeightsMatch
-from lightning_memload.units import format_bytes
+from lightning_memload.units import format_gib
 
-__all__ = ["MEMORY_FIGURES", "PhaseReport", "RankMaximum", "RestoreReport"]
+__all__ = ["MEMORY_FIGURES", "Detail", "PhaseReport", "RankMaximum", "RestoreReport"]
+
+# How many of the figures a logger gets.
+Detail = Literal["summary", "all"]
+_SUMMARY = (
+    "memload/seconds",
+    "memload/read_gib",
+    "memload/waited_seconds",
+    "memload/host_anonymous_peak_gib",
+    "memload/gpu_allocated_peak_gib",
+)
 
 _GIB = 2**30
 
@@ -41,6 +53,7 @@ class PhaseReport:
         bytes_read: Bytes streamed from the file.
         transfer_seconds: Wall time of the streaming itself.
         peaks: Memory of the process during the phase.
+        start_seconds: Time from the beginning of the restore to that of the phase. ``None``: unknown.
     """
 
     name: str
@@ -48,6 +61,7 @@ class PhaseReport:
     bytes_read: int
     transfer_seconds: float
     peaks: MemoryPeaks
+    start_seconds: float | None = None
 
     @property
     def bytes_per_second(self) -> float | None:
@@ -63,7 +77,7 @@ class RankMaximum:
     rank: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class RestoreReport:
     """The figures of one restore.
 
@@ -86,6 +100,7 @@ class RestoreReport:
         bytes_kept: Bytes of the checkpoint that other objects still refer to after the restore; they became ordinary
             memory.
         staging_bytes: Host memory of the staging ring.
+        budget_bytes: The limit of the memory for staging, ``host_budget_mib``. 0: unknown.
         num_threads: Number of reading threads.
         rank: The rank of this process.
         world_size: Number of processes.
@@ -96,6 +111,8 @@ class RestoreReport:
         waited_seconds: With ``overlap=True``: how long training waited for optimizer states. ``None`` without overlap.
         maxima: The maximum over ``maxima_ranks``, by the name of the figure. Empty for a single process.
         maxima_ranks: The ranks whose figures are known here: those that have the callback and answered in time.
+        series: Memory over time, from the beginning of the restore to its end (with ``overlap=True``: to the end of
+            that phase). At most 2,000 points.
     """
 
     path: str
@@ -122,14 +139,21 @@ class RestoreReport:
     bytes_read_by_rank: Mapping[int, int] = field(default_factory=dict)
     maxima: Mapping[str, RankMaximum] = field(default_factory=dict)
     maxima_ranks: tuple[int, ...] = ()
+    series: MemorySeries = field(default_factory=MemorySeries)
+    budget_bytes: int = 0
 
     def figures(self) -> dict[str, int]:
         """Return the known memory figures of the whole restore, in bytes, by name."""
         known = {name: getattr(self.total.peaks, source) for name, source in MEMORY_FIGURES.items()}
         return {name: value for name, value in known.items() if value is not None}
 
-    def scalars(self) -> dict[str, float]:
-        """Return the logged figures, ``memload/...``: memory in GiB (maximum of ``maxima_ranks``), times in seconds."""
+    def scalars(self, detail: Detail = "all") -> dict[str, float]:
+        """Return the logged figures, ``memload/...``: memory in GiB (maximum of ``maxima_ranks``), times in seconds.
+
+        Args:
+            detail: ``"all"``, or ``"summary"``: the seconds, the bytes, the time that training waited, and the peaks of
+                host and GPU memory.
+        """
         scalars: dict[str, float] = {"memload/seconds": self.total.seconds}
         for phase in self.phases:
             scalars[f"memload/{phase.name}_seconds"] = phase.seconds
@@ -149,73 +173,42 @@ class RestoreReport:
                 scalars[f"memload/{name}_rank"] = float(maximum.rank)
         if self.total.peaks.major_faults is not None:
             scalars["memload/major_faults"] = float(self.total.peaks.major_faults)
-        return scalars
+        return scalars if detail == "all" else {name: scalars[name] for name in _SUMMARY if name in scalars}
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields as plain dicts, lists and numbers for ``json``, in bytes and seconds."""
         return asdict(self)
 
+    def save_plot(self, path: str | os.PathLike[str], *, theme: Theme = "light") -> None:
+        """Draw memory over time, with the phases as bands, and the budget and the memory limit as lines.
+
+        Args:
+            path: The picture. The end of its name decides the format: ``.png``, ``.svg`` or ``.pdf``.
+            theme: ``"light"`` or ``"dark"``.
+
+        Raises:
+            ValueError: The report has no series, or there is no such theme or format.
+            ModuleNotFoundError: matplotlib is not installed. The extra ``plot`` installs it.
+            OSError: The file cannot be written.
+        """
+        require_matplotlib("RestoreReport.save_plot()")
+        save_figure(restore_figure(self, theme), path, theme)
+
     def table(self) -> str:
-        """Return a table for people: one line per phase, with seconds, and bytes in the unit that fits each column."""
-        phases = (*self.phases, self.total)
-        columns = [
-            ["restore", *(phase.name for phase in phases)],
-            ["seconds", *(f"{phase.seconds:.2f}" for phase in phases)],
-            ["read", *_column([phase.bytes_read or None for phase in phases])],
-            ["speed", *_column([phase.bytes_per_second for phase in phases], after="/s")],
-            ["host anonymous", *_column([phase.peaks.anonymous_above_start_bytes for phase in phases], before="+")],
-            ["GPU peak", *_column([phase.peaks.cuda_allocated_peak_bytes for phase in phases])],
-        ]
-        if set(columns[-1][1:]) == {"-"}:
-            columns.pop()
-        widths = [max(map(len, column)) for column in columns]
-        lines = [
-            "  ".join(
-                [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]
-            )
-            for name, *cells in zip(*columns, strict=True)
-        ]
-        rule = "-" * len(lines[0])
-        body = [*lines[1:-1], rule] if self.phases else []
-        return "\n".join([lines[0], rule, *body, lines[-1], self._footer()])
+        """Return a table for people: one line per phase, with seconds, and memory in GiB. ``str(report)`` is the same.
 
-    def _footer(self) -> str:
-        parts = [f"mode {self.mode} ({self.mode_reason})"]
-        if self.world_size > 1:
-            parts.append(f"read {self.read} ({self.read_reason})")
-        if self.bytes_read_by_rank:
-            read = self.bytes_read_by_rank.items()
-            most, least = max(read, key=lambda item: item[1]), min(read, key=lambda item: item[1])
-            parts.append(
-                f"received {format_bytes(self.bytes_received)} from other ranks, which read {format_bytes(least[1])} "
-                f"(rank {least[0]}) to {format_bytes(most[1])} (rank {most[0]}) for all"
-            )
-        peaks = self.total.peaks
-        if peaks.file_backed_peak_bytes is not None:
-            parts.append(f"file-backed peak {format_bytes(peaks.file_backed_peak_bytes)}")
-        if peaks.pinned_peak_bytes:
-            parts.append(f"pinned {format_bytes(peaks.pinned_peak_bytes)}")
-        if self.bytes_verified:
-            parts.append(f"verified {format_bytes(self.bytes_verified)}")
-        if self.bytes_assigned:
-            fate = "" if self.bytes_verified else ", not read"
-            parts.append(f"assigned {format_bytes(self.bytes_assigned)} of the file{fate}")
-        if self.bytes_copied_ordinarily:
-            parts.append(f"copied by torch {format_bytes(self.bytes_copied_ordinarily)}")
-        if self.waited_seconds is not None:
-            parts.append(f"training waited {self.waited_seconds:.2f} s for optimizer states")
-        maximum = self.maxima.get("host_anonymous_above_start")
-        if maximum:
-            known = self.maxima_ranks
-            of = (
-                f"{len(known)} ranks"
-                if len(known) == self.world_size
-                else f"ranks {listed(known)} of {self.world_size}"
-            )
-            parts.append(f"most host anonymous of {of} +{format_bytes(maximum.value)} on rank {maximum.rank}")
-        return "; ".join(parts)
+        The first line below it tells where the host memory went: the level before, the peak, what of the rise stays
+        and why, and what was temporary.
+        """
+        return text_table(self)
 
+    def __str__(self) -> str:
+        return self.table()
 
-def _column(values: Sequence[float | None], *, before: str = "", after: str = "") -> list[str]:
-    largest = max((value for value in values if value is not None), default=0)
-    return ["-" if value is None else f"{before}{format_bytes(value, like=largest)}{after}" for value in values]
+    def __repr__(self) -> str:
+        read = format_gib(self.total.bytes_read)
+        return f"<RestoreReport of {self.path!r}: {self.stage}, read {read} in {self.total.seconds:.2f} s>"
+
+    def _repr_html_(self) -> str:
+        """The table, in a notebook."""
+        return html_table(self)

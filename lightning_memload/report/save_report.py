@@ -5,15 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_memload.memory import MemoryPeaks
+from lightning_memload.report.restore_report import Detail
+from lightning_memload.report.table import html_of_rows
 from lightning_memload.save import SaveStats
-from lightning_memload.units import format_bytes, format_speed
+from lightning_memload.units import format_gib
 
 __all__ = ["SaveReport"]
 
 _GIB = 2**30
+_SUMMARY = (
+    "memload/save_seconds",
+    "memload/save_gib",
+    "memload/save_blocked_seconds",
+    "memload/save_host_anonymous_above_start_gib",
+)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class SaveReport:
     """The figures of one save.
 
@@ -31,8 +39,13 @@ class SaveReport:
     blocked_seconds: float | None
     global_step: int | None
 
-    def scalars(self) -> dict[str, float]:
-        """Return the logged figures, ``memload/save_...``: memory in GiB, times in seconds."""
+    def scalars(self, detail: Detail = "all") -> dict[str, float]:
+        """Return the logged figures, ``memload/save_...``: memory in GiB, times in seconds.
+
+        Args:
+            detail: ``"all"``, or ``"summary"``: the seconds, the bytes, the time that training waited, and the rise of
+                host memory.
+        """
         stats, rise = self.stats, self.peaks.anonymous_above_start_bytes
         scalars = {
             "memload/save_seconds": stats.seconds,
@@ -48,21 +61,33 @@ class SaveReport:
             scalars["memload/save_snapshot_seconds"] = stats.snapshot_seconds
         if rise is not None:
             scalars["memload/save_host_anonymous_above_start_gib"] = rise / _GIB
-        return scalars
+        return scalars if detail == "all" else {name: scalars[name] for name in _SUMMARY if name in scalars}
+
+    def __str__(self) -> str:
+        return self.line()
+
+    def __repr__(self) -> str:
+        stats = self.stats
+        return f"<SaveReport of {stats.path!r}: {format_gib(stats.bytes_written)} in {stats.seconds:.2f} s>"
+
+    def _repr_html_(self) -> str:
+        """The figures, in a notebook."""
+        rows = [("save", ""), *((name.partition("save_")[2], f"{n:.3f}") for name, n in self.scalars().items())]
+        return html_of_rows(rows, [self.line()])
 
     def line(self) -> str:
-        """Return the figures as one line of text."""
+        """Return the figures as one line of text. ``str(report)`` is the same."""
         stats, rise = self.stats, self.peaks.anonymous_above_start_bytes
-        line = f"Saved {stats.path}: {format_bytes(stats.bytes_written)} in {stats.seconds:.2f} s"
-        line += f", {format_speed(stats.bytes_written, stats.seconds)}"
+        line = f"Saved {stats.path}: {format_gib(stats.bytes_written)} in {stats.seconds:.2f} s"
+        line += f", {format_gib(stats.bytes_written / max(stats.seconds, 1e-9))}/s"
         if stats.bytes_linked:
-            line += f", {format_bytes(stats.bytes_linked)} unchanged and linked"
+            line += f", {format_gib(stats.bytes_linked)} unchanged and linked"
         if stats.snapshot_bytes:
-            line += f", snapshot of {format_bytes(stats.snapshot_bytes)} in {stats.snapshot_seconds:.2f} s"
+            line += f", snapshot of {format_gib(stats.snapshot_bytes)} in {stats.snapshot_seconds:.2f} s"
         if stats.snapshot_refusal is not None:
             line += f", no snapshot ({stats.snapshot_refusal})"
         if rise is not None:
-            line += f", host anonymous +{format_bytes(rise)}"
+            line += f", host anonymous +{format_gib(rise)}"
         if self.blocked_seconds is not None and self.blocked_seconds < stats.seconds:
             line += f", training waited {self.blocked_seconds:.2f} s"
         return line

@@ -25,9 +25,7 @@ def test_points_become_lines(import_benchmark: Callable[[str], ModuleType], tmp_
     rendered = import_benchmark("render").render(result)
     assert "(assets/curves-cpu-light.svg#only-light)" in rendered
     assert all(f"| {work} | bytes |" in rendered for work in curves.WORKS)
-    pictures = [tmp_path / f"{variant}.svg" for variant in ("light", "again", "dark")]
-    for path in pictures:
-        import_benchmark("draw").draw(result, path, path.stem.replace("again", "light"))
-    light, again, dark = (path.read_text() for path in pictures)
+    draw = import_benchmark("draw")
+    light, again, dark = (draw.picture(theme, draw.draw_curves, result) for theme in ("light", "light", "dark"))
     assert light == again != dark
     assert all(f">{work}</text>" in light for work in curves.WORKS)

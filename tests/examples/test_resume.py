@@ -37,7 +37,12 @@ def test_every_variant_gets_the_same_bits(
     assert (
         result["variants"]["callback"]["host_above_start_bytes"] < result["variants"]["stock"]["host_above_start_bytes"]
     )
+    assert all(0 < len(course["seconds"]) <= 400 for course in result["series"].values())
+    assert max(map(len, output.read_text().splitlines())) > 200  # a list of numbers is one line
+    draw = import_benchmark("draw")
+    assert f">{draw.OURS}<" in draw.picture("dark", draw.draw_memory, result)
     rendered = import_benchmark("render").render(result)
+    assert "(assets/memory-cpu-dark.svg#only-dark)" in rendered
     labels = [benchmark.VARIANTS[variant] for variant in variants]
     for row in (*labels, "one run with a cold page cache", "reading a cold file"):
         assert row in rendered

@@ -463,14 +463,13 @@ def test_every_save_is_logged_once_at_its_step(tmp_path: Path, way: str, caplog:
         assert figures.keys() == {
             "memload/save_seconds",
             "memload/save_gib",
-            "memload/save_gib_per_second",
             "memload/save_host_anonymous_above_start_gib",
         }
         assert figures["memload/save_gib"] * 2**30 == (tmp_path / f"{number}.ckpt").stat().st_size
     lines = [record.message for record in caplog.records if record.message.startswith("Saved ")]
     told = sum(figures["memload/save_seconds"] > 1 for _, figures in logger.saves[1:])
     assert len(lines) >= 1 + told  # The rest is up to how slow the disk is, see test_saves.
-    assert re.match(rf"Saved {tmp_path}/0.ckpt: \d+\.\d\d KiB in 0\.\d\d s, [\d.]+ .iB/s", lines[0])
+    assert re.match(rf"Saved {tmp_path}/0.ckpt: 0\.000 GiB in 0\.\d\d s, [\d.]+ GiB/s", lines[0])
     assert ("training waited" in lines[0]) is (way in ("asynchronous", "late"))
 
 
@@ -480,17 +479,28 @@ def test_a_save_after_fit_is_told_and_not_logged(tmp_path: Path, caplog: pytest.
     trainer.fit(Normalised())
     with caplog.at_level("INFO", logger=f"{L.PYTORCH}.utilities.rank_zero"):
         trainer.save_checkpoint(tmp_path / "end.ckpt")
-    assert re.search(r"end.ckpt: \d+\.\d\d KiB", caplog.text)
+    assert re.search(r"end.ckpt: 0\.000 GiB", caplog.text)
     assert not logger.saves
 
 
-def test_without_log_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arguments", [{"log": "all"}, {"log": False, "log_saves": "all"}], ids=["log", "log_saves"])
+def test_all_figures_of_saves_are_logged_if_asked_for(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    logger = Memory()
+    train(tmp_path, [MemoryEfficientRestore(**arguments), SaveOften(tmp_path)], max_epochs=1, logger=logger)
+    assert len(logger.saves) == 8
+    assert all("memload/save_gib_per_second" in figures for _, figures in logger.saves)
+
+
+@pytest.mark.parametrize("arguments", [{"log": False}, {"log_saves": False}], ids=["log", "log_saves"])
+def test_without_log_nothing_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]
+) -> None:
     from lightning_memload.memory import MemoryMonitor
 
     started: list[Any] = []
     monkeypatch.setattr(MemoryMonitor, "start", lambda monitor: started.append(monitor))
     logger = Memory()
-    train(tmp_path, [MemoryEfficientRestore(log=False), SaveOften(tmp_path)], max_epochs=1, logger=logger)
+    train(tmp_path, [MemoryEfficientRestore(**arguments), SaveOften(tmp_path)], max_epochs=1, logger=logger)
     assert (logger.saves, started) == ([], [])
 
 

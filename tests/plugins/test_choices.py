@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from lightning_memload.plugins.choices import check_choice
+from lightning_memload.plugins.choices import check_choice, detail_of
 from lightning_memload.plugins.parts import check_parts
 
 Way = Literal["first", "second", False]
@@ -22,6 +22,19 @@ def test_another_value_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"way must be one of 'first', 'second', False, got ") as caught:
         check_choice("way", value, Way)
     assert str(caught.value).endswith(f"got {value!r}.")
+
+
+@pytest.mark.parametrize(
+    ("value", "detail"), [(True, "summary"), ("summary", "summary"), ("all", "all"), (False, None), (1, "summary")]
+)
+def test_a_detail_of_figures(value: Any, detail: str | None) -> None:
+    assert detail_of("log", value) == detail
+
+
+@pytest.mark.parametrize("value", ["none", "ALL", None, 2])
+def test_a_detail_that_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="log_saves must be one of False, True, 'summary', 'all', got "):
+        detail_of("log_saves", value)
 
 
 @pytest.mark.parametrize(

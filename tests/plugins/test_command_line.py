@@ -124,6 +124,27 @@ def test_configured_and_resumed(tmp_path: Path) -> None:
     assert mapped["peak"] < 0.1 * size or not HAS_MAPPED_LOADING
 
 
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("{}", (True, None)),
+        ("{log: false}", (False, None)),
+        ("{log: all, log_saves: false}", ("all", False)),
+        ("{log: summary, log_saves: all}", ("summary", "all")),
+        ("{log_saves: null}", (True, None)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # jsonargparse renames its own methods
+def test_what_is_logged_can_be_configured(text: str, values: tuple[Any, Any]) -> None:
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(MemoryEfficientRestore, "restore")
+    parsed = parser.parse_args([f"--restore={text}"]).restore
+    assert (parsed.log, parsed.log_saves) == values
+    parser.instantiate_classes(parser.parse_args([f"--restore={text}"]))
+
+
 class Sloped(TinyModule):
     """Has a hyperparameter that changes no shape."""
 

@@ -50,3 +50,18 @@ def test_the_whole_can_start_again(meter: PhaseMeter) -> None:
 def test_a_stop_without_a_start_is_no_error(meter: PhaseMeter) -> None:
     meter.stop(TransferStats())
     assert meter.reports == []
+
+
+def test_the_series_goes_on_beside_the_training(meter: PhaseMeter) -> None:
+    meter.start()
+    meter.begin("open", TransferStats())
+    meter.begin_beside("overlap", TransferStats())
+    whole = meter.total.series
+    meter.stop(TransferStats())
+    starts = [phase.start_seconds for phase in meter.reports]
+    assert 0 <= starts[0] <= starts[1]
+    series = meter.series()
+    # The samples of the two parts that lie within one interval are one point.
+    assert whole.seconds[0] == series.seconds[0]
+    assert starts[1] - meter.total.interval_seconds <= series.seconds[-1]
+    assert len(series) <= 2000

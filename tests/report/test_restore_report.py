@@ -11,84 +11,7 @@ import pytest
 
 from lightning_memload.memory import MemoryPeaks
 from lightning_memload.report import MEMORY_FIGURES, PhaseReport, RankMaximum, RestoreReport
-
-GIB = 2**30
-UNKNOWN: dict[str, Any] = {
-    field.name: None
-    for field in dataclasses.fields(MemoryPeaks)
-    if field.name not in ("seconds", "rss_start_bytes", "rss_peak_bytes", "rss_peak_is_exact", "num_samples",
-                          "longest_gap_seconds")
-}  # fmt: skip
-
-
-def peaks(seconds: float, **figures: Any) -> MemoryPeaks:
-    return MemoryPeaks(
-        **{
-            **UNKNOWN,
-            "seconds": seconds,
-            "rss_start_bytes": GIB,
-            "rss_peak_bytes": 9 * GIB,
-            "rss_peak_is_exact": True,
-            "num_samples": 3,
-            "longest_gap_seconds": 0.005,
-            **figures,
-        }
-    )
-
-
-def phase(name: str, seconds: float, read: int = 0, transfer_seconds: float = 0.0, **figures: Any) -> PhaseReport:
-    return PhaseReport(name, seconds, read, transfer_seconds, peaks(seconds, **figures))
-
-
-def host(rise: float) -> dict[str, int]:
-    return {"anonymous_start_bytes": GIB, "anonymous_peak_bytes": int((1 + rise) * GIB)}
-
-
-def gpu_report(**changes: Any) -> RestoreReport:
-    figures = {
-        "path": "last.ckpt",
-        "stage": "fit",
-        "mode": "copy",
-        "mode_reason": "parameters live on cuda:0",
-        "device": "cuda:0",
-        "global_step": 1200,
-        "phases": (
-            phase("open", 0.031, **host(0.01)),
-            phase("weights", 0.42, 6 * GIB, 0.25, **host(0.13), cuda_allocated_peak_bytes=6 * GIB),
-            phase("optimizers", 0.9, 12 * GIB, 0.5, **host(0.125), cuda_allocated_peak_bytes=18 * GIB),
-        ),
-        "total": phase(
-            "total",
-            1.4,
-            18 * GIB,
-            0.75,
-            **host(0.13),
-            cuda_allocated_peak_bytes=18 * GIB,
-            cuda_reserved_peak_bytes=19 * GIB,
-            file_backed_peak_bytes=GIB // 2,
-            pinned_peak_bytes=GIB // 8,
-            major_faults=4,
-        ),
-        "bytes_verified": 18 * GIB,
-        "num_threads": 8,
-        "staging_bytes": GIB // 8,
-    }
-    return RestoreReport(**{**figures, **changes})
-
-
-def bare_report(**changes: Any) -> RestoreReport:
-    """Of a system that tells nothing, of a restore that was only measured."""
-    figures: dict[str, Any] = {
-        "path": "last.ckpt",
-        "stage": "validate",
-        "mode": "default",
-        "mode_reason": "another way of loading, only measured",
-        "device": "cpu",
-        "global_step": None,
-        "phases": (),
-        "total": phase("total", 2.0),
-    }
-    return RestoreReport(**{**figures, **changes})
+from tests.report.reports import GIB, bare_report, gpu_report, phase
 
 
 def test_table_of_a_gpu() -> None:
@@ -96,14 +19,103 @@ def test_table_of_a_gpu() -> None:
         [
             "restore     seconds       read        speed  host anonymous   GPU peak",
             "----------------------------------------------------------------------",
-            "open           0.03          -            -      +10.24 MiB          -",
-            "weights        0.42   6.00 GiB  24.00 GiB/s     +133.12 MiB   6.00 GiB",
-            "optimizers     0.90  12.00 GiB  24.00 GiB/s     +128.00 MiB  18.00 GiB",
+            "open           0.03          -            -      +0.010 GiB          -",
+            "weights        0.42   6.00 GiB  24.00 GiB/s      +0.130 GiB   6.00 GiB",
+            "optimizers     0.90  12.00 GiB  24.00 GiB/s      +0.125 GiB  18.00 GiB",
             "----------------------------------------------------------------------",
-            "total          1.40  18.00 GiB  24.00 GiB/s     +133.12 MiB  18.00 GiB",
-            "mode copy (parameters live on cuda:0); file-backed peak 512.00 MiB; pinned 128.00 MiB; verified 18.00 GiB",
+            "total          1.40  18.00 GiB  24.00 GiB/s      +0.130 GiB  18.00 GiB",
+            "host anonymous 1.00 GiB before -> 1.13 GiB at peak: nothing stays; 0.13 GiB temporary "
+            "(0.12 GiB buffers for reading)",
+            "mode copy (parameters live on cuda:0); file-backed +0.062 GiB; page-locked 0.125 GiB; verified 18.00 GiB",
         ]
     )
+
+
+def cpu_phase(name: str, read: float, start: float, peak: float, end: float) -> PhaseReport:
+    levels = {"anonymous_start_bytes": start, "anonymous_peak_bytes": peak, "anonymous_end_bytes": end}
+    return phase(name, 1.0, int(read * GIB), 0.5, **{figure: int(level * GIB) for figure, level in levels.items()})
+
+
+def explained(*phases: PhaseReport, **changes: Any) -> str:
+    """The line on host memory, of a restore onto the CPU whose last phase is its total."""
+    return bare_report(phases=phases[:-1], total=phases[-1], **changes).table().splitlines()[-2]
+
+
+@pytest.mark.parametrize(
+    ("phases", "changes", "line"),
+    [
+        (  # the weights had memory before
+            [("weights", 1, 1.25, 1.25, 1.25), ("optimizers", 2, 1.25, 3.25, 3.25), ("total", 3, 1.25, 3.25, 3.25)],
+            {},
+            "1.25 GiB before -> 3.25 GiB at peak: +2.00 GiB optimizer states, which stay; 0.00 GiB temporary",
+        ),
+        (  # the weights had none
+            [("weights", 1, 0.5, 1.5, 1.5), ("optimizers", 2, 1.5, 3.75, 3.5), ("total", 3, 0.5, 3.75, 3.5)],
+            {},
+            "0.50 GiB before -> 3.75 GiB at peak: +2.00 GiB optimizer states and +1.00 GiB weights, which stay; "
+            "0.25 GiB temporary",
+        ),
+        (  # something else stays: not more is called a state than was read, and not more than there is more memory
+            [("weights", 1, 0.5, 0.75, 0.75), ("optimizers", 2, 0.75, 3.5, 3.5), ("total", 3, 0.5, 3.5, 3.5)],
+            {},
+            "0.50 GiB before -> 3.50 GiB at peak: +2.00 GiB optimizer states and +0.25 GiB weights and "
+            "+0.75 GiB other, which stay; 0.00 GiB temporary",
+        ),
+        (  # pages of the file are no anonymous memory
+            [("weights", 1, 0.5, 0.75, 0.75), ("total", 1, 0.5, 0.75, 0.75)],
+            {"bytes_assigned": GIB},
+            "0.500 GiB before -> 0.750 GiB at peak: +0.250 GiB other, which stays; 0.000 GiB temporary",
+        ),
+        (  # on a GPU the states are elsewhere
+            [("optimizers", 2, 0.5, 1.25, 0.75), ("total", 2, 0.5, 1.25, 0.75)],
+            {"device": "cuda:0", "staging_bytes": GIB // 4},
+            "0.50 GiB before -> 1.25 GiB at peak: +0.25 GiB other, which stays; 0.50 GiB temporary "
+            "(0.25 GiB buffers for reading)",
+        ),
+        (  # a callback that keeps a tensor
+            [("optimizers", 2, 0.5, 1.25, 1.25), ("total", 2, 0.5, 1.25, 1.25)],
+            {"device": "cuda:0", "bytes_kept": GIB // 2},
+            "0.50 GiB before -> 1.25 GiB at peak: +0.50 GiB tensors of the checkpoint that other code keeps and "
+            "+0.25 GiB other, which stay; 0.00 GiB temporary",
+        ),
+        (  # states that arrive beside the training
+            [("optimizers", 0, 1, 1, 1), ("overlap", 2, 1, 3.5, 3), ("total", 2, 1, 1, 1)],
+            {},
+            "1.00 GiB before -> 3.50 GiB at peak: +2.00 GiB optimizer states, which stay; 0.50 GiB temporary",
+        ),
+        (  # less than before
+            [("weights", 1, 2, 2.5, 1), ("total", 1, 2, 2.5, 1)],
+            {},
+            "2.00 GiB before -> 2.50 GiB at peak: nothing stays; 0.50 GiB temporary",
+        ),
+    ],
+    ids=["states", "weights", "other", "assigned", "gpu", "kept", "overlap", "less"],
+)
+def test_the_table_tells_where_host_memory_went(phases: Any, changes: dict[str, Any], line: str) -> None:
+    assert explained(*(cpu_phase(*row) for row in phases), **changes) == f"host anonymous {line}"
+
+
+def test_it_is_printed_as_its_table() -> None:
+    report = gpu_report(mode_reason="a < b")
+    assert str(report) == report.table()
+    assert repr(report) == "<RestoreReport of 'last.ckpt': fit, read 18.00 GiB in 1.40 s>"
+    html = report._repr_html_()
+    assert html.count("<tr>") == 5
+    assert "<td>optimizers</td><td>0.90</td>" in html
+    assert "mode copy (a &lt; b)" in html
+
+
+def test_a_summary_has_few_scalars() -> None:
+    assert gpu_report(waited_seconds=0.5).scalars("summary") == pytest.approx(
+        {
+            "memload/seconds": 1.4,
+            "memload/read_gib": 18.0,
+            "memload/waited_seconds": 0.5,
+            "memload/host_anonymous_peak_gib": 1.13,
+            "memload/gpu_allocated_peak_gib": 18.0,
+        }
+    )
+    assert set(bare_report().scalars("summary")) == {"memload/seconds", "memload/read_gib"}
 
 
 def test_table_without_figures() -> None:

@@ -33,7 +33,7 @@ def make_report(
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({}, "Saved last.ckpt: 6.00 GiB in 4.00 s, 1.50 GiB/s, host anonymous +128.00 MiB"),
+        ({}, "Saved last.ckpt: 6.00 GiB in 4.00 s, 1.50 GiB/s, host anonymous +0.125 GiB"),
         ({"rise": None}, "Saved last.ckpt: 6.00 GiB in 4.00 s, 1.50 GiB/s"),
         (
             {"linked": GIB, "rise": None},
@@ -67,6 +67,28 @@ def test_scalars() -> None:
         "memload/save_linked_gib": 0.5,
         "memload/save_host_anonymous_above_start_gib": 0.125,
     }
+
+
+def test_a_summary_has_few_scalars() -> None:
+    assert make_report(linked=GIB // 2, blocked_seconds=0.5).scalars("summary") == {
+        "memload/save_seconds": 4.0,
+        "memload/save_gib": 6.0,
+        "memload/save_blocked_seconds": 0.5,
+        "memload/save_host_anonymous_above_start_gib": 0.125,
+    }
+    assert set(make_report(rise=None, blocked_seconds=None).scalars("summary")) == {
+        "memload/save_seconds",
+        "memload/save_gib",
+    }
+
+
+def test_it_is_printed_as_its_line() -> None:
+    report = make_report(snapshot_refusal="3 < 4")
+    assert str(report) == report.line()
+    assert repr(report) == "<SaveReport of 'last.ckpt': 6.00 GiB in 4.00 s>"
+    html = report._repr_html_()
+    assert "<td>gib_per_second</td><td>1.500</td>" in html
+    assert "no snapshot (3 &lt; 4)" in html
 
 
 def test_a_snapshot_that_was_refused_is_a_scalar() -> None:
