@@ -147,9 +147,8 @@ class Companions:
         if self.can_share:
             # Ends with leave(). A daemon: it must not keep a process alive that ends without.
             self._signing = threading.Thread(target=self._give_signs, name="memload-signs", daemon=True)
-            with contextlib.suppress(
-                RuntimeError
-            ):  # No thread can be started. Then only a wait for others gives signs.
+            # If no thread can be started, only waits for other ranks give signs.
+            with contextlib.suppress(RuntimeError):
                 self._signing.start()
 
     @property

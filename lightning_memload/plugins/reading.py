@@ -97,6 +97,7 @@ class ReadingChoice:
             MemloadError: Another rank has failed.
         """
         if self._is_open:
+            self._chosen = ChosenReading("each", "only the checkpoint of ckpt_path is shared")
             self._agree({"obstacle": "no checkpoint is restored", "path": "", "identity": None})
 
     def _agree(self, message: dict[str, Any]) -> dict[int, dict[str, Any]] | None:
