@@ -30,6 +30,7 @@ __all__ = [
     "CheckpointReadError",
     "CheckpointWriteError",
     "ChecksumError",
+    "DiffReport",
     "IncompatibleWeightsError",
     "IncompleteCheckpointError",
     "InsufficientMemoryError",
@@ -41,11 +42,13 @@ __all__ = [
     "OptimizerMismatchError",
     "RestoreReport",
     "StreamingCheckpointIO",
+    "TensorDiff",
     "UnmappableCheckpointError",
     "UnsafeGlobalsError",
     "VerifyReport",
     "WeightsSource",
     "__version__",
+    "diff_checkpoints",
     "load_from_checkpoint",
     "load_weights",
     "meta_init",
@@ -58,6 +61,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lightning_memload.checkpoint import Checkpoint
+    from lightning_memload.diff import DiffReport, TensorDiff, diff_checkpoints
     from lightning_memload.formats import open_checkpoint
     from lightning_memload.memory import MemoryMonitor, MemoryPeaks
     from lightning_memload.plugins import MemoryEfficientRestore, StreamingCheckpointIO, load_from_checkpoint
@@ -69,13 +73,16 @@ else:
     # Only at run time: with a module-level __getattr__ a type checker accepts every misspelt name.
     _HOMES = {
         "Checkpoint": "lightning_memload.checkpoint",
+        "DiffReport": "lightning_memload.diff",
         "MemoryEfficientRestore": "lightning_memload.plugins",
         "MemoryMonitor": "lightning_memload.memory",
         "MemoryPeaks": "lightning_memload.memory",
         "RestoreReport": "lightning_memload.report",
         "StreamingCheckpointIO": "lightning_memload.plugins",
+        "TensorDiff": "lightning_memload.diff",
         "VerifyReport": "lightning_memload.verify",
         "WeightsSource": "lightning_memload.restore",
+        "diff_checkpoints": "lightning_memload.diff",
         "load_from_checkpoint": "lightning_memload.plugins",
         "load_weights": "lightning_memload.restore",
         "meta_init": "lightning_memload.restore",

@@ -18,6 +18,7 @@ FLOORS = {
     "pickles": 3,
     "transfer": 4,
     "formats": 5,
+    "diff": 6,
     "verify": 6,
     "restore": 7,
     "save": 7,

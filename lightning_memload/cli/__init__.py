@@ -17,7 +17,7 @@ from typing import Any
 
 __all__ = ["main"]
 
-_VERBS = ("inspect", "verify")
+_VERBS = ("inspect", "verify", "diff")
 _NOT_ANSWERED = 2
 _INTERRUPTED = 130
 

@@ -366,3 +366,30 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
         with Progress("Verifying x", quiet=quiet) as progress:
             progress(1, 2)
         assert stream.getvalue() == ""
+
+
+def test_diff_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = {"same": torch.ones(3), "x": torch.tensor([1.0, 0.0]), "zero": torch.tensor([0.0]), "old": torch.ones(1)}
+    second = {**first, "x": torch.tensor([1.5, float("nan")]), "zero": torch.tensor([-0.0]), "same": torch.ones(4)}
+    del second["old"]
+    for name, state in (("a.pt", first), ("b.pt", second)):
+        torch.save(state, tmp_path / name)
+    paths = [str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]
+    assert main(["diff", *paths]) == 1
+    *lines, same, bits_only = capsys.readouterr().out.splitlines()
+    assert same == "0 of 2 compared tensors (12 bytes in each checkpoint) are the same, bit for bit"
+    assert bits_only == "1 of the others have equal values with different bits, such as 0.0 and -0.0"
+    assert [line.split() for line in lines] == [
+        ["tensor", "values", "differ", "differ", "in", "bits", "max", "abs", "max", "relative"],
+        ["x", "2", "2", "2", "0.5", "0.333", "1", "NaN", "in", "one", "only"],
+        ["zero", "1", "0", "1", "0", "0"],
+        ["same:", "shape", "3", "and", "4"],
+        ["old:", "only", "in", paths[0]],
+    ]
+    assert main(["diff", "--json", *paths]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["equal"], answer["different"][0]["nan_in_one"]) == (False, 1)
+    assert main(["diff", "--quiet", *paths]) == 1
+    assert capsys.readouterr() == ("", "")
+    assert main(["diff", paths[0], paths[0]]) == 0
+    assert main(["diff", paths[0], str(tmp_path / "absent")]) == 2
