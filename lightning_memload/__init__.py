@@ -30,6 +30,7 @@ __all__ = [
     "CheckpointReadError",
     "CheckpointWriteError",
     "ChecksumError",
+    "ConvertStats",
     "DiffReport",
     "IncompatibleWeightsError",
     "IncompleteCheckpointError",
@@ -48,6 +49,7 @@ __all__ = [
     "VerifyReport",
     "WeightsSource",
     "__version__",
+    "convert_checkpoint",
     "diff_checkpoints",
     "load_from_checkpoint",
     "load_weights",
@@ -61,6 +63,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lightning_memload.checkpoint import Checkpoint
+    from lightning_memload.convert import ConvertStats, convert_checkpoint
     from lightning_memload.diff import DiffReport, TensorDiff, diff_checkpoints
     from lightning_memload.formats import open_checkpoint
     from lightning_memload.memory import MemoryMonitor, MemoryPeaks
@@ -73,6 +76,7 @@ else:
     # Only at run time: with a module-level __getattr__ a type checker accepts every misspelt name.
     _HOMES = {
         "Checkpoint": "lightning_memload.checkpoint",
+        "ConvertStats": "lightning_memload.convert",
         "DiffReport": "lightning_memload.diff",
         "MemoryEfficientRestore": "lightning_memload.plugins",
         "MemoryMonitor": "lightning_memload.memory",
@@ -82,6 +86,7 @@ else:
         "TensorDiff": "lightning_memload.diff",
         "VerifyReport": "lightning_memload.verify",
         "WeightsSource": "lightning_memload.restore",
+        "convert_checkpoint": "lightning_memload.convert",
         "diff_checkpoints": "lightning_memload.diff",
         "load_from_checkpoint": "lightning_memload.plugins",
         "load_weights": "lightning_memload.restore",

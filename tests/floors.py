@@ -23,6 +23,7 @@ FLOORS = {
     "restore": 7,
     "save": 7,
     "report": 8,
+    "convert": 8,
     "plugins": 9,
     "cli": 9,
     "__main__": 10,

@@ -34,6 +34,7 @@ class ElementReader:
     Attributes:
         dtype: Its dtype.
         numel: Number of its elements.
+        chunks: Its parts, without empty ones.
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class ElementReader:
         self._source = source
         self._shape = tuple(shape)
         self._name = name
-        self._chunks = [(chunk, self._map(chunk)) for chunk in chunks if math.prod(chunk.shape)]
+        self.chunks = tuple(chunk for chunk in chunks if math.prod(chunk.shape))
+        self._places = [(chunk, self._map(chunk)) for chunk in self.chunks]
 
     @classmethod
     def of(cls, tensor: TensorInfo, source: FileSet) -> ElementReader:
@@ -69,7 +71,7 @@ class ElementReader:
         return values
 
     def _read_box(self, starts: tuple[int, ...], sizes: tuple[int, ...], destination: torch.Tensor) -> None:
-        for chunk, mapped in self._chunks:
+        for chunk, mapped in self._places:
             overlap = _overlap((starts, sizes), (chunk.starts, chunk.shape))
             if overlap is None:
                 continue

@@ -11,13 +11,14 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 __all__ = ["main"]
 
-_VERBS = ("inspect", "verify", "diff")
+_VERBS = ("inspect", "verify", "diff", "convert")
 _NOT_ANSWERED = 2
 _INTERRUPTED = 130
 
@@ -36,8 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _make_parser(verbs).parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # The terminal may lack characters of a name.
+    prefix = f"lightning-memload {parsed.verb}: "
     try:
-        status = int(verbs[parsed.verb].run(parsed))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"{prefix}{message}", file=sys.stderr)
+            status = int(verbs[parsed.verb].run(parsed))
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has closed the pipe, for example `head`. Without this, the flush at exit would fail again.
@@ -48,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if parsed.debug:
             traceback.print_exc()
-        print(f"lightning-memload {parsed.verb}: {_describe(error)}", file=sys.stderr)
+        print(f"{prefix}{_describe(error)}", file=sys.stderr)
         return _NOT_ANSWERED
     return status
 
