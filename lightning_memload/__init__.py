@@ -41,6 +41,7 @@ __all__ = [
     "MemoryPeaks",
     "MetaTensorError",
     "OptimizerMismatchError",
+    "PrefetchStats",
     "RestoreReport",
     "StreamingCheckpointIO",
     "TensorDiff",
@@ -55,6 +56,7 @@ __all__ = [
     "load_weights",
     "meta_init",
     "open_checkpoint",
+    "prefetch_checkpoint",
     "save_directory",
     "verify_checkpoint",
 ]
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from lightning_memload.report import RestoreReport
     from lightning_memload.restore import WeightsSource, load_weights, meta_init
     from lightning_memload.save import save_directory
+    from lightning_memload.transfer.prefetch import PrefetchStats, prefetch_checkpoint
     from lightning_memload.verify import VerifyReport, verify_checkpoint
 else:
     # Only at run time: with a module-level __getattr__ a type checker accepts every misspelt name.
@@ -81,6 +84,7 @@ else:
         "MemoryEfficientRestore": "lightning_memload.plugins",
         "MemoryMonitor": "lightning_memload.memory",
         "MemoryPeaks": "lightning_memload.memory",
+        "PrefetchStats": "lightning_memload.transfer.prefetch",
         "RestoreReport": "lightning_memload.report",
         "StreamingCheckpointIO": "lightning_memload.plugins",
         "TensorDiff": "lightning_memload.diff",
@@ -92,6 +96,7 @@ else:
         "load_weights": "lightning_memload.restore",
         "meta_init": "lightning_memload.restore",
         "open_checkpoint": "lightning_memload.formats",
+        "prefetch_checkpoint": "lightning_memload.transfer.prefetch",
         "save_directory": "lightning_memload.save",
         "verify_checkpoint": "lightning_memload.verify",
     }

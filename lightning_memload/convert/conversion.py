@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_memload.convert.safetensors import INDEX_FILE, SafetensorsWriter
+from lightning_memload.convert.safetensors import INDEX_FILE, WeightsWriter
 from lightning_memload.convert.streaming import StreamedTensors
 from lightning_memload.convert.weights import Selection, select
 from lightning_memload.errors import CheckpointFormatError, CheckpointReadError, CheckpointWriteError
@@ -170,13 +170,13 @@ def _plan(
     streaming: StreamedTensors,
     shard_bytes: int | None,
     num_threads: int,
-) -> tuple[Save, SafetensorsWriter | None]:
+) -> tuple[Save, WeightsWriter | None]:
     if kind == "torch":
         return plan_torch_save(obj, place, num_threads=num_threads, content_of=streaming.content_of), None
     if kind == "directory":
         return plan_directory_save(obj, place, num_threads=num_threads, content_of=streaming.content_of), None
     tensors = {name: value for name, value in chosen.weights.items() if isinstance(value, torch.Tensor)}
-    writer = SafetensorsWriter(tensors, shard_bytes, streaming.content_of, DEFAULT_BUDGET_BYTES, num_threads)
+    writer = WeightsWriter(tensors, shard_bytes, streaming.content_of, DEFAULT_BUDGET_BYTES, num_threads)
     writer.left_out += [name for name in chosen.weights if name not in tensors]
     if len(writer.left_out) == len(chosen.weights):
         raise CheckpointFormatError(f"{chosen.path} has no weight that safetensors can hold.", path=chosen.path)

@@ -20,13 +20,13 @@ from lightning_memload.transfer.contents import Content
 from lightning_memload.transfer.sinks import LocalSink, SplitWriter
 from lightning_memload.transfer.writing import WriteEngine, WriteOrder
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "SafetensorsWriter", "divide_into_shards", "shard_name"]
+__all__ = ["INDEX_FILE", "SINGLE_FILE", "WeightsWriter", "divide_into_shards", "shard_name"]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
 
-class SafetensorsWriter:
+class WeightsWriter:
     """The :class:`CheckpointWriter` of weights.
 
     Args:

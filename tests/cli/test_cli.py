@@ -393,3 +393,20 @@ def test_diff_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr() == ("", "")
     assert main(["diff", paths[0], paths[0]]) == 0
     assert main(["diff", paths[0], str(tmp_path / "absent")]) == 2
+
+
+def test_prefetch_prints(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "sound.ckpt"
+    assert main(["prefetch", str(path)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"{path}: ")
+    assert " in 1 file; " in shown.out
+    assert shown.err == ""
+    assert main(["prefetch", "--json", str(folder)]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["num_files"] == 4
+    assert answer["bytes_read"] + answer["bytes_cached"] == sum(file.stat().st_size for file in folder.iterdir())
+    monkeypatch.setattr("lightning_memload.memory.host.available_host_bytes", lambda: 100)
+    assert main(["prefetch", str(path)]) == 0
+    assert "do not fit into the 100 bytes of free memory" in capsys.readouterr().err
+    assert main(["prefetch", str(folder / "absent")]) == 2
