@@ -41,8 +41,10 @@ __all__ = [
     "MemoryPeaks",
     "MetaTensorError",
     "OptimizerMismatchError",
+    "PlannedWay",
     "PrefetchStats",
     "RestoreReport",
+    "ResumePlan",
     "StreamingCheckpointIO",
     "TensorDiff",
     "UnmappableCheckpointError",
@@ -56,6 +58,7 @@ __all__ = [
     "load_weights",
     "meta_init",
     "open_checkpoint",
+    "plan_resume",
     "prefetch_checkpoint",
     "save_directory",
     "verify_checkpoint",
@@ -67,6 +70,7 @@ if TYPE_CHECKING:
     from lightning_memload.checkpoint import Checkpoint
     from lightning_memload.convert import ConvertStats, convert_checkpoint
     from lightning_memload.diff import DiffReport, TensorDiff, diff_checkpoints
+    from lightning_memload.forecast import PlannedWay, ResumePlan, plan_resume
     from lightning_memload.formats import open_checkpoint
     from lightning_memload.memory import MemoryMonitor, MemoryPeaks
     from lightning_memload.plugins import MemoryEfficientRestore, StreamingCheckpointIO, load_from_checkpoint
@@ -84,8 +88,10 @@ else:
         "MemoryEfficientRestore": "lightning_memload.plugins",
         "MemoryMonitor": "lightning_memload.memory",
         "MemoryPeaks": "lightning_memload.memory",
+        "PlannedWay": "lightning_memload.forecast",
         "PrefetchStats": "lightning_memload.transfer.prefetch",
         "RestoreReport": "lightning_memload.report",
+        "ResumePlan": "lightning_memload.forecast",
         "StreamingCheckpointIO": "lightning_memload.plugins",
         "TensorDiff": "lightning_memload.diff",
         "VerifyReport": "lightning_memload.verify",
@@ -96,6 +102,7 @@ else:
         "load_weights": "lightning_memload.restore",
         "meta_init": "lightning_memload.restore",
         "open_checkpoint": "lightning_memload.formats",
+        "plan_resume": "lightning_memload.forecast",
         "prefetch_checkpoint": "lightning_memload.transfer.prefetch",
         "save_directory": "lightning_memload.save",
         "verify_checkpoint": "lightning_memload.verify",

@@ -19,6 +19,7 @@ FLOORS = {
     "transfer": 4,
     "formats": 5,
     "diff": 6,
+    "forecast": 6,
     "verify": 6,
     "restore": 7,
     "save": 7,

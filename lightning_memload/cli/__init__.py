@@ -18,7 +18,7 @@ from typing import Any
 
 __all__ = ["main"]
 
-_VERBS = ("inspect", "verify", "diff", "convert", "prefetch")
+_VERBS = ("inspect", "verify", "diff", "convert", "prefetch", "plan")
 _NOT_ANSWERED = 2
 _INTERRUPTED = 130
 

@@ -410,3 +410,22 @@ def test_prefetch_prints(folder: Path, capsys: pytest.CaptureFixture[str], monke
     assert main(["prefetch", str(path)]) == 0
     assert "do not fit into the 100 bytes of free memory" in capsys.readouterr().err
     assert main(["prefetch", str(folder / "absent")]) == 2
+
+
+def test_plan_prints(training: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["plan", str(training), "--stage", "validate"]) == 0
+    first, head, *rows, free = capsys.readouterr().out.splitlines()
+    assert first == f"{training}, validate on cpu: weights 224 bytes, optimizer states 112 bytes"
+    assert head.split("  ")[0] == "resume"
+    assert [row.split("  ")[0] for row in rows] == ["stock", "copy", "copy, meta_init", "assign, meta_init"]
+    assert all(row.endswith("yes") for row in rows)
+    assert free.startswith("free now: ")
+    assert main(["plan", "--json", "--device", "cuda", "--host-budget-mib", "16", str(training)]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [way["device_bytes"] for way in answer["ways"]] == [336, 336, 336]
+    monkeypatch.setattr("lightning_memload.forecast.resume_plan.available_host_bytes", lambda: 300)
+    assert main(["plan", str(training)]) == 1
+    assert all(row.endswith("no") for row in capsys.readouterr().out.splitlines()[2:-1])
+    monkeypatch.setattr("lightning_memload.forecast.resume_plan.available_host_bytes", lambda: None)
+    assert main(["plan", str(training)]) == 0
+    assert "unknown" in capsys.readouterr().out
