@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="DST", help="the new checkpoint")
     parser.add_argument("--format", choices=["torch", "safetensors", "directory"], help="format of DST")
     parser.add_argument("--weights-only", action="store_true", help="write the weights, and ignore everything else")
+    parser.add_argument("--key", help="key of the state dict in SRC, if it holds several")
     parser.add_argument("--dtype", help="dtype of floating-point weights, such as bfloat16")
     parser.add_argument("--strip-prefix", default="", metavar="PREFIX", help="remove a prefix from the names")
     parser.add_argument(
@@ -74,11 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(_as_dict(stats))
     elif not arguments.quiet:
         files = f" in {counted(len(stats.files), 'file')}" if stats.files else ""
+        weights = f"{counted(stats.num_weights, 'weight')}, " if stats.num_weights else ""
         speed = format_speed(stats.bytes_written, stats.seconds)
-        print(
-            f"{printable(stats.path)} ({stats.format}): {counted(stats.num_weights, 'weight')}, "
-            f"{format_bytes(stats.bytes_written)}{files}; {stats.seconds:.2f} s, {speed}"
-        )
+        size = f"{weights}{format_bytes(stats.bytes_written)}{files}"
+        print(f"{printable(stats.path)} ({stats.format}): {size}; {stats.seconds:.2f} s, {speed}")
     if not arguments.quiet:
         _tell_losses(stats)
     return 0
@@ -93,6 +93,7 @@ def _convert(arguments: argparse.Namespace) -> ConvertStats:
                 arguments.source,
                 arguments.target,
                 format=arguments.format,
+                key=arguments.key,
                 parts="weights" if arguments.weights_only else "all",
                 dtype=_dtype_of(arguments.dtype),
                 strip_prefix=arguments.strip_prefix,

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,7 +42,7 @@ class ConvertStats:
         path: The new checkpoint.
         format: Its format: ``"torch"``, ``"safetensors"`` or ``"directory"``.
         files: The names of the files in it, if it is a directory of safetensors files. Empty otherwise.
-        num_weights: Number of weights that were chosen.
+        num_weights: Number of weights that were chosen. 0 if everything is written as it is.
         bytes_written: Size of all files.
         seconds: Wall time.
         dropped: The parts of the source that are not in the new checkpoint, by their keys, such as
@@ -67,6 +68,7 @@ def convert_checkpoint(
     *,
     format: TargetFormat | None = None,
     parts: Literal["all", "weights"] = "all",
+    key: str | None = None,
     dtype: torch.dtype | None = None,
     strip_prefix: str = "",
     rename: Mapping[str, str] | None = None,
@@ -94,6 +96,7 @@ def convert_checkpoint(
         parts: ``"weights"``: ignore everything else. A Lightning checkpoint becomes what Lightning saves with
             ``save_weights_only=True`` if the target is a ``.ckpt`` or a directory. Else the target is a state dict.
             safetensors always holds weights only.
+        key: Key of the state dict in the source, joined by dots. ``None``: it is searched for.
         dtype: The dtype of floating-point weights. Optimizer states, and integer and complex weights, keep theirs.
             ``None``: that of the source.
         strip_prefix: Prefix that is removed from the names of weights that start with it.
@@ -136,7 +139,18 @@ def convert_checkpoint(
         raise ValueError(f"parts must be 'all' or 'weights', got {parts!r}.")
     loaded, mapped = open_any(name, weights_only, safe_globals, erases=only_weights)
     try:
-        chosen = select(loaded, name, strip_prefix=strip_prefix, rename=rename or {}, include=include, exclude=exclude)
+        chooses = bool(only_weights or dtype is not None or strip_prefix or rename or include or exclude or key)
+        chosen = Selection(loaded, name, {}, OrderedDict())
+        if chooses:
+            chosen = select(
+                loaded,
+                name,
+                key=key,
+                strip_prefix=strip_prefix,
+                rename=rename or {},
+                include=include,
+                exclude=exclude,
+            )
         is_lightning = kind == "directory" or os.path.splitext(place)[1] == ".ckpt"
         obj = chosen.object_of(kind, only_weights=only_weights, as_lightning=is_lightning)
         if mapped.refusal is not None and holds_refused(obj):

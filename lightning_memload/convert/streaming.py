@@ -111,8 +111,10 @@ class StreamedTensors:
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         if isinstance(tensor, ChunkedTensor):
             return _like(tensor, self._unchunked(tensor, wanted))
-        if wanted == tensor.dtype or type(tensor) not in _PLAIN_TYPES or tensor.layout is not torch.strided:
+        if wanted == tensor.dtype:
             return tensor
+        if type(tensor) not in _PLAIN_TYPES or tensor.layout is not torch.strided:
+            return tensor.detach().to(wanted)  # As torch does it, in memory.
         if not tensor.numel() or not self._mapped.holds(tensor):
             return _like(tensor, tensor.detach().to(wanted))
         storage = tensor.untyped_storage()

@@ -17,6 +17,7 @@ from lightning_memload.restore.state_dict import key_filter, rename_keys
 __all__ = ["Selection", "select"]
 
 _VERSION_KEY = "pytorch-lightning_version"
+_MAX_DEPTH = 6
 # What Lightning saves with save_weights_only=False only (dump_checkpoint, Lightning 2.5 to 2.6).
 _NOT_WEIGHTS = ("callbacks", "optimizer_states", "lr_schedulers")
 
@@ -29,7 +30,7 @@ class Selection:
         loaded: The loaded checkpoint.
         path: Its path.
         found: The state dict in it.
-        weights: The chosen weights under their new names.
+        weights: The chosen weights under their new names. Empty: nothing is chosen, and all is written as it is.
         dropped: The keys of ``loaded`` that are not written.
     """
 
@@ -50,9 +51,9 @@ class Selection:
             self.dropped = tuple(key for key in keys if key in _NOT_WEIGHTS or _is_precision(key))
             kept = {key: value for key, value in self.loaded.items() if str(key) not in self.dropped}
             return {**kept, "state_dict": self.weights}
-        if self.found is self.loaded:
-            return self.weights
-        if not isinstance(self.found, dict):
+        if not self.weights:
+            return self.loaded
+        if not isinstance(self.found, dict) or not _holds(self.loaded, self.found):
             raise CheckpointFormatError(
                 f"The weights of {self.path} are those of a pickled module. Convert the weights only.", path=self.path
             )
@@ -75,6 +76,7 @@ def select(
     loaded: Any,
     path: str,
     *,
+    key: str | None,
     strip_prefix: str,
     rename: Mapping[str, str],
     include: str | Sequence[str],
@@ -87,7 +89,7 @@ def select(
         ValueError: Two weights get the same name, or a regular expression is invalid.
     """
     wants = key_filter(include, exclude)
-    found = find_state_dict(loaded, path)
+    found = find_state_dict(loaded, path, key)
     weights = rename_keys(found, strip_prefix, rename)
     for name in [name for name in weights if not wants(name)]:
         del weights[name]
@@ -101,3 +103,11 @@ def select(
 def _is_precision(key: str) -> bool:
     """Whether a key is the name of a precision plugin, under which Lightning saves the state of a gradient scaler."""
     return key.endswith("Precision") or key == "native_amp_scaling_state"
+
+
+def _holds(value: Any, found: object, depth: int = 0) -> bool:
+    """Whether an object is in nested containers. The state dict of a pickled module is not."""
+    if value is found:
+        return True
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return depth < _MAX_DEPTH and any(_holds(item, found, depth + 1) for item in items)

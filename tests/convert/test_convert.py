@@ -27,8 +27,10 @@ from lightning_memload import (
     verify_checkpoint,
 )
 from lightning_memload.formats import load_mapped
+from lightning_memload.storage import places
 from tests.formats.dcp_shards import Shards, sharded, write_shards
 from tests.formats.files import as_bytes, layouts, nested, save_dcp, tensors_of
+from tests.storage.toy import SCHEME, ToyBucket
 
 TIED = torch.randn(6, 4)
 WEIGHTS = OrderedDict(
@@ -281,6 +283,45 @@ def test_hugging_face_reads_the_shards(tmp_path: Path) -> None:
         assert as_bytes(found.state_dict()[name]) == as_bytes(tensor)
 
 
+def test_several_state_dicts(tmp_path: Path) -> None:
+    state = {"generator": {"x": torch.ones(2)}, "critic": {"x": torch.zeros(2)}}
+    source = save(tmp_path / "source.pt", state)
+    assert convert_checkpoint(source, tmp_path / "all.pt").num_weights == 0
+    assert_same(load(tmp_path / "all.pt"), state)
+    with pytest.raises(CheckpointFormatError, match="holds 2 state dicts"):
+        convert_checkpoint(source, tmp_path / "a.safetensors")
+    convert_checkpoint(source, tmp_path / "a.safetensors", key="critic")
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["x"], torch.zeros(2))
+    convert_checkpoint(source, tmp_path / "b.pt", key="critic", dtype=torch.float16)
+    found = load(tmp_path / "b.pt")
+    assert (found["generator"]["x"].dtype, found["critic"]["x"].dtype) == (torch.float32, torch.float16)
+
+
+def test_pickled_module(tmp_path: Path) -> None:
+    module = torch.nn.Linear(3, 2)
+    source = save(tmp_path / "source.pt", module)
+    with pytest.raises(CheckpointFormatError, match="Convert the weights only"):
+        convert_checkpoint(source, tmp_path / "a.pt", dtype=torch.float16, weights_only=False)
+    convert_checkpoint(source, tmp_path / "a.pt", parts="weights", dtype=torch.float16, weights_only=False)
+    found = load(tmp_path / "a.pt")
+    assert {name: as_bytes(value) for name, value in found.items()} == {
+        name: as_bytes(value.half()) for name, value in module.state_dict().items()
+    }
+    convert_checkpoint(source, tmp_path / "b.pt", weights_only=False)
+    copied = torch.load(tmp_path / "b.pt", weights_only=False)
+    assert_same(copied.state_dict(), module.state_dict())
+
+
+def test_dtype_of_other_kinds_of_tensors(tmp_path: Path) -> None:
+    weights = {"sparse": torch.eye(3).to_sparse(), "parameter": torch.nn.Parameter(torch.randn(3))}
+    source = save(tmp_path / "source.pt", weights)
+    convert_checkpoint(source, tmp_path / "target.pt", dtype=torch.float16, weights_only=False)
+    found = load(tmp_path / "target.pt")
+    assert torch.equal(found["sparse"].to_dense(), torch.eye(3, dtype=torch.float16))
+    assert isinstance(found["parameter"], torch.nn.Parameter)
+    assert found["parameter"].dtype == torch.float16
+
+
 def test_what_safetensors_cannot_hold(tmp_path: Path) -> None:
     weights = {"plain": torch.ones(2), "complex": torch.ones(2, dtype=torch.complex128), "extra_state": "text"}
     source = save(tmp_path / "source.pt", weights)
@@ -311,6 +352,20 @@ def test_damaged_source(name: str, options: Any, tmp_path: Path) -> None:
     assert caught.value.path == str(source)
     assert target.read_text() == "before"
     assert sorted(os.listdir(tmp_path)) == ["source.ckpt", "target.ckpt"]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
+def test_source_that_cannot_be_mapped(dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = ToyBucket(tmp_path)
+    monkeypatch.setitem(places.PLACES, SCHEME, bucket)
+    source = save(tmp_path / "source.ckpt")
+    convert_checkpoint(source, tmp_path / "expected.ckpt", dtype=dtype)
+    convert_checkpoint(bucket.url(source), tmp_path / "target.ckpt", dtype=dtype)
+    assert_same(load(tmp_path / "target.ckpt"), load(tmp_path / "expected.ckpt"))
+    flip(source, "state_dict.net.bias")
+    with pytest.raises(ChecksumError, match=r"state_dict\.net\.bias"):
+        convert_checkpoint(bucket.url(source), tmp_path / "target.ckpt", dtype=dtype, overwrite=True)
+    assert_same(load(tmp_path / "target.ckpt"), load(tmp_path / "expected.ckpt"))
 
 
 def test_damaged_shard(tmp_path: Path) -> None:

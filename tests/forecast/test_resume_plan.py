@@ -77,10 +77,13 @@ def test_what_cannot_be_planned(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "text").write_text("hello")
     with pytest.raises(CheckpointFormatError):
         plan_resume(tmp_path / "text")
-    with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'tpu'"):
-        plan_resume(checkpoint, device="tpu")
-    with pytest.raises(ValueError, match="stage must be 'fit' or 'validate', got 'save'"):
-        plan_resume(checkpoint, stage="save")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"device": "tpu"}, "device must be 'cpu' or 'cuda', got 'tpu'"),
+        ({"stage": "save"}, "stage must be 'fit' or 'validate', got 'save'"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            plan_resume(checkpoint, **options)
 
 
 @pytest.mark.memory
