@@ -15,7 +15,7 @@ import torch
 
 from lightning_memload.convert.safetensors import INDEX_FILE, WeightsWriter
 from lightning_memload.convert.streaming import StreamedTensors
-from lightning_memload.convert.weights import Selection, select
+from lightning_memload.convert.weights import Selection, WeightsChoice, select
 from lightning_memload.errors import CheckpointFormatError, CheckpointReadError, CheckpointWriteError
 from lightning_memload.pickles import SafeGlobal, holds_refused
 from lightning_memload.restore import open_any
@@ -133,24 +133,16 @@ def convert_checkpoint(
     name, place = path_of(source), os.fspath(target)
     kind = _choose_format(place, format, shard_bytes)
     _check_dtype(dtype)
-    _check_target(name, place, is_sharded=shard_bytes is not None, overwrite=overwrite)
-    only_weights = parts == "weights" or kind == "safetensors"
     if parts not in ("all", "weights"):
         raise ValueError(f"parts must be 'all' or 'weights', got {parts!r}.")
+    _check_target(name, place, is_sharded=shard_bytes is not None, overwrite=overwrite)
+    only_weights = parts == "weights" or kind == "safetensors"
+    choice = WeightsChoice(key, strip_prefix, rename or {}, include, exclude)
     loaded, mapped = open_any(name, weights_only, safe_globals, erases=only_weights)
     try:
-        chooses = bool(only_weights or dtype is not None or strip_prefix or rename or include or exclude or key)
-        chosen = Selection(loaded, name, {}, OrderedDict())
-        if chooses:
-            chosen = select(
-                loaded,
-                name,
-                key=key,
-                strip_prefix=strip_prefix,
-                rename=rename or {},
-                include=include,
-                exclude=exclude,
-            )
+        # Without a choice, a file with several state dicts is converted too.
+        keeps_all = not only_weights and dtype is None and choice.is_everything
+        chosen = Selection(loaded, name, {}, OrderedDict()) if keeps_all else select(loaded, name, choice)
         is_lightning = kind == "directory" or os.path.splitext(place)[1] == ".ckpt"
         obj = chosen.object_of(kind, only_weights=only_weights, as_lightning=is_lightning)
         if mapped.refusal is not None and holds_refused(obj):

@@ -14,7 +14,7 @@ from lightning_memload.errors import CheckpointFormatError
 from lightning_memload.restore import find_state_dict
 from lightning_memload.restore.state_dict import key_filter, rename_keys
 
-__all__ = ["Selection", "select"]
+__all__ = ["Selection", "WeightsChoice", "select"]
 
 _VERSION_KEY = "pytorch-lightning_version"
 _MAX_DEPTH = 6
@@ -72,30 +72,39 @@ class Selection:
                 self.weights[name] = streaming.replaced(value, dtype)
 
 
-def select(
-    loaded: Any,
-    path: str,
-    *,
-    key: str | None,
-    strip_prefix: str,
-    rename: Mapping[str, str],
-    include: str | Sequence[str],
-    exclude: str | Sequence[str],
-) -> Selection:
+@dataclass(frozen=True, slots=True)
+class WeightsChoice:
+    """Which weights are written, and under which names, see :func:`convert_checkpoint`."""
+
+    key: str | None
+    strip_prefix: str
+    rename: Mapping[str, str]
+    include: str | Sequence[str]
+    exclude: str | Sequence[str]
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether all weights keep their names."""
+        return not (self.key or self.strip_prefix or self.rename or self.include or self.exclude)
+
+
+def select(loaded: Any, path: str, choice: WeightsChoice) -> Selection:
     """Finds the state dict in a loaded checkpoint, renames its keys and chooses among them.
 
     Raises:
         CheckpointFormatError: No state dict is found, or several, or no weight is chosen.
         ValueError: Two weights get the same name, or a regular expression is invalid.
     """
-    wants = key_filter(include, exclude)
-    found = find_state_dict(loaded, path, key)
-    weights = rename_keys(found, strip_prefix, rename)
+    wants = key_filter(choice.include, choice.exclude)
+    found = find_state_dict(loaded, path, choice.key)
+    weights = rename_keys(found, choice.strip_prefix, choice.rename)
     for name in [name for name in weights if not wants(name)]:
         del weights[name]
     if not weights:
         raise CheckpointFormatError(
-            f"{path} has no weight that include={include!r} and exclude={exclude!r} select after renaming.", path=path
+            f"{path} has no weight that include={choice.include!r} and exclude={choice.exclude!r} select after "
+            "renaming.",
+            path=path,
         )
     return Selection(loaded, path, found, weights)
 

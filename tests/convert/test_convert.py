@@ -268,6 +268,7 @@ def test_shards(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "one") == ["model.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_hugging_face_reads_the_shards(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
