@@ -12,6 +12,7 @@ from lightning_memload.checkpoint.index import (
 from lightning_memload.checkpoint.inventory import Damage, Inventory
 from lightning_memload.checkpoint.mapped import MappedCheckpoint, end_loading, span_bytes
 from lightning_memload.checkpoint.missing import hub_advice
+from lightning_memload.checkpoint.sections import TensorGroup
 
 __all__ = [
     "Checkpoint",
@@ -23,6 +24,7 @@ __all__ = [
     "MappedCheckpoint",
     "SpecialTensor",
     "StorageInfo",
+    "TensorGroup",
     "TensorInfo",
     "end_loading",
     "hub_advice",

@@ -217,6 +217,12 @@ class ChunkedTensor(torch.Tensor):
         return self._held.chunks
 
     @property
+    def storage_in_files(self) -> tuple[int, int] | None:
+        """Offset and length of its storage, which others may share. ``None`` if it has none: it is in several parts."""
+        storage = getattr(self._held, "storage", None)
+        return None if storage is None else (storage.offset, storage.nbytes)
+
+    @property
     def dense_stride(self) -> tuple[int, ...]:
         """The strides of a copy with ``torch.preserve_format``: its own ones if they leave no gaps, else contiguous."""
         expected = 1

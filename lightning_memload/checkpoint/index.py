@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from lightning_memload.bytes import FileSpan, place_in
+from lightning_memload.checkpoint.sections import TensorGroup, divide
 
 __all__ = [
     "Checkpoint",
@@ -248,6 +249,11 @@ class Checkpoint:
             if tensor.numel:
                 groups.setdefault(tensor.storage.key, []).append(tensor)
         return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+    @property
+    def sections(self) -> tuple[TensorGroup, ...]:
+        """The tensors by the part of the checkpoint that holds them: weights, each optimizer, callbacks, and so on."""
+        return divide(self.tensors)
 
 
 def span_elements(shape: Sequence[int], stride: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ import errno
 import os
 import shutil
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 from lightning_memload.errors import CheckpointFormatError, listed
 from lightning_memload.formats.safetensors.layout import ContiguousWriter, WeightsFile, find_weights
@@ -118,8 +118,13 @@ def plan_directory_save(
     durable: bool = True,
     link_unchanged_from: str | os.PathLike[str] | None = None,
     safetensors: bool = False,
+    content_of: Callable[[Content], Content] | None = None,
 ) -> Save:
-    """Plans a :func:`save_directory`. From its return to the end of the save, only tensors' memory must not change."""
+    """Plans a :func:`save_directory`. From its return to the end of the save, only tensors' memory must not change.
+
+    ``content_of`` may replace the bytes of each record by others of the same number, for storages without memory. It is
+    not asked with ``safetensors``.
+    """
     target = _place_of(os.fspath(path))
     _refuse_to_replace(target)
     put_back(target)
@@ -127,7 +132,7 @@ def plan_directory_save(
     if safetensors:
         return Save(target, lambda: _SafetensorsWriter(obj, host_budget_bytes, threads), durable=durable)
     old = {} if link_unchanged_from is None else _linkable_files(os.path.realpath(link_unchanged_from))
-    return Save(target, lambda: _DirectoryWriter(obj, host_budget_bytes, threads, old), durable=durable)
+    return Save(target, lambda: _DirectoryWriter(obj, host_budget_bytes, threads, old, content_of), durable=durable)
 
 
 class _DirectoryWriter:
@@ -136,7 +141,12 @@ class _DirectoryWriter:
     is_directory = streamed = True
 
     def __init__(
-        self, obj: object, host_budget_bytes: int, num_threads: int, old_files: Mapping[tuple[str, int], str]
+        self,
+        obj: object,
+        host_budget_bytes: int,
+        num_threads: int,
+        old_files: Mapping[tuple[str, int], str],
+        content_of: Callable[[Content], Content] | None,
     ) -> None:
         pickled = pickle_object(obj, stubs=lambda storage: True)
         with_bytes = [saved for saved in pickled.saved_storages if saved.nbytes]
@@ -148,7 +158,10 @@ class _DirectoryWriter:
         self.storage_sizes = [saved.nbytes for saved in pickled.saved_storages]
         self._state, keys = _divide(pickled, outside)
         own = [pickled.saved_storages[key] for key in keys]
-        self.records = WriteEngine([*self._state.take_contents(), *own], host_budget_bytes, num_threads)
+        contents: list[Content] = [*self._state.take_contents(), *own]
+        if content_of is not None:
+            contents = list(map(content_of, contents))
+        self.records = WriteEngine(contents, host_budget_bytes, num_threads)
         # Without the checksums, which are known when the files are written.
         self._storages = [
             StorageFile(str(key), saved.nbytes, 0, str(saved.storage.device))

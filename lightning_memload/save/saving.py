@@ -176,8 +176,11 @@ class Save:
         self._place: Replacement | None = None
         self._stats: SaveStats | None = None
 
-    def run(self) -> SaveStats:
+    def run(self, *, before_commit: Callable[[], None] | None = None) -> SaveStats:
         """Writes everything, syncs it to the disk if ``durable`` is set, and then replaces the old checkpoint.
+
+        Args:
+            before_commit: Called when everything is written. If it raises, the old checkpoint stays.
 
         Raises:
             CheckpointWriteError: There is not enough space, or writing failed or is not allowed.
@@ -187,6 +190,8 @@ class Save:
         try:
             with _pause_of_collector() if is_short else contextlib.nullcontext():
                 self.write()
+            if before_commit is not None:
+                before_commit()
             with self._cleaned_up_on_error() as place:
                 place.commit(durable=self._durable, names=self._names)
             return self._end()

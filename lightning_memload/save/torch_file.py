@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO
 
 import torch
@@ -94,12 +94,16 @@ def plan_torch_save(
     host_budget_bytes: int = DEFAULT_BUDGET_BYTES,
     num_threads: int | None = None,
     durable: bool = True,
+    content_of: Callable[[Content], Content] | None = None,
 ) -> Save:
-    """Plans a :func:`save_torch`. From its return to the end of the save, only the tensors' memory must not change."""
+    """Plans a :func:`save_torch`. From its return to the end of the save, only the tensors' memory must not change.
+
+    ``content_of`` may replace the bytes of each record by others of the same number, for storages without memory.
+    """
     name = os.fspath(path)
     put_back(name)
     threads = default_save_threads() if num_threads is None else num_threads
-    return Save(name, lambda: _plan(obj, name, host_budget_bytes, threads), durable=durable)
+    return Save(name, lambda: _plan(obj, name, host_budget_bytes, threads, content_of), durable=durable)
 
 
 def write_torch(obj: object, file: IO[bytes], *, name: str, host_budget_bytes: int = DEFAULT_BUDGET_BYTES) -> SaveStats:
@@ -197,10 +201,18 @@ class _TorchZipWriter:
     bytes_linkable = bytes_linked = 0
     names = ()
 
-    def __init__(self, pickled: Pickled, host_budget_bytes: int, num_threads: int) -> None:
+    def __init__(
+        self,
+        pickled: Pickled,
+        host_budget_bytes: int,
+        num_threads: int,
+        content_of: Callable[[Content], Content] | None,
+    ) -> None:
         self.storage_sizes = [saved.nbytes for saved in pickled.saved_storages]
         self._archive = TorchFileWriter(pickled, pickled.saved_storages)
         contents = self._archive.take_contents()
+        if content_of is not None:
+            contents = list(map(content_of, contents))
         most_threads = -(-sum(map(size_of, contents)) // _THREAD_BYTES)
         self.records = WriteEngine(contents, host_budget_bytes, min(num_threads, most_threads))
         self.nbytes: int = self._archive.nbytes
@@ -273,7 +285,13 @@ class _ZipWriter:
             self._sink.write([late[0]], late[1])
 
 
-def _plan(obj: object, name: str, host_budget_bytes: int, num_threads: int) -> CheckpointWriter:
+def _plan(
+    obj: object,
+    name: str,
+    host_budget_bytes: int,
+    num_threads: int,
+    content_of: Callable[[Content], Content] | None = None,
+) -> CheckpointWriter:
     try:
         pickled = pickle_object(obj)
     except UnstreamableError as reason:
@@ -283,4 +301,4 @@ def _plan(obj: object, name: str, host_budget_bytes: int, num_threads: int) -> C
             stacklevel=2,
         )
         return _TorchSaveWriter(obj)
-    return _TorchZipWriter(pickled, host_budget_bytes, num_threads)
+    return _TorchZipWriter(pickled, host_budget_bytes, num_threads, content_of)

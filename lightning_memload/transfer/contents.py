@@ -22,9 +22,15 @@ class GatheredBytes:
 
     Args:
         tensor: A strided tensor with elements of 1, 2, 4 or 8 bytes.
+
+    Attributes:
+        tensor: The tensor.
+        storage: Its storage.
+        nbytes: Bytes of its elements.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
         self._integers = tensor.detach().view(_INTEGERS[tensor.dtype.itemsize])
         self.storage = tensor.untyped_storage()
         self.nbytes = tensor.nbytes

@@ -84,7 +84,9 @@ class VerifyReport:
             verdict = "verified" if self.is_verified else "nothing wrong was found, but not all of it can be verified"
             return f"{self.path} ({self.format}): {verdict}. {done}; {speed}."
         lines = [f"{self.path} ({self.format}): damaged, {counted(len(self.damage), 'problem')}. {done}; {speed}."]
-        lines += [f"  {problem}" for problem in self.damage[:_MAX_LISTED]]
+        # The first line names the file already.
+        known = f"{self.path} is damaged: "
+        lines += [f"  {problem.problem.removeprefix(known)}" for problem in self.damage[:_MAX_LISTED]]
         if len(self.damage) > _MAX_LISTED:
             lines.append(f"  and {len(self.damage) - _MAX_LISTED} more")
         return "\n".join(lines)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tests.lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO
+from lightning_memload import MemoryEfficientRestore, StreamingCheckpointIO, convert_checkpoint
 from lightning_memload.checkpoint import ChunkedTensor
 from lightning_memload.errors import (
     CheckpointFormatError,
@@ -193,6 +193,17 @@ def test_resumes_as_stock_from_the_whole(
     assert report.bytes_verified == restored
     assert report.bytes_kept == report.bytes_copied_ordinarily == 0
     assert held(saved) == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_converted_directory_resumes_as_stock_from_the_whole(
+    layout: str, saved: Path, stock: Any, tmp_path: Path
+) -> None:
+    convert_checkpoint(saved / layout, tmp_path / "whole.ckpt", weights_only=False)
+    module, probe = resume(CASE, tmp_path / "whole.ckpt", tmp_path, MemoryEfficientRestore())
+    stock_module, stock_probe = stock
+    assert_same(ordered(stock_probe.restored), ordered(probe.restored), "restored")
+    assert_same(stock_module.losses, module.losses, "losses")
 
 
 def held(folder: Path) -> list[str]:

@@ -55,6 +55,7 @@ class WeightsFile:
             ``_cdata``.
         left_out: Weights that the format cannot hold: of other dtypes, sparse, nested, without memory, or not plain
             tensors.
+        ties: For each name that the metadata maps to another one: that name.
     """
 
     contents: list[Content] = field(default_factory=list)
@@ -62,6 +63,7 @@ class WeightsFile:
     nbytes: int = 0
     places: dict[int, int] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    ties: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, weights: Mapping[str, torch.Tensor], saved_storages: Sequence[SavedStorage]) -> WeightsFile:
@@ -74,7 +76,6 @@ class WeightsFile:
         file = cls()
         needed = {saved.storage._cdata: (saved.start, saved.nbytes) for saved in saved_storages}
         first_names: dict[object, str] = {}
-        ties: dict[str, str] = {}
         held: list[tuple[str, torch.Tensor]] = []
         for name, tensor in weights.items():
             if name == _METADATA or not _fits(tensor):
@@ -83,12 +84,12 @@ class WeightsFile:
             storage, start, _ = _place(tensor)
             identity = storage._cdata, start, tensor.dtype, tensor.shape, tensor.stride()
             if tensor.numel() and name != _FORMAT and first_names.setdefault(identity, name) != name:
-                ties[name] = first_names[identity]
+                file.ties[name] = first_names[identity]
             else:
                 held.append((name, tensor))
         # Wide elements first, so that each tensor starts at a multiple of its element size.
         held.sort(key=lambda entry: -entry[1].dtype.itemsize)
-        file.contents.append(_header(held, ties))
+        file.contents.append(_header(held, file.ties))
         for _, tensor in held:
             storage, start, nbytes = _place(tensor)
             if tensor.numel() and tensor.is_contiguous() and needed.get(storage._cdata) == (start, nbytes):
