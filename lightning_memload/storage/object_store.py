@@ -44,7 +44,7 @@ _WEB = ("http://", "https://")
 _SECRETS = re.compile(r"\?[^\s\"')]+")
 
 
-class _Version(NamedTuple):
+class _ObjectVersion(NamedTuple):
     """What tells one version of an object from another."""
 
     e_tag: str | None
@@ -77,7 +77,7 @@ class ObjectFile(StoredFile):
         self._store, self._key = store, key
         self._lock = threading.Lock()
         self.requests = 0
-        self._version: _Version | None = None
+        self._version: _ObjectVersion | None = None
         self._windows: OrderedDict[int, bytes] = OrderedDict()
         self._windows[0] = self._read_head()
         assert self._version is not None
@@ -334,8 +334,8 @@ def _reason(error: BaseException) -> str:
     return _SECRETS.sub("", " ".join(text.split()))[:400] or type(error).__name__
 
 
-def _version_of(meta: Mapping[str, Any]) -> _Version:
-    return _Version(meta.get("e_tag"), meta.get("last_modified"), int(meta["size"]))
+def _version_of(meta: Mapping[str, Any]) -> _ObjectVersion:
+    return _ObjectVersion(meta.get("e_tag"), meta.get("last_modified"), int(meta["size"]))
 
 
 def _fill(
