@@ -13,14 +13,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import importlib.util
 import os
 import re
 from collections.abc import Callable
 from urllib.parse import unquote, urlsplit
 
+from lightning_memload.storage.buckets import Buckets
 from lightning_memload.storage.local import LocalDisk
-from lightning_memload.storage.object_store import ObjectStore
 from lightning_memload.storage.source import Place, StoredFile
 
 __all__ = [
@@ -43,9 +42,10 @@ _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
 
 
 _LOCAL: Place = LocalDisk()
-_OBJECTS = ObjectStore()
 # The places by the scheme of their URLs, in small letters. fsspec is asked for all other schemes.
-PLACES: dict[str, Place] = dict.fromkeys(("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "http", "https"), _OBJECTS)
+PLACES: dict[str, Place] = dict.fromkeys(
+    ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "http", "https"), Buckets()
+)
 
 
 def path_of(path: str | os.PathLike[str]) -> str:
@@ -81,13 +81,9 @@ def _place_of(path: str) -> Place:
     if "://" not in path or (url := _URL.match(path)) is None:
         return _LOCAL
     scheme = url[1].lower()
-    place = PLACES.get(scheme, _LOCAL)
-    if place is _LOCAL and scheme in _LOCAL_SCHEMES:
-        return _LOCAL
-    if place is _LOCAL or (place is _OBJECTS and (not _has_obstore() or "?" in path)):
-        # obstore would encode the query of a signed URL.
-        return _other_place(scheme)
-    return place
+    if scheme in PLACES:
+        return PLACES[scheme]
+    return _LOCAL if scheme in _LOCAL_SCHEMES else _other_place(scheme)
 
 
 @functools.cache
@@ -95,11 +91,6 @@ def _other_place(scheme: str) -> Place:
     from lightning_memload.storage.fsspec_files import FsspecPlace, is_known
 
     return FsspecPlace() if is_known(scheme) else _LOCAL
-
-
-@functools.cache
-def _has_obstore() -> bool:
-    return importlib.util.find_spec("obstore") is not None
 
 
 def open_file(path: str, *, keep_open: bool = True) -> StoredFile:
