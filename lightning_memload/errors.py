@@ -73,6 +73,7 @@ class CheckpointReadError(MemloadError, OSError):
         key: The tensor whose bytes were being read, ``None`` when no tensor is known.
         offset: The position in the file, in bytes.
         intact_sibling: An intact checkpoint in the same directory, ``None`` if none is known.
+        rank: The rank that has read the bytes, if ranks share what they read, else ``None``. ``path`` is its file.
     """
 
     def __init__(self, message: str, *, path: str, key: str | None, offset: int, errno: int | None = None) -> None:
@@ -82,6 +83,7 @@ class CheckpointReadError(MemloadError, OSError):
         self.offset = offset
         self.errno = errno
         self.intact_sibling: str | None = None
+        self.rank: int | None = None
 
 
 class ChecksumError(CheckpointReadError):

@@ -68,8 +68,9 @@ def name_intact_sibling(exception: BaseException, path: str, trainer: pl.Trainer
     if not isinstance(exception, (CheckpointFormatError, CheckpointReadError)) or not os.path.lexists(path):
         return
     path = os.path.abspath(path)
-    if not os.path.abspath(exception.path).startswith(os.path.dirname(path)):
-        return  # Another rank has another file, and this one is damaged.
+    is_others = getattr(exception, "rank", None) not in (None, trainer.global_rank)
+    if is_others and not os.path.abspath(exception.path).startswith(path):
+        return  # Another rank has a file of its own, and that one is damaged.
     if _is_folder_of_checkpoints(path):
         return  # The path is the folder of the checkpoints, and the error names them.
     _log_on_rank(trainer, str(exception.args[0]))

@@ -221,7 +221,9 @@ class Striping:
         for kind in _FIELDS:
             if kind.__name__ == told["kind"]:
                 message = f"{told['message']} Rank {rank} of {self._companions.world_size} has read it."
-                return kind(message, **told["fields"])
+                error = kind(message, **told["fields"])
+                error.rank = rank
+                return error
         if own is not None and rank == self._companions.rank:
             return own
         return self._error(rank, f"{told['kind']}: {told['message']}")

@@ -221,6 +221,14 @@ class TestTelling:
         assert str(error).startswith("it is damaged. The newest intact checkpoint in")
         assert error.intact_sibling == "intact.ckpt"
 
+    def test_of_the_file_of_another_rank_says_nothing(self, error: ChecksumError, folder: Path) -> None:
+        error.path, error.rank = str(folder / "node0/last.ckpt"), 0
+        self.tell(error, folder)
+        assert str(error) == "it is damaged."
+        error.path = str(folder / "node1/last.ckpt")  # one file for both
+        self.tell(error, folder)
+        assert "The newest intact checkpoint in" in str(error)
+
     def test_a_disk_that_hangs_is_given_up(
         self, error: ChecksumError, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -258,6 +258,11 @@ def disagreements() -> dict[str, Any]:
     return results
 
 
+def failures_and_disagreements() -> dict[str, Any]:
+    """Both in one process group: to start the ranks takes most of the time."""
+    return {"failures": failures(), "disagreements": disagreements()}
+
+
 def killed(rank: int, *, suspended: bool = False) -> dict[str, Any]:
     """The error of the other ranks when one is killed in the middle of a transfer, and when they got it."""
     if suspended:

@@ -49,8 +49,13 @@ def test_four_ranks_share_what_one_rank_reads(tmp_path: Path) -> None:
             assert max(read) < 0.25 * sum(read) + case["budget_bytes"] / 8
 
 
-def test_failure_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
-    first, second = results("failures", 2, tmp_path)
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return results("failures_and_disagreements", 2, tmp_path_factory.mktemp("ranks"))
+
+
+def test_failure_of_one_rank_is_raised_on_all(two_ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["failures"] for rank in two_ranks)
     for name in ("flip", "fail", "exhaust", "split"):
         assert first[name]["seconds"] < 30, name
         assert second[name]["seconds"] < 30, name
@@ -71,8 +76,8 @@ def test_failure_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     assert first["none"]["read"] > 0
 
 
-def test_ranks_that_do_not_load_the_same_read_by_themselves(tmp_path: Path) -> None:
-    first, second = results("disagreements", 2, tmp_path)
+def test_ranks_that_do_not_load_the_same_read_by_themselves(two_ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["disagreements"] for rank in two_ranks)
     for name in ("plan", "nothing"):
         for rank in (first, second):
             assert rank[name]["same"], name
