@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from lightning_memload.cli.arguments import positive_number, regular_expression, renaming, size_in_bytes
 from lightning_memload.cli.printing import lay_out_list, print_json, printable
 from lightning_memload.cli.progress import Progress
-from lightning_memload.errors import CheckpointFormatError, UnsafeGlobalsError
+from lightning_memload.errors import CheckpointFormatError, MemloadError, UnsafeGlobalsError
 from lightning_memload.units import counted, format_bytes, format_speed
 
 if TYPE_CHECKING:
@@ -114,6 +114,10 @@ def _convert(arguments: argparse.Namespace) -> ConvertStats:
             ".safetensors or .pt file of the weights (--weights-only) needs none of these objects.",
             path=error.path,
         ) from error
+    except ValueError as error:
+        if isinstance(error, MemloadError):
+            raise
+        raise MemloadError(str(error)) from error  # about the arguments: its message is enough
     except FileExistsError as error:
         if not arguments.force and error.filename == arguments.target:
             raise FileExistsError(error.errno, "exists; --force replaces it", error.filename) from error

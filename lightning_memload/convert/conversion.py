@@ -125,8 +125,8 @@ def convert_checkpoint(
         UnsafeGlobalsError: ``weights_only`` refuses classes of what is to be written.
         ValueError: The format is unknown, two weights get the same name, or an argument does not fit the format.
 
-    Peak memory: 4 MiB for each thread, the index, and all objects that are not tensors. Tensors in objects of other
-    classes than dict, list and tuple, and a file of torch < 1.6, are read whole.
+    Peak memory: some 64 MiB for tensors of any size, the index, and all objects that are not tensors. Tensors in
+    objects of other classes than dict, list and tuple, and a file of torch < 1.6, are read whole.
     """
     started = time.perf_counter()
     check_num_threads(num_threads)

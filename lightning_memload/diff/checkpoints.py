@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
@@ -85,7 +85,8 @@ def diff_checkpoints(
 
     Raises:
         FileNotFoundError: A path does not exist.
-        CheckpointFormatError: A path is not a checkpoint, or has no such tensors.
+        CheckpointFormatError: A path is not a checkpoint, or has no such tensors, or a tensor repeats its elements to
+            more bytes than the checkpoint has.
         CheckpointReadError: Reading failed, or a checkpoint was replaced meanwhile.
         ValueError: ``num_threads`` is below 1.
 
@@ -101,6 +102,8 @@ def diff_checkpoints(
     same_shape = [name for name in common if name not in shapes]
     dtypes = {name: (a[name].dtype, b[name].dtype) for name in same_shape if a[name].dtype != b[name].dtype}
     names = [name for name in same_shape if name not in dtypes]
+    for index, side in zip(indexes, tensors, strict=True):
+        _refuse_expanded(index, [side[name] for name in names])
     with ExitStack() as stack:
         sources = [stack.enter_context(closing(_open_files(index))) for index in indexes]
         pairs = {name: (ElementReader.of(a[name], sources[0]), ElementReader.of(b[name], sources[1])) for name in names}
@@ -132,6 +135,17 @@ def _by_name(index: Checkpoint, *, optimizer: bool) -> dict[str, TensorInfo]:
     if not found:
         raise CheckpointFormatError(f"{index.path} has no weights to compare.", path=index.path)
     return found
+
+
+def _refuse_expanded(index: Checkpoint, tensors: Iterable[TensorInfo]) -> None:
+    """Refuses tensors with more elements than the files can hold: views that repeat elements, of a hostile file."""
+    for tensor in tensors:
+        if tensor.nbytes > index.file_size:
+            raise CheckpointFormatError(
+                f"{index.path}: {tensor.name} repeats its elements to {tensor.nbytes} bytes, but the checkpoint has "
+                f"only {index.file_size} bytes. It is not compared.",
+                path=index.path,
+            )
 
 
 def _open_files(index: Checkpoint) -> FileSet:

@@ -67,6 +67,7 @@ def test_refusals(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert main(["convert", *words]) == 2
         shown = capsys.readouterr()
         assert message in shown.err
+        assert "ValueError" not in shown.err
         assert shown.err.count("\n") == 1
         assert shown.out == ""
 

@@ -46,7 +46,8 @@ def test_memory_is_bounded(kind: str, tmp_path: Path) -> None:
     ways = [("plain", "a.pt"), ("dtype", "b.safetensors")]
     for way, target in ways + [("dtype", "c.pt"), ("shards", "d")] * (kind == "torch"):
         peak = run_fresh(MEASURE, way=way, target=str(tmp_path / target), **paths).result
-        assert peak < 48 << 20, (way, target)
+        # Some MiB for each thread, and what the allocator keeps of them.
+        assert peak < total / 2, (way, target)
 
 
 CONVERT = """

@@ -133,6 +133,13 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         diff_checkpoints(tmp_path / "first.ckpt", tmp_path / "first.ckpt", num_threads=0)
 
 
+def test_a_view_that_repeats_its_elements(tmp_path: Path) -> None:
+    few, many = torch.ones(1).expand(100), torch.ones(1).expand(1 << 40)
+    assert diff(tmp_path, {"x": few}, {"x": few}).is_equal
+    with pytest.raises(CheckpointFormatError, match="x repeats its elements to 4398046511104 bytes"):
+        diff(tmp_path, {"x": many}, {"x": many})
+
+
 MEASURE = """
 import torch
 from lightning_memload import MemoryMonitor, diff_checkpoints
