@@ -141,7 +141,7 @@ def same(
     assert len(module.losses) > 8
     assert_same(expected, actual, "resume")
     assert not held(path)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("memload")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("memload-states")]
     return restore
 
 
@@ -329,7 +329,7 @@ def test_an_error_ends_the_run_before_the_step(kind: type[MemloadError], gate: G
         with pytest.raises(kind):
             use()
     traceback.clear_frames(caught.value.__traceback__)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("memload")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("memload-states")]
 
 
 class Fails(TinyModule):
@@ -353,7 +353,7 @@ def test_after_another_error_the_states_are_right(gate: Gate, path: Path) -> Non
     gate.deferred.clear()
     gc.collect()
     assert not held(path)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("memload")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("memload-states")]
 
 
 def test_an_error_of_the_thread_alone_is_made_good(gate: Gate, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -341,7 +341,7 @@ def test_an_error_meanwhile_leaves_nothing(path: Path, streams: Streams, monkeyp
     assert len(streams.begun) == 1
     streams.begun.clear()
     assert_clean(trainer, module)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("memload")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("memload-states")]
     gc.collect()
     assert not held(path)
 
