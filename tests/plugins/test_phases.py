@@ -136,8 +136,8 @@ def rings(monkeypatch: pytest.MonkeyPatch) -> list[LazyRing]:
     made: list[LazyRing] = []
     close = LazyRing.close
 
-    def start(*args: Any) -> LazyRing:
-        ring = start_ring(*args)
+    def start(*args: Any, **kwargs: Any) -> LazyRing:
+        ring = start_ring(*args, **kwargs)
         ring.get()
         made.append(ring)
         return ring

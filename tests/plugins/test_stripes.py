@@ -123,7 +123,7 @@ def test_failure_of_one_rank_ends_both(folder: Path) -> None:
 
 
 def test_killed_rank_is_named(folder: Path) -> None:
-    """Lightning ends rank 0 some seconds after it has seen that a process of its own is dead."""
+    """By rank 0, which Lightning does not end here, see ``shared_fits.kill``."""
     printed = run("kill", folder)
     assert not (folder / "killed.1.json").exists()
     assert (folder / "killed.0.json").exists(), printed
