@@ -15,7 +15,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-versio
 export PYTHONDONTWRITEBYTECODE :=
 
 # One process for each core, each with whole files of tests. Figures of memory are taken in processes of their own.
-IN_PARALLEL := --numprocesses auto --dist loadfile
+# In the order of their names, which spreads the longest ones best.
+IN_PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -47,7 +48,7 @@ test-all: $(INSTALLED) ## Run the test suite with whole products of options, whe
 .PHONY: test-names
 test-names: $(INSTALLED) ## Run the tests that enter Lightning with its other name, pytorch_lightning
 	@echo "With pytorch_lightning:"
-	@TEST_LIGHTNING=pytorch_lightning $(BIN)/python -m pytest -qq $(IN_PARALLEL) --every 10 tests/plugins --ignore=tests/plugins/test_packages.py
+	@TEST_LIGHTNING=pytorch_lightning $(BIN)/python -m pytest -qq $(IN_PARALLEL) --every 10 -m "not lightning_only" tests/plugins --ignore=tests/plugins/test_packages.py
 
 # VERSIONS="3.12:2.8.0:2.5.5" chooses others: python:torch:lightning. Needs these Pythons and some GB of disk.
 .PHONY: test-versions

@@ -3,7 +3,7 @@
 ``@pytest.mark.axes("format", "way")`` on a test names parameters that act apart. Of their product the rows are run in
 which at most one of them is not its first value, for each combination of the other parameters. With
 ``@pytest.mark.first("format")`` only the first value of a parameter is run, for other tests have its other values.
-``make test-all`` runs all cases.
+``@pytest.mark.long`` is for a test of many processes whose kind quicker tests have. ``make test-all`` runs all cases.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Axes:
         Raises:
             pytest.UsageError: The marker names a parameter that the test lacks.
         """
-        return self._has(item, "axes", 1) and self._has(item, "first", 0)
+        return item.get_closest_marker("long") is None and self._has(item, "axes", 1) and self._has(item, "first", 0)
 
     def _has(self, item: pytest.Item, marker_name: str, most: int) -> bool:
         """Whether at most so many of the parameters that a marker names are not their first value."""

@@ -12,6 +12,6 @@ def test_no_public_signature_changes_by_accident() -> None:
 
 def test_the_list_has_what_users_call() -> None:
     lines = describe().splitlines()
-    assert "open_checkpoint(path)" in lines
+    assert "open_checkpoint(path, *, storage_options=None)" in lines
     assert any(line.startswith("MemoryEfficientRestore(mode='auto', ") for line in lines)
     assert any(line.startswith("MemoryMonitor.tick(self, ") for line in lines)

@@ -30,6 +30,7 @@ RESULT = monitor.peaks.anonymous_above_start_bytes
 
 @pytest.mark.memory
 @pytest.mark.parametrize("kind", ["torch", "turned", "dcp"])
+@pytest.mark.first("kind")
 def test_memory_is_bounded(kind: str, tmp_path: Path) -> None:
     weights = {f"layer{number}": torch.randn(4 << 20).view(2048, -1) for number in range(12)}  # 192 MiB
     total = sum(tensor.nbytes for tensor in weights.values())

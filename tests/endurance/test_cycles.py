@@ -14,6 +14,7 @@ from tests.fresh_process import run_fresh
 
 @pytest.mark.cgroup
 @pytest.mark.memory
+@pytest.mark.long
 def test_cycles_under_a_limit_that_kills_the_stock_way(tmp_path: Path) -> None:
     """2 cycles; ``python -m tests.endurance.cycles_in_process FOLDER 30 [FORMAT]`` runs the full number.
 

@@ -12,6 +12,7 @@ import pytest
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.long
 def test_points_become_lines(import_benchmark: Callable[[str], ModuleType], tmp_path: Path) -> None:
     curves = import_benchmark("curves")
     output = tmp_path / "curves-cpu.json"

@@ -38,6 +38,7 @@ def run(benchmark: ModuleType, folder: Path, *arguments: str) -> tuple[int, dict
     return status, json.loads(output.read_text())
 
 
+@pytest.mark.long
 def test_every_way_saves_the_state(
     benchmark: ModuleType, import_benchmark: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:

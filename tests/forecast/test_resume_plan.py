@@ -88,16 +88,18 @@ def test_what_cannot_be_planned(tmp_path: Path, checkpoint: Path) -> None:
 
 @pytest.mark.memory
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is known on Linux only")
-def test_the_plan_is_what_is_measured(tmp_path: Path) -> None:
-    """Every way on the CPU: the predicted peak and what stays are within 5 % or 8 MiB of the measured ones."""
+def test_the_plan_is_what_is_measured(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The predicted peak and what stays are within 5 % or 8 MiB of the measured ones. --all takes all ways."""
     path = write(tmp_path, WIDTHS)
     for stage in ("fit", "validate"):
         for way in plan_resume(path, stage=stage).ways:
-            assert_measured(path, WIDTHS, stage, way)
+            if request.config.getoption("--all") or (way.name, stage) in (("copy", "fit"), ("assign", "validate")):
+                assert_measured(path, WIDTHS, stage, way)
 
 
 @pytest.mark.memory
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is known on Linux only")
+@pytest.mark.long
 def test_many_small_tensors_are_read_as_a_whole(tmp_path: Path) -> None:
     widths = [100] * 201  # 1,600 tensors of 24 MiB
     path = write(tmp_path, widths)

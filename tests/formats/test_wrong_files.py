@@ -258,8 +258,8 @@ class TestPlaces:
         capsys.readouterr()
         for call in (open_checkpoint, verify_checkpoint):
             with pytest.raises(FileNotFoundError, match="Not a local file; copy it"):
-                call("s3://bucket/model.ckpt")
-        assert main(["inspect", "s3://bucket/model.ckpt"]) == 2
+                call("nowhere://bucket/model.ckpt")
+        assert main(["inspect", "nowhere://bucket/model.ckpt"]) == 2
 
     @pytest.mark.parametrize("wrong", [io.BytesIO(), 3, None, ["a"]])
     def test_what_is_no_path(self, wrong: object) -> None:

@@ -349,6 +349,7 @@ def test_copied_nothing_of_the_checkpoint_stays(runs: Runs, way: Way) -> None:
 
 @pytest.mark.first("dtype")
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float64", 8), ("bfloat16", 2)])
+@pytest.mark.long
 def test_a_cast_costs_the_budget(runs: Runs, dtype: str, itemsize: int) -> None:
     """Another dtype in the file than in the float32 module: destination 3 W + the staging budget.
 
@@ -369,6 +370,7 @@ def test_a_cast_costs_the_budget(runs: Runs, dtype: str, itemsize: int) -> None:
 
 @pytest.mark.cgroup
 @pytest.mark.parametrize(("stock", "way"), [(STOCK_FIT, FIT), (STOCK_VALIDATE, VALIDATE)], ids=["fit", "validate"])
+@pytest.mark.first("way")
 def test_survives_where_the_stock_way_is_killed(runs: Runs, stock: Way, way: Way) -> None:
     """In a memory cgroup with a limit of baseline + destination + 128 MiB, swap included.
 

@@ -100,6 +100,7 @@ def configure(folder: Path, *, epochs: int, extra: int) -> Path:
 
 @pytest.mark.memory
 @pytest.mark.skipif(not TRUSTED, reason="the LightningCLI of 2.5 does not look into checkpoints")
+@pytest.mark.lightning_only
 def test_configured_and_resumed(tmp_path: Path) -> None:
     # 3 million outputs from one input: weight and bias 12 MB each, and as much twice in the optimizer.
     extra = 3_000_000

@@ -197,6 +197,7 @@ def test_the_word_last(on_corrupt: Any, tmp_path: Path) -> None:
     assert str(again.ckpt_path).endswith("epoch=0-step=8.ckpt")
 
 
+@pytest.mark.lightning_only
 def test_all_ranks_take_the_same(folder: Path, tmp_path: Path) -> None:
     flip_weight(folder / "last.ckpt")
     results = ranks(folder / "last.ckpt", tmp_path / "ranks", "ddp_fork", ours=True, on_corrupt="previous")

@@ -148,6 +148,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[ChunkedTensor]:
     return found
 
 
+@pytest.mark.lightning_only
 def test_the_directories_are_what_is_meant(saved: Path) -> None:
     """FSDP2 cuts rows, the other one columns; both keep the states under names, and the buffer on one rank."""
     rows, columns = (open_checkpoint(saved / layout) for layout in LAYOUTS)

@@ -208,6 +208,7 @@ finally:
 """
 
 
+@pytest.mark.lightning_only
 def test_without_permission() -> None:
     """Permission bits do not bind the superuser, so a child gives up its privileges."""
     results = run_fresh(UNPRIVILEGED, formats=FORMATS, ways=WAYS, timeout_seconds=60).result

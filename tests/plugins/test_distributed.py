@@ -70,6 +70,7 @@ def stock(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_fork", "ddp_spawn"])
+@pytest.mark.first("strategy")
 def test_ranks_train_as_stock(strategy: str, path: Path, stock: list[dict[str, Any]], tmp_path: Path) -> None:
     ours = ranks(path, tmp_path / "ours", strategy, ours=True)
     for rank, (expected, actual) in enumerate(zip(stock, ours, strict=True)):
@@ -92,6 +93,7 @@ def test_ranks_train_as_stock(strategy: str, path: Path, stock: list[dict[str, A
     assert ours[0]["losses"] != ours[1]["losses"]
 
 
+@pytest.mark.lightning_only
 def test_forked_ranks_share_what_they_read(path: Path, stock: list[dict[str, Any]], tmp_path: Path) -> None:
     ours = ranks(path, tmp_path / "ours", "ddp_fork", ours=True, read="stripes", worth_bytes=0)
     for expected, actual in zip(stock, ours, strict=True):
@@ -102,6 +104,7 @@ def test_forked_ranks_share_what_they_read(path: Path, stock: list[dict[str, Any
     assert [result["report"]["bytes_received"] for result in ours] == read[::-1]
 
 
+@pytest.mark.lightning_only
 def test_ranks_that_are_not_alike(path: Path, tmp_path: Path) -> None:
     """No rank waits for one that does not take part, and all train as stock, with the same checkpoint."""
     for rank in range(2):
@@ -142,6 +145,7 @@ def test_ranks_that_are_not_alike(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("save_format", ["directory", "safetensors+state"])
+@pytest.mark.first("save_format")
 def test_launchers_get_the_weights_in_every_format(
     save_format: str, path: Path, stock: list[dict[str, Any]], tmp_path: Path
 ) -> None:

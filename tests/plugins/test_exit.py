@@ -42,6 +42,8 @@ if sys.argv[4] == "without threads":
     ("options", "way"),
     [({}, "measured"), ({}, "without threads"), ({"asynchronous": True, "format": "directory"}, "without threads")],
 )
+@pytest.mark.first("way")
+@pytest.mark.lightning_only
 def test_a_save_outlives_the_program(tmp_path: Path, options: object, way: str) -> None:
     repository = str(Path(__file__).resolve().parents[2])
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path), repository, repr(options), way]

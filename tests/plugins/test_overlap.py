@@ -472,6 +472,7 @@ def test_fork_in_a_hook(gate: Gate, path: Path) -> None:
     assert gate.num_losses[0] == 0
 
 
+@pytest.mark.long
 def test_two_ranks_train_as_stock(path: Path, tmp_path: Path) -> None:
     results = []
     for name, options in {"stock": {"ours": False}, "ours": {"ours": True, "overlap": True}}.items():

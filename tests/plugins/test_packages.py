@@ -164,7 +164,7 @@ RESULT = [finder for finder in sys.meta_path if "lightning_memload" in type(find
 )
 
 
-@pytest.mark.axes("first", "package")
+@pytest.mark.first("first")
 @pytest.mark.parametrize("first", [True, False], ids=["package first", "memload first"])
 @pytest.mark.parametrize("package", PACKAGES)
 def test_program_of_one_package(package: str, first: bool) -> None:
@@ -177,6 +177,7 @@ def test_program_of_one_package(package: str, first: bool) -> None:
 
 
 @pytest.mark.parametrize(("package", "broken"), [(PACKAGES[0], False), (PACKAGES[1], True)], ids=str)
+@pytest.mark.first("package")
 def test_other_package_cannot_be_imported(package: str, broken: bool) -> None:
     hidden = [name.partition(".")[0] for name in PACKAGES if name != package]
     result = run_fresh(ALONE, package=package, first=False, hidden=hidden, broken=broken).result

@@ -301,6 +301,7 @@ class TestLoadedByTheUser:
         assert kept
 
 
+@pytest.mark.lightning_only
 def test_a_stock_save_across_file_systems(tmp_path: Path) -> None:
     """Lightning moves its temporary file over the checkpoint; from another file system that writes it in place."""
     if not os.path.isdir("/dev/shm") or os.stat("/dev/shm").st_dev == os.stat(tmp_path).st_dev:

@@ -240,6 +240,7 @@ def test_damage_ends_every_rank_with_the_name(number: int, two: Results, folder:
         assert result["states"] == []
 
 
+@pytest.mark.long
 def test_four_ranks_train_as_stock(folder: Path) -> None:
     """FSDP2 of tensor parallel weights, replicas of shards, and tensor parallel weights with replicas."""
     kinds = ("plain", "hybrid", "columns")

@@ -386,6 +386,8 @@ for number in range(1, 5):
 
 @pytest.mark.cgroup
 @pytest.mark.parametrize(("limit_mib", "has_snapshots"), [(1000, False), (2600, True)])
+@pytest.mark.first("limit_mib")
+@pytest.mark.lightning_only
 def test_a_tight_limit_of_a_control_group_is_not_exceeded(tmp_path: Path, limit_mib: int, has_snapshots: bool) -> None:
     """A state of 256 MiB and a process of several hundred. Neither limit may kill it."""
     result = run_fresh(UNDER_A_LIMIT, folder=tmp_path, memory_limit_bytes=limit_mib << 20)

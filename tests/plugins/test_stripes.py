@@ -41,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.lightning_only
 def test_ranks_resume_as_stock(folder: Path) -> None:
     printed = run("compare", folder)
     stock = results(folder, "stock", printed)
@@ -81,6 +82,7 @@ def test_ranks_resume_as_stock(folder: Path) -> None:
     assert results(folder, "rank 0 only", printed)[0]["report"]["read_reason"] == "not every rank has read='stripes'"
 
 
+@pytest.mark.lightning_only
 def test_failure_of_one_rank_ends_both(folder: Path) -> None:
     shutil.copyfile(folder / "last.ckpt", folder / "other0.ckpt")
     loaded = torch.load(folder / "last.ckpt", weights_only=False)
@@ -122,6 +124,7 @@ def test_failure_of_one_rank_ends_both(folder: Path) -> None:
     assert "rank 1 failed: InsufficientMemoryError: Restoring" in first["error"]
 
 
+@pytest.mark.long
 def test_killed_rank_is_named(folder: Path) -> None:
     """By rank 0, which Lightning does not end here, see ``shared_fits.kill``."""
     printed = run("kill", folder)

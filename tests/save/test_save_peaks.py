@@ -29,6 +29,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.long
 def test_the_meter_sees_a_known_allocation(figures: dict[str, Any]) -> None:
     assert abs(figures["known"]["rise"] - KNOWN) < 4 * MIB
 
