@@ -48,6 +48,7 @@ def finetuned(finetuning: tuple[Path, Future[str]]) -> tuple[Path, str]:
 
 # First, and with the other example beside it: most of the time of each process goes into one thread that imports.
 @pytest.mark.usefixtures("finetuning")
+@pytest.mark.long
 def test_lightning_cli_trains_resumes_and_finetunes(tmp_path: Path) -> None:
     pytest.importorskip("jsonargparse")
     small = ("--model.width=32", "--data.num_samples=128", "--trainer.accelerator=cpu")

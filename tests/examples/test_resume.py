@@ -22,6 +22,7 @@ def test_what_is_not_drawn_has_memory_all_the_same(import_benchmark: Callable[[s
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.long
 def test_every_variant_gets_the_same_bits(
     import_benchmark: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

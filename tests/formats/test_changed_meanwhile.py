@@ -179,7 +179,7 @@ def attempt(path: Path, file: Path, moment: int, length: int) -> str:
     return "never" if not moments.has_come else "whole" if found == {1} else f"a mixture: {found}"
 
 
-@pytest.mark.axes("length", "format")
+@pytest.mark.first("length")
 @pytest.mark.parametrize("length", [0, 5000])
 @pytest.mark.parametrize("format", WRITERS)
 def test_cut_short(format: str, length: int, tmp_path: Path) -> None:

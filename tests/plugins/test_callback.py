@@ -559,6 +559,7 @@ with tempfile.TemporaryDirectory() as folder:
         "load",
     ],
 )
+@pytest.mark.first("when")
 def test_copy_of_the_module_made_while_restoring_is_whole(when: str) -> None:
     """Callbacks like moving averages copy the module: a copy has no hooks of this package."""
     assert "setup" in run_fresh(COPYING, when=when).result

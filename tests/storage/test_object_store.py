@@ -151,6 +151,7 @@ def test_bursts_of_errors(web: WebServer, url: str, module: nn.Module) -> None:
     assert_equal(load(url), module)
 
 
+@pytest.mark.long
 def test_a_server_that_stays_broken(web: WebServer, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the object and the range, and no thread is left."""
     monkeypatch.setattr("lightning_memload.storage.object_store._FIRST_PAUSE_SECONDS", 0.001)
