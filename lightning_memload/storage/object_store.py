@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import threading
 import time
@@ -286,8 +287,21 @@ def _locate(path: str) -> tuple[Any, str]:
     name = (f"{scheme}://{bucket}", repr(sorted(options.items())), repr(sorted(arguments.items(), key=str)))
     with _STORES_LOCK:
         if name not in _STORES:
+            _add_profile(scheme, options, arguments)
             _STORES[name] = _told(path, "Opening", lambda: _obstore().store.from_url(name[0], **arguments, **options))
         return _STORES[name], key
+
+
+def _add_profile(scheme: str, options: Mapping[str, Any], arguments: dict[str, Any]) -> None:
+    """Adds the credentials that boto3 finds, such as a profile, where obstore itself has none: it knows no profiles."""
+    given = (*options, *arguments, *arguments.get("config", ()), *os.environ)
+    known = ("access_key_id", "skip_signature", "credential_provider", "aws_web_identity_token_file")
+    if scheme not in ("s3", "s3a") or any(word in name.lower() for name in given for word in known):
+        return
+    with contextlib.suppress(Exception):  # boto3 is not installed, or finds no credentials either.
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        arguments["credential_provider"] = Boto3CredentialProvider()
 
 
 _STORES: dict[object, Any] = {}

@@ -117,3 +117,13 @@ def test_load_any_module(tmp_path: Path) -> None:
     output = run_example("load_any_module.py", folder=tmp_path)
     assert re.search(r"\d+ MiB onto the (cpu|cuda) in [\d.]+ s\nhost memory rose by \d+ MiB\n", output)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+def test_resume_from_bucket(tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    pytest.importorskip("moto")
+    output = run_example("resume_from_bucket.py", folder=tmp_path)
+    assert "Restored s3://bucket/run/last.ckpt for fit" in output
+    assert "equal weights, bit for bit: yes" in output
+    assert list(tmp_path.iterdir()) == []

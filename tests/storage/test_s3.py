@@ -200,3 +200,16 @@ def test_options_for_one_load(endpoint: str, client: Any, tmp_path: Path, monkey
     restore = MemoryEfficientRestore(weights_from=url, storage_options=options)
     make_trainer(tmp_path, [restore], max_epochs=1).fit(TinyModule(adamw))
     assert restore.report is not None
+
+
+def test_a_profile(client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """obstore itself looks for no profiles, and boto3, which stock Lightning's loader uses, does."""
+    path = write_checkpoint(Case(lambda: TinyModule(adamw)), tmp_path)
+    client.upload_file(str(path), "bucket", "last.ckpt")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    (tmp_path / "credentials").write_text("[mine]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    monkeypatch.setattr("lightning_memload.storage.object_store._STORES", {})
+    assert len(open_checkpoint("s3://bucket/last.ckpt")) == len(open_checkpoint(path))
