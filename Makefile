@@ -36,7 +36,7 @@ unit: $(INSTALLED) ## Run the tests that start neither a process nor a Trainer
 	@$(BIN)/python -m pytest -q --unit --every 10
 
 .PHONY: test
-test: $(INSTALLED) test-names ## Run the test suite (tests that need a GPU are skipped without one)
+test: $(INSTALLED) ## Run the test suite (tests that need a GPU are skipped without one)
 	@$(BIN)/python -m pytest $(IN_PARALLEL)
 
 .PHONY: test-all

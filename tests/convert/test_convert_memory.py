@@ -68,6 +68,7 @@ RESULT = True
 
 @pytest.mark.memory
 @pytest.mark.cgroup
+@pytest.mark.long
 def test_consolidates_under_a_memory_limit(tmp_path: Path) -> None:
     weights = {f"layer{number}": torch.randn(16 << 20) for number in range(10)}  # 640 MiB
     write_shards(tmp_path / "source", {name: sharded(tensor, 2) for name, tensor in weights.items()})

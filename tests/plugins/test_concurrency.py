@@ -49,6 +49,7 @@ for number in range(ARGS["times"]):
 @pytest.mark.first("format")
 @pytest.mark.parametrize("format", ["torch", "directory"])
 @pytest.mark.lightning_only
+@pytest.mark.long
 def test_two_resume_while_a_third_saves(format: str, tmp_path: Path) -> None:
     states, expected = [], []
     for steps in (3, 5):

@@ -83,6 +83,7 @@ def test_ranks_resume_as_stock(folder: Path) -> None:
 
 
 @pytest.mark.lightning_only
+@pytest.mark.long
 def test_failure_of_one_rank_ends_both(folder: Path) -> None:
     shutil.copyfile(folder / "last.ckpt", folder / "other0.ckpt")
     loaded = torch.load(folder / "last.ckpt", weights_only=False)

@@ -100,6 +100,7 @@ def file_bytes() -> int:
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 opens no file larger than the memory")
 @pytest.mark.memory
+@pytest.mark.long
 def test_part_of_a_checkpoint_larger_than_memory(path: Path) -> None:
     """The first and the last layer of it, P bytes: anonymous memory rises by P + 64 MiB at most, 64 MiB for a list.
 
