@@ -245,8 +245,8 @@ def disagreements() -> dict[str, Any]:
         results["left"] = None
     else:
         results["left"] = shared.attempt(Memory(data), make(), records)
-    dist.barrier()
     shared.close()
+    dist.barrier()
     shared = Shared()
     if rank == 1:
         shared.companions.leave()
