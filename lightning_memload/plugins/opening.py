@@ -14,6 +14,7 @@ from lightning_memload.collector import paused_collector
 from lightning_memload.plugins.mode import ChosenMode, choose_mode
 from lightning_memload.plugins.parts import keep_parts
 from lightning_memload.plugins.phases import Loaded, Opened, Outcome, Phase, Weights
+from lightning_memload.plugins.progress import RestoreBar
 from lightning_memload.plugins.reading import ReadingChoice
 from lightning_memload.plugins.request import Request
 from lightning_memload.plugins.seams import forget_loaded_checkpoint
@@ -124,28 +125,46 @@ class Opening(Phase):
 
     def _open_session(self, mapped: MappedCheckpoint, stack: ExitStack) -> tuple[RestoreSession, ChosenMode]:
         request, options = self._request, self._request.options
-        bar = request.make_bar(mapped)
-        if bar is not None:
-            self._until_training.callback(bar.close)
-        session = RestoreSession(
-            mapped,
-            device=request.device,
-            ring=self._ring,
-            verify=options.verify,
-            check_fit=options.check_fit,
-            # If several ranks of one host read the same file, one would drop cached pages that the others need.
-            drop_behind=request.trainer.num_devices == 1,
-            verify_pages=options.verify,
-            on_progress=bar.advance if bar is not None else None,
-            on_pinned=lambda nbytes: request.meter.total.tick(pinned_bytes=nbytes),
-        )
-        stack.callback(session.close, detach=False)
+        bar = self._open_bar(mapped)
+        # If several ranks of one host read the same file, one would drop cached pages that the others need.
+        drop_behind = request.trainer.num_devices == 1
+        on_progress = bar.advance if bar is not None else None
+        session = self._make_session(mapped, stack, on_progress=on_progress, drop_behind=drop_behind)
         mode = choose_mode(
             options.mode, session, path=self._path, device=request.device, stage=request.stage, module=request.module
         )
         if mode.name == "assign":
             session.keep_cached()
         return session, mode
+
+    def _open_bar(self, mapped: MappedCheckpoint, num_readers: int = 1) -> RestoreBar | None:
+        bar = self._request.make_bar(mapped, num_readers)
+        if bar is not None:
+            self._until_training.callback(bar.close)
+        return bar
+
+    def _make_session(
+        self,
+        mapped: MappedCheckpoint,
+        stack: ExitStack,
+        *,
+        on_progress: Callable[[int], None] | None,
+        drop_behind: bool = False,
+    ) -> RestoreSession:
+        request, options = self._request, self._request.options
+        session = RestoreSession(
+            mapped,
+            device=request.device,
+            ring=self._ring,
+            verify=options.verify,
+            check_fit=options.check_fit,
+            drop_behind=drop_behind,
+            verify_pages=options.verify,
+            on_progress=on_progress,
+            on_pinned=lambda nbytes: request.meter.total.tick(pinned_bytes=nbytes),
+        )
+        stack.callback(session.close, detach=False)
+        return session
 
     def finish(self) -> Outcome:
         """Ends the phase if the file could not be opened here and was loaded in another way."""

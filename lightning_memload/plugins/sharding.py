@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_memload.checkpoint import Checkpoint, MappedCheckpoint
 from lightning_memload.distributed import Companions, LostCompanion
+from lightning_memload.distributed.told_errors import describe_error, rebuild_read_error
 from lightning_memload.errors import (
     CheckpointFormatError,
     ChecksumError,
@@ -148,10 +149,7 @@ class ShardedLoad(Opening):
         return checkpoint, mapped
 
     def _open_shards(self, mapped: MappedCheckpoint, stack: ExitStack) -> RestoreSession:
-        request, options, companions = self._request, self._request.options, self._companions
-        bar = request.make_bar(mapped, request.trainer.world_size)
-        if bar is not None:
-            self._until_training.callback(bar.close)
+        companions, bar = self._companions, self._open_bar(mapped, self._world_size)
 
         def advance(nbytes: int) -> None:
             if companions is not None:
@@ -159,17 +157,7 @@ class ShardedLoad(Opening):
             if bar is not None:
                 bar.advance(nbytes)
 
-        session = RestoreSession(
-            mapped,
-            device=request.device,
-            ring=self._ring,
-            verify=options.verify,
-            check_fit=options.check_fit,
-            on_progress=advance,
-            on_pinned=lambda nbytes: request.meter.total.tick(pinned_bytes=nbytes),
-        )
-        stack.callback(session.close, detach=False)
-        return session
+        return self._make_session(mapped, stack, on_progress=advance)
 
     def _plan_weights(self, checkpoint: Mapping[str, Any]) -> list[ShardTarget]:
         request, parts = self._request, self._request.options.parts
@@ -231,7 +219,7 @@ class ShardedLoad(Opening):
         except Unshardable as reason:
             told = {"refusal": str(reason)}
         except Exception as error:
-            failure, told = error, {"failure": _describe(error)}
+            failure, told = error, {"failure": describe_error(error)}
         rank, world_size = self._request.trainer.global_rank, self._world_size
         try:
             heard = self._companions.agree(told) if self._companions is not None else {rank: told}
@@ -312,22 +300,13 @@ def _digest(index: Checkpoint, weights: Sequence[ShardTarget], optimizers: Seque
     return digest.hexdigest()
 
 
-def _describe(error: Exception) -> dict[str, Any]:
-    """An error for the other ranks."""
-    described: dict[str, Any] = {"kind": type(error).__name__, "text": str(error.args[0] if error.args else error)}
-    if isinstance(error, ChecksumError):
-        fields = ("path", "key", "offset", "expected", "actual")
-        described["fields"] = {name: getattr(error, name) for name in fields}
-    return described
-
-
-def _error_of(described: Mapping[str, Any], where: str, path: str) -> Exception:
+def _error_of(told: Mapping[str, Any], where: str, path: str) -> Exception:
     """The error of another rank."""
-    text = f"{described['text']} {where}"
-    if described["kind"] == ChecksumError.__name__:
-        return ChecksumError(text, **described["fields"])
-    if described["kind"] == CheckpointFormatError.__name__:
+    text, error = f"{told['message']} {where}", rebuild_read_error(told, where)
+    if isinstance(error, ChecksumError):
+        return error
+    if told["kind"] == CheckpointFormatError.__name__:
         return CheckpointFormatError(text, path=path)
-    if described["kind"] == KeyError.__name__:
-        return KeyError(described["text"])
-    return MemloadError(f"{described['kind']}: {text}")
+    if told["kind"] == KeyError.__name__:
+        return KeyError(told["message"])
+    return MemloadError(f"{told['kind']}: {text}")

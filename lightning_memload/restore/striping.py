@@ -22,7 +22,8 @@ from lightning_memload.bytes import Record
 from lightning_memload.distributed import Companions, LostCompanion, gather_checksums
 from lightning_memload.distributed.exchange import Exchange
 from lightning_memload.distributed.stripes import choose_read_bytes, choose_stripe_bytes
-from lightning_memload.errors import CheckpointReadError, ChecksumError, MemloadError, listed
+from lightning_memload.distributed.told_errors import describe_error, rebuild_read_error
+from lightning_memload.errors import CheckpointReadError, MemloadError, listed
 from lightning_memload.storage import ByteSource, checksum_error
 from lightning_memload.transfer import (
     StagingRing,
@@ -38,11 +39,6 @@ __all__ = ["Striping"]
 # To agree on a transfer takes some milliseconds. A module may be filled in thousands of small ones.
 _WORTH_BYTES = 64 << 10
 _NO_MEMORY = "no memory for the stripes"
-# The errors that are the same on every rank, and their fields.
-_FIELDS: dict[type[CheckpointReadError], tuple[str, ...]] = {
-    CheckpointReadError: ("path", "key", "offset", "errno"),
-    ChecksumError: ("path", "key", "offset", "expected", "actual"),
-}
 
 
 class Striping:
@@ -184,7 +180,7 @@ class Striping:
         incomplete = striped.incomplete_records() if striped.error is None else {}
 
         def agree(parts: Any) -> Mapping[int, Any]:
-            error = _described(striped.error) if striped.error is not None else None
+            error = describe_error(striped.error) if striped.error is not None else None
             told = self._companions.agree_or_notice({"error": error, "parts": parts, "read": striped.bytes_read})
             failed = [rank for rank in sorted(told) if told[rank]["error"] is not None]
             if failed:
@@ -208,7 +204,7 @@ class Striping:
             compare_records(source, [record], num_threads=1)
         except CheckpointReadError as error:
             own = error
-        told = self._companions.agree_or_notice(_described(own) if own is not None else None)
+        told = self._companions.agree_or_notice(describe_error(own) if own is not None else None)
         for rank, theirs in sorted(told.items()):
             if theirs is not None:
                 return self._rebuilt(rank, theirs, own)
@@ -218,12 +214,10 @@ class Striping:
 
     def _rebuilt(self, rank: int, told: dict[str, Any], own: Exception | None) -> Exception:
         """The error of a rank, on every rank."""
-        for kind in _FIELDS:
-            if kind.__name__ == told["kind"]:
-                message = f"{told['message']} Rank {rank} of {self._companions.world_size} has read it."
-                error = kind(message, **told["fields"])
-                error.rank = rank
-                return error
+        error = rebuild_read_error(told, f"Rank {rank} of {self._companions.world_size} has read it.")
+        if error is not None:
+            error.rank = rank
+            return error
         if own is not None and rank == self._companions.rank:
             return own
         return self._error(rank, f"{told['kind']}: {told['message']}")
@@ -239,10 +233,3 @@ class Striping:
 
     def _error(self, rank: int, message: str) -> MemloadError:
         return MemloadError(f"The ranks restore {self._path} together, and rank {rank} failed: {message}")
-
-
-def _described(error: Exception) -> dict[str, Any]:
-    """An error as JSON."""
-    names = _FIELDS.get(type(error), ()) if isinstance(error, CheckpointReadError) else ()
-    fields = {name: getattr(error, name) for name in names}
-    return {"kind": type(error).__name__, "message": str(error), "fields": fields}
