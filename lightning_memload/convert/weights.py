@@ -12,7 +12,7 @@ import torch
 from lightning_memload.convert.streaming import StreamedTensors
 from lightning_memload.errors import CheckpointFormatError
 from lightning_memload.restore import find_state_dict
-from lightning_memload.restore.state_dict import key_filter, rename_keys
+from lightning_memload.restore.state_dict import choose_keys
 
 __all__ = ["Selection", "WeightsChoice", "select"]
 
@@ -95,11 +95,8 @@ def select(loaded: Any, path: str, choice: WeightsChoice) -> Selection:
         CheckpointFormatError: No state dict is found, or several, or no weight is chosen.
         ValueError: Two weights get the same name, or a regular expression is invalid.
     """
-    wants = key_filter(choice.include, choice.exclude)
     found = find_state_dict(loaded, path, choice.key)
-    weights = rename_keys(found, choice.strip_prefix, choice.rename)
-    for name in [name for name in weights if not wants(name)]:
-        del weights[name]
+    weights = choose_keys(found, choice.strip_prefix, choice.rename, choice.include, choice.exclude)
     if not weights:
         raise CheckpointFormatError(
             f"{path} has no weight that include={choice.include!r} and exclude={choice.exclude!r} select after "

@@ -20,6 +20,7 @@ from lightning_memload.pickles import holds_refused
 
 __all__ = [
     "add_compiled_versions",
+    "choose_keys",
     "find_state_dict",
     "key_filter",
     "match_compiled",
@@ -249,6 +250,32 @@ def _sample(names: Collection[str]) -> list[str]:
 def _splits(name: str) -> Iterator[tuple[str, str]]:
     parts = name.split(".")
     return ((".".join(parts[:count]) + ".", ".".join(parts[count:])) for count in range(1, len(parts)))
+
+
+def choose_keys(
+    state_dict: Mapping[str, Any],
+    strip_prefix: str,
+    rename: Mapping[str, str] | None,
+    include: str | Sequence[str],
+    exclude: str | Sequence[str],
+) -> OrderedDict[str, Any]:
+    """Renames the keys of a state dict, and leaves out those that are then not wanted.
+
+    Args:
+        state_dict: The state dict.
+        strip_prefix: See :func:`rename_keys`.
+        rename: See :func:`rename_keys`.
+        include: See :func:`key_filter`.
+        exclude: See :func:`key_filter`.
+
+    Raises:
+        ValueError: Two keys get the same name, or a regular expression is invalid.
+    """
+    wants = key_filter(include, exclude)
+    chosen = rename_keys(state_dict, strip_prefix, rename)
+    for name in [name for name in chosen if not wants(name)]:
+        del chosen[name]
+    return chosen
 
 
 def key_filter(include: str | Sequence[str], exclude: str | Sequence[str]) -> Callable[[str], bool]:

@@ -37,6 +37,7 @@ from lightning_memload.restore.session import RestoreSession
 from lightning_memload.restore.special import assign_special
 from lightning_memload.restore.state_dict import (
     add_compiled_versions,
+    choose_keys,
     find_state_dict,
     key_filter,
     match_compiled,
@@ -99,7 +100,6 @@ class WeightsSource:
             CheckpointFormatError: No state dict is found, or no key is left after ``include`` and ``exclude``.
             UnsafeGlobalsError: ``weights_only`` refuses classes within the weights.
         """
-        wants = key_filter(self.include, self.exclude)
         with use_storage_options(self.storage_options):
             loaded, mapped = open_any(self.path, self.weights_only, self.safe_globals, erases=True)
         try:
@@ -110,9 +110,7 @@ class WeightsSource:
             raise
         if mapped.refusal is not None and holds_refused(found):
             raise mapped.refusal
-        state_dict = rename_keys(found, self.strip_prefix, self.rename)
-        for name in [name for name in state_dict if not wants(name)]:
-            del state_dict[name]
+        state_dict = choose_keys(found, self.strip_prefix, self.rename, self.include, self.exclude)
         if not state_dict:
             raise CheckpointFormatError(
                 f"{os.fspath(self.path)} has no key that include={self.include!r} and exclude={self.exclude!r} select "
