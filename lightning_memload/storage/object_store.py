@@ -77,17 +77,11 @@ class ObjectFile(StoredFile):
         self.name = name
         self._store, self._key = store, key
         self._lock = threading.Lock()
-        self.requests = 0
         self._version: _ObjectVersion | None = None
         self._windows: OrderedDict[int, bytes] = OrderedDict()
         self._windows[0] = self._read_head()
         assert self._version is not None
         self.size_bytes = self._version.size
-
-    @property
-    def version(self) -> object:
-        """The version of the object that this file reads."""
-        return self._version
 
     def _read_head(self) -> bytes:
         reply = _told(self.name, "GET", lambda: self._get(0, _WINDOW_BYTES))
@@ -167,7 +161,6 @@ class ObjectFile(StoredFile):
         e_tag = self._version.e_tag if self._version is not None else None
         if e_tag is not None and not e_tag.startswith("W/"):  # A weak tag matches nothing.
             options["if_match"] = e_tag
-        self.requests += 1
         try:
             return _obstore().get(self._store, self._key, options=options)
         except _obstore().exceptions.NotSupportedError:
@@ -260,7 +253,8 @@ class ObjectStore(Place):
 
 def _list(folder: str) -> list[str]:
     objects, folders = _list_entries(folder)
-    start = len(_locate(folder)[1].rstrip("/")) + 1 if _locate(folder)[1].strip("/") else 0
+    key = _locate(folder)[1].rstrip("/")
+    start = len(key) + 1 if key.strip("/") else 0
     names = [name[start:] for name, _ in objects] + [name[start:].rstrip("/") for name in folders]
     return [name for name in names if name]
 

@@ -14,15 +14,13 @@ from lightning_memload.errors import ChecksumError
 from lightning_memload.storage import ByteSource, checksum_error, read_fully
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.copies import TransferStats
-from lightning_memload.transfer.plan import Read, TargetRange, plan_reads
+from lightning_memload.transfer.plan import REQUEST_BYTES, Read, TargetRange, plan_reads
 from lightning_memload.transfer.threads import run_threads
 
 __all__ = ["compare_records"]
 
 # Each thread has one buffer of this size. It is small enough to be in the core's cache for the checksum.
 _BLOCK_BYTES = 1 << 20
-# Over a network, where each block is one request.
-_REQUEST_BYTES = 8 << 20
 
 
 def compare_records(
@@ -57,7 +55,7 @@ def compare_records(
         return TransferStats()
     started = time.perf_counter()
     ranges = [TargetRange(number, record.offset, record.nbytes) for number, record in enumerate(records)]
-    reads = plan_reads(ranges, block_bytes=_REQUEST_BYTES if source.is_remote else _BLOCK_BYTES)
+    reads = plan_reads(ranges, block_bytes=REQUEST_BYTES if source.is_remote else _BLOCK_BYTES)
     comparison = _Comparison(source, records, reads, on_progress, on_damage)
     num_threads = min(num_threads, len(reads))
     if num_threads > 1:

@@ -29,6 +29,7 @@ from lightning_memload.transfer.copies import TensorCopy, TransferStats
 from lightning_memload.transfer.cuda_context import on_stream
 from lightning_memload.transfer.flat_bytes import address_of, bytes_of, cut, is_raw
 from lightning_memload.transfer.plan import (
+    REQUEST_BYTES,
     Read,
     RecordSegment,
     Segment,
@@ -46,8 +47,6 @@ __all__ = ["Job", "Transfer", "transfer"]
 
 # For CPU memory: the checksum finds a block of 1 MiB still in the core's cache, twice as fast as with 16 MiB.
 _DIRECT_BLOCK_BYTES = 1 << 20
-# Over a network each block is one request. A block of any size needs no buffer.
-_REQUEST_BYTES = 8 << 20
 # The pages of smaller parts are faulted in one by one.
 _POPULATED_BYTES = 64 << 10
 
@@ -175,7 +174,8 @@ class Transfer:
                 blocks.append((Read(copy.offset + block.offset * itemsize, nbytes, (segment,)), block))
         raw_bytes = block_bytes
         if self._device is None:
-            raw_bytes = _REQUEST_BYTES if self._source.is_remote else min(block_bytes, _DIRECT_BLOCK_BYTES)
+            # A block that goes directly into CPU memory needs no buffer.
+            raw_bytes = REQUEST_BYTES if self._source.is_remote else min(block_bytes, _DIRECT_BLOCK_BYTES)
         reads: list[tuple[Read, TensorBlock | None]] = [
             (read, None) for read in plan_reads(ranges, block_bytes=raw_bytes)
         ]

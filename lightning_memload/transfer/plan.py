@@ -29,6 +29,8 @@ __all__ = [
 
 # Records are aligned to 64 bytes after headers of about 100 bytes. Reading such a gap is cheaper than a second read.
 MAX_GAP_BYTES = 4096
+# Over a network each read is one request, and this is a good size for it.
+REQUEST_BYTES = 8 << 20
 
 
 class TargetRange(NamedTuple):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 __all__ = [
+    "MAX_THREADS_REMOTE",
     "Latch",
     "available_cpus",
     "check_num_threads",
@@ -30,7 +31,7 @@ __all__ = [
 _MAX_THREADS_DEVICE = 12
 _MAX_THREADS_CPU = 4
 # Connections of one host. They wait for the network most of the time, so they may be more than the CPUs.
-_MAX_THREADS_REMOTE = 16
+MAX_THREADS_REMOTE = 16
 
 
 def available_cpus() -> int:
@@ -47,7 +48,7 @@ def default_threads(device: torch.device, num_processes: int = 1, *, is_remote: 
         is_remote: Whether the bytes come over a network.
     """
     if is_remote:
-        return max(1, _MAX_THREADS_REMOTE // max(1, num_processes))
+        return max(1, MAX_THREADS_REMOTE // max(1, num_processes))
     most = _MAX_THREADS_CPU if device.type == "cpu" else _MAX_THREADS_DEVICE
     return max(1, min(most, available_cpus() // max(1, num_processes)))
 

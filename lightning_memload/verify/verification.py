@@ -25,7 +25,7 @@ from lightning_memload.storage.options import use_storage_options
 from lightning_memload.storage.places import held, is_local, path_of
 from lightning_memload.transfer.checksums import PartialChecksums
 from lightning_memload.transfer.plan import MAX_GAP_BYTES
-from lightning_memload.transfer.threads import available_cpus, check_num_threads, run_threads
+from lightning_memload.transfer.threads import MAX_THREADS_REMOTE, available_cpus, check_num_threads, run_threads
 from lightning_memload.units import counted, format_bytes
 
 __all__ = ["VerifyReport", "verify_checkpoint"]
@@ -33,7 +33,6 @@ __all__ = ["VerifyReport", "verify_checkpoint"]
 # Each thread has one buffer of this size. It is small enough to be in the core's cache for the checksum.
 _BLOCK_BYTES = 1 << 20
 _MAX_THREADS = 8
-_MAX_THREADS_REMOTE = 16
 _MAX_LISTED = 20
 _MAX_TRIES = 5
 
@@ -158,7 +157,7 @@ def _verify_unchanged(name: str, num_threads: int | None, progress: bool | Calla
 
 def _verify(name: str, num_threads: int | None, progress: bool | Callable[[int, int], None]) -> _Verification:
     inventory = find_format(name).take_inventory(name)
-    default = min(_MAX_THREADS, available_cpus()) if is_local(name) else _MAX_THREADS_REMOTE
+    default = min(_MAX_THREADS, available_cpus()) if is_local(name) else MAX_THREADS_REMOTE
     run = _Verification(inventory, num_threads or default)
     if callable(progress):
         run.read_all(progress)
