@@ -31,10 +31,7 @@ from lightning_memload.restore.record_checks import Checks
 from lightning_memload.restore.session import Move, RestoreSession
 from lightning_memload.storage import checksum_error
 
-__all__ = ["PartChecksum", "ShardReader", "ShardTarget", "Unshardable", "is_distributed"]
-
-PartChecksum = tuple[int, int, int]
-"""Offset in the run of all files, length in bytes and CRC-32 of bytes that one rank has read."""
+__all__ = ["ShardReader", "ShardTarget", "Unshardable", "is_distributed"]
 
 
 class Unshardable(Exception):
@@ -121,14 +118,15 @@ class ShardReader:
         self._shared: list[Record] = []
         self.unverified_bytes = 0
 
-    def read(self, targets: Sequence[ShardTarget]) -> list[PartChecksum]:
+    def read(self, targets: Sequence[ShardTarget]) -> list[tuple[int, int, int]]:
         """Fills the destinations with this rank's parts.
 
         Args:
             targets: The tensors, in the same order on all ranks.
 
         Returns:
-            The checksums of the parts, for :meth:`compare` on every rank.
+            For :meth:`compare` on every rank: of each part the offset in the run of all files, the length in bytes and
+            the CRC-32.
 
         Raises:
             CheckpointReadError: Reading failed.
@@ -136,7 +134,7 @@ class ShardReader:
 
         Peak memory: the session's staging ring.
         """
-        found: list[PartChecksum] = []
+        found: list[tuple[int, int, int]] = []
 
         def note(record: Record, crc32: int) -> None:
             found.append((record.offset, record.nbytes, crc32))
