@@ -19,37 +19,9 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from regression import Regression
 
 from lightning_memload import MemoryEfficientRestore
-
-WIDTH = 512
-
-
-class Regression(L.LightningModule):
-    """Some layers, with AdamW."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(8, WIDTH), *(nn.Linear(WIDTH, WIDTH) for _ in range(8)), nn.Linear(WIDTH, 1)
-        )
-
-    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """Return the loss of one batch."""
-        inputs, targets = batch
-        return nn.functional.mse_loss(self.layers(inputs), targets)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW."""
-        return torch.optim.AdamW(self.parameters(), lr=1e-4)
-
-    def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
-        """Return data that is the same in every process."""
-        generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn(64, 8, generator=generator)
-        return DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True)), batch_size=4)
 
 
 def main() -> int:
@@ -92,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         enable_model_summary=False,
         default_root_dir=options.folder,
     )
-    module = Regression()
+    module = Regression(width=512, depth=8, batch_size=4)
     trainer.fit(module, ckpt_path=None if trains else path)
     if trains:
         trainer.save_checkpoint(path)

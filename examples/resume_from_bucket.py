@@ -19,43 +19,15 @@ import lightning as L
 import obstore
 import torch
 from moto.server import ThreadedMotoServer
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from regression import Regression
 
 from lightning_memload import MemoryEfficientRestore
-
-WIDTH = 1024
-
-
-class Regression(L.LightningModule):
-    """Some layers, with AdamW."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(8, WIDTH), *(nn.Linear(WIDTH, WIDTH) for _ in range(6)), nn.Linear(WIDTH, 1)
-        )
-
-    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """Return the loss of one batch."""
-        inputs, targets = batch
-        return nn.functional.mse_loss(self.layers(inputs), targets)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW."""
-        return torch.optim.AdamW(self.parameters(), lr=1e-4)
-
-    def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
-        """Return the same data each time."""
-        generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn(64, 8, generator=generator)
-        return DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True)), batch_size=8)
 
 
 def train(steps: int, ckpt_path: str | None = None, save: Path | None = None) -> dict[str, torch.Tensor]:
     """Train up to a step, from a checkpoint if one is given, and return the weights."""
     torch.manual_seed(1)
-    model = Regression()
+    model = Regression(width=1024, depth=6, batch_size=8)
     trainer = L.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         callbacks=[MemoryEfficientRestore()],

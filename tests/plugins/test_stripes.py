@@ -5,35 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.fresh_process import run_program
 from tests.plugins.restored import flip_byte
+from tests.plugins.shared_runs import results_of, run_two_ranks
 
 pytestmark = pytest.mark.timeout(300)
-
-PROGRAM = Path(__file__).with_name("shared_fits.py")
-
-
-def run(name: str, folder: Path) -> str:
-    """Runs a function of the program in two ranks. Returns what they printed."""
-    done = run_program(PROGRAM, timeout_seconds=240, MEMLOAD_TEST_ARGUMENTS=json.dumps([name, str(folder)]))
-    return f"{done.returncode} {done.stdout[-2000:]} {done.stderr[-8000:]}"
-
-
-def results(folder: Path, name: str, printed: str) -> list[dict[str, Any]]:
-    files = [folder / f"{name}.{rank}.json" for rank in range(2)]
-    assert all(file.exists() for file in files), printed
-    return [json.loads(file.read_text()) for file in files]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stripes")
-    run("write", folder)
+    run_two_ranks("write", folder)
     for rank in range(2):
         node = folder / f"node{rank}"
         node.mkdir()
@@ -43,12 +28,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.lightning_only
 def test_ranks_resume_as_stock(folder: Path) -> None:
-    printed = run("compare", folder)
-    stock = results(folder, "stock", printed)
+    printed = run_two_ranks("compare", folder)
+    stock = results_of(folder, "stock", printed)
     assert all(result["digest"] for result in stock), stock
     for name in ("each", "stripes", "meta", "directory", "safetensors", "overlap", "rank 0 only", "copies", "double"):
-        expected = results(folder, "double stock", printed) if name == "double" else stock
-        ranks = results(folder, name, printed)
+        expected = results_of(folder, "double stock", printed) if name == "double" else stock
+        ranks = results_of(folder, name, printed)
         for rank, result in enumerate(ranks):
             assert result.get("error") is None, (name, printed)
             assert result["digest"] == expected[rank]["digest"], name
@@ -64,22 +49,22 @@ def test_ranks_resume_as_stock(folder: Path) -> None:
         read = [report["total"]["bytes_read"] for report in reports]
         assert [report["bytes_received"] for report in reports] == read[::-1]
         assert reports[1]["bytes_read_by_rank"] == {"0": read[0], "1": read[1]}
-        alone = results(folder, "each", printed)[0]["report"]
+        alone = results_of(folder, "each", printed)[0]["report"]
         # With a directory, gaps between small files are read too.
         assert abs(sum(read) - alone["total"]["bytes_read"]) < (0.05 if name == "directory" else 0.01) * sum(read)
         assert max(read) < 0.6 * sum(read)
         if name != "safetensors":
             assert sum(report["bytes_verified"] for report in reports) == alone["bytes_verified"]
-    first, second = results(folder, "predict", printed)
+    first, second = results_of(folder, "predict", printed)
     assert first["report"]["bytes_received"] == second["report"]["total"]["bytes_read"] > 0
     # Weights that are pages of the file are not read, and so not shared.
-    first, second = results(folder, "assign", printed)
-    assert first["digest"] == second["digest"] == results(folder, "predict", printed)[0]["digest"]
+    first, second = results_of(folder, "assign", printed)
+    assert first["digest"] == second["digest"] == results_of(folder, "predict", printed)[0]["digest"]
     assert first["report"]["read_reason"].startswith("mode assign (")
     assert first["report"]["read_reason"].endswith(" on rank 0")
-    warned = results(folder, "overlap", printed)[0]["warnings"]
+    warned = results_of(folder, "overlap", printed)[0]["warnings"]
     assert any("overlap=True) is ignored: only the thread that restores can share" in text for text in warned)
-    assert results(folder, "rank 0 only", printed)[0]["report"]["read_reason"] == "not every rank has read='stripes'"
+    assert results_of(folder, "rank 0 only", printed)[0]["report"]["read_reason"] == "not every rank has read='stripes'"
 
 
 @pytest.mark.lightning_only
@@ -95,9 +80,9 @@ def test_failure_of_one_rank_ends_both(folder: Path) -> None:
     for number in range(4):
         flip_byte(folder / "damage1/last.ckpt", f"state_dict.middle.{number}.weight")
     shutil.copyfile(folder / "last.ckpt", folder / "missing0.ckpt")
-    printed = run("fail", folder)
+    printed = run_two_ranks("fail", folder)
     ranks = {
-        name: results(folder, name, printed)
+        name: results_of(folder, name, printed)
         for name in ("other", "damage", "missing", "hook before", "hook after", "space")
     }
     assert all(result["seconds"] < 30 for pair in ranks.values() for result in pair)
@@ -128,7 +113,7 @@ def test_failure_of_one_rank_ends_both(folder: Path) -> None:
 @pytest.mark.long
 def test_killed_rank_is_named(folder: Path) -> None:
     """By rank 0, which Lightning does not end here, see ``shared_fits.kill``."""
-    printed = run("kill", folder)
+    printed = run_two_ranks("kill", folder)
     assert not (folder / "killed.1.json").exists()
     assert (folder / "killed.0.json").exists(), printed
     result = json.loads((folder / "killed.0.json").read_text())
